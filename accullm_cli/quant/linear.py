@@ -1,0 +1,93 @@
+"""One quantized linear, as the artifact stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.quant.packing import pack, packed_length, unpack
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A weight of shape [N, K] as integer codes, group scales and outlier input features.
+
+    The dequantized weight is (code - zero) * scale, computed in float32 and rounded once to the compute dtype; the
+    columns of the outlier features are replaced by `outlier_weight`, and their own codes equal the zero point.
+    """
+
+    codes: torch.Tensor  # uint8 [N, K], each below 2**bits
+    scales: torch.Tensor  # float16 [N, G], G = ceil(K / group size)
+    zeros: torch.Tensor | None  # uint8 [N, G]; None where symmetric: the zero point is then 2**(bits-1)
+    outlier_index: torch.Tensor  # int32 [n], ascending
+    outlier_weight: torch.Tensor  # source dtype [N, n]
+    bits: int
+    group_size: int  # -1: one group per row
+
+    @property
+    def columns_per_group(self) -> int:
+        return self.codes.shape[1] if self.group_size == -1 else self.group_size
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight that the artifact stands for: [N, K] in `dtype`."""
+        size, count = self.columns_per_group, self.codes.shape[1]
+        zero = 2 ** (self.bits - 1) if self.zeros is None else spread(self.zeros.to(torch.int16), size, count)
+        weight = (self.codes.to(torch.int16) - zero).to(torch.float32)
+        weight *= spread(self.scales.to(torch.float32), size, count)
+        weight = weight.to(dtype)
+        weight[:, self.outlier_index.long()] = self.outlier_weight.to(dtype)
+        return weight
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.to_tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored for this linear, in bits, over N * K."""
+        return 8 * self.stored_bytes / self.codes.numel()
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the native format, by suffix: see docs/format.md."""
+        tensors = {"qweight": pack(self.codes, self.bits), "scales": self.scales}
+        if self.zeros is not None:
+            tensors["qzeros"] = pack(self.zeros, self.bits)
+        if len(self.outlier_index):
+            tensors["outlier_index"] = self.outlier_index
+            tensors["outlier_weight"] = self.outlier_weight
+        return tensors
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, torch.Tensor], in_features: int, bits: int, group_size: int
+    ) -> QuantizedLinear:
+        """The inverse of `to_tensors`.
+
+        Raises:
+            AccullmError: a tensor is absent, or its shape does not fit `in_features`, `bits` and `group_size`.
+        """
+        groups = 1 if group_size == -1 else -(-in_features // group_size)
+        for suffix, width in (("qweight", packed_length(in_features, bits)), ("scales", groups)):
+            if suffix not in tensors:
+                raise AccullmError(f"tensor {suffix} is missing")
+            if tensors[suffix].shape[-1] != width:
+                raise AccullmError(f"tensor {suffix} is {tensors[suffix].shape[-1]} wide, expected {width}")
+        scales = tensors["scales"]
+        empty_index = torch.zeros(0, dtype=torch.int32)
+        return cls(
+            codes=unpack(tensors["qweight"], bits, in_features),
+            scales=scales,
+            zeros=unpack(tensors["qzeros"], bits, groups) if "qzeros" in tensors else None,
+            outlier_index=tensors.get("outlier_index", empty_index),
+            outlier_weight=tensors.get("outlier_weight", scales.new_zeros(scales.shape[0], 0)),
+            bits=bits,
+            group_size=group_size,
+        )
+
+
+def spread(per_group: torch.Tensor, columns_per_group: int, count: int) -> torch.Tensor:
+    """Repeat one value per group to one per column: [N, G] to [N, count] (the last group may be shorter)."""
+    return per_group.repeat_interleave(columns_per_group, dim=1)[:, :count]

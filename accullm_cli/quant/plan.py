@@ -1,0 +1,64 @@
+"""The bit plan: how every linear is to be stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How one linear of shape [N, K] is stored.
+
+    bits: 2 to 8, or 16 for "left as it is in the source".
+    group_size: input features that share a scale; -1 for one scale per output row. A last shorter group is allowed.
+    symmetric: the zero point is 2**(bits-1) and is not stored.
+    outlier_index: ascending input features that stay in the source's dtype.
+    reason: why this linear deviates from the configured plan; empty where it does not.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    symmetric: bool
+    outlier_index: tuple[int, ...] = ()
+    reason: str = ""
+
+    @property
+    def groups(self) -> int:
+        """Scales per output row: ceil(K / group size)."""
+        return 1 if self.group_size == -1 else -(-self.in_features // self.group_size)
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the native format stores for this linear: codes, scales, zero points, outliers, their index."""
+        if self.bits == 16:
+            return 2 * self.weights
+        rows, outliers = self.out_features, len(self.outlier_index)
+        codes = -(-self.in_features * self.bits // 8)
+        zeros = 0 if self.symmetric else -(-self.groups * self.bits // 8)
+        return rows * (codes + 2 * self.groups + zeros) + (2 * rows + 4) * outliers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How every linear of a model is stored, by name, in model order.
+
+    scale_dtype: "float16", or "bfloat16" where an export stores scales in bfloat16: scales are then rounded to
+    values that both hold exactly.
+    """
+
+    linears: Mapping[str, LinearPlan]
+    scale_dtype: str = "float16"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored for the linear weights, in bits, over their number."""
+        weights = sum(linear.weights for linear in self.linears.values())
+        return 8 * sum(linear.stored_bytes for linear in self.linears.values()) / weights
