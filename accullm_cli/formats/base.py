@@ -1,0 +1,99 @@
+"""What every artifact format offers: objections before computing, a writer, a reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.plan import Plan
+
+
+@dataclass(frozen=True)
+class Objection:
+    """Why a format cannot hold a plan, and the nearest one that it can."""
+
+    what: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a format may ask about a model before any weight is read.
+
+    kinds: for each linear of the plan, "linear" (torch.nn.Linear), "conv1d" (transformers' Conv1D, whose weight is
+    stored [K, N]) or "expert" (one slice of a parameter that stacks experts).
+    dtype: the dtype of the source's weights.
+    """
+
+    model_type: str
+    dtype: torch.dtype
+    kinds: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything an export assembles an artifact from.
+
+    config: the source's config.json, without any quantization_config.
+    companions: tokenizer, generation and licence files to copy as they are.
+    blocks: the shards that the quantize stage wrote, one per decoder block, in order. They are native already: for a
+        quantized linear NAME its tensors NAME.qweight, NAME.scales, ... (`QuantizedLinear.to_tensors`), and every
+        other tensor of the block (norms, biases, linears left in 16 bits) under its name in the module tree.
+    outside: names and tensors of everything outside the blocks, streamed; tied weights appear once.
+    provenance: deterministic facts for the manifest: source name and hash, resolved config, versions, records.
+    """
+
+    config: Mapping[str, Any]
+    companions: tuple[Path, ...]
+    plan: Plan
+    shape: ModelShape
+    blocks: tuple[Path, ...]
+    outside: Iterator[tuple[str, torch.Tensor]]
+    provenance: Mapping[str, Any]
+
+
+class Artifact(Protocol):
+    """A finished artifact, opened for reading. Tensors are read when asked for and not kept."""
+
+    path: Path
+    format: str
+    plan: Plan
+
+    def names(self) -> tuple[str, ...]:
+        """Names (in the module tree) of every stored tensor that does not belong to a quantized linear."""
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One of those tensors, in its stored dtype."""
+        ...
+
+    def linear(self, name: str) -> QuantizedLinear:
+        """One quantized linear of the plan."""
+        ...
+
+
+class Format(Protocol):
+    """One artifact format."""
+
+    name: str
+
+    def objections(self, plan: Plan, shape: ModelShape) -> list[Objection]:
+        """Everything that makes this plan impossible in this format; empty where it fits. Needs no tensors."""
+        ...
+
+    def write(self, directory: Path, parts: Parts) -> None:
+        """Write a complete artifact into an empty directory."""
+        ...
+
+    def open(self, directory: Path) -> Artifact:
+        """Open an artifact of this format.
+
+        Raises:
+            AccullmError: a file is missing, truncated or not as its schema says.
+        """
+        ...

@@ -1,0 +1,101 @@
+"""What validation found, as values: the report that is printed, drawn, written as JSON and held against a contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REPORT_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured figure with its 95% confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far the artifact's next-token distributions are from the original's, on held-out text.
+
+    KL divergence is KL(original || artifact) in nats per token; shares are between 0 and 1.
+    """
+
+    text: str  # "default", or the path of the user's file
+    windows: int
+    tokens: int  # positions that were compared
+    perplexity_original: Estimate
+    perplexity: Estimate
+    mean_kl: Estimate
+    kl_p99: Estimate
+    kl_p999: Estimate
+    kl_max: float
+    top1_agreement: Estimate
+    mean_kl_floor: Estimate  # the original against itself with one bfloat16 rounding per block
+    kl_of_window: tuple[float, ...]  # mean KL of each window, for paired comparisons
+    kl_histogram: tuple[tuple[float, int], ...]  # (upper edge in nats, tokens), logarithmic bins
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One `--require` condition and what was measured."""
+
+    text: str  # as the user wrote it
+    metric: str
+    comparison: str  # "<=" or ">="
+    limit: float
+    measured: float
+    met: bool
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """One stage of the run: why it ran or was skipped, how long it took, and its peak resident memory."""
+
+    name: str
+    reason: str
+    ran: bool
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class LinearSummary:
+    """One linear in the artifact.
+
+    relative_error: ||Y (W - Q)^T|| / ||Y W^T|| on the calibration rows Y; None where the linear was not quantized.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    outliers: int
+    bits_per_weight: float
+    relative_error: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a conversion or validation."""
+
+    schema_version: int
+    model: str
+    source_sha256: str
+    artifact: str
+    format: str
+    artifact_sha256: str
+    bits_per_weight: float  # everything stored for the quantized linears over their weights
+    artifact_bytes: int
+    source_bytes: int
+    fidelity: Fidelity
+    contract: tuple[Clause, ...]
+    contract_met: bool
+    records: tuple[str, ...]  # everything that was treated differently from the plan
+    stages: tuple[StageSummary, ...]
+    linears: tuple[LinearSummary, ...]
+    versions: dict[str, str]
