@@ -1,0 +1,167 @@
+"""Uniform integer grids: one scale and zero point per output row and group of input features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from accullm_cli.quant.linear import spread
+
+# The smallest positive float16, so that a group of tiny weights keeps a scale it can be divided by.
+SMALLEST_SCALE = 2.0**-24
+LARGEST_SCALE = 65504.0
+
+# Fractions of the full range that the search tries. On a 4-bit grid the best range for Gaussian-like weights lies
+# at 0.8 to 1.0 of the largest; below 0.6 clipping always loses.
+SEARCHED_RANGES = tuple(1.0 - 0.02 * step for step in range(21))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that the weights of one linear may take: (code - zero) * scale.
+
+    scale: [N, G], in the working dtype but exact in float16.
+    zero: [N, G], whole numbers from 0 to 2**bits - 1, in the working dtype.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    bits: int
+    columns_per_group: int
+    symmetric: bool
+
+    @property
+    def largest_code(self) -> int:
+        return 2**self.bits - 1
+
+    def round_to_nearest(self, weight: torch.Tensor) -> torch.Tensor:
+        """Codes (whole numbers in the working dtype) of the nearest grid values to `weight` [N, K]."""
+        count = weight.shape[1]
+        scale, zero = self.per_column(count)
+        return (weight / scale + zero).round_().clamp_(0, self.largest_code)
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """The weights [N, K] that codes stand for."""
+        scale, zero = self.per_column(codes.shape[1])
+        return (codes - zero) * scale
+
+    def per_column(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point of every weight: two tensors [N, count]."""
+        size = self.columns_per_group
+        return spread(self.scale, size, count), spread(self.zero, size, count)
+
+
+def minmax_grid(
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: str = "float16",
+    ignored: torch.Tensor | None = None,
+    margin: int = 0,
+) -> Grid:
+    """The grid that spans each group's range.
+
+    Args:
+        weight: [N, K], float32 or float64 (the working dtype).
+        group_size: columns that share a scale; -1 for all of them. The last group may be shorter.
+        symmetric: put the zero point at 2**(bits-1); otherwise it is the code nearest to the value 0, and the
+            range includes 0.
+        scale_dtype: "float16", or "bfloat16" for scales that are exact in both.
+        ignored: bool [K], columns that the grid need not hold (outlier features).
+        margin: codes kept free at either end, for rounding that may leave the range (stochastic).
+    """
+    low, high, size = _group_range(weight, group_size, ignored)
+    return _grid_of_range(low, high, bits, size, symmetric, scale_dtype, margin)
+
+
+def searched_grid(
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: str = "float16",
+    ignored: torch.Tensor | None = None,
+) -> Grid:
+    """For each group the range, a fraction of the full one, with the least importance-weighted rounding error.
+
+    Args:
+        importance: [K], weight of a column's squared error; the Hessian's diagonal (the input's second moment).
+        (others: as for `minmax_grid`)
+    """
+    low, high, size = _group_range(weight, group_size, ignored)
+    count = weight.shape[1]
+    column_weight = importance.to(weight.dtype)
+    if ignored is not None:
+        column_weight = column_weight.masked_fill(ignored, 0)
+    best: Grid | None = None
+    best_error = torch.full_like(low, float("inf"))
+    for fraction in SEARCHED_RANGES:
+        candidate = _grid_of_range(low * fraction, high * fraction, bits, size, symmetric, scale_dtype)
+        error = weight - candidate.values(candidate.round_to_nearest(weight))
+        error = _sum_groups(error.square_().mul_(column_weight), size, count)
+        better = error < best_error
+        if best is None:
+            best, best_error = candidate, error
+            continue
+        best_error = torch.where(better, error, best_error)
+        best = Grid(
+            torch.where(better, candidate.scale, best.scale),
+            torch.where(better, candidate.zero, best.zero),
+            bits,
+            size,
+            symmetric,
+        )
+    assert best is not None
+    return best
+
+
+def round_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
+    """`scale` rounded to values that float16 holds (and bfloat16, where that is asked for), never zero."""
+    rounded = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16)
+    if scale_dtype == "bfloat16":
+        # A bfloat16 has fewer digits than a normal float16 and more than a subnormal one: this order is exact in both.
+        rounded = rounded.to(torch.bfloat16).clamp(max=65280.0).to(torch.float16)
+    return rounded.to(scale.dtype)
+
+
+def _grid_of_range(
+    low: torch.Tensor,
+    high: torch.Tensor,
+    bits: int,
+    columns_per_group: int,
+    symmetric: bool,
+    scale_dtype: str,
+    margin: int = 0,
+) -> Grid:
+    """The grid that spans [low, high] in each group; both [N, G]."""
+    largest = 2**bits - 1
+    if symmetric:
+        scale = 2 * torch.maximum(-low, high) / (largest - 2 * margin)
+        scale = round_scale(torch.where(scale > 0, scale, torch.ones_like(scale)), scale_dtype)
+        zero = torch.full_like(scale, 2 ** (bits - 1))
+    else:
+        scale = (high - low) / (largest - 2 * margin)
+        scale = round_scale(torch.where(scale > 0, scale, torch.ones_like(scale)), scale_dtype)
+        zero = (-low / scale + margin).round_().clamp_(0, largest)
+    return Grid(scale, zero, bits, columns_per_group, symmetric)
+
+
+def _group_range(
+    weight: torch.Tensor, group_size: int, ignored: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Each group's smallest and largest weight, 0 included, [N, G] both; and the columns in a group."""
+    if ignored is not None:
+        weight = weight.masked_fill(ignored, 0)
+    rows, count = weight.shape
+    size = count if group_size == -1 else group_size
+    # Zeros fill up a last short group: they are inside every range.
+    padded = torch.nn.functional.pad(weight, (0, -count % size)).view(rows, -1, size)
+    return padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0), size
+
+
+def _sum_groups(values: torch.Tensor, size: int, count: int) -> torch.Tensor:
+    """Sum [N, K] over groups: [N, G]."""
+    return torch.nn.functional.pad(values, (0, -count % size)).view(len(values), -1, size).sum(-1)

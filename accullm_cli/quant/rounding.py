@@ -1,0 +1,306 @@
+"""Rounding with error feedback: each column's rounding error is carried into the columns that follow.
+
+The problem. A linear with weight W [N, K] reads rows X [T, K] in the full-precision model and rows Y [T, K] in the
+model quantized so far. Choose Q on a grid so that ||X W^T - Y Q^T||^2 is small. With H = Y^T Y and D = Y^T (X - Y),
+completing the square gives
+
+    ||X W^T - Y Q^T||^2 = tr((W* - Q) H (W* - Q)^T) + const,      W* = W + W D^T H^-1
+
+so the past enters as a corrected target W* (Qronos, arXiv 2505.11695; GPTAQ, arXiv 2504.02692), and what remains is
+rounding W* under the quadratic form H. Write H = U S U^T with U unit upper triangular and S diagonal. Then
+
+    tr((W* - Q) H (W* - Q)^T) = sum_k S_kk ||e_k + sum_{i<k} e_i U_ik||^2,      e = W* - Q  (columns)
+
+and going through the columns in order, each term is as small as it can be if column k is rounded from
+
+    w*_k + sum_{i<k} e_i U_ik.
+
+This is GPTQ (arXiv 2210.17323), in the form that needs one Cholesky factorization and no inverse (LDLQ; QuIP, arXiv
+2307.13304, theorem 6 shows that both give the same result).
+
+Outlier features. Untouched, they carry no error: the sums run over the rest, whose H is the sub-matrix of the rest.
+Compensating, they come last in the order and are "rounded" to the source's dtype, so they take up what is left.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.quant.grid import Grid, minmax_grid, searched_grid
+from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.philox import uniform
+from accullm_cli.quant.plan import LinearPlan
+
+# Columns whose mutual feedback is applied one by one; that of all earlier columns comes as one matrix product.
+COLUMN_BLOCK = 128
+# Where a Hessian is not positive definite at the configured damping, damping grows by this factor, and a record says so.
+DAMPING_STEP = 10.0
+
+
+@dataclass(frozen=True)
+class RoundingOptions:
+    """How to round; the fields are those of the configuration's `rounding` section."""
+
+    method: Literal["nearest", "feedback", "stochastic"] = "feedback"
+    outlier_mode: Literal["untouched", "compensating"] = "untouched"
+    target: Literal["corrected", "original"] = "corrected"
+    grid: Literal["search", "minmax"] = "search"
+    damping: float = 0.01
+    seed: int = 0
+    scale_dtype: str = "float16"
+
+
+@dataclass(frozen=True)
+class RoundedLinear:
+    """A quantized linear with what is known about its making.
+
+    relative_error: ||Y (W - Q)^T|| / ||Y W^T||; None where there are no rows.
+    records: one sentence for everything that was treated differently from the plan.
+    """
+
+    linear: QuantizedLinear
+    relative_error: float | None
+    records: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """U of H = U S U^T for the columns in `order`.
+
+    order: int64 [M], the features in the order they are rounded.
+    feedback: [M, M], unit upper triangular.
+    solver: [M, M] lower Cholesky factor of the damped H in this order, reversed; for the corrected target.
+    """
+
+    order: torch.Tensor
+    feedback: torch.Tensor
+    solver: torch.Tensor
+    damping: float
+
+
+def round_linears(
+    weights: dict[str, torch.Tensor],
+    plans: dict[str, LinearPlan],
+    options: RoundingOptions,
+    source_dtype: torch.dtype,
+    hessian: torch.Tensor | None = None,
+    drift: torch.Tensor | None = None,
+) -> dict[str, RoundedLinear]:
+    """Round the linears that read one input.
+
+    Args:
+        weights: the source's weight [N, K] of each linear, in the working dtype (float32; float64 in tests).
+        plans: how each is stored; 2 to 8 bits.
+        source_dtype: dtype that outlier weights are kept in.
+        hessian: Y^T Y / T, [K, K] in the working dtype; None where calibration reached no row: nearest rounding then.
+        drift: Y^T (X - Y) / T, [K, K]; None where X = Y.
+
+    Returns:
+        For each linear the quantized weight and records. One factorization is made for each distinct set of outlier
+        features, however many linears share it.
+
+    Raises:
+        AccullmError: the Hessian holds NaN or Inf, or cannot be factored at any damping up to its own mean.
+    """
+    if hessian is not None and not bool(torch.isfinite(hessian).all()):
+        raise AccullmError("the Hessian holds NaN or Inf", next(iter(weights)), "check the calibration text and model")
+    rounded: dict[str, RoundedLinear] = {}
+    sets = {plan.outlier_index for plan in plans.values()}
+    for outliers in sorted(sets):
+        names = [name for name in weights if plans[name].outlier_index == outliers]
+        records: list[str] = []
+        method = options.method
+        if hessian is None and method != "nearest":
+            method = "nearest"
+            records.append("no calibration token reached its input: rounded to nearest without data")
+        factor = None
+        if hessian is not None and method != "nearest":
+            factor = factor_hessian(hessian, outliers, options)
+            if factor.damping > options.damping:
+                records.append(f"Hessian not positive definite: damping raised to {factor.damping:g}")
+        for name in names:
+            rounded[name] = _round_one(
+                weights[name], plans[name], options, source_dtype, hessian, drift, factor, tuple(records)
+            )
+    return {name: rounded[name] for name in weights}
+
+
+def factor_hessian(hessian: torch.Tensor, outliers: tuple[int, ...], options: RoundingOptions) -> Factor:
+    """Order the columns, the largest input first, and factor the damped Hessian in that order.
+
+    Rounding the features with the largest second moment first leaves the most columns to make up for their errors
+    (GPTQ's activation order). Untouched outliers are left out; compensating ones come last.
+
+    Raises:
+        AccullmError: not positive definite even with damping equal to the mean of the diagonal.
+    """
+    diagonal = hessian.diagonal()
+    is_outlier = torch.zeros(len(diagonal), dtype=torch.bool)
+    is_outlier[list(outliers)] = True
+    by_size = torch.argsort(diagonal, descending=True, stable=True)
+    order = by_size[~is_outlier[by_size]]
+    if options.outlier_mode == "compensating":
+        order = torch.cat([order, by_size[is_outlier[by_size]]])
+    mean = float(diagonal.mean())
+    # A dead input (all features always zero) makes every rounding equally good; any positive number will do.
+    mean = mean if mean > 0 else 1.0
+    damping = options.damping
+    reverse = order.flip(0)
+    while True:
+        # H = R R^T with R upper triangular is the Cholesky factorization of H with rows and columns reversed.
+        reversed_hessian = hessian[reverse][:, reverse]
+        reversed_hessian.diagonal().add_(damping * mean)
+        solver, failed = torch.linalg.cholesky_ex(reversed_hessian)
+        del reversed_hessian
+        if not failed:
+            break
+        if damping >= 1.0:
+            raise AccullmError("the Hessian cannot be factored at any damping up to its mean", hint="use more samples")
+        damping = min(damping * DAMPING_STEP, 1.0)
+    feedback = solver.flip(0, 1)
+    return Factor(order, feedback / feedback.diagonal(), solver, damping)
+
+
+def corrected_target(weight: torch.Tensor, drift: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """W* = W + W D^T H^-1 on the columns in `factor.order` (others as they are); [N, K]."""
+    pull = drift[factor.order] @ weight.T
+    reverse = torch.cholesky_solve(pull.flip(0), factor.solver)
+    target = weight.clone()
+    target[:, factor.order] += reverse.flip(0).T
+    return target
+
+
+def round_with_feedback(
+    target: torch.Tensor,
+    grid: Grid,
+    factor: Factor,
+    rounded_features: int,
+    source_dtype: torch.dtype,
+    generator: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Round the columns of `target` in order, each from its value plus the errors fed forward to it.
+
+    Args:
+        target: [N, K], in the working dtype.
+        factor: order [M] and feedback [M, M].
+        rounded_features: the first so many in the order go to the grid; those after them (compensating outliers) are
+            rounded to `source_dtype`.
+        generator: (seed, stream) of stochastic rounding; None for nearest.
+
+    Returns:
+        Codes as whole numbers [K, N] (transposed; columns not in the order hold 0), the compensating columns' values
+        [M - rounded_features, N], and the number of codes that fell outside the grid and were clamped.
+    """
+    order, feedback = factor.order, factor.feedback
+    count, rows = len(order), target.shape[0]
+    # Transposed, so that one column of the weight is one contiguous row.
+    wanted = target.T[order].contiguous()
+    scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
+    group = (order // grid.columns_per_group).tolist()
+    error = torch.empty_like(wanted)
+    codes = torch.zeros(target.shape[1], rows, dtype=target.dtype)
+    kept = torch.empty(count - rounded_features, rows, dtype=target.dtype)
+    clamped = 0
+    for start in range(0, count, COLUMN_BLOCK):
+        end = min(start + COLUMN_BLOCK, count)
+        fed = torch.addmm(wanted[start:end], feedback[:start, start:end].T, error[:start])
+        if generator is not None:
+            noise = uniform(*generator, order[start:end], rows).to(target.dtype)
+        for k in range(start, end):
+            value = fed[k - start]
+            if k > start:
+                value = torch.addmv(value, error[start:k].T, feedback[start:k, k])
+            if k >= rounded_features:
+                kept[k - rounded_features] = value.to(source_dtype)
+                error[k] = wanted[k] - kept[k - rounded_features]
+                continue
+            column_scale, column_zero = scale[group[k]], zero[group[k]]
+            position = value / column_scale + column_zero
+            code = position.round() if generator is None else (position + noise[k - start]).floor_()
+            inside = code.clamp(0, grid.largest_code)
+            if generator is not None:
+                clamped += int((inside != code).sum())
+            codes[order[k]] = inside
+            error[k] = wanted[k] - (inside - column_zero) * column_scale
+    return codes, kept, clamped
+
+
+def _round_one(
+    weight: torch.Tensor,
+    plan: LinearPlan,
+    options: RoundingOptions,
+    source_dtype: torch.dtype,
+    hessian: torch.Tensor | None,
+    drift: torch.Tensor | None,
+    factor: Factor | None,
+    records: tuple[str, ...],
+) -> RoundedLinear:
+    """Round one linear; `factor` is None for nearest rounding."""
+    outliers = torch.tensor(plan.outlier_index, dtype=torch.int64)
+    is_outlier = torch.zeros(weight.shape[1], dtype=torch.bool)
+    is_outlier[outliers] = True
+    target = weight
+    if factor is not None and drift is not None and options.target == "corrected":
+        target = corrected_target(weight, drift, factor)
+    importance = torch.ones(weight.shape[1]) if hessian is None else hessian.diagonal()
+    grid = _grid(target, importance, plan, options, is_outlier)
+    kept = weight[:, outliers].to(source_dtype)
+    if factor is None:
+        codes = grid.round_to_nearest(target)
+    else:
+        stochastic = options.method == "stochastic"
+        generator = (options.seed, zlib.crc32(plan.name.encode())) if stochastic else None
+        rounded_features = weight.shape[1] - len(outliers)
+        columns, compensating, clamped = round_with_feedback(
+            target, grid, factor, rounded_features, source_dtype, generator
+        )
+        codes = columns.T
+        if len(compensating):
+            kept = compensating.T[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)
+        if clamped:
+            records += (f"{clamped} stochastic codes fell outside the grid and were clamped",)
+    _, zero = grid.per_column(weight.shape[1])
+    codes = torch.where(is_outlier, zero, codes)
+    linear = QuantizedLinear(
+        codes=codes.to(torch.uint8).contiguous(),
+        scales=grid.scale.to(torch.float16),
+        zeros=None if plan.symmetric else grid.zero.to(torch.uint8),
+        outlier_index=outliers.to(torch.int32),
+        outlier_weight=kept.contiguous(),
+        bits=plan.bits,
+        group_size=plan.group_size,
+    )
+    return RoundedLinear(linear, relative_error(weight, linear, hessian), records)
+
+
+def _grid(
+    target: torch.Tensor,
+    importance: torch.Tensor,
+    plan: LinearPlan,
+    options: RoundingOptions,
+    is_outlier: torch.Tensor,
+) -> Grid:
+    """The grid for a linear's target; stochastic rounding spans the range, with a code to spare at either end."""
+    stochastic = options.method == "stochastic"
+    if options.grid == "minmax" or stochastic:
+        margin = 1 if stochastic and plan.bits > 2 else 0
+        return minmax_grid(
+            target, plan.bits, plan.group_size, plan.symmetric, options.scale_dtype, is_outlier, margin
+        )
+    return searched_grid(
+        target, importance, plan.bits, plan.group_size, plan.symmetric, options.scale_dtype, is_outlier
+    )
+
+
+def relative_error(weight: torch.Tensor, linear: QuantizedLinear, hessian: torch.Tensor | None) -> float | None:
+    """||Y (W - Q)^T|| / ||Y W^T|| from H = Y^T Y; None without H or where the output is zero."""
+    if hessian is None:
+        return None
+    lost = weight - linear.dequantize(torch.float32).to(weight.dtype)
+    energy = float(((weight @ hessian) * weight).sum())
+    return float((((lost @ hessian) * lost).sum().clamp(min=0)) / energy) ** 0.5 if energy > 0 else None
