@@ -1,22 +1,47 @@
-"""Every option of a conversion, declared once: the field is the YAML key, the flag, the help text and the docs row."""
+"""Every option of a conversion, declared once: the field is the YAML key, the flag, the help text and the docs row.
+
+`Config` and its sections are the declaration, `options()` walks it for whoever derives something from it (flags,
+docs) and `config_schema()` is its JSON Schema. `config_file.load_config` fills it from files, `--set` and flags.
+"""
 
 from __future__ import annotations
 
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
 
 
-def option(default: Any, help: str, flag: str | None = None, example: str | None = None, **constraints: Any) -> Any:
+def option(
+    default: Any,
+    help: str,
+    flag: str | None = None,
+    example: str | None = None,
+    allowed: str | None = None,
+    **constraints: Any,
+) -> Any:
     """A field that is also a command-line flag.
 
     Args:
         flag: the flag's name where it is not `--` and the field's name with dashes.
         example: a value for the docs, where the default does not explain itself.
+        allowed: the values in words, where the constraints alone don't say them.
         constraints: pydantic's (ge, le, ...).
     """
-    extra = {"flag": flag, "example": example}
+    extra: dict[str, Any] = {"flag": flag, "example": example, "allowed": allowed}
     if isinstance(default, list):
         return Field(default_factory=lambda: list(default), description=help, json_schema_extra=extra, **constraints)
     return Field(default, description=help, json_schema_extra=extra, **constraints)
@@ -25,17 +50,44 @@ def option(default: Any, help: str, flag: str | None = None, example: str | None
 def parse_fraction(value: object) -> object:
     """'0.5%' and 0.005 mean the same."""
     if isinstance(value, str) and value.strip().endswith("%"):
-        return float(value.strip()[:-1]) / 100
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            return value  # for pydantic to refuse, as any other text that is not a number
     return value
 
 
-Fraction = Annotated[float, BeforeValidator(parse_fraction)]
+def check_group_size(value: int) -> int:
+    if value == 0:
+        raise ValueError("0 is not a group size; give -1 (one scale per output row), or 1 or more")
+    return value
+
+
+def check_distinct(values: list[str]) -> list[str]:
+    repeated = next((value for index, value in enumerate(values) if value in values[:index]), None)
+    if repeated is not None:
+        raise ValueError(f"{repeated} is given twice; give it once")
+    return values
+
+
+PercentText = Annotated[str, StringConstraints(pattern=r"^\s*[0-9]*\.?[0-9]+\s*%\s*$")]
+Fraction = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | PercentText)]
+GroupSize = Annotated[int, AfterValidator(check_group_size), Field(json_schema_extra={"not": {"const": 0}})]
+FormatName = Literal["accullm", "compressed-tensors"]
 
 
 class Section(BaseModel):
     """A part of the configuration. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        # pydantic reads true as 1, and YAML 1.1 reads yes and on as true.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are not values of this key (YAML reads yes, no, on and off as these)")
+        return value
 
 
 class Calibration(Section):
@@ -56,7 +108,13 @@ class PlanOptions(Section):
     """How the linears are to be stored."""
 
     bits: int = option(4, "Bits of a weight.", ge=2, le=8)
-    group_size: int = option(64, "Input features that share a scale; -1 for one scale per output row.", ge=-1)
+    group_size: GroupSize = option(
+        64,
+        "Input features that share a scale; -1 for one scale per output row.",
+        example="128",
+        allowed="-1, or 1 or more",
+        ge=-1,
+    )
     symmetric: bool = option(False, "Fix the zero point in the middle of the grid, so that none is stored.")
     outliers: Fraction = option(
         0.005,
@@ -98,10 +156,14 @@ class Rounding(Section):
 class Export(Section):
     """What is written."""
 
-    format: list[Literal["accullm", "compressed-tensors"]] = option(
-        ["accullm"], "Artifact format; give it again for several.", min_length=1
+    format: Annotated[list[FormatName], AfterValidator(check_distinct)] = option(
+        ["accullm"], "Artifact format; give it again for several.", example="compressed-tensors", min_length=1
     )
-    out: Path | None = option(None, "Directory of the artifact. Default: MODEL's name with -int4 (the bits) behind it.")
+    out: Path | None = option(
+        None,
+        "Directory of the artifact. Default: MODEL's name with -int4 (the bits) behind it.",
+        example="smollm2-int4",
+    )
 
 
 class Validation(Section):
@@ -125,9 +187,19 @@ class Validation(Section):
 class Machine(Section):
     """Where and how the work is done."""
 
-    run: Path | None = option(None, "Run directory, for resuming. Default: the artifact's directory with .run behind.")
-    device: str = option("auto", "'auto', 'cpu' or 'cuda:N'.", example="cuda:0", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    threads: int | None = option(None, "CPU threads; fixed for a run. Default: all that this process may use.", ge=1)
+    run: Path | None = option(
+        None, "Run directory, for resuming. Default: the artifact's directory with .run behind.", example="smollm2.run"
+    )
+    device: str = option(
+        "auto",
+        "'auto', 'cpu' or 'cuda:N'.",
+        example="cuda:0",
+        allowed="auto, cpu or cuda:N",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+    )
+    threads: int | None = option(
+        None, "CPU threads; fixed for a run. Default: all that this process may use.", example="4", ge=1
+    )
     seed: int = option(0, "Seed of every random choice.", ge=0, lt=2**63)
 
 
@@ -141,3 +213,118 @@ class Config(Section):
     export: Export = Field(default_factory=Export)
     validation: Validation = Field(default_factory=Validation)
     machine: Machine = Field(default_factory=Machine)
+
+    def to_yaml(self) -> str:
+        """The config as a YAML file that `load_config` reads back to an equal one."""
+        import yaml
+
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+# -- the declaration as data -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, for whoever derives something from the declaration.
+
+    key: dotted YAML key ("plan.bits"); flag: "--bits"; section: "plan".
+    kind: what its value is: "integer", "number", "boolean", "path", "text" or "choice" (then `choices` lists them).
+    repeatable: the value is a list, and the flag may be given again.
+    default: as declared; None where the program decides. example: a value to show, as it is typed after the flag.
+    allowed: the range in words ("2 to 8"); empty where there is none.
+    """
+
+    key: str
+    flag: str
+    section: str
+    kind: Literal["integer", "number", "boolean", "path", "text", "choice"]
+    choices: tuple[str, ...]
+    repeatable: bool
+    default: Any
+    help: str
+    example: str
+    allowed: str
+
+
+def sections() -> dict[str, type[Section]]:
+    """The sections by name, in the order of declaration."""
+    return {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+
+
+def options() -> Iterator[Option]:
+    """Every option in the order of declaration: the one source of flags, docs rows and completion."""
+    for section, declared in sections().items():
+        for name, field in declared.model_fields.items():
+            yield _option_of(section, name, field)
+
+
+def _option_of(section: str, name: str, field: FieldInfo) -> Option:
+    kind, choices, repeatable = _kind_of(field.annotation)
+    default = field.get_default(call_default_factory=True)
+    extra: Any = field.json_schema_extra
+    return Option(
+        key=f"{section}.{name}",
+        flag=extra["flag"] or "--" + name.replace("_", "-"),
+        section=section,
+        kind=kind,
+        choices=choices,
+        repeatable=repeatable,
+        default=default,
+        help=field.description or "",
+        example=extra["example"] or (str(default).lower() if isinstance(default, bool) else str(default)),
+        allowed=allowed_values(field),
+    )
+
+
+def _kind_of(annotation: Any) -> tuple[Any, tuple[str, ...], bool]:
+    """(kind, choices, repeatable) of a field's annotation."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is list:
+        return (*_kind_of(get_args(annotation)[0])[:2], True)
+    if get_origin(annotation) is Literal:
+        return "choice", get_args(annotation), False
+    return {int: "integer", float: "number", bool: "boolean", Path: "path", str: "text"}[annotation], (), False
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """The range of a number in words: "2 to 8", "1 or more"; empty where it has none."""
+    extra: Any = field.json_schema_extra or {}
+    if extra.get("allowed"):
+        return str(extra["allowed"])
+    bounds: dict[str, Any] = {}
+    for part in field.metadata:
+        for name in ("ge", "gt", "le", "lt"):
+            if hasattr(part, name):
+                bounds[name] = getattr(part, name)
+    low = f"{bounds['ge']}" if "ge" in bounds else f"more than {bounds['gt']}" if "gt" in bounds else ""
+    high = f"{bounds['le']}" if "le" in bounds else f"{bounds['lt'] - 1}" if "lt" in bounds else ""
+    if low and high:
+        return f"{low}, up to {high}" if "gt" in bounds else f"{low} to {high}"
+    return f"{low} or more" if "ge" in bounds else low
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of the YAML file, for editors and other programs."""
+    schema = Config.model_json_schema()
+    schema.pop("required", None)  # the model may also come from the command line
+    for definition in (schema, *schema["$defs"].values()):
+        for field in definition.get("properties", {}).values():
+            for ours in ("flag", "allowed"):
+                field.pop(ours, None)
+            example = field.pop("example", None)
+            if example is not None:
+                field["examples"] = [_example_value(field, example)]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "AccuLLM configuration"}
+
+
+def _example_value(field: Mapping[str, Any], text: str) -> Any:
+    """An example as its YAML value, not as it is typed after a flag."""
+    import yaml
+
+    return [text] if field.get("type") == "array" else yaml.safe_load(text)
