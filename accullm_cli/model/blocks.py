@@ -1,0 +1,268 @@
+"""A decoder whose blocks are in memory one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.model.slots import CaptureInputs, InputIdentity, LinearSlot, find_blocks, find_slots
+
+# Tokens that go through a block at once: enough for full speed of the matrix products, small beside a block.
+TOKENS_PER_BATCH = 4096
+
+
+class _Stop(Exception):
+    """Ends a forward pass once everything wanted from it is there."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the model passes to one block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class Weights(Protocol):
+    """Where a decoder's weights come from: a checkpoint, or an artifact."""
+
+    def load(self, prefixes: Iterable[str]) -> None:
+        """Put every parameter under these module names into the model."""
+        ...
+
+    def load_outside(self, blocks: Iterable[str]) -> None:
+        """Put every parameter outside the given blocks into the model."""
+        ...
+
+    def release(self, prefix: str) -> None:
+        """Take the parameters of one module out of the model."""
+        ...
+
+
+class Decoder:
+    """A decoder-only model. Hidden states are float32 [windows, tokens, hidden]; token ids int64.
+
+    `load_outside()` must come before `embed` and `logits`.
+
+    Args:
+        model: the skeleton, with parameters on the meta device.
+        weights: what fills it.
+    """
+
+    def __init__(self, model: PreTrainedModel, weights: Weights) -> None:
+        self.model = model
+        self.weights = weights
+        self.block_names = find_blocks(self.model)
+        self.slots = [find_slots(self._block(index), name) for index, name in enumerate(self.block_names)]
+        self._calls: dict[tuple[int, int], list[_Call]] = {}
+        self._returns_tuple: bool | None = None
+
+    # -- weights -------------------------------------------------------------------------------------------
+
+    def load_outside(self) -> None:
+        """Read embeddings, final norm and output head, in float32."""
+        self.weights.load_outside(self.block_names)
+        self.model.tie_weights()
+        for name, parameter in self.model.named_parameters():
+            if parameter.device.type != "meta":
+                parameter.data = parameter.data.float()
+        self.model.tie_weights()
+
+    def load_block(self, index: int) -> nn.Module:
+        """Read one block, in float32 (which holds every 16-bit value exactly)."""
+        self.weights.load([self.block_names[index]])
+        return self._block(index).float()
+
+    def release_block(self, index: int) -> None:
+        self.weights.release(self.block_names[index])
+
+    # -- forward passes ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """What goes into the first block, for token ids [windows, tokens]."""
+        if self._returns_tuple is None:
+            self._learn_return_type(ids[:1, :8])
+        calls: list[_Call] = []
+        first: list[torch.Tensor] = []
+
+        def record(index: int, hidden: torch.Tensor, call: _Call) -> torch.Tensor:
+            calls.append(call)
+            if index == 0:
+                first.append(hidden)
+            if index == len(self.block_names) - 1:
+                raise _Stop
+            return hidden
+
+        self._run_shell(ids, record)
+        shape = (ids.shape[0], ids.shape[1])
+        known = self._calls.setdefault(shape, calls)
+        if not all(_same(a, b) for a, b in zip(known, calls, strict=True)):
+            raise AccullmError(
+                "blocks that are passed token-dependent values are not supported", type(self.model).__name__
+            )
+        return first[0].detach().clone()
+
+    @torch.no_grad()
+    def run(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of block `index` with the weights of `block`."""
+        call = self._calls[hidden.shape[0], hidden.shape[1]][index]
+        output = block(hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def run_capturing(
+        self,
+        index: int,
+        block: nn.Module,
+        hidden: torch.Tensor,
+        on_input: Callable[[str, torch.Tensor], None],
+        last: frozenset[str] | None = None,
+    ) -> torch.Tensor | None:
+        """As `run`, calling `on_input(name, x [..., K])` for each product of an input with a linear's weight.
+
+        Args:
+            last: stop as soon as all of these linears were seen; the result is then None.
+        """
+        waiting = set(last or ())
+
+        def seen(name: str, value: torch.Tensor) -> None:
+            on_input(name, value)
+            if waiting:
+                waiting.discard(name)
+                if not waiting:
+                    raise _Stop
+
+        try:
+            with CaptureInputs(block, self.slots[index], seen):
+                return self.run(index, block, hidden)
+        except _Stop:
+            return None
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [windows, tokens, vocabulary] for the last block's output."""
+
+        def substitute(index: int, ignored: torch.Tensor, call: _Call) -> torch.Tensor:
+            return hidden
+
+        output = self._run_shell(torch.zeros(hidden.shape[:2], dtype=torch.int64), substitute)
+        assert output is not None
+        return output.logits
+
+    def input_groups(self, index: int, block: nn.Module, hidden: torch.Tensor) -> list[list[tuple[str, ...]]]:
+        """Which linears of a block share an input, found by running it.
+
+        Returns:
+            Steps in the order the block computes them; a step is a list of groups, a group the names that read one
+            input. A dense block's steps have one group each; a step of experts has a group for each expert.
+
+        Raises:
+            AccullmError: a linear that the block does not use as one.
+        """
+        identity = InputIdentity()
+        slot_of = {slot.name: slot for slot in self.slots[index]}
+        readers: dict[tuple[object, ...], list[str]] = {}
+
+        def note(name: str, value: torch.Tensor) -> None:
+            names = readers.setdefault(identity.key(value), [])
+            if name not in names:
+                names.append(name)
+
+        self.run_capturing(index, block, hidden, note)
+        steps: list[list[tuple[str, ...]]] = []
+        stacks_done: set[str] = set()
+        for names in readers.values():
+            if slot_of[names[0]].expert is None:
+                steps.append([tuple(names)])
+                continue
+            # What one expert shows holds for all of the stack, also for those that no token reached.
+            stacks = [slot_of[name].parameter for name in names]
+            if stacks[0] in stacks_done:
+                continue
+            stacks_done.update(stacks)
+            members: dict[int, list[str]] = {}
+            for slot in self.slots[index]:
+                if slot.parameter in stacks and slot.expert is not None:
+                    members.setdefault(slot.expert, []).append(slot.name)
+            steps.append([tuple(group) for group in members.values()])
+        found = {name for step in steps for group in step for name in group}
+        unseen = [name for name in slot_of if name not in found]
+        if unseen:
+            raise AccullmError("this weight is not used as a linear layer; the architecture is not supported", unseen[0])
+        return steps
+
+    # -- the model around the blocks -----------------------------------------------------------------------
+
+    def _block(self, index: int) -> nn.Module:
+        return self.model.get_submodule(self.block_names[index])
+
+    def _run_shell(self, ids: torch.Tensor, stand_in: Callable[[int, torch.Tensor, _Call], torch.Tensor]) -> Any:
+        """Run the model with `stand_in(index, hidden, call)` in place of each block; None where it stopped."""
+        with self._replaced_blocks(stand_in):
+            try:
+                return self.model(input_ids=ids, use_cache=False)
+            except _Stop:
+                return None
+
+    @contextmanager
+    def _replaced_blocks(self, stand_in: Callable[[int, torch.Tensor, _Call], torch.Tensor]) -> Iterator[None]:
+        blocks = [self._block(index) for index in range(len(self.block_names))]
+
+        def replacement(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if args:
+                    hidden, args = args[0], args[1:]
+                else:
+                    hidden = kwargs.pop("hidden_states")
+                result = stand_in(index, hidden, _Call(args, kwargs))
+                return (result,) if self._returns_tuple else result
+
+            return forward
+
+        for index, block in enumerate(blocks):
+            block.forward = replacement(index)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    def _learn_return_type(self, ids: torch.Tensor) -> None:
+        """Run the first block once, to see whether blocks of this architecture return a tuple."""
+
+        def record(index: int, hidden: torch.Tensor, call: _Call) -> torch.Tensor:
+            calls.append((hidden, call))
+            raise _Stop
+
+        calls: list[tuple[torch.Tensor, _Call]] = []
+        self._run_shell(ids, record)
+        hidden, call = calls[0]
+        block = self.load_block(0)
+        self._returns_tuple = isinstance(block(hidden, *call.args, **call.kwargs), tuple)
+        self.release_block(0)
+
+
+def batches(windows: int, tokens: int) -> list[slice]:
+    """Slices of windows that go through a block at once."""
+    size = max(1, TOKENS_PER_BATCH // tokens)
+    return [slice(start, min(start + size, windows)) for start in range(0, windows, size)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two calls pass the same values."""
+    if isinstance(a, _Call):
+        return _same(a.args, b.args) and _same(dict(a.kwargs), dict(b.kwargs))
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return a is b or type(a) is type(b)

@@ -1,0 +1,181 @@
+"""Reading a checkpoint a part at a time into a model that has no weights.
+
+Names and layouts differ between a checkpoint and the module tree (prefixes, renamed parts, experts stored one by
+one): transformers' own conversion rules translate them, here for a few tensors at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.model.source import ModelSource, check_finite, check_shapes
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def build_skeleton(directory: Path) -> PreTrainedModel:
+    """The model that `directory`/config.json describes, in float32, all parameters on the meta device; buffers are real.
+
+    Experts run one after another ("eager"), so that each product with an expert's weight can be seen.
+    """
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
+    return model.eval().requires_grad_(False)
+
+
+class Checkpoint:
+    """The weights of `source` by the names they have in `model`'s module tree.
+
+    Raises:
+        AccullmError: a tensor is missing, or has another shape than the configuration says.
+    """
+
+    def __init__(self, source: ModelSource, model: PreTrainedModel) -> None:
+        self.source = source
+        self.model = model
+        self._rules = get_model_conversion_mapping(model)
+        self._sources = self._match_names()
+        self._check_complete()
+        self._give_source_dtypes()
+        self._meta = dict(model.named_parameters(remove_duplicate=False))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of the parameter `name`."""
+        return self._meta[name].dtype
+
+    def load(self, prefixes: Iterable[str]) -> None:
+        """Read every parameter under the given module names, as stored, and check that it is finite.
+
+        Raises:
+            AccullmError: NaN or Inf; a converted tensor that does not fit its parameter.
+        """
+        prefixes = tuple(f"{prefix}." for prefix in prefixes)
+        wanted = {name for name in self._sources if name.startswith(prefixes)}
+        self._load(wanted)
+
+    def load_outside(self, blocks: Iterable[str]) -> None:
+        """Read every parameter that lies outside the given blocks."""
+        prefixes = tuple(f"{block}." for block in blocks)
+        self._load({name for name in self._sources if not name.startswith(prefixes)})
+
+    def release(self, prefix: str) -> None:
+        """Drop the weights of one module."""
+        for name, _ in list(self.model.get_submodule(prefix).named_parameters()):
+            module_name, _, attribute = f"{prefix}.{name}".rpartition(".")
+            setattr(self.model.get_submodule(module_name), attribute, self._meta[f"{prefix}.{name}"])
+
+    def outside(self, blocks: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every stored parameter outside the given blocks, one at a time, in its stored dtype."""
+        prefixes = tuple(f"{block}." for block in blocks)
+        for name in self._sources:
+            if not name.startswith(prefixes):
+                self._load({name})
+                yield name, self.model.get_parameter(name).data
+                module_name, _, attribute = name.rpartition(".")
+                setattr(self.model.get_submodule(module_name), attribute, self._meta[name])
+
+    # -- names ---------------------------------------------------------------------------------------------
+
+    def _match_names(self) -> dict[str, list[str]]:
+        """For each parameter (the first one of a conversion with several results) the stored tensors it is made of."""
+        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
+        targets = self.model.state_dict()
+        tied = set(self.model.all_tied_weights_keys)
+        sources: dict[str, list[str]] = {}
+        self._converted: set[str] = set()
+        prefix = self.model.base_model_prefix
+        for stored in self.source.tensors:
+            name, pattern = rename_source_key(stored, renamings, converters, prefix, targets)
+            if name not in targets and stored in targets:
+                name, pattern = stored, None
+            if name not in targets or name in tied:
+                continue
+            sources.setdefault(name, []).append(stored)
+            if pattern is not None:
+                self._converted.add(name)
+        return {name: sources[name] for name in targets if name in sources}
+
+    def _check_complete(self) -> None:
+        parameters = {name: tuple(tensor.shape) for name, tensor in self.model.named_parameters()}
+        tied = set(self.model.all_tied_weights_keys)
+        if not self._converted:
+            plain = {self._sources[name][0]: shape for name, shape in parameters.items() if name in self._sources}
+            absent = {name: shape for name, shape in parameters.items() if name not in self._sources | dict.fromkeys(tied)}
+            check_shapes(self.source, plain | absent)
+            return
+        covered = set(self._sources) | tied
+        for name in self._converted:
+            covered |= {other for other in parameters if other.rpartition(".")[0] == name.rpartition(".")[0]}
+        missing = sorted(set(parameters) - covered)
+        if missing:
+            raise AccullmError(
+                f"tensor {missing[0]} is missing from the checkpoint", self.source.directory, "download it again"
+            )
+        plain = {
+            self._sources[name][0]: parameters[name]
+            for name in self._sources
+            if name not in self._converted and name in parameters
+        }
+        check_shapes(self.source, plain)
+
+    def _give_source_dtypes(self) -> None:
+        """Make each meta parameter's dtype that of its stored tensor, so that loading never casts."""
+        for name, stored in self._sources.items():
+            dtype = _DTYPES[self.source.tensors[stored[0]].dtype]
+            module_name, _, attribute = name.rpartition(".")
+            module = self.model.get_submodule(module_name)
+            if attribute in module._parameters:
+                meta = torch.empty(module._parameters[attribute].shape, dtype=dtype, device="meta")  # type: ignore[union-attr]
+                setattr(module, attribute, nn.Parameter(meta, requires_grad=False))
+
+    # -- tensors -------------------------------------------------------------------------------------------
+
+    def _load(self, names: set[str]) -> None:
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            for stored in self._sources[name]:
+                by_file.setdefault(str(self.source.tensors[stored].file), []).append(stored)
+        handles = [safe_open(file, framework="pt") for file in by_file]
+        slices = {
+            stored: handle.get_slice(stored)
+            for handle, stored_names in zip(handles, by_file.values(), strict=True)
+            for stored in stored_names
+        }
+        info, _ = convert_and_load_state_dict_in_model(
+            self.model, slices, LoadStateDictConfig(weight_mapping=self._rules), None
+        )
+        problems = [*map(str, info.mismatched_keys), *info.conversion_errors.values(), *info.error_msgs]
+        if problems:
+            raise AccullmError(
+                f"a tensor does not fit the model that config.json describes ({problems[0]})", self.source.directory
+            )
+        for name in names:
+            check_finite(name, self.model.get_parameter_or_buffer(name).data)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameter shapes by name."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
