@@ -1,0 +1,137 @@
+"""Is a file of weights whole, and what is in it: safetensors headers, content hashes, NaN and Inf."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.progress import Event, Progress, silent
+from accullm_cli.run import file_sha256, write_text
+
+# What a weight may be stored in. Integer and boolean tensors (position ids, causal masks) are buffers, not weights.
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
+BUFFER_DTYPES = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a stored tensor is and what it looks like.
+
+    dtype: safetensors' name ("BF16").
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file by name, without reading them.
+
+    Raises:
+        AccullmError: the file is no safetensors file or is cut short; a weight's dtype is not supported.
+    """
+    try:
+        # safetensors validates the whole header: JSON, dtypes, shapes, offsets without gaps up to the file's end.
+        with safe_open(path, framework="numpy"):
+            pass
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except SafetensorError as error:
+        raise AccullmError(_diagnose(path, str(error)), path, "download or copy the file again") from None
+    except OSError as error:
+        raise AccullmError(f"cannot be read ({error.strerror or error})", path) from None
+    header.pop("__metadata__", None)
+    tensors = {name: TensorInfo(path, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in WEIGHT_DTYPES + BUFFER_DTYPES:
+            raise AccullmError(
+                f"tensor {name} is stored as {tensor.dtype}; weights must be F32, F16 or BF16",
+                path,
+                "convert it to bfloat16 first",
+            )
+    return tensors
+
+
+def _diagnose(path: Path, reason: str) -> str:
+    """What is wrong with a file that safetensors refuses for `reason`."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        try:
+            header = json.loads(file.read(length)) if 0 < length <= size - 8 else {}
+            promised = 8 + length + max(entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            promised = 0
+    if promised > size:
+        return f"cut short: its header promises {promised:,} bytes, the file has {size:,}"
+    return f"not a whole safetensors file ({reason.removeprefix('Error while deserializing header: ')})"
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor that holds NaN or Inf.
+
+    Raises:
+        AccullmError: names the tensor, how many values are not finite, and the first one's index.
+    """
+    finite = torch.isfinite(tensor)
+    if bool(finite.all()):
+        return
+    wrong = (~finite).nonzero()
+    values = "1 NaN or Inf value" if len(wrong) == 1 else f"{len(wrong):,} NaN or Inf values"
+    raise AccullmError(
+        f"tensor {name} holds {values}, the first at {wrong[0].tolist()}",
+        hint="the checkpoint is damaged: download it again, or take another",
+    )
+
+
+class ContentHashes:
+    """SHA-256 of files, remembered in `cache/source-hashes.json` so that a resumed run does not read them again.
+
+    A remembered hash counts as long as the file's size, modification time and inode are the same.
+    """
+
+    def __init__(self, cache: Path, progress: Progress = silent) -> None:
+        self._file = cache / "source-hashes.json"
+        self._progress = progress
+
+    def of(self, paths: Sequence[Path]) -> dict[Path, str]:
+        """The hash of every file."""
+        remembered = self._read()
+        stamps = {path: _stamp(path) for path in paths}
+        to_read = [path for path in paths if stamps[path] not in remembered]
+        if to_read:
+            self._progress(Event("source", "start", "hashing the source", total=len(to_read)))
+        for done, path in enumerate(to_read, start=1):
+            remembered[stamps[path]] = file_sha256(path)
+            self._progress(Event("source", "step", path.name, done=done, total=len(to_read)))
+        if to_read:
+            # A file that changed while it was read has another stamp by now: what was read of it is not remembered.
+            kept = {stamps[path]: remembered[stamps[path]] for path in to_read if _stamp(path) == stamps[path]}
+            write_text(self._file, json.dumps(self._read() | kept, indent=1, sort_keys=True))
+            self._progress(Event("source", "end"))
+        return {path: remembered[stamps[path]] for path in paths}
+
+    def _read(self) -> dict[str, str]:
+        try:
+            content = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}  # absent or damaged: it holds nothing that cannot be found again
+        if not isinstance(content, Mapping):
+            return {}
+        return {key: value for key, value in content.items() if isinstance(value, str)}
+
+
+def _stamp(path: Path) -> str:
+    status = os.stat(path)
+    return f"{os.path.abspath(path)}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
