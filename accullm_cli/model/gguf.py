@@ -1,0 +1,347 @@
+"""Import a GGUF file as a Hugging Face directory, one tensor at a time.
+
+Names, permutations and the configuration come from transformers' own GGUF mapping, so that the result is the model
+that transformers would load from the file; but the weights are streamed from a memory map into one safetensors file,
+whatever the model's size. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.progress import Event, Progress, silent
+from accullm_cli.run import machine_errors, sync_directory
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+    from transformers import PreTrainedModel
+
+MARKER = "imported.json"
+
+_UNQUANTIZED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SAFETENSORS_NAME = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+# The parameters of Llama 3.1, 3.2 and 3.3, which differ in `factor` alone. GGUF stores what they amount to, a factor
+# per frequency; whether they are the right ones is checked against it.
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """An opened GGUF file.
+
+    settings: the model's configuration as transformers' mapping gives it.
+    """
+
+    path: Path
+    reader: GGUFReader
+    architecture: str
+    settings: Mapping[str, Any]
+
+
+def import_gguf(path: Path, directory: Path, progress: Progress = silent) -> tuple[str, ...]:
+    """Write the model in `path` into `directory`, unless it is there already.
+
+    All tensors get one dtype: that of most of the weight matrices, where quantized ones count as float16.
+    `directory` appears at once; after an interruption the import starts again.
+
+    Returns: sentences about what the import changed.
+
+    Raises:
+        AccullmError: damaged, in several parts, an architecture or quantization that cannot be read, no tokenizer.
+    """
+    with machine_errors(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
+        if (directory / MARKER).exists():
+            return _read_records(directory)
+        contents = _open(path)
+        temporary = directory.with_name(f".{directory.name}.tmp")
+        try:
+            with machine_errors(directory):
+                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(directory, ignore_errors=True)  # unfinished, from before directories appeared at once
+                temporary.mkdir()
+                records = _write(contents, temporary, progress)
+                (temporary / MARKER).write_text(json.dumps({"source": path.name, "records": records}), encoding="utf-8")
+                os.replace(temporary, directory)
+                sync_directory(directory.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return tuple(records)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Let one process at a time import into `directory`; the others wait, and find it done."""
+    with open(directory.with_name(f".{directory.name}.lock"), "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _read_records(directory: Path) -> tuple[str, ...]:
+    return tuple(json.loads((directory / MARKER).read_text(encoding="utf-8"))["records"])
+
+
+def _open(path: Path) -> _Contents:
+    """Map the file into memory and read its metadata."""
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    try:
+        # Maps every tensor, so that a file that is cut short is noticed here.
+        reader = GGUFReader(path)
+        architecture = str(reader.fields["general.architecture"].contents())
+        parts = reader.fields.get("split.count")
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise AccullmError(f"damaged or not a GGUF file ({reason})", path, "download or copy it again") from None
+    if parts is not None and int(parts.contents()) > 1:
+        raise AccullmError(
+            f"one of {int(parts.contents())} parts of a model", path, "join them with 'llama-gguf-split --merge' first"
+        )
+    try:
+        settings = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise AccullmError(
+            f"architecture {architecture} cannot be read from GGUF by the installed transformers",
+            path,
+            "give the model's safetensors checkpoint",
+        ) from None
+    return _Contents(path, reader, architecture, settings)
+
+
+def _write(contents: _Contents, directory: Path, progress: Progress) -> list[str]:
+    """Fill `directory`; returns the records."""
+    model = _build_skeleton(contents)
+    processor, names = _map_names(contents, model)
+    tensors = [tensor for tensor in contents.reader.tensors if tensor.name in names]
+    dtype = _choose_dtype(tensors)
+    records = _describe(contents, tensors, dtype, names)
+
+    tokenizer = _read_tokenizer(contents.path)  # before the weights: a file without one is refused at once
+    model.config.dtype = dtype
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    rounded = _write_weights(contents, directory / "model.safetensors", model, processor, names, dtype, progress)
+    if rounded:
+        records.append(f"{rounded} float32 tensors of the GGUF file rounded to {_name(dtype)}")
+    return records
+
+
+def _build_skeleton(contents: _Contents) -> PreTrainedModel:
+    """The model on the meta device, for its names and shapes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(contents.path.parent, gguf_file=contents.path.name)
+        _restore_rope_scaling(contents, config)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise AccullmError(
+            f"architecture {contents.architecture} is not a causal language model of transformers ({reason})",
+            contents.path,
+            "give the model's safetensors checkpoint",
+        ) from None
+
+
+def _restore_rope_scaling(contents: _Contents, config: Any) -> None:
+    """Put Llama 3's rope scaling back into the configuration: GGUF stores its result, and transformers drops that.
+
+    Raises:
+        AccullmError: the file holds frequency factors of another kind.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    stored = [tensor for tensor in contents.reader.tensors if tensor.name.startswith("rope_")]
+    if not stored:
+        return
+    if [tensor.name for tensor in stored] == ["rope_freqs.weight"]:
+        factors = torch.tensor(stored[0].data, dtype=torch.float32)
+        theta = config.rope_parameters["rope_theta"]
+        config.rope_parameters = {**_LLAMA3_ROPE, "rope_theta": theta, "factor": round(float(factors.max()), 4)}
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        plain = theta ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
+        if scaled.shape == factors.shape and torch.allclose(plain / scaled, factors, rtol=1e-3):
+            return
+    raise AccullmError(
+        f"tensor {stored[0].name} scales the rotary frequencies in a way that cannot be imported",
+        contents.path,
+        "give the model's safetensors checkpoint",
+    )
+
+
+def _map_names(contents: _Contents, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
+    """transformers' processor for the architecture, and the parameter's name by the GGUF tensor's."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    processor = TENSOR_PROCESSORS.get(contents.architecture, TensorProcessor)(config=dict(contents.settings))
+    try:
+        names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise AccullmError(f"its tensors cannot be named ({reason})", contents.path) from None
+    stored = {tensor.name for tensor in contents.reader.tensors}
+    used = {name: names[name] for name in names if name in stored}
+    # A tied head is not stored; named_parameters lists it once, under its first name.
+    required = dict(model.named_parameters())
+    absent = [name for name in required if name not in used.values()]
+    if absent:
+        raise AccullmError(
+            f"holds no tensor for {absent[0]}", contents.path, "give the model's safetensors checkpoint"
+        )
+    return processor, used
+
+
+def _choose_dtype(tensors: Sequence[ReaderTensor]) -> torch.dtype:
+    """The dtype of most weights in matrices; the first of float16, bfloat16 and float32 where they draw."""
+    weights: Counter[torch.dtype] = Counter({dtype: 0 for dtype in (torch.float16, torch.bfloat16, torch.float32)})
+    for tensor in tensors:
+        if len(tensor.shape) > 1:
+            weights[_UNQUANTIZED.get(tensor.tensor_type.name, torch.float16)] += int(tensor.n_elements)
+    return weights.most_common(1)[0][0]
+
+
+def _describe(
+    contents: _Contents, tensors: Sequence[ReaderTensor], dtype: torch.dtype, names: Mapping[str, str]
+) -> list[str]:
+    """What the import changes or leaves out, known before it starts."""
+    records = []
+    types = Counter(tensor.tensor_type.name for tensor in tensors if tensor.tensor_type.name not in _UNQUANTIZED)
+    if types:
+        kinds = ", ".join(f"{kind} ({count} tensors)" for kind, count in types.most_common())
+        records.append(f"source weights are {kinds} in the GGUF file; dequantized to {_name(dtype)}")
+    unused = [tensor.name for tensor in contents.reader.tensors if tensor.name not in names]
+    unused = [name for name in unused if not name.startswith("rope_")]  # those have been understood
+    if unused:
+        records.append(f"{len(unused)} tensors of the GGUF file are not part of the model: {', '.join(unused[:5])}")
+    return records
+
+
+def _read_tokenizer(path: Path) -> Any:
+    """The tokenizer in the file, with its chat template."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, ImportError) as error:
+        reason = " ".join(repr(error).split())
+        raise AccullmError(
+            f"holds no tokenizer that transformers can read ({reason})",
+            path,
+            "give the model's safetensors checkpoint",
+        ) from None
+
+
+def _write_weights(
+    contents: _Contents,
+    target: Path,
+    model: PreTrainedModel,
+    processor: Any,
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+    progress: Progress,
+) -> int:
+    """Stream all tensors into a safetensors file; returns how many float32 tensors changed by the cast."""
+    from gguf import dequantize
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Experts may arrive in several tensors that the processor merges into one parameter, through this dict.
+    merged: dict[str, torch.Tensor] = {}
+    pending = Counter(names.values())
+    tensors = [tensor for tensor in contents.reader.tensors if tensor.name in names]
+    rounded = 0
+    progress(Event("source", "start", f"importing {contents.path.name}", total=len(tensors)))
+    with open(target, "wb") as file:
+        offsets = _write_header(file, {name: shapes[name] for name in pending}, dtype)
+        for done, tensor in enumerate(tensors, start=1):
+            name = names[tensor.name]
+            try:
+                result = processor.process(
+                    weights=dequantize(tensor.data, tensor.tensor_type),
+                    name=tensor.name,
+                    tensor_key_mapping=names,
+                    parsed_parameters={"tensors": merged},
+                )
+            except RuntimeError:
+                raise AccullmError(
+                    f"tensor {tensor.name} is quantized as {tensor.tensor_type.name}, which cannot be read",
+                    contents.path,
+                    "give another quantization, or the model's safetensors checkpoint",
+                ) from None
+            pending[name] -= 1
+            if result.name is not None:
+                # A copy: the file is mapped read-only, and torch wants memory that it may write.
+                merged[name] = torch.tensor(result.weights, dtype=torch.float32)
+            if pending[name] == 0:
+                weights = merged.pop(name)
+                if tuple(weights.shape) != shapes[name]:
+                    raise AccullmError(
+                        f"tensor {tensor.name} has shape {list(weights.shape)}, but the model's {name} has "
+                        f"{list(shapes[name])}",
+                        contents.path,
+                    )
+                rounded += _write_tensor(file, offsets[name], weights, dtype, tensor, contents.path)
+            progress(Event("source", "step", tensor.name, done=done, total=len(tensors)))
+        file.flush()
+        os.fsync(file.fileno())
+    progress(Event("source", "end"))
+    return rounded
+
+
+def _write_header(file: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, int]:
+    """Write a safetensors header for tensors of one dtype; returns the position of each tensor in the file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {
+            "dtype": _SAFETENSORS_NAME[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
+    file.write(struct.pack("<Q", len(text)) + text)
+    start = 8 + len(text)
+    return {name: start + header[name]["data_offsets"][0] for name in shapes}
+
+
+def _write_tensor(
+    file: Any, position: int, weights: torch.Tensor, dtype: torch.dtype, stored: ReaderTensor, path: Path
+) -> bool:
+    """Cast and write one tensor [as the model has it], float32; returns whether a float32 tensor lost anything."""
+    cast = weights.to(dtype).contiguous()
+    if bool(torch.isinf(cast).any()) and not bool(torch.isinf(weights).any()):
+        raise AccullmError(f"tensor {stored.name} holds values beyond the range of {_name(dtype)}", path)
+    file.seek(position)
+    file.write(memoryview(cast.flatten().view(torch.uint8).numpy()))
+    return stored.tensor_type.name == "F32" and not torch.equal(cast.float(), weights)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
