@@ -200,7 +200,7 @@ class Machine(Section):
     threads: int | None = option(
         None, "CPU threads; fixed for a run. Default: all that this process may use.", example="4", ge=1
     )
-    seed: int = option(0, "Seed of every random choice.", ge=0, lt=2**63)
+    seed: int = option(0, "Seed of every random choice.", allowed="0 to 2**63 - 1", ge=0, lt=2**63)
 
 
 class Config(Section):

@@ -6,7 +6,7 @@ Every value carries where it came from, so that a refusal names the file and lin
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -279,8 +279,8 @@ def _phrase(kind: str, context: Mapping[str, Any], value: Any, option: Option | 
         return f"{value} is {'above' if 'le' in context else 'not below'} {bound}", allowed
     if kind == "literal_error" and option:
         close = difflib.get_close_matches(str(value), option.choices, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"give {' or '.join(option.choices)}"
-        return f"{_show(value)} is not one of {', '.join(option.choices)}", hint
+        hint = f"did you mean {close[0]}?" if close else f"give {_choice_text(option.choices)}"
+        return f"{_show(value)} is not allowed", hint
     if kind == "list_type" and option:
         return f"{_show(value)} is not a list", f"write it as [{value}]"
     if kind == "too_short":
@@ -295,6 +295,11 @@ def _phrase(kind: str, context: Mapping[str, Any], value: Any, option: Option | 
         "path": ("a path", "put it in quotes"),
     }[kind.split("_")[0]]
     return f"{_show(value)} is not {wanted}", article
+
+
+def _choice_text(choices: Sequence[str]) -> str:
+    """ "a, b or c"."""
+    return " or ".join([", ".join(choices[:-1]), choices[-1]]) if len(choices) > 1 else choices[0]
 
 
 def _show(value: Any) -> str:

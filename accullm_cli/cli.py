@@ -1,0 +1,372 @@
+"""The command line: parse, call, print. No logic; what is heavy is imported inside the command that needs it.
+
+Results go to stdout, everything else to stderr. `main` is the one place where errors become a line and an exit code.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.main import get_command
+
+from accullm_cli import __version__
+from accullm_cli.config import config_schema
+from accullm_cli.console import Console, render, to_json
+from accullm_cli.errors import EXIT_FAULT, EXIT_MACHINE, EXIT_NOT_SO, EXIT_OK, EXIT_USAGE, AccullmError
+from accullm_cli.flags import Call, Json, MaxMeanKl, Original, Verbose, complete_model, configured
+from accullm_cli.run import machine_error
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command leaves: the text for stdout and the exit code."""
+
+    text: str
+    code: int = EXIT_OK
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived. Not an Exception, so that nothing on the way swallows it."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit: 0 done, 1 our fault, 2 usage, 3 it is not so, 4 the machine could not, 130, 143."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console()
+    code = EXIT_OK if given else EXIT_USAGE
+    try:
+        with _signals():
+            result = get_command(app).main(given or ["--help"], "accullm", standalone_mode=False, obj=console)
+        if isinstance(result, Outcome):
+            console.close()
+            code = result.code
+            _write(result.text)
+        elif result:
+            code = int(result)
+    except (Interrupted, KeyboardInterrupt) as error:
+        console.close()
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        code = getattr(error, "exit_code", 130)
+    except AccullmError as error:
+        console.error(_one_line(error.line()))
+        code = error.exit_code
+    except typer.TyperException as error:
+        console.error(_usage_line(error))
+        code = EXIT_USAGE
+    except Exception as error:
+        line = _machine_line(error)
+        if console.verbose:
+            console.close()
+            traceback.print_exc()
+        console.error(line or _fault_line(error, console.verbose))
+        code = EXIT_MACHINE if line else EXIT_FAULT
+    finally:
+        console.close()
+    sys.exit(code)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `Interrupted`; a second one ends the process at once, as the run survives even that."""
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write(text: str) -> None:
+    """The result on stdout. A reader that has gone away (`| head`) is no error."""
+    try:
+        if text:
+            print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", text.strip())
+
+
+def _usage_line(error: typer.TyperException) -> str:
+    """typer's finding in our form: where, what, what to do."""
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context else "accullm"
+    similar = getattr(error, "possibilities", None)
+    message = _one_line(error.message if similar else error.format_message()).rstrip(".")
+    what, asks, guess = message.partition(". Did you mean ")
+    if asks:
+        hint = f"did you mean {guess}"
+    elif similar:
+        hint = f"did you mean {similar[0]}?"
+    else:
+        hint = f"see {where} --help"
+    what = what.replace("No such option: ", "No such option ")
+    return AccullmError(what[:1].lower() + what[1:], where, hint).line()
+
+
+def _machine_line(error: Exception) -> str | None:
+    """The line for what is the machine's limit and nobody's fault; None for everything else."""
+    text = str(error)
+    out_of_memory = (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which must not be imported here
+        or "can't allocate memory" in text
+    )
+    if out_of_memory:
+        hint = "give fewer --samples or a shorter --seq-len, or free memory, and run the same command again to resume"
+        return AccullmError("out of memory", None, hint).line()
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return machine_error(error, Path(error.filename or ".")).line()
+    return None
+
+
+def _fault_line(error: Exception, verbose: bool) -> str:
+    what = _one_line(f"{type(error).__name__}: {error}").rstrip(": ")
+    hint = "please report it with the traceback above" if verbose else "run with --verbose for the traceback"
+    return f"{what}; this is a fault of accullm; {hint}"
+
+
+# -- the road and its stages -------------------------------------------------------------------------------
+
+
+def _convert(call: Call) -> Outcome:
+    config = call.config()
+    from accullm_cli import pipeline
+
+    if call.dry_run:
+        return _result(call.as_json, "dry_run", pipeline.dry_run(config))
+    reports = pipeline.convert_all(config, progress=call.console.progress, fresh=call.fresh)
+    return _reports(call, reports)
+
+
+def _stage(name: str) -> Callable[[Call], Outcome]:
+    def run(call: Call) -> Outcome:
+        config = call.config()
+        from accullm_cli import pipeline
+
+        if call.dry_run:
+            return _result(call.as_json, "dry_run", pipeline.dry_run(config))
+        result = pipeline.run_stage(name, config, progress=call.console.progress, fresh=call.fresh)
+        if result.report is not None:
+            return _reports(call, (result.report,))
+        if call.as_json:
+            return Outcome(to_json(stage=result))
+        return Outcome("\n".join(map(str, result.outputs)) if name == "export" else str(result.run))
+
+    return run
+
+
+def _validate(call: Call) -> Outcome:
+    artifact = Path(call.model or "")
+    if call.model is None or not (artifact / "accullm.json").is_file():
+        if call.original is not None:
+            raise AccullmError(
+                "is not an artifact", call.model or "MODEL", "--original goes with an artifact's directory"
+            )
+        return _stage("validate")(call)
+
+    config = call.config(model=call.original or str(artifact))
+    from accullm_cli import pipeline
+
+    report = pipeline.validate_artifact(artifact, config, progress=call.console.progress)
+    return _reports(call, (report,))
+
+
+def _reports(call: Call, reports: Sequence[Any]) -> Outcome:
+    """The tables on stderr; on stdout the artifacts' paths, or the reports as JSON."""
+    code = EXIT_OK
+    for report in reports:
+        call.console.report(report)
+        if not report.contract_met:
+            code = EXIT_NOT_SO
+            missed = ", ".join(f"{c.text} (measured {c.measured:.6g})" for c in report.contract if not c.met)
+            call.console.error(AccullmError(f"the contract is not met: {missed}", report.artifact).line())
+    text = to_json(reports=tuple(reports)) if call.as_json else "\n".join(str(report.artifact) for report in reports)
+    return Outcome(text, code)
+
+
+def _result(as_json: bool, name: str, value: object, code: int = EXIT_OK) -> Outcome:
+    """A result that is itself what was asked for: a table, or JSON under `name`."""
+    return Outcome(to_json(**{name: value}) if as_json else render(value), code)
+
+
+# -- questions ---------------------------------------------------------------------------------------------
+
+
+def inspect_command(
+    ctx: typer.Context,
+    path: Annotated[str, typer.Argument(metavar="PATH", autocompletion=complete_model, help="A model or an artifact.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> Outcome:
+    """What is in a model or an artifact: bits per weight by layer, outliers, provenance."""
+    ctx.obj.verbose = verbose
+    from accullm_cli.commands.inspect import inspect
+
+    return _result(as_json, "inspection", inspect(path))
+
+
+def compare_command(
+    ctx: typer.Context,
+    first: Annotated[str, typer.Argument(metavar="A", help="An artifact.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another artifact, or the original.")],
+    max_mean_kl: MaxMeanKl = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> Outcome:
+    """Two artifacts, or an artifact and its original, side by side."""
+    ctx.obj.verbose = verbose
+    from accullm_cli.commands.compare import compare
+
+    comparison = compare(first, second, max_mean_kl=max_mean_kl)
+    return _result(as_json, "comparison", comparison, EXIT_NOT_SO if comparison.exceeded else EXIT_OK)
+
+
+def verify_command(
+    ctx: typer.Context,
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="The artifact's directory.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> Outcome:
+    """Hold every file of an artifact against its manifest, and every tensor against its schema."""
+    ctx.obj.verbose = verbose
+    from accullm_cli.commands.verify import verify
+
+    verification = verify(artifact)
+    return _result(as_json, "verification", verification, EXIT_NOT_SO if verification.problems else EXIT_OK)
+
+
+def doctor_command(ctx: typer.Context, as_json: Json = False, verbose: Verbose = False) -> Outcome:
+    """What this machine has and lacks: Python, torch, GPU, kernels; and how to get what is missing."""
+    ctx.obj.verbose = verbose
+    from accullm_cli.commands.doctor import doctor
+
+    diagnosis = doctor()
+    failed = any(check.required and not check.ok for check in diagnosis.checks)
+    return _result(as_json, "diagnosis", diagnosis, EXIT_NOT_SO if failed else EXIT_OK)
+
+
+def models_command(ctx: typer.Context, as_json: Json = False, verbose: Verbose = False) -> Outcome:
+    """The model names that stand for a source, with size and origin."""
+    ctx.obj.verbose = verbose
+    from accullm_cli.commands.models import models
+
+    return _result(as_json, "models", models())
+
+
+def schema_command() -> Outcome:
+    """The JSON Schema of the configuration file, for editors and other programs."""
+    import json
+
+    return Outcome(json.dumps(config_schema(), indent=1))
+
+
+# -- the application ---------------------------------------------------------------------------------------
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"accullm {__version__}")
+        raise typer.Exit()
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Convert large language models to 4 bits, and measure how faithful the result is."""
+
+
+HELP: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "convert": (
+        "All stages: calibrate, profile, quantize, export, validate. Prints the artifact's path.",
+        (
+            "accullm convert work/smollm2-135m",
+            "accullm convert llama-3.1-8b --group-size 128 --outliers 1% --out llama-int4",
+            "accullm convert work/smollm2-135m --config fast --require 'mean_kl<=0.2'",
+            "art=$(accullm convert work/smollm2-135m --quiet)",
+        ),
+    ),
+    "calibrate": (
+        "Read the original's activations on the calibration text. Prints the run directory.",
+        ("accullm calibrate work/smollm2-135m --samples 64",),
+    ),
+    "profile": (
+        "Find the outlier features and decide the bits of every linear. Prints the run directory.",
+        ("accullm profile work/smollm2-135m --outliers 1%",),
+    ),
+    "quantize": (
+        "Round the weights, block by block. Prints the run directory.",
+        ("accullm quantize work/smollm2-135m --rounding nearest",),
+    ),
+    "export": (
+        "Write the artifact from the finished blocks. Prints its path.",
+        ("accullm export work/smollm2-135m --format compressed-tensors",),
+    ),
+    "validate": (
+        "Measure an artifact against the original. MODEL is a model, whose run then ends with validation, or the "
+        "directory of an artifact. Prints the artifact's path.",
+        (
+            "accullm validate work/smollm2-135m-int4",
+            "accullm validate work/smollm2-135m-int4 --original work/smollm2-135m --require 'top1_agreement>=0.9'",
+        ),
+    ),
+    "inspect": ("", ("accullm inspect work/smollm2-135m-int4", "accullm inspect work/smollm2-135m --json")),
+    "compare": ("", ("accullm compare first-int4 second-int4 --max-mean-kl 0.05",)),
+    "verify": ("", ("accullm verify work/smollm2-135m-int4",)),
+    "doctor": ("", ("accullm doctor", "accullm doctor --json")),
+    "models": ("", ("accullm models",)),
+    "schema": ("", ("accullm schema > accullm.schema.json",)),
+}
+
+
+def _application() -> typer.Typer:
+    application = typer.Typer(name="accullm", rich_markup_mode="rich", pretty_exceptions_enable=False)
+    application.callback(epilog=_epilog(("accullm convert work/smollm2-135m --out work/smollm2-135m-int4",)))(_root)
+    stages: dict[str, Callable[..., Outcome]] = {
+        "convert": configured(_convert),
+        **{name: configured(_stage(name)) for name in ("calibrate", "profile", "quantize", "export")},
+        "validate": configured(_validate, {"original": (Original, None)}),
+    }
+    questions: dict[str, Callable[..., Outcome]] = {
+        "inspect": inspect_command,
+        "compare": compare_command,
+        "verify": verify_command,
+        "doctor": doctor_command,
+        "models": models_command,
+        "schema": schema_command,
+    }
+    for name, command in {**stages, **questions}.items():
+        help_text, examples = HELP[name]
+        application.command(name, help=help_text or command.__doc__, epilog=_epilog(examples))(command)
+    return application
+
+
+def _epilog(examples: Sequence[str]) -> str:
+    return "\n".join(["Examples:", *(f"  {example}" for example in examples)])
+
+
+app = _application()

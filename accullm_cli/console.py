@@ -1,0 +1,314 @@
+"""What the user sees: progress and tables on stderr, results as text or JSON for stdout, the one line of an error.
+
+Nothing here wraps or cuts a line, so that paths can be copied; no escape codes are written unless stderr is a terminal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from accullm_cli.progress import Event
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+    from accullm_cli.measure.result import Estimate, Report
+
+JSON_SCHEMA_VERSION = 1
+
+
+class Console:
+    """One command's output. `progress` is the callback that the stages call.
+
+    quiet: nothing but errors; verbose: a line for every step, and tracebacks of faults.
+    """
+
+    def __init__(self, stderr: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stderr = stderr or sys.stderr
+        self._clock = clock
+        self._started: dict[str, float] = {}
+        self._bars: Bars | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self.quiet = False
+        self.verbose = False
+
+    # -- lines -------------------------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        """A line (or table) on stderr, above the progress bars where there are any; nothing when quiet."""
+        if self.quiet:
+            return
+        if self._bars is not None:
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stderr, flush=True)
+
+    def error(self, line: str) -> None:
+        """The one line of an error."""
+        self.close()
+        print(f"{self._styled('error:', '31;1')} {line}", file=self._stderr, flush=True)
+
+    def _styled(self, text: str, code: str) -> str:
+        # https://no-color.org: set and not empty means no colour.
+        colourful = self._stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        return f"\x1b[{code}m{text}\x1b[0m" if colourful else text
+
+    # -- progress ----------------------------------------------------------------------------------------
+
+    def progress(self, event: Event) -> None:
+        """Draw one event: bars on a terminal, else a line for what begins, ends or is skipped."""
+        if self.quiet:
+            return
+        if event.kind == "record":
+            self.note(f"{event.stage}: note: {event.label}")
+        elif event.kind == "start":
+            self._started[event.stage] = self._clock()
+            self.note(f"{event.stage}: runs" + (f", {event.reason}" if event.reason else ""))
+            self._open_bar(event)
+        elif event.kind == "end":
+            seconds = self._clock() - self._started.pop(event.stage, self._clock())
+            self._move_bar(event, finished=True)
+            self.note(f"{event.stage}: done in {duration(seconds)}")
+        elif event.kind == "skip" and not event.label:
+            self.note(f"{event.stage}: {event.reason or 'up to date'}")
+        else:
+            self._move_bar(event)
+            if self.verbose:
+                self.note(self._step_line(event))
+
+    def _step_line(self, event: Event) -> str:
+        count = f" ({event.done}/{event.total})" if event.total else ""
+        why = f": {event.reason}" if event.reason else ": up to date" if event.kind == "skip" else ""
+        return f"{event.stage}: {event.label or 'step'}{count}{why}"
+
+    def _open_bar(self, event: Event) -> None:
+        if not self._stderr.isatty() or os.environ.get("TERM") == "dumb":
+            return
+        if self._bars is None:
+            self._bars = _new_bars(self._stderr)
+            self._bars.start()
+        self._tasks[event.stage] = self._bars.add_task(event.stage, total=event.total or None, step="")
+
+    def _move_bar(self, event: Event, finished: bool = False) -> None:
+        if self._bars is None or event.stage not in self._tasks:
+            return
+        if finished:
+            # The line "done in" stays on the screen in the bar's place.
+            self._bars.remove_task(self._tasks.pop(event.stage))
+            return
+        self._bars.update(
+            self._tasks[event.stage], completed=event.done, total=event.total or None, step=event.label, refresh=True
+        )
+
+    def close(self) -> None:
+        """Take the bars off the screen; safe to call twice."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+            self._tasks.clear()
+
+    # -- the report --------------------------------------------------------------------------------------
+
+    def report(self, report: Report) -> None:
+        """The table of a finished conversion or validation."""
+        self.close()
+        self.note("\n" + report_text(report, self._verdict))
+
+    def _verdict(self, met: bool) -> str:
+        return self._styled("met", "32") if met else self._styled("NOT MET", "31;1")
+
+
+def _new_bars(stderr: TextIO) -> Bars:
+    from rich.console import Console as RichConsole
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description:<10}", markup=False),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[step]}", markup=False),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=RichConsole(file=stderr),
+        transient=True,
+        # Blocks take seconds to minutes each: rich's default of 30 s would see one or none of them.
+        speed_estimate_period=600,
+    )
+
+
+# -- text --------------------------------------------------------------------------------------------------
+
+
+def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "met" if met else "NOT MET") -> str:
+    """A report as aligned lines: what it is, how large, how faithful, and the contract clause by clause."""
+    found = report.fidelity
+    floor = found.mean_kl_floor
+    rows = [
+        ("model", report.model),
+        ("format", report.format),
+        ("bits per weight", f"{report.bits_per_weight:.3f}"),
+        (
+            "size",
+            f"{size(report.artifact_bytes)} ({report.artifact_bytes / max(report.source_bytes, 1):.1%} of "
+            f"{size(report.source_bytes)})",
+        ),
+        ("perplexity, original", _estimate(found.perplexity_original, "{:.3f}")),
+        ("perplexity, artifact", _estimate(found.perplexity, "{:.3f}")),
+        ("mean KL", f"{_estimate(found.mean_kl, '{:.5f}')} nats; noise floor {floor.value:.2g}"),
+        ("KL, 99th percentile", f"{_estimate(found.kl_p99, '{:.4f}')} nats"),
+        ("KL, 99.9th percentile", f"{_estimate(found.kl_p999, '{:.4f}')} nats"),
+        ("KL, maximum", f"{found.kl_max:.4f} nats"),
+        ("top-1 agreement", _estimate(found.top1_agreement, "{:.2%}")),
+        ("measured on", f"{found.tokens} tokens, {found.windows} windows of {found.text} text"),
+    ]
+    rows += [
+        (f"require {clause.text}", f"{verdict(clause.met)} (measured {clause.measured:.6g})")
+        for clause in report.contract
+    ]
+    if report.records:
+        rows.append(("notes", f"{len(report.records)} (treated otherwise than planned; see the report)"))
+    rows.append(("artifact", report.artifact))
+    rows += [("report", str(path)) for path in sorted(Path(report.artifact).glob("report.*"))]
+    return table(rows)
+
+
+def _estimate(estimate: Estimate, form: str) -> str:
+    """A figure with its 95% confidence interval."""
+    low, high = form.format(estimate.low), form.format(estimate.high)
+    return f"{form.format(estimate.value)} [{low} to {high}]"
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+    """Rows as columns aligned by spaces; the last column is as long as it needs to be."""
+    lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
+    if not lines:
+        return ""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def render(value: object) -> str:
+    """Any result as text: a dataclass as `name  value` lines with its tuples of dataclasses as tables below."""
+    if isinstance(value, tuple):
+        return _render_tuple(value)
+    rows: list[tuple[str, str]] = []
+    below: list[str] = []
+    for name, content in _fields(value).items():
+        if isinstance(content, (tuple, list)) and content:
+            below.append(f"{_words(name)}:\n{_indent(_render_tuple(tuple(content)))}")
+        elif (dataclasses.is_dataclass(content) or isinstance(content, Mapping)) and content:
+            below.append(f"{_words(name)}:\n{_indent(render(content))}")
+        else:
+            rows.append((_words(name), _cell(name, content)))
+    return "\n\n".join(part for part in (table(rows), *below) if part)
+
+
+def _render_tuple(values: tuple[Any, ...]) -> str:
+    if not values:
+        return "none"
+    first = values[0]
+    if dataclasses.is_dataclass(first):
+        names = [field.name for field in dataclasses.fields(first)]
+        rows = [[_cell(name, getattr(value, name)) for name in names] for value in values]
+        return table(rows, [_words(name) for name in names])
+    if isinstance(first, (tuple, list)):
+        return table([[_cell("", cell) for cell in value] for value in values])
+    return "\n".join(_cell("", value) for value in values)
+
+
+def _fields(value: object) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {str(name): content for name, content in value.items()}
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    raise TypeError(f"{type(value).__name__} is neither a dataclass nor a mapping")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" if line else "" for line in text.splitlines())
+
+
+def _cell(name: str, value: object) -> str:
+    """A scalar as text; the field's name says its unit."""
+    if value is None or value == () or value == [] or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and name.endswith("bytes"):
+        return size(value)
+    if isinstance(value, (int, float)) and name.endswith("seconds"):
+        return duration(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(_cell("", item) for item in value)
+    return str(value)
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units: "274 MB"."""
+    amount, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if amount < 1000:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{count} bytes" if unit == "bytes" else f"{amount:.3g} {unit}" if amount < 999.5 else f"{amount:.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: "0.4 s", "12 s", "3 min 05 s", "2 h 07 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+# -- JSON --------------------------------------------------------------------------------------------------
+
+
+def to_json(**content: object) -> str:
+    """One JSON object, `schema_version` first; what JSON cannot hold (NaN, infinities) is null."""
+    return json.dumps({"schema_version": JSON_SCHEMA_VERSION, **plain(content)}, indent=1)
+
+
+def plain(value: object) -> Any:
+    """A value as what JSON knows."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value):
+        return {name: plain(content) for name, content in _fields(value).items()}
+    if isinstance(value, Mapping):
+        return {str(name): plain(content) for name, content in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    if isinstance(value, (str, int)) or value is None:
+        return value
+    return str(value)

@@ -1,0 +1,197 @@
+"""Write what is derived from the declarations: docs/cli.md, docs/config.md, the JSON Schemas and configs/default.yaml.
+
+python scripts/generate_docs.py            # write them
+python scripts/generate_docs.py --check    # exit with 1 where one is not as it would be written
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from typer.main import get_command
+
+from accullm_cli.cli import HELP, app
+from accullm_cli.config import Option, config_schema, options, sections
+from accullm_cli.flags import COMMON
+from accullm_cli.measure.result import Report
+
+ROOT = Path(__file__).resolve().parent.parent
+GENERATED = "<!-- Written by scripts/generate_docs.py from the declarations in the code: change those. -->\n"
+
+
+def pages() -> dict[Path, str]:
+    """Every generated file (relative to the repository) and its text."""
+    return {
+        Path("docs/cli.md"): cli_page(),
+        Path("docs/config.md"): config_page(),
+        Path("docs/config.schema.json"): json.dumps(config_schema(), indent=1) + "\n",
+        Path("docs/report.schema.json"): json.dumps(report_schema(), indent=1) + "\n",
+        Path("configs/default.yaml"): default_config(),
+    }
+
+
+# -- the command line --------------------------------------------------------------------------------------
+
+
+def cli_page() -> str:
+    application: Any = get_command(app)
+    commands = application.commands
+    parts = ["# The command line\n", GENERATED, INTRODUCTION]
+    common = [parameter for parameter in commands["convert"].params if parameter.name in COMMON]
+    parts.append("## Flags of convert and of every stage\n\n" + "\n".join(_parameter_table(common)))
+    for name in HELP:
+        parts.append("\n".join(_command_lines(name, commands[name])))
+    return "\n".join(parts) + "\n"
+
+
+def _command_lines(name: str, command: Any) -> Iterator[str]:
+    derived = {option.flag for option in options()}
+    takes_config = any(derived & set(parameter.opts) for parameter in command.params)
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    flags = [p for p in command.params if p.param_type_name == "option" and not derived & set(p.opts)]
+    own = [p for p in flags if p.name not in COMMON] if takes_config else flags
+    usage = " ".join(p.metavar if p.required else f"[{p.metavar}]" for p in arguments)
+    yield f"## accullm {name}\n"
+    yield f"    accullm {name} {usage}".rstrip() + (" [OPTIONS]\n" if flags else "\n")
+    yield f"{command.help}\n"
+    if arguments or own:
+        yield from _parameter_table([*arguments, *own])
+    yield "\n".join(f"    {example}" for example in HELP[name][1]) + "\n"
+
+
+def _parameter_table(parameters: Sequence[Any]) -> Iterator[str]:
+    yield "| | |\n| --- | --- |"
+    for parameter in parameters:
+        name = parameter.metavar if parameter.param_type_name == "argument" else " ".join(parameter.opts)
+        value = f" {parameter.metavar}" if parameter.param_type_name == "option" and parameter.metavar else ""
+        yield f"| `{name}{value}` | {_cell(parameter.help)} |"
+    yield ""
+
+
+def _cell(text: str | None) -> str:
+    return (text or "").replace("\\[", "[").replace("|", "\\|")
+
+
+INTRODUCTION = """\
+`MODEL` is a local Hugging Face directory, a GGUF file, a hub id (`owner/name`, with `@revision` where one is wanted), or a
+name that `accullm models` lists. Every option of the [configuration](config.md) can be given as a flag, as a key of a
+YAML file (`--config FILE`) or as `--set KEY=VALUE`; a flag overrides `--set`, which overrides the file, which overrides
+the default. A preset's name (`default`, `fast`, `golden`) may stand for the file. `accullm --install-completion` sets
+up completion for your shell.
+
+## Streams
+
+Results go to stdout, progress, tables and errors to stderr, so that `art=$(accullm convert MODEL --quiet)` works.
+Escape codes are written to terminals only, and colours not at all where `NO_COLOR` is set.
+
+| command | on stdout | with `--json` |
+| --- | --- | --- |
+| `convert`, `validate` | the artifact's path, one line for each format | `reports`: [schema](report.schema.json) |
+| `calibrate`, `profile`, `quantize` | the run directory | `stage` |
+| `export` | the artifact's path, one line for each format | `stage` |
+| any of these with `--dry-run` | what would run and why, size, memory, time | `dry_run` |
+| `inspect` | what is in it | `inspection` |
+| `compare` | both side by side | `comparison` |
+| `verify` | the files, and what is wrong with them | `verification` |
+| `doctor` | the checks | `diagnosis` |
+| `models` | the names | `models` |
+| `schema` | the JSON Schema of the configuration | the same |
+
+With `--json`, stdout holds one object: `schema_version` (now 1), and the key named above. A figure that could not be
+measured is `null`.
+
+## Exit codes
+
+| code | meaning |
+| --- | --- |
+| 0 | done, and the contract (if any) met |
+| 1 | a fault of accullm |
+| 2 | wrong usage, configuration or input: one line says what, where and what to do |
+| 3 | looked, and it is not so: the artifact is written but its contract not met (`convert`, `validate`); files differ \
+(`verify`); beyond the limit asked for (`compare`); a required check fails (`doctor`) |
+| 4 | the machine could not: out of memory or disk; the same command resumes |
+| 130, 143 | interrupted by Ctrl-C or by SIGTERM; the same command resumes |
+"""
+
+
+# -- the configuration -------------------------------------------------------------------------------------
+
+
+CONFIG_INTRODUCTION = """\
+Each key is also a flag of `convert` and of every stage's own command. `accullm schema` prints the JSON Schema of the
+file ([config.schema.json](config.schema.json)); an editor with a YAML language server checks a file that begins with
+`# yaml-language-server: $schema=PATH/TO/config.schema.json`. `model`, which names what to convert, stands beside the
+sections. The defaults as a file: [configs/default.yaml](../configs/default.yaml).
+"""
+
+
+def config_page() -> str:
+    parts = [
+        "# The configuration\n",
+        GENERATED,
+        CONFIG_INTRODUCTION,
+    ]
+    for section, declared in sections().items():
+        parts.append(f"## {section}\n\n{(declared.__doc__ or '').splitlines()[0]}\n")
+        parts.append("| key | flag | values | default | meaning | example |\n| --- | --- | --- | --- | --- | --- |")
+        parts += [_config_row(option) for option in options() if option.section == section]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _config_row(option: Option) -> str:
+    values = " \\| ".join(option.choices) or option.kind + (f", {option.allowed}" if option.allowed else "")
+    if option.repeatable:
+        values = f"list of {values}"
+    flag = f"{option.flag}` `--no-{option.flag[2:]}" if option.kind == "boolean" else option.flag
+    example = option.flag if option.kind == "boolean" else f"{option.flag} '{option.example}'"
+    if option.kind != "boolean" and not set(option.example) & set("<>*; "):
+        example = example.replace("'", "")
+    return f"| {option.key} | `{flag}` | {values} | {_default(option)} | {_cell(option.help)} | `{example}` |"
+
+
+def _default(option: Option) -> str:
+    return "" if option.default in (None, []) else f"`{_yaml(option.default)}`"
+
+
+def default_config() -> str:
+    lines = ["# Every key with its default. Written by scripts/generate_docs.py; docs/config.md says more.\n"]
+    for section, declared in sections().items():
+        lines.append(f"# {(declared.__doc__ or '').splitlines()[0]}\n{section}:")
+        for option in options():
+            if option.section == section:
+                lines.append(f"  {option.key.split('.')[1]}: {_yaml(option.default)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _yaml(value: Any) -> str:
+    """A default as YAML: names of ours need no quotes."""
+    return json.dumps(value).replace('"', "")
+
+
+def report_schema() -> dict[str, Any]:
+    schema = TypeAdapter(Report).json_schema(mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "AccuLLM report"}
+
+
+def main() -> int:
+    stale = []
+    for path, text in pages().items():
+        file = ROOT / path
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            stale.append(path)
+            if "--check" not in sys.argv:
+                file.write_text(text, encoding="utf-8")
+    for path in stale:
+        print(f"{path}: {'not as the code declares it; run make docs' if '--check' in sys.argv else 'written'}")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
