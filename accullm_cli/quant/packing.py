@@ -25,10 +25,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         return codes.contiguous().clone()
     *lead, count = codes.shape
     # 8 codes fill exactly `bits` bytes.
-    padded = torch.zeros(*lead, (count + 7) // 8 * 8, dtype=torch.int64)
+    padded = torch.zeros(*lead, (count + 7) // 8 * 8, dtype=torch.int64, device=codes.device)
     padded[..., :count] = codes
-    word = (padded.view(*lead, -1, 8) << (torch.arange(8) * bits)).sum(-1)
-    octets = (word[..., None] >> (torch.arange(bits) * 8)) & 0xFF
+    word = (padded.view(*lead, -1, 8) << (torch.arange(8, device=codes.device) * bits)).sum(-1)
+    octets = (word[..., None] >> (torch.arange(bits, device=codes.device) * 8)) & 0xFF
     return octets.to(torch.uint8).view(*lead, -1)[..., : packed_length(count, bits)].contiguous()
 
 
@@ -37,9 +37,12 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if bits == 8:
         return packed[..., :count].clone()
     *lead, length = packed.shape
+    if bits == 4:
+        # The general path gives the same at a tenth of the speed, and every forward pass of a loaded model waits here.
+        return torch.stack((packed & 15, packed >> 4), dim=-1).view(*lead, -1)[..., :count].contiguous()
     chunks = (length + bits - 1) // bits
-    padded = torch.zeros(*lead, chunks * bits, dtype=torch.int64)
+    padded = torch.zeros(*lead, chunks * bits, dtype=torch.int64, device=packed.device)
     padded[..., :length] = packed
-    word = (padded.view(*lead, chunks, bits) << (torch.arange(bits) * 8)).sum(-1)
-    codes = (word[..., None] >> (torch.arange(8) * bits)) & ((1 << bits) - 1)
+    word = (padded.view(*lead, chunks, bits) << (torch.arange(bits, device=packed.device) * 8)).sum(-1)
+    codes = (word[..., None] >> (torch.arange(8, device=packed.device) * bits)) & ((1 << bits) - 1)
     return codes.to(torch.uint8).view(*lead, -1)[..., :count].contiguous()
