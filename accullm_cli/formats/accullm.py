@@ -1,0 +1,238 @@
+"""The native format: any plan, its tensors as the quantize stage wrote them. docs/format.md has it on one page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats.assemble import assemble, refuse
+from accullm_cli.formats.base import ModelShape, Objection, Parts
+from accullm_cli.formats.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Manifest,
+    check_version,
+    read_manifest,
+    record_fidelity,
+)
+from accullm_cli.formats.shards import TensorFiles, link_or_copy, read_json
+from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
+from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.packing import pack, packed_length
+from accullm_cli.quant.plan import LinearPlan, Plan
+
+__all__ = ["LOADER_GUARD", "AccullmArtifact", "AccullmFormat", "record_fidelity"]
+
+KINDS = ("linear", "conv1d", "expert")
+SUFFIXES = ("qweight", "scales", "qzeros", "outlier_index", "outlier_weight")
+SCHEME_KEYS = ("bits", "group_size", "symmetric", "outliers")
+
+# transformers skips a quantization method that it does not know with a warning, and gives random values to the weights
+# it then misses. The config key `transformers_weights` names the file it reads instead of the standard ones; no file
+# has this name, so loading fails, with the remedy in the message. Our quantizer takes the key away (accullm_cli/hf.py).
+LOADER_GUARD = "import-accullm_cli.hf-before-loading.safetensors"
+
+
+class AccullmFormat:
+    """Writer and reader of the native format."""
+
+    name = "accullm"
+
+    def objections(self, plan: Plan, shape: ModelShape) -> list[Objection]:
+        """What the native format cannot hold: bits beyond 2 to 8 (or 16), a group size of 0, an unknown kind."""
+        found = []
+        for name, linear in plan.linears.items():
+            if linear.bits not in (*range(2, 9), 16):
+                found.append(Objection(f"{name} is to have {linear.bits} bits", "use 2 to 8 bits, or 16 to keep it"))
+            if linear.group_size < 1 and linear.group_size != -1:
+                found.append(
+                    Objection(f"{name} is to have group size {linear.group_size}", "use a positive one, or -1 for rows")
+                )
+            if shape.kinds.get(name) not in KINDS:
+                found.append(
+                    Objection(f"{name} is of kind {shape.kinds.get(name)}", f"the format holds {', '.join(KINDS)}")
+                )
+        return found
+
+    def write(self, directory: Path, parts: Parts) -> None:
+        """Assemble an artifact: block shards are linked from the run directory, and copied where that is impossible.
+
+        Raises:
+            AccullmError: the plan is impossible, or the parts do not fit it.
+        """
+        refuse(self.objections(parts.plan, parts.shape), directory)
+        config = {"quantization_config": quantization_config(parts.plan), "transformers_weights": LOADER_GUARD}
+        assemble(directory, parts, self.name, config, link_or_copy)
+        self.open(directory)
+
+    def open(self, directory: Path) -> AccullmArtifact:
+        """Open an artifact; the refusals are listed in docs/format.md.
+
+        Raises:
+            AccullmError: a file is missing, truncated or not as its schema says.
+        """
+        manifest = read_manifest(directory)
+        if manifest.format != self.name:
+            raise AccullmError(f"describes an artifact of format {manifest.format}", directory / MANIFEST_NAME)
+        check_config(directory / "config.json", manifest)
+        files = TensorFiles.open(directory)
+        check_owners(directory, files, manifest.plan)
+        return AccullmArtifact(directory, manifest, files)
+
+
+class AccullmArtifact(StoredArtifact):
+    """An opened artifact in the native format."""
+
+    format = "accullm"
+
+    def __init__(self, path: Path, manifest: Manifest, files: TensorFiles) -> None:
+        schema = {
+            name: linear_schema(linear, manifest.outliers[name], manifest.dtype)
+            for name, linear in manifest.plan.linears.items()
+            if linear.bits != 16
+        }
+        super().__init__(path, manifest.plan, files, schema, manifest)
+        self.plan = with_outliers(path, manifest, files)
+
+    def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> QuantizedLinear:
+        plan = self.plan.linears[name]
+        return QuantizedLinear.from_tensors(stored, plan.in_features, plan.bits, plan.group_size)
+
+    def _linear_problems(self, name: str, stored: Mapping[str, torch.Tensor]) -> Iterator[str]:
+        linear = self._linear(name, stored)
+        if not torch.equal(pack(linear.codes, linear.bits), stored["qweight"]):
+            yield "padding bits of qweight are not zero"
+        if linear.zeros is not None and not torch.equal(pack(linear.zeros, linear.bits), stored["qzeros"]):
+            yield "padding bits of qzeros are not zero"
+        yield from not_finite("scales", linear.scales)
+        yield from not_finite("outlier_weight", linear.outlier_weight)
+        index = linear.outlier_index.long()
+        group = index // linear.columns_per_group
+        zero = 2 ** (linear.bits - 1) if linear.zeros is None else linear.zeros[:, group]
+        differs = (linear.codes[:, index] != zero).any(0)
+        if differs.any():
+            feature = index[differs][0].item()
+            yield f"the codes of outlier feature {feature} differ from the zero point"
+
+
+# -- what config.json says ---------------------------------------------------------------------------------
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """What a loader must know before it reads a tensor.
+
+    The most frequent scheme stands at the top; `linears` names every quantized linear with what differs from it.
+    """
+    quantized = {name: scheme_of(linear) for name, linear in plan.linears.items() if linear.bits != 16}
+    common = {
+        key: Counter(scheme[key] for scheme in quantized.values()).most_common(1)[0][0] if quantized else 0
+        for key in SCHEME_KEYS
+    }
+    return {
+        "quant_method": "accullm",
+        "format_version": FORMAT_VERSION,
+        **common,
+        "linears": {
+            name: {key: scheme[key] for key in SCHEME_KEYS if scheme[key] != common[key]}
+            for name, scheme in quantized.items()
+        },
+        "skipped": [name for name, linear in plan.linears.items() if linear.bits == 16],
+    }
+
+
+def scheme_of(linear: LinearPlan) -> dict[str, int | bool]:
+    return {
+        "bits": linear.bits,
+        "group_size": linear.group_size,
+        "symmetric": linear.symmetric,
+        "outliers": len(linear.outlier_index),
+    }
+
+
+def check_config(path: Path, manifest: Manifest) -> None:
+    """Hold config.json, which loaders read, against the manifest.
+
+    Raises:
+        AccullmError: it is missing, of a newer version, or describes other linears.
+    """
+    config = read_json(path).get("quantization_config")
+    if not isinstance(config, dict) or config.get("quant_method") != "accullm":
+        raise AccullmError("does not say quant_method accullm", path, "copy the artifact again")
+    check_version(config.get("format_version"), path)
+    entries = config.get("linears")
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise AccullmError("does not name its quantized linears", path, "copy the artifact again")
+    common = {key: config.get(key) for key in SCHEME_KEYS}
+    described = {name: {**common, **entry} for name, entry in entries.items()}
+    for name, linear in manifest.plan.linears.items():
+        planned = None if linear.bits == 16 else {**scheme_of(linear), "outliers": manifest.outliers[name]}
+        if described.pop(name, None) != planned:
+            raise AccullmError(f"describes {name} otherwise than {MANIFEST_NAME}", path, "copy the artifact again")
+    for name in described:
+        raise AccullmError(f"describes {name}, which {MANIFEST_NAME} does not", path, "copy the artifact again")
+
+
+# -- what the tensors must be ------------------------------------------------------------------------------
+
+
+def linear_schema(linear: LinearPlan, outliers: int, dtype: torch.dtype) -> dict[str, TensorSchema]:
+    """The tensors of one quantized linear by full name. See docs/format.md."""
+    rows, bits, name = linear.out_features, linear.bits, linear.name
+    schema = {
+        f"{name}.qweight": TensorSchema(torch.uint8, (rows, packed_length(linear.in_features, bits))),
+        f"{name}.scales": TensorSchema(torch.float16, (rows, linear.groups)),
+    }
+    if not linear.symmetric:
+        schema[f"{name}.qzeros"] = TensorSchema(torch.uint8, (rows, packed_length(linear.groups, bits)))
+    if outliers:
+        schema[f"{name}.outlier_index"] = TensorSchema(torch.int32, (outliers,))
+        schema[f"{name}.outlier_weight"] = TensorSchema(dtype, (rows, outliers))
+    return schema
+
+
+def check_owners(path: Path, files: TensorFiles, plan: Plan) -> None:
+    """Refuse tensors of quantized linears that the plan does not have, or does not have like this.
+
+    Raises:
+        AccullmError: such a tensor is stored.
+    """
+    for name, info in files.infos.items():
+        owner, _, suffix = name.rpartition(".")
+        if suffix not in SUFFIXES:
+            continue
+        linear = plan.linears.get(owner)
+        if linear is None or linear.bits == 16:
+            raise AccullmError(f"tensor {name} belongs to no quantized linear of {MANIFEST_NAME}", path / info.file)
+        if suffix == "qzeros" and linear.symmetric:
+            raise AccullmError(f"tensor {name} is stored although {owner} is symmetric", path / info.file)
+
+
+def with_outliers(path: Path, manifest: Manifest, files: TensorFiles) -> Plan:
+    """The manifest's plan with the outlier features that the tensors name.
+
+    Raises:
+        AccullmError: a linear's features are not ascending, or beyond its inputs.
+    """
+    indices = files.tensors(f"{name}.outlier_index" for name, count in manifest.outliers.items() if count)
+    linears = dict(manifest.plan.linears)
+    for tensor, index in indices.items():
+        name = tensor.removesuffix(".outlier_index")
+        features = tuple(index.tolist())
+        where = path / files.infos[tensor].file
+        if any(a >= b for a, b in pairwise(features)):
+            raise AccullmError(f"tensor {tensor} is not ascending", where)
+        if features[0] < 0 or features[-1] >= linears[name].in_features:
+            raise AccullmError(
+                f"tensor {tensor} names feature {features[0] if features[0] < 0 else features[-1]} "
+                f"of {linears[name].in_features}",
+                where,
+            )
+        linears[name] = replace(linears[name], outlier_index=features)
+    return Plan(linears, manifest.plan.scale_dtype)

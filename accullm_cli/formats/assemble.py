@@ -1,0 +1,68 @@
+"""What writing an artifact has in common for all formats: shards, index, companions, config, card, manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats.base import Objection, Parts
+from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, write_card, write_manifest
+from accullm_cli.formats.shards import INDEX_NAME, SHARD_BYTES, batches, rename, write_index, write_shard
+from accullm_cli.run import sync_directory, write_file, write_text
+
+_OWN_NAMES = ("config.json", INDEX_NAME, CARD_NAME, MANIFEST_NAME)
+
+
+def assemble(
+    directory: Path,
+    parts: Parts,
+    format_name: str,
+    config: Mapping[str, Any],
+    place_block: Callable[[Path, Path], None],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write an artifact into an empty directory. `accullm.json` appears last: without it there is no artifact.
+
+    Args:
+        config: keys to add to the source's config.json.
+        place_block: makes a block's shard (second path) from the quantize stage's shard (first path).
+        shard_bytes: limit for the shards of what is outside the blocks.
+
+    Raises:
+        AccullmError: a companion has the name of a file of the artifact, or a tensor comes twice.
+    """
+    outside = []
+    for number, tensors in enumerate(batches(parts.outside, shard_bytes)):
+        # The names hold the number of shards, which is known only when the stream has ended.
+        outside.append(directory / f".outside-{number:05d}.safetensors")
+        write_shard(outside[-1], tensors)
+    count = len(parts.blocks) + len(outside)
+    shards = [directory / f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    for source, shard in zip(parts.blocks, shards, strict=False):
+        place_block(source, shard)
+    for source, shard in zip(outside, shards[len(parts.blocks) :], strict=True):
+        rename(source, shard)
+    write_index(directory, shards)
+    for companion in parts.companions:
+        copy_companion(companion, directory / companion.name)
+    write_text(directory / "config.json", json.dumps({**parts.config, **config}, indent=2) + "\n")
+    write_card(directory, parts, format_name, sum(shard.stat().st_size for shard in shards))
+    write_manifest(directory, parts, format_name)
+    sync_directory(directory)
+
+
+def copy_companion(source: Path, target: Path) -> None:
+    """Copy a file that the artifact takes from the source as it is."""
+    if target.name in _OWN_NAMES or target.suffix == ".safetensors":
+        raise AccullmError("cannot be copied into the artifact, which has a file of that name", source)
+    write_file(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def refuse(objections: list[Objection], directory: Path) -> None:
+    """Turn the first objection into a refusal."""
+    if objections:
+        raise AccullmError(objections[0].what, directory, objections[0].hint)

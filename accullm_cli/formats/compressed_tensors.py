@@ -1,0 +1,356 @@
+"""The format `pack-quantized` of compressed-tensors: weight-only 4 or 8 bits, read by transformers, vLLM and SGLang.
+
+For a linear P with weight [N, K] and group size g (https://github.com/vllm-project/compressed-tensors):
+
+- P.weight_packed int32 [N, ceil(K*bits/32)]: the code q in [-2**(bits-1), 2**(bits-1)) is stored as
+  q + 2**(bits-1), which is our unsigned code, least significant bits first along K.
+- P.weight_scale [N, G] in the model's dtype; P.weight_shape int64 [2].
+- P.weight_zero_point int32 [ceil(N*bits/32), G], only where asymmetric: packed along N, with the same offset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats.accullm import SUFFIXES as NATIVE_SUFFIXES
+from accullm_cli.formats.assemble import assemble, refuse
+from accullm_cli.formats.base import ModelShape, Objection, Parts
+from accullm_cli.formats.manifest import MANIFEST_NAME, Manifest, read_manifest
+from accullm_cli.formats.shards import TensorFiles, dtype_name, read_header, read_json, write_shard
+from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
+from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.packing import pack, packed_length, unpack
+from accullm_cli.quant.plan import LinearPlan, Plan
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class CompressedTensorsFormat:
+    """Writer and reader of compressed-tensors' pack-quantized format."""
+
+    name = "compressed-tensors"
+
+    def objections(self, plan: Plan, shape: ModelShape) -> list[Objection]:
+        """What the format cannot hold: see the functions that are asked in turn."""
+        quantized = [linear for linear in plan.linears.values() if linear.bits != 16]
+        found = [
+            *_kind_objections(quantized, shape),
+            *_bits_objections(quantized),
+            *_outlier_objections(quantized),
+            *_group_objections(quantized),
+            *_scale_objections(plan, shape),
+        ]
+        return found
+
+    def write(self, directory: Path, parts: Parts) -> None:
+        """Write an artifact: codes are packed anew, never rounded anew.
+
+        Raises:
+            AccullmError: the plan is impossible, or a scale cannot be stored exactly in the model's dtype.
+        """
+        refuse(self.objections(parts.plan, parts.shape), directory)
+
+        def place(source: Path, target: Path) -> None:
+            write_shard(target, dict(_convert_block(source, parts.plan, parts.shape.dtype)))
+
+        assemble(directory, parts, self.name, {"quantization_config": quantization_config(parts.plan)}, place)
+        self.open(directory)
+
+    def open(self, directory: Path) -> CompressedTensorsArtifact:
+        """Open an artifact of this format, from accullm or from another tool.
+
+        Raises:
+            AccullmError: a file is missing, truncated or not as its schema says, or the scheme is not supported.
+        """
+        files = TensorFiles.open(directory)
+        manifest = read_manifest(directory) if (directory / MANIFEST_NAME).exists() else None
+        if manifest is not None and manifest.format != self.name:
+            raise AccullmError(f"describes an artifact of format {manifest.format}", directory / MANIFEST_NAME)
+        plan = derived_plan(directory, files) if manifest is None else manifest.plan
+        return CompressedTensorsArtifact(directory, plan, files, manifest)
+
+
+class CompressedTensorsArtifact(StoredArtifact):
+    """An opened pack-quantized artifact."""
+
+    format = "compressed-tensors"
+
+    def __init__(self, path: Path, plan: Plan, files: TensorFiles, manifest: Manifest | None) -> None:
+        schema = {
+            name: linear_schema(linear, scale_dtype(path, files, name))
+            for name, linear in plan.linears.items()
+            if linear.bits != 16
+        }
+        super().__init__(path, plan, files, schema, manifest)
+
+    def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> QuantizedLinear:
+        return decode(stored, self.plan.linears[name])
+
+    def _linear_problems(self, name: str, stored: Mapping[str, torch.Tensor]) -> Iterator[str]:
+        plan = self.plan.linears[name]
+        if stored["weight_shape"].tolist() != [plan.out_features, plan.in_features]:
+            yield f"weight_shape is {stored['weight_shape'].tolist()}"
+        again = encode(decode(stored, plan), stored["weight_scale"].dtype, self.path)
+        for suffix in ("weight_packed", "weight_zero_point"):
+            if suffix in again and not torch.equal(again[suffix], stored[suffix]):
+                yield f"padding bits of {suffix} are not zero"
+        yield from not_finite("weight_scale", stored["weight_scale"])
+
+
+# -- objections --------------------------------------------------------------------------------------------
+
+
+def _kind_objections(linears: list[LinearPlan], shape: ModelShape) -> Iterator[Objection]:
+    names = {"conv1d": "a Conv1D layer", "expert": "an expert in a stacked parameter"}
+    for kind, words in names.items():
+        found = [linear.name for linear in linears if shape.kinds[linear.name] == kind]
+        if found:
+            yield Objection(
+                f"compressed-tensors holds torch.nn.Linear only, and {found[0]} is {words}{_more(found)}",
+                "export to the format accullm",
+            )
+
+
+def _bits_objections(linears: list[LinearPlan]) -> Iterator[Objection]:
+    found = [linear for linear in linears if linear.bits not in (4, 8)]
+    if found:
+        yield Objection(
+            f"compressed-tensors holds 4 or 8 bits, and {found[0].name} has {found[0].bits}{_more(found)}",
+            "use --bits 4 or --bits 8, or export to the format accullm",
+        )
+
+
+def _outlier_objections(linears: list[LinearPlan]) -> Iterator[Objection]:
+    found = [linear for linear in linears if linear.outlier_index]
+    if found:
+        yield Objection(
+            f"compressed-tensors holds no outlier features, and {found[0].name} has "
+            f"{len(found[0].outlier_index)}{_more(found)}",
+            "use --outliers 0, or export to the format accullm",
+        )
+
+
+def _group_objections(linears: list[LinearPlan]) -> Iterator[Objection]:
+    found = [linear for linear in linears if linear.group_size != -1 and linear.in_features % linear.group_size]
+    if found:
+        wanted = found[0].group_size
+        sizes = nearest_group_sizes(wanted, math.gcd(*(linear.in_features for linear in linears)))
+        yield Objection(
+            f"compressed-tensors needs a group size that divides the {found[0].in_features} input features of "
+            f"{found[0].name}, and {wanted} does not{_more(found)}",
+            f"use --group-size {', '.join(map(str, sizes))} or -1, or export to the format accullm",
+        )
+
+
+def _scale_objections(plan: Plan, shape: ModelShape) -> Iterator[Objection]:
+    if shape.dtype not in SCALE_DTYPES:
+        yield Objection(
+            f"compressed-tensors stores scales in the model's dtype, and {dtype_name(shape.dtype)} holds none",
+            "convert the model to bfloat16 first, or export to the format accullm",
+        )
+    elif shape.dtype == torch.bfloat16 and plan.scale_dtype != "bfloat16":
+        yield Objection(
+            f"compressed-tensors stores scales in the model's dtype bfloat16, and the plan has {plan.scale_dtype} ones",
+            "ask for the format before profile runs, which then plans scales that both hold: "
+            "--format compressed-tensors",
+        )
+
+
+def _more(found: list[Any]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+
+
+def nearest_group_sizes(wanted: int, common_divisor: int) -> list[int]:
+    """Up to three group sizes nearest to `wanted` that divide all linears' inputs, ascending.
+
+    Multiples of 32 where there are any: readers' kernels ask for them.
+    """
+    divisors = [size for size in range(1, common_divisor + 1) if common_divisor % size == 0]
+    usable = [size for size in divisors if size % 32 == 0] or divisors
+    return sorted(sorted(usable, key=lambda size: (abs(size - wanted), size))[:3])
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """The config that readers match modules with: exact names, one group per scheme, so that none matches twice."""
+    schemes: dict[tuple[int, int, bool], list[str]] = {}
+    for name, linear in plan.linears.items():
+        if linear.bits != 16:
+            schemes.setdefault((linear.bits, linear.group_size, linear.symmetric), []).append(name)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", *(name for name, linear in plan.linears.items() if linear.bits == 16)],
+        "config_groups": {
+            f"group_{number}": {
+                "targets": names,
+                "weights": {
+                    "num_bits": bits,
+                    "type": "int",
+                    "symmetric": symmetric,
+                    "strategy": "channel" if group_size == -1 else "group",
+                    "group_size": None if group_size == -1 else group_size,
+                    "dynamic": False,
+                    "actorder": None,
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+            for number, ((bits, group_size, symmetric), names) in enumerate(schemes.items())
+        },
+    }
+
+
+def _convert_block(source: Path, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a block: quantized linears in this format, the rest as it is."""
+    files = TensorFiles(source.parent, read_header(source))
+    by_linear: dict[str, list[str]] = {}
+    for name in files.infos:
+        owner, _, suffix = name.rpartition(".")
+        if suffix in NATIVE_SUFFIXES:
+            by_linear.setdefault(owner, []).append(name)
+        else:
+            yield name, files.tensor(name)
+    for owner, names in by_linear.items():
+        linear = plan.linears[owner]
+        tensors = {name.removeprefix(f"{owner}."): tensor for name, tensor in files.tensors(names).items()}
+        quantized = QuantizedLinear.from_tensors(tensors, linear.in_features, linear.bits, linear.group_size)
+        for suffix, tensor in encode(quantized, dtype, owner).items():
+            yield f"{owner}.{suffix}", tensor
+
+
+def encode(linear: QuantizedLinear, dtype: torch.dtype, where: object) -> dict[str, torch.Tensor]:
+    """The format's tensors, by suffix, of a linear without outliers.
+
+    Raises:
+        AccullmError: a scale is not exactly representable in `dtype`.
+    """
+    scales = linear.scales.to(dtype)
+    if not torch.equal(scales.double(), linear.scales.double()):
+        raise AccullmError(
+            f"a scale is not exactly representable in {dtype_name(dtype)}",
+            where,
+            "run profile again with --format compressed-tensors",
+        )
+    tensors = {
+        "weight_packed": _words(pack(linear.codes, linear.bits)),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor(linear.codes.shape, dtype=torch.int64),
+    }
+    if linear.zeros is not None:
+        tensors["weight_zero_point"] = _words(pack(linear.zeros.T, linear.bits)).T.contiguous()
+    return tensors
+
+
+def _words(octets: torch.Tensor) -> torch.Tensor:
+    """uint8 [R, B] to int32 [R, ceil(B/4)], the first byte lowest, filled up with zeros."""
+    padded = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 4))
+    shifts = torch.arange(4) * 8
+    words = (padded.view(len(octets), -1, 4).to(torch.int64) << shifts).sum(-1)
+    # The topmost bit is int32's sign.
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+def decode(tensors: Mapping[str, torch.Tensor], plan: LinearPlan) -> QuantizedLinear:
+    """The inverse of `encode`. Scales stay in their stored dtype where float16 cannot hold them."""
+    codes = unpack(_octets(tensors["weight_packed"]), plan.bits, plan.in_features)
+    zeros = None
+    if not plan.symmetric:
+        zeros = unpack(_octets(tensors["weight_zero_point"].T), plan.bits, plan.out_features).T.contiguous()
+    scales = tensors["weight_scale"]
+    half = scales.half()
+    return QuantizedLinear(
+        codes=codes,
+        scales=half if torch.equal(half.double(), scales.double()) else scales,
+        zeros=zeros,
+        outlier_index=torch.zeros(0, dtype=torch.int32),
+        outlier_weight=scales.new_zeros(plan.out_features, 0),
+        bits=plan.bits,
+        group_size=plan.group_size,
+    )
+
+
+def _octets(words: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_words`: int32 [R, W] to uint8 [R, 4*W]."""
+    octets = (words.to(torch.int64)[..., None] >> (torch.arange(4) * 8)) & 0xFF
+    return octets.to(torch.uint8).view(len(words), -1)
+
+
+def linear_schema(linear: LinearPlan, dtype: torch.dtype) -> dict[str, TensorSchema]:
+    """The tensors of one quantized linear by full name."""
+    rows, bits, name = linear.out_features, linear.bits, linear.name
+    schema = {
+        f"{name}.weight_packed": TensorSchema(torch.int32, (rows, _word_count(linear.in_features, bits))),
+        f"{name}.weight_scale": TensorSchema(dtype, (rows, linear.groups)),
+        f"{name}.weight_shape": TensorSchema(torch.int64, (2,)),
+    }
+    if not linear.symmetric:
+        schema[f"{name}.weight_zero_point"] = TensorSchema(torch.int32, (_word_count(rows, bits), linear.groups))
+    return schema
+
+
+def _word_count(count: int, bits: int) -> int:
+    return (packed_length(count, bits) + 3) // 4
+
+
+def scale_dtype(path: Path, files: TensorFiles, name: str) -> torch.dtype:
+    """The dtype of a linear's scales: any that weights come in."""
+    info = files.infos.get(f"{name}.weight_scale")
+    if info is None:
+        raise AccullmError(f"tensor {name}.weight_scale is missing", path, "copy the artifact again")
+    if info.dtype not in SCALE_DTYPES:
+        raise AccullmError(f"tensor {name}.weight_scale is {dtype_name(info.dtype)}", path / info.file)
+    return info.dtype
+
+
+def derived_plan(path: Path, files: TensorFiles) -> Plan:
+    """The plan of an artifact that another tool wrote, from its tensors; one group per row is group size -1.
+
+    Raises:
+        AccullmError: it is not pack-quantized with integers of 4 or 8 bits, or its inputs are reordered.
+    """
+    config = read_json(path / "config.json").get("quantization_config", {})
+    if config.get("format") != "pack-quantized":
+        raise AccullmError(
+            f"is compressed-tensors in format {config.get('format')}, of which only pack-quantized is supported",
+            path / "config.json",
+        )
+    linears = {}
+    for name, info in files.infos.items():
+        owner, _, suffix = name.rpartition(".")
+        if suffix == "weight_g_idx":
+            raise AccullmError(f"tensor {name}: reordered inputs (actorder group) are not supported", path / info.file)
+        if suffix == "weight_packed":
+            linears[owner] = _derived_linear(path, files, owner, info.shape[-1])
+    return Plan(linears)
+
+
+def _derived_linear(path: Path, files: TensorFiles, name: str, words: int) -> LinearPlan:
+    scale_dtype(path, files, name)
+    if f"{name}.weight_shape" not in files.infos:
+        raise AccullmError(f"tensor {name}.weight_shape is missing", path, "copy the artifact again")
+    rows, columns = files.tensor(f"{name}.weight_shape").tolist()
+    groups = files.infos[f"{name}.weight_scale"].shape[-1]
+    bits = next((bits for bits in (4, 8) if _word_count(columns, bits) == words), None)
+    if bits is None:
+        raise AccullmError(f"tensor {name}.weight_packed has {words} words for {columns} inputs", path)
+    return LinearPlan(
+        name=name,
+        out_features=rows,
+        in_features=columns,
+        bits=bits,
+        group_size=-1 if groups == 1 else columns // groups,
+        symmetric=f"{name}.weight_zero_point" not in files.infos,
+    )

@@ -1,0 +1,271 @@
+"""`accullm.json`, which says what an artifact is made of, and the model card, which says the same to people.
+
+Both are deterministic: the same artifact has the same bytes, so neither holds times or absolute paths.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats.base import Parts
+from accullm_cli.formats.shards import dtype_name, read_json
+from accullm_cli.quant.plan import LinearPlan, Plan
+from accullm_cli.run import file_sha256, write_text
+
+if TYPE_CHECKING:
+    from accullm_cli.measure.result import Report
+
+MANIFEST_NAME = "accullm.json"
+CARD_NAME = "README.md"
+FORMAT_VERSION = 1
+
+_FIDELITY_START, _FIDELITY_END = "<!-- fidelity -->", "<!-- /fidelity -->"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What the manifest keeps of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `accullm.json`.
+
+    plan: as the artifact was made, but without outlier features: these are tensors of the artifact.
+    outliers: number of outlier features by linear.
+    kinds: as in `ModelShape`.
+    dtype: of the source's weights.
+    provenance: facts about where the artifact comes from.
+    files: every file of the artifact but `accullm.json`.
+    fidelity: measured figures (`Fidelity` and the contract's clauses), or None before validation.
+    """
+
+    format: str
+    plan: Plan
+    outliers: Mapping[str, int]
+    kinds: Mapping[str, str]
+    dtype: torch.dtype
+    provenance: Mapping[str, Any]
+    files: Mapping[str, FileEntry]
+    fidelity: Mapping[str, Any] | None
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of an artifact.
+
+    Raises:
+        AccullmError: absent, malformed, or of a newer format version.
+    """
+    path = directory / MANIFEST_NAME
+    content = read_json(path)
+    check_version(content.get("format_version"), path)
+    try:
+        linears = {name: _linear_plan(name, entry) for name, entry in content["linears"].items()}
+        dtype = getattr(torch, content["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype {content['dtype']}")
+        return Manifest(
+            format=content["format"],
+            plan=Plan(linears, content["scale_dtype"]),
+            outliers={name: entry["outliers"] for name, entry in content["linears"].items()},
+            kinds={name: entry["kind"] for name, entry in content["linears"].items()},
+            dtype=dtype,
+            provenance=content["provenance"],
+            files={name: FileEntry(**entry) for name, entry in content["files"].items()},
+            fidelity=content["fidelity"],
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise AccullmError(
+            f"not a manifest of format version {FORMAT_VERSION} ({type(error).__name__}: {error})",
+            path,
+            "copy the artifact again",
+        ) from None
+
+
+def check_version(version: object, where: Path) -> None:
+    """Refuse what a newer accullm wrote.
+
+    Raises:
+        AccullmError: `version` is no number, or newer than this program knows.
+    """
+    if not isinstance(version, int):
+        raise AccullmError("has no format_version", where, "copy the artifact again")
+    if version > FORMAT_VERSION:
+        raise AccullmError(
+            f"format version {version} is newer than {FORMAT_VERSION}, the newest that this accullm reads",
+            where,
+            "upgrade with: pip install -U accullm",
+        )
+
+
+def _linear_plan(name: str, entry: Mapping[str, Any]) -> LinearPlan:
+    out_features, in_features = entry["shape"]
+    return LinearPlan(
+        name=name,
+        out_features=out_features,
+        in_features=in_features,
+        bits=entry["bits"],
+        group_size=entry["group_size"],
+        symmetric=entry["symmetric"],
+        reason=entry["reason"],
+    )
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+
+def write_card(directory: Path, parts: Parts, format_name: str, artifact_bytes: int) -> None:
+    """Write the model card of an artifact that is not validated yet."""
+    write_text(directory / CARD_NAME, "\n".join(_card(parts, format_name, artifact_bytes)) + "\n")
+
+
+def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
+    """Write `accullm.json` over all files that are there: the last file of an artifact to appear."""
+    content = {
+        "format": format_name,
+        "format_version": FORMAT_VERSION,
+        "dtype": dtype_name(parts.shape.dtype),
+        "scale_dtype": parts.plan.scale_dtype,
+        "bits_per_weight": parts.plan.bits_per_weight,
+        "linears": {
+            name: {
+                "kind": parts.shape.kinds[name],
+                "shape": [linear.out_features, linear.in_features],
+                "bits": linear.bits,
+                "group_size": linear.group_size,
+                "symmetric": linear.symmetric,
+                "outliers": len(linear.outlier_index),
+                "reason": linear.reason,
+            }
+            for name, linear in parts.plan.linears.items()
+        },
+        # The linears keep the model's order; the order of these facts is nobody's promise.
+        "provenance": json.loads(json.dumps(parts.provenance, sort_keys=True)),
+        "files": {name: asdict(_entry(directory / name)) for name in artifact_files(directory)},
+        "fidelity": None,
+    }
+    _write_content(directory, content)
+
+
+def record_fidelity(directory: Path, report: Report) -> None:
+    """Add what validation measured to an artifact's model card and manifest.
+
+    The card changes first: killed in between, the artifact still opens, and the next validation records again.
+
+    Raises:
+        AccullmError: `directory` holds no artifact.
+    """
+    read_manifest(directory)
+    content = read_json(directory / MANIFEST_NAME)
+    fidelity = asdict(report.fidelity)
+    # A path of the machine that validated means nothing elsewhere.
+    fidelity["text"] = Path(report.fidelity.text).name
+    fidelity["contract"] = [asdict(clause) for clause in report.contract]
+    fidelity["contract_met"] = report.contract_met
+    card = directory / CARD_NAME
+    if card.exists():
+        before, _, rest = card.read_text(encoding="utf-8").partition(_FIDELITY_START)
+        after = rest.partition(_FIDELITY_END)[2]
+        write_text(card, "\n".join([before.rstrip("\n"), "", *_fidelity_lines(report)]) + after)
+        content["files"][CARD_NAME] = asdict(_entry(card))
+    content["fidelity"] = fidelity
+    _write_content(directory, content)
+
+
+def artifact_files(directory: Path) -> Iterator[str]:
+    """Relative names of all files of an artifact but `accullm.json` and hidden ones, sorted."""
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory)
+        if path.is_file() and str(name) != MANIFEST_NAME and not any(part.startswith(".") for part in name.parts):
+            yield name.as_posix()
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(path.stat().st_size, file_sha256(path))
+
+
+def _write_content(directory: Path, content: Mapping[str, Any]) -> None:
+    write_text(directory / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
+
+
+# -- the model card ----------------------------------------------------------------------------------------
+
+
+def _card(parts: Parts, format_name: str, artifact_bytes: int) -> Iterator[str]:
+    plan = parts.plan
+    kept = [linear for linear in plan.linears.values() if linear.bits == 16]
+    outliers = sum(len(linear.outlier_index) for linear in plan.linears.values())
+    yield from ("---", "library_name: transformers", "tags:", "- accullm", "- quantized", "---", "")
+    yield from ("# Quantized model", "")
+    yield f"A {parts.shape.model_type} model whose linear layers are quantized, in the format `{format_name}`, made"
+    yield from ("with AccuLLM. `accullm inspect` shows what is in it, `accullm verify` checks every file.", "")
+    yield from _loading_lines(format_name)
+    yield from ("| | |", "| --- | --- |")
+    yield f"| bits per weight of the linear layers, everything counted | {plan.bits_per_weight:.3f} |"
+    yield f"| linear layers quantized | {len(plan.linears) - len(kept)} |"
+    yield f"| linear layers left in 16 bits | {len(kept)} |"
+    yield f"| outlier input features kept in {dtype_name(parts.shape.dtype)} | {outliers} |"
+    yield f"| size of the tensors | {artifact_bytes / 1e6:.1f} MB |"
+    yield from ("", "## Fidelity", "", _FIDELITY_START, "Not validated yet.", _FIDELITY_END, "")
+    yield from ("## Where it comes from", "")
+    yield from (f"- {name}: {value}" for name, value in flat_facts(parts.provenance))
+
+
+def _loading_lines(format_name: str) -> Iterator[str]:
+    if format_name == "accullm":
+        yield from ("```python", "import accullm_cli.hf  # teaches transformers the format")
+    else:
+        yield from ("```python", "# needs the package compressed-tensors")
+    yield from ("from transformers import AutoModelForCausalLM", "")
+    yield from ('model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")', "```", "")
+
+
+def _fidelity_lines(report: Report) -> list[str]:
+    measured = report.fidelity
+    rows = [
+        ("perplexity, original", measured.perplexity_original),
+        ("perplexity", measured.perplexity),
+        ("mean KL to the original (nats per token)", measured.mean_kl),
+        ("KL, 99th percentile", measured.kl_p99),
+        ("KL, 99.9th percentile", measured.kl_p999),
+        ("noise floor of the mean KL", measured.mean_kl_floor),
+        ("top-1 agreement", measured.top1_agreement),
+    ]
+    lines = [
+        _FIDELITY_START,
+        f"Measured on {measured.tokens} tokens in {measured.windows} windows of held-out text.",
+        "",
+        "| | measured | 95% confidence interval |",
+        "| --- | --- | --- |",
+    ]
+    lines += [f"| {name} | {value.value:.5g} | {value.low:.5g} to {value.high:.5g} |" for name, value in rows]
+    lines.append(f"| KL, maximum | {measured.kl_max:.5g} | |")
+    for clause in report.contract:
+        verdict = "met" if clause.met else "not met"
+        lines.append(f"| contract {clause.text} | {clause.measured:.5g} | {verdict} |")
+    return [*lines, _FIDELITY_END]
+
+
+def flat_facts(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested facts as lines: ("source.name", "smollm2"), sorted by name; a list gives one line per entry."""
+    for key in sorted(facts):
+        value, name = facts[key], f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flat_facts(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            yield from ((name, str(entry)) for entry in value)
+        else:
+            yield name, str(value)

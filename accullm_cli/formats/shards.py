@@ -1,0 +1,221 @@
+"""Safetensors files of one directory: which tensors they hold, read one at a time, and how they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.run import machine_errors, write_file, write_text
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# Large enough that a 70B model has some 20 files, small enough that one fits into any machine's memory.
+SHARD_BYTES = 2_000_000_000
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that configurations and messages use: torch.bfloat16 is 'bfloat16'."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says about one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str  # name of the file inside the directory
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file; no tensor is read.
+
+    Raises:
+        AccullmError: the file is absent, truncated or no safetensors file, or holds a dtype that is not known.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            raw = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except FileNotFoundError:
+        raise AccullmError("file is missing", path, "copy or download it again") from None
+    except SafetensorError as error:
+        raise AccullmError(
+            f"truncated, or not a safetensors file ({error})", path, "copy or download it again"
+        ) from None
+    for name, (dtype, _) in raw.items():
+        if dtype not in DTYPES:
+            raise AccullmError(f"tensor {name} has dtype {dtype}, which is not supported", path)
+    return {name: TensorInfo(DTYPES[dtype], shape, path.name) for name, (dtype, shape) in raw.items()}
+
+
+class TensorFiles:
+    """All tensors of a directory's safetensors files, by name. A tensor is read when asked for and not kept."""
+
+    def __init__(self, directory: Path, infos: Mapping[str, TensorInfo]) -> None:
+        self.directory = directory
+        self.infos = infos
+
+    @classmethod
+    def open(cls, directory: Path) -> TensorFiles:
+        """Read the headers of the files that the index names (or of the one file without an index).
+
+        Raises:
+            AccullmError: no tensors at all; the index is malformed or points outside the directory; a file is
+                absent or truncated; index and files disagree about a tensor.
+        """
+        index_path = directory / INDEX_NAME
+        if not index_path.exists():
+            if not (directory / SINGLE_NAME).exists():
+                raise AccullmError(f"holds neither {INDEX_NAME} nor {SINGLE_NAME}", directory, "copy it again")
+            return cls(directory, read_header(directory / SINGLE_NAME))
+        files_of = read_index(index_path)
+        infos: dict[str, TensorInfo] = {}
+        for file in sorted(set(files_of.values())):
+            header = read_header(directory / file)
+            for name in header:
+                if files_of.get(name) != file:
+                    raise AccullmError(f"tensor {name} is not in the index under this file", directory / file)
+            infos |= header
+        for name, file in files_of.items():
+            if name not in infos:
+                raise AccullmError(f"tensor {name} is missing, which the index promises", directory / file)
+        return cls(directory, infos)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor in its stored dtype."""
+        return self.tensors((name,))[name]
+
+    def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several tensors, each file opened once."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self.infos:
+                raise AccullmError(f"tensor {name} is missing", self.directory)
+            by_file.setdefault(self.infos[name].file, []).append(name)
+        found: dict[str, torch.Tensor] = {}
+        for file, wanted in by_file.items():
+            with safe_open(self.directory / file, framework="pt") as handle:
+                found |= {name: handle.get_tensor(name) for name in wanted}
+        return found
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The index's map from tensor to file.
+
+    Raises:
+        AccullmError: not an index, or a file's name points outside the directory.
+    """
+    content = read_json(path)
+    files_of = content.get("weight_map")
+    if not isinstance(files_of, dict) or not all(isinstance(file, str) for file in files_of.values()):
+        raise AccullmError("has no map from tensors to files (weight_map)", path, "copy or download it again")
+    for file in files_of.values():
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise AccullmError(f"points outside its directory ({file})", path)
+    return files_of
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        AccullmError: the file is absent or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AccullmError("file is missing", path, "copy or download it again") from None
+    except ValueError as error:
+        raise AccullmError(f"is not valid JSON ({error})", path, "copy or download it again") from None
+    if not isinstance(content, dict):
+        raise AccullmError("is not a JSON object", path, "copy or download it again")
+    return content
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one safetensors file at once."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # transformers up to 4.x asks for this entry.
+    write_file(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy where the file system cannot link."""
+    try:
+        os.link(source, target)
+    except OSError:
+        write_file(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def batches(tensors: Iterator[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect streamed tensors into groups of at most `limit` bytes (a larger tensor is a group of its own)."""
+    batch: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if name in batch:
+            raise AccullmError(f"tensor {name} comes twice")
+        if batch and size + tensor.nbytes > limit:
+            yield batch
+            batch, size = {}, 0
+        batch[name] = tensor
+        size += tensor.nbytes
+    if batch:
+        yield batch
+
+
+def write_index(directory: Path, shards: Iterable[Path]) -> None:
+    """Write the index of finished shards.
+
+    Raises:
+        AccullmError: two shards hold a tensor of the same name.
+    """
+    files_of: dict[str, str] = {}
+    total = 0
+    for shard in shards:
+        for name, info in read_header(shard).items():
+            if name in files_of:
+                raise AccullmError(f"tensor {name} is in {files_of[name]} already", shard)
+            files_of[name] = shard.name
+            total += info.bytes
+    content = {"metadata": {"total_size": total}, "weight_map": files_of}
+    write_text(directory / INDEX_NAME, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename, with the operating system's refusals as one line."""
+    with machine_errors(target):
+        os.replace(source, target)

@@ -1,0 +1,140 @@
+"""What all opened artifacts have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats.manifest import Manifest
+from accullm_cli.formats.shards import TensorFiles, TensorInfo, dtype_name
+from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.plan import Plan
+
+
+@dataclass(frozen=True)
+class TensorSchema:
+    """What a stored tensor must be."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class StoredArtifact(ABC):
+    """A finished artifact, opened for reading (see `formats.base.Artifact`).
+
+    `schema` gives the tensors of each quantized linear by their full names; all that is stored beside them is
+    `names()`.
+    """
+
+    format: str
+
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        files: TensorFiles,
+        schema: Mapping[str, Mapping[str, TensorSchema]],
+        manifest: Manifest | None,
+    ) -> None:
+        self.path = path
+        self.plan = plan
+        self.files = files
+        self.schema = schema
+        self.manifest = manifest
+        check_schema(path, files, schema)
+        for name in plan.linears.keys() - schema.keys():
+            self._kept(name)
+
+    def names(self) -> tuple[str, ...]:
+        quantized = {name for tensors in self.schema.values() for name in tensors}
+        return tuple(name for name in self.files.infos if name not in quantized)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.files.tensor(name)
+
+    def linear(self, name: str) -> QuantizedLinear:
+        """One quantized linear.
+
+        Raises:
+            AccullmError: the plan has none of that name, or leaves it in 16 bits.
+        """
+        return self._linear(name, self._stored(name))
+
+    def _stored(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a quantized linear, without its name in front."""
+        if name not in self.schema:
+            raise AccullmError(f"{name} is not a quantized linear of this artifact", self.path)
+        tensors = self.files.tensors(self.schema[name])
+        return {full.removeprefix(f"{name}."): tensor for full, tensor in tensors.items()}
+
+    def linear_bytes(self, name: str) -> int:
+        """Bytes that are stored for a linear's weight."""
+        if name not in self.schema:
+            return self.plan.linears[name].weights * self._kept(name).dtype.itemsize
+        return sum(self.files.infos[tensor].bytes for tensor in self.schema[name])
+
+    def _kept(self, name: str) -> TensorInfo:
+        """What holds a linear that was left as it is: NAME.weight, or the parameter that stacks the experts."""
+        linear = self.plan.linears[name]
+        shape = (linear.out_features, linear.in_features)
+        stack, _, number = name.rpartition(".")
+        for stored in (f"{name}.weight", stack if number.isdigit() else ""):
+            info = self.files.infos.get(stored)
+            if info is not None:
+                # Conv1D stores [K, N].
+                if info.shape[-2:] not in (shape, shape[::-1]):
+                    raise AccullmError(
+                        f"tensor {stored} has shape {list(info.shape)}, expected {list(shape)}", self.path / info.file
+                    )
+                return info
+        raise AccullmError(f"tensor {name}.weight is missing", self.path, "copy the artifact again")
+
+    def problems(self) -> Iterator[str]:
+        """Everything in the tensors' values that the format forbids, in sentences."""
+        for name in self.schema:
+            for problem in self._linear_problems(name, self._stored(name)):
+                yield f"{name}: {problem}"
+        for name in self.names():
+            if self.files.infos[name].dtype.is_floating_point:
+                yield from not_finite(name, self.tensor(name))
+
+    @abstractmethod
+    def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> QuantizedLinear: ...
+
+    @abstractmethod
+    def _linear_problems(self, name: str, stored: Mapping[str, torch.Tensor]) -> Iterator[str]: ...
+
+
+def check_schema(path: Path, files: TensorFiles, schema: Mapping[str, Mapping[str, TensorSchema]]) -> None:
+    """Hold the files' headers against the schema.
+
+    Raises:
+        AccullmError: a tensor is missing, has another dtype or shape, or a weight is stored beside its codes.
+    """
+    for linear, tensors in schema.items():
+        for name, wanted in tensors.items():
+            info = files.infos.get(name)
+            if info is None:
+                raise AccullmError(f"tensor {name} is missing", path, "copy the artifact again")
+            _check_tensor(path / info.file, name, info, wanted)
+        # Programs that do not know the format would take it for the model's weight.
+        if f"{linear}.weight" in files.infos:
+            raise AccullmError(f"tensor {linear}.weight is stored beside the codes of {linear}", path)
+
+
+def _check_tensor(path: Path, name: str, info: TensorInfo, wanted: TensorSchema) -> None:
+    if info.dtype != wanted.dtype:
+        raise AccullmError(f"tensor {name} is {dtype_name(info.dtype)}, expected {dtype_name(wanted.dtype)}", path)
+    if info.shape != wanted.shape:
+        raise AccullmError(f"tensor {name} has shape {list(info.shape)}, expected {list(wanted.shape)}", path)
+
+
+def not_finite(name: str, tensor: torch.Tensor) -> Iterator[str]:
+    """A sentence where a tensor holds NaN or infinity."""
+    if not tensor.isfinite().all():
+        yield f"{name} holds NaN or infinity"
