@@ -1,0 +1,338 @@
+"""Teaches transformers the native format: `import accullm_cli.hf`, then load an artifact with from_pretrained.
+
+    import accullm_cli.hf
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("path/of/an/artifact")
+
+Codes stay packed in memory, scales stay float16 and outlier weights in the source's dtype, whatever dtype the model is
+loaded in or moved to: the weights are rounded to the activations' dtype when they are multiplied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats.accullm import LOADER_GUARD, SCHEME_KEYS, SUFFIXES, linear_schema
+from accullm_cli.formats.manifest import check_version
+from accullm_cli.formats.shards import TensorInfo, read_header
+from accullm_cli.kernels.matmul import hybrid_matmul
+from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.plan import LinearPlan
+
+logger = logging.get_logger(__name__)
+
+_FLOAT_BUFFERS = ("scales", "outlier_weight")
+
+
+# -- modules -----------------------------------------------------------------------------------------------
+
+
+class HybridWeight(nn.Module):
+    """A weight [N, K] as codes, group scales and outlier features, in the buffers of the native format."""
+
+    def __init__(self, plan: LinearPlan, outliers: int, outlier_dtype: torch.dtype) -> None:
+        """Empty buffers on the meta device."""
+        super().__init__()
+        self.in_features = plan.in_features
+        self.out_features = plan.out_features
+        self.bits = plan.bits
+        self.group_size = plan.group_size
+        schema = linear_schema(plan, outliers, outlier_dtype)
+        for suffix in SUFFIXES:
+            wanted = schema.get(f"{plan.name}.{suffix}")
+            empty = None if wanted is None else torch.empty(wanted.shape, dtype=wanted.dtype, device="meta")
+            self.register_buffer(suffix, empty)
+
+    def quantized(self) -> QuantizedLinear:
+        """The codes, unpacked."""
+        tensors = {name: buffer for name, buffer in self._buffers.items() if name in SUFFIXES and buffer is not None}
+        return QuantizedLinear.from_tensors(tensors, self.in_features, self.bits, self.group_size)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [N, K] in `dtype`."""
+        return self.quantized().dequantize(dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> HybridWeight:
+        """`model.to(dtype)` and its like change the dtype of what is computed, not of what is stored."""
+        before = {name: self._buffers[name] for name in _FLOAT_BUFFERS}
+        super()._apply(fn, recurse)
+        for name, stored in before.items():
+            after = self._buffers[name]
+            if stored is not None and after is not None and after.dtype != stored.dtype:
+                self._buffers[name] = stored.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
+
+
+class HybridLinear(HybridWeight):
+    """Stands in for a torch.nn.Linear or a Conv1D."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, plan: LinearPlan, outliers: int, outlier_dtype: torch.dtype, bias: nn.Parameter | None) -> None:
+        super().__init__(plan, outliers, outlier_dtype)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] to [..., N] in x's dtype."""
+        return hybrid_matmul(x, self.quantized(), self.bias)
+
+
+class KeptWeight(nn.Module):
+    """An expert's weight [N, K] that was left as it is, among quantized ones."""
+
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device="meta"), False)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight.to(dtype)
+
+
+class HybridExperts(nn.Module):
+    """Stands in for a parameter [E, N, K] that stacks experts: indexing gives one expert's weight [N, K]."""
+
+    like: torch.Tensor
+
+    def __init__(self, experts: list[HybridWeight | KeptWeight], dtype: torch.dtype) -> None:
+        super().__init__()
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+        # Follows `model.to(...)`, and so knows the dtype of the activations.
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device="meta"), persistent=False)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, index: int | torch.Tensor) -> torch.Tensor:
+        """One expert's weight [N, K] in the model's dtype.
+
+        Raises:
+            TypeError: `index` is more than one number: only transformers' eager experts work on quantized ones.
+        """
+        number = index.item() if isinstance(index, torch.Tensor) and index.numel() == 1 else index
+        if not isinstance(number, int):
+            raise TypeError("quantized experts are read one at a time: use experts_implementation='eager'")
+        expert = self.get_submodule(str(number))
+        assert isinstance(expert, HybridWeight | KeptWeight)
+        return expert.dequantize(self.like.dtype)
+
+
+# -- what transformers calls -------------------------------------------------------------------------------
+
+
+@register_quantization_config("accullm")
+class AccullmConfig(QuantizationConfigMixin):
+    """The `quantization_config` of an artifact's config.json; docs/format.md says what is in it."""
+
+    def __init__(
+        self,
+        format_version: int | None = None,
+        linears: Mapping[str, Mapping[str, Any]] | None = None,
+        skipped: list[str] | None = None,
+        **common: Any,
+    ) -> None:
+        self.quant_method = "accullm"
+        check_version(format_version, Path("config.json"))
+        self.format_version = format_version
+        self.linears = dict(linears or {})
+        self.skipped = list(skipped or [])
+        for key in SCHEME_KEYS:
+            setattr(self, key, common.get(key))
+
+    def scheme(self, name: str) -> dict[str, Any]:
+        """bits, group_size, symmetric and outliers of a quantized linear."""
+        return {key: getattr(self, key) for key in SCHEME_KEYS} | dict(self.linears[name])
+
+
+@register_quantizer("accullm")
+class AccullmQuantizer(HfQuantizer):
+    """Puts hybrid modules into the model's skeleton; transformers then loads their buffers like any other."""
+
+    requires_calibration = True  # transformers' words for: only loads what is quantized already
+    quantization_config: AccullmConfig
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The one hook that sees the config before transformers looks for files and builds the model."""
+        if getattr(config, "transformers_weights", None) == LOADER_GUARD:
+            del config.transformers_weights
+        # The other implementations multiply by the whole stack of experts at once.
+        config._experts_implementation = "eager"
+        return config
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Swap the linears for hybrid modules, and make sure that the files fill every tensor.
+
+        Raises:
+            AccullmError: a linear is not in the model, or a tensor not in the files. (transformers would give random
+                values to what is missing.)
+        """
+        stored: dict[str, TensorInfo] = {}
+        for file in checkpoint_files or []:
+            stored |= read_header(Path(file))
+        where = model.config.name_or_path
+        for name in self.quantization_config.linears:
+            if f"{name}.qweight" not in stored:
+                raise AccullmError(f"tensor {name}.qweight is missing", where, "copy the artifact again")
+        replace_linears(model, self.quantization_config, stored, dtype or torch.get_default_dtype())
+        check_complete(model, stored, where)
+        mark_initialized(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """None: an artifact's tensors have the names and shapes of the module tree."""
+        return []
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Buffers of hybrid modules load as they are, also where a model asks for some modules in float32."""
+        if any(pattern.rpartition(".")[2] in SUFFIXES for pattern in converter._original_source_patterns):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def is_serializable(self) -> bool:
+        """False: what save_pretrained writes has no manifest, so nothing could be verified."""
+        logger.warning("An AccuLLM artifact is not saved by save_pretrained: copy its directory instead.")
+        return False
+
+    @property
+    def is_trainable(self) -> Literal[False]:
+        return False
+
+
+# -- swapping modules --------------------------------------------------------------------------------------
+
+
+def replace_linears(
+    model: nn.Module, config: AccullmConfig, stored: Mapping[str, TensorInfo], dtype: torch.dtype
+) -> None:
+    """Swap every linear that `config` names for a hybrid module on the meta device.
+
+    Raises:
+        AccullmError: the model has no such linear.
+    """
+    stacks: dict[str, None] = {}
+    for name in config.linears:
+        parent_name, _, attribute = name.rpartition(".")
+        if attribute.isdigit() and isinstance(_find(model, parent_name), nn.Parameter):
+            stacks[parent_name] = None
+            continue
+        module = _find(model, name)
+        if isinstance(module, nn.Linear):
+            shape = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            shape = (module.nf, module.nx)
+        else:
+            raise _not_a_linear(model, name)
+        plan, outliers = _plan(name, shape, config)
+        # Only where the files hold one: tensors of the module tree that are not stored are refused below.
+        bias = None if module.bias is None else nn.Parameter(torch.empty_like(module.bias), False)
+        hybrid = HybridLinear(plan, outliers, _outlier_dtype(name, stored), bias)
+        setattr(model.get_submodule(parent_name), attribute, hybrid)
+    for name in stacks:
+        _replace_stack(model, name, config, stored, dtype)
+
+
+def _replace_stack(
+    model: nn.Module, name: str, config: AccullmConfig, stored: Mapping[str, TensorInfo], dtype: torch.dtype
+) -> None:
+    """Swap a parameter [E, N, K] for a HybridExperts."""
+    parent_name, _, attribute = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    parameter = getattr(parent, attribute)
+    if parameter.dim() != 3 or getattr(parent, "is_transposed", False):
+        raise _not_a_linear(model, name)
+    count, rows, columns = parameter.shape
+    experts: list[HybridWeight | KeptWeight] = []
+    for full in (f"{name}.{number}" for number in range(count)):
+        if full in config.linears:
+            plan, outliers = _plan(full, (rows, columns), config)
+            experts.append(HybridWeight(plan, outliers, _outlier_dtype(full, stored)))
+        else:
+            experts.append(KeptWeight(rows, columns, parameter.dtype))
+    delattr(parent, attribute)
+    setattr(parent, attribute, HybridExperts(experts, dtype))
+
+
+def _plan(name: str, shape: tuple[int, int], config: AccullmConfig) -> tuple[LinearPlan, int]:
+    scheme = config.scheme(name)
+    return LinearPlan(name, *shape, scheme["bits"], scheme["group_size"], scheme["symmetric"]), scheme["outliers"]
+
+
+def _outlier_dtype(name: str, stored: Mapping[str, TensorInfo]) -> torch.dtype:
+    info = stored.get(f"{name}.outlier_weight")
+    return torch.float16 if info is None else info.dtype
+
+
+def _find(model: nn.Module, name: str) -> object:
+    """The module, parameter or attribute of that name; None where there is none."""
+    found: object = model
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _not_a_linear(model: nn.Module, name: str) -> AccullmError:
+    return AccullmError(
+        f"{type(model).__name__} has no linear layer {name}",
+        "config.json",
+        "load the artifact with AutoModelForCausalLM",
+    )
+
+
+def check_complete(model: PreTrainedModel, stored: Mapping[str, TensorInfo], where: object) -> None:
+    """Make sure that the files hold every tensor of the model, with its shape and (codes and scales) its dtype.
+
+    Raises:
+        AccullmError: one is missing or different, or a stored quantized linear has no place in the model.
+    """
+    wanted = model.state_dict()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    # Tied weights are stored once, under either name.
+    elsewhere = {target for target, source in tied.items() if source in stored}
+    elsewhere |= {source for target, source in tied.items() if target in stored}
+    computed = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    for name, tensor in wanted.items():
+        info = stored.get(name)
+        if info is None:
+            if name not in elsewhere and not any(pattern.search(name) for pattern in computed):
+                raise AccullmError(f"tensor {name} is missing", where, "copy the artifact again")
+            continue
+        if info.shape != tuple(tensor.shape):
+            raise AccullmError(f"tensor {name} has shape {list(info.shape)}, expected {list(tensor.shape)}", where)
+        if name.rpartition(".")[2] in SUFFIXES and info.dtype != tensor.dtype:
+            raise AccullmError(f"tensor {name} is {info.dtype}, expected {tensor.dtype}", where)
+    for name in stored:
+        if name.endswith(".qweight") and name not in wanted:
+            raise AccullmError(f"tensor {name} has no place in {type(model).__name__}", where)
+
+
+def mark_initialized(model: nn.Module) -> None:
+    """Keep the model's own initialization away from modules around hybrid ones: it writes to weights that are gone.
+
+    Nothing of theirs is left to initialize, as `check_complete` has found every tensor in the files; but a module with
+    a buffer that is never stored (rotary frequencies, a causal mask) still has to compute it.
+    """
+    for module in model.modules():
+        contains_hybrid = any(isinstance(child, HybridWeight | HybridExperts) for child in module.modules())
+        if contains_hybrid and (isinstance(module, HybridExperts) or not module._non_persistent_buffers_set):
+            module._is_hf_initialized = True  # type: ignore[assignment]
