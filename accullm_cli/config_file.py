@@ -215,8 +215,8 @@ def _nearest(key: str, known: list[str]) -> str | None:
     by_flag = {option.flag.removeprefix("--").replace("-", "_"): option.key for option in options()}
     if leaf in by_flag:
         return by_flag[leaf]
-    for word, candidates in ((key, known), (key, list(sections()))):
-        if close := difflib.get_close_matches(word, candidates, n=1, cutoff=0.7):
+    for candidates in (["model", *sections()], known):
+        if close := difflib.get_close_matches(key, candidates, n=1, cutoff=0.7):
             return close[0]
     close = difflib.get_close_matches(leaf, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.7)
     return next((name for name in known if close and name.rpartition(".")[2] == close[0]), None)
@@ -273,6 +273,7 @@ def _phrase(kind: str, context: Mapping[str, Any], value: Any, option: Option | 
         what, _, hint = str(context["error"]).partition("; ")
         return what, hint or allowed or f"give, for example, {option.example if option else 'a name'}"
     bound = next((context[name] for name in ("ge", "gt", "le", "lt") if name in context), None)
+    bound = f"{bound:g}" if isinstance(bound, float) else bound
     if kind.startswith("greater_than"):
         return f"{value} is {'below' if 'ge' in context else 'not above'} {bound}", allowed
     if kind.startswith("less_than"):

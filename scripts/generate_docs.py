@@ -78,7 +78,7 @@ def _cell(text: str | None) -> str:
 
 
 INTRODUCTION = """\
-`MODEL` is a local Hugging Face directory, a GGUF file, a hub id (`owner/name`, with `@revision` where one is wanted), or a
+`MODEL` is a local Hugging Face directory, a GGUF file, a hub id (`owner/name`, if need be with `@revision`), or a
 name that `accullm models` lists. Every option of the [configuration](config.md) can be given as a flag, as a key of a
 YAML file (`--config FILE`) or as `--set KEY=VALUE`; a flag overrides `--set`, which overrides the file, which overrides
 the default. A preset's name (`default`, `fast`, `golden`) may stand for the file. `accullm --install-completion` sets
@@ -100,7 +100,7 @@ Escape codes are written to terminals only, and colours not at all where `NO_COL
 | `verify` | the files, and what is wrong with them | `verification` |
 | `doctor` | the checks | `diagnosis` |
 | `models` | the names | `models` |
-| `schema` | the JSON Schema of the configuration | the same |
+| `schema` | the JSON Schema of the configuration | (it is JSON always) |
 
 With `--json`, stdout holds one object: `schema_version` (now 1), and the key named above. A figure that could not be
 measured is `null`.
