@@ -1,0 +1,314 @@
+"""The run directory: why a stage runs, files that appear at once, the lock, and what the machine refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from accullm_cli.errors import AccullmError, MachineError
+from accullm_cli.run import (
+    Reason,
+    RunDirectory,
+    StageRecord,
+    compare_inputs,
+    existing_parent,
+    file_sha256,
+    key_of,
+    machine_error,
+    machine_errors,
+    peak_memory,
+    write_file,
+    write_text,
+)
+
+INPUTS = {
+    "source:weights": "a",
+    "version:quantize": "1",
+    "machine:threads": "2",
+    "config:plan.bits": "4",
+    "input:statistics": "c",
+}
+
+
+def record(inputs=INPUTS, outputs=()) -> StageRecord:
+    return StageRecord(dict(inputs), dict.fromkeys(outputs, "0"), 1.5, 1000, ["a note"], {"torch": "2"})
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    return RunDirectory(tmp_path / "run")
+
+
+# -- reasons -----------------------------------------------------------------------------------------------
+
+
+def test_a_stage_without_a_record_is_new(run):
+    assert str(run.decide("quantize", INPUTS)) == "new"
+
+
+def test_equal_inputs_and_present_outputs_are_up_to_date(run):
+    run.path.mkdir()
+    run.file("block-0").write_text("x")
+    run.finish("quantize", record(outputs=["block-0"]))
+    reason = run.decide("quantize", dict(reversed(INPUTS.items())))
+    assert str(reason) == "up to date"
+    assert not reason.runs
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("source:weights", "source changed (weights)"),
+        ("version:quantize", "version changed (quantize)"),
+        ("machine:threads", "machine changed (threads)"),
+        ("config:plan.bits", "config changed (plan.bits)"),
+        ("input:statistics", "input changed (statistics)"),
+    ],
+)
+def test_a_changed_input_names_its_kind_and_itself(run, name, sentence):
+    run.finish("quantize", record())
+    reason = run.decide("quantize", {**INPUTS, name: "other"})
+    assert str(reason) == sentence
+    assert reason.runs
+
+
+def test_an_input_that_came_or_went_is_a_change():
+    fewer = {name: value for name, value in INPUTS.items() if name != "config:plan.bits"}
+    assert str(compare_inputs(INPUTS, fewer)) == "config changed (plan.bits)"
+    assert str(compare_inputs(fewer, INPUTS)) == "config changed (plan.bits)"
+
+
+def test_the_weightiest_kind_is_named_with_all_its_inputs():
+    after = {"source:weights": "a", "config:plan.bits": "5", "config:a": "1", "input:statistics": "d"}
+    before = {"source:weights": "a", "config:plan.bits": "4", "input:statistics": "c"}
+    assert compare_inputs(before, after) == Reason("config changed", "a, plan.bits")
+    assert compare_inputs(before, {**after, "source:weights": "b"}) == Reason("source changed", "weights")
+
+
+def test_a_missing_output_is_named(run):
+    run.finish("quantize", record(outputs=["blocks/003"]))
+    assert str(run.decide("quantize", INPUTS)) == "output missing (blocks/003)"
+
+
+def test_force_runs_what_is_up_to_date(run):
+    run.finish("quantize", record())
+    assert str(run.decide("quantize", INPUTS, force=True)) == "forced"
+
+
+def test_a_record_survives_the_manifest_unchanged(run):
+    run.finish("calibrate", record(outputs=["a"]))
+    run.finish("quantize", record({"config:x": "1"}))
+    assert RunDirectory(run.path).stages() == {
+        "calibrate": record(outputs=["a"]),
+        "quantize": record({"config:x": "1"}),
+    }
+
+
+def test_the_key_depends_on_names_and_values_but_not_on_their_order():
+    keys = {key_of(INPUTS), key_of({**INPUTS, "config:plan.bits": "5"}), key_of({"x": "1"}), key_of({"y": "1"})}
+    assert len(keys) == 4
+    assert key_of({"b": "1", "a": "2"}) == key_of({"a": "2", "b": "1"})
+
+
+# -- a damaged manifest ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "finding"),
+    [
+        ("", "Expecting value: line 1 column 1 (char 0)"),
+        ('{"stages"', "Expecting ':' delimiter: line 1 column 10 (char 9)"),
+        ("{}", "'stages'"),
+        ("[]", "list indices must be integers or slices, not str"),
+        ('{"stages": []}', "'list' object has no attribute 'items'"),
+    ],
+)
+def test_a_damaged_manifest_is_refused_with_the_way_out(run, content, finding):
+    run.path.mkdir()
+    run.file("manifest.json").write_text(content)
+    with pytest.raises(AccullmError) as refused:
+        run.decide("quantize", INPUTS)
+    assert refused.value.exit_code == 2
+    assert refused.value.line() == (
+        f"{run.path}/manifest.json: not a manifest of this version ({finding}); "
+        "start over with --fresh, or give another --run"
+    )
+
+
+def test_a_record_with_a_missing_field_is_refused(run):
+    run.path.mkdir()
+    run.file("manifest.json").write_text('{"stages": {"quantize": {"inputs": {}}}}')
+    with pytest.raises(AccullmError, match="not a manifest of this version"):
+        run.stages()
+
+
+# -- files that appear at once -----------------------------------------------------------------------------
+
+
+def test_a_file_appears_with_its_folder_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    write_text(path, "été")
+    assert path.read_bytes() == "été".encode()
+    assert os.listdir(path.parent) == ["b.json"]
+
+
+@pytest.mark.parametrize("failure", [ValueError("bad"), KeyboardInterrupt()])
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, failure):
+    path = tmp_path / "shard"
+    path.write_text("old")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half of the n")
+        raise failure
+
+    with pytest.raises(type(failure)):
+        write_file(path, write)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["shard"]
+
+
+def test_until_the_rename_readers_see_the_old_file(tmp_path):
+    path = tmp_path / "shard"
+    path.write_text("old")
+    seen = []
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("new")
+        seen.append(path.read_text())
+
+    write_file(path, write)
+    assert (seen, path.read_text()) == (["old"], "new")
+
+
+def test_the_content_is_synced_before_the_rename_and_the_folder_after(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    kind = {True: "folder", False: "file"}
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (order.append(kind[os.path.isdir(f"/proc/self/fd/{handle}")]), fsync(handle))
+    )
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
+    write_text(tmp_path / "x", "y")
+    assert order == ["file", "rename", "folder"]
+
+
+def test_the_hash_of_a_file_is_sha256_of_its_bytes(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    # FIPS 180-4, the published example for the message "abc".
+    assert file_sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# -- the lock ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_that_another_process_holds_is_refused(run):
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from accullm_cli.run import RunDirectory\n"
+            "with RunDirectory(Path(sys.argv[1])).locked(): print('held', flush=True); sys.stdin.read()",
+            str(run.path),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(AccullmError) as refused, run.locked():
+            pass
+        assert refused.value.exit_code == 2
+        assert refused.value.line() == (
+            f"{run.path}: another accullm process is using this run directory; "
+            "wait for it to finish, or give another directory with --run"
+        )
+    finally:
+        holder.kill()
+        holder.wait()
+    with run.locked():  # a killed holder leaves no lock behind
+        pass
+
+
+def test_the_lock_is_free_again_after_use(run):
+    for _ in range(2):
+        with run.locked():
+            assert run.path.is_dir()
+
+
+# -- what the machine refuses ------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_line_with_what_is_free(tmp_path, monkeypatch):
+    path = tmp_path / "shard"
+
+    def full(*paths: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_234_567_890})())
+    with pytest.raises(MachineError) as refused:
+        write_text(path, "x")
+    assert refused.value.exit_code == 4
+    assert refused.value.line() == (
+        f"{path}: no space left on the disk (1,235 MB free); free some and run the same command again"
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_reported_by_safetensors_is_the_same_line(tmp_path):
+    class SafetensorError(Exception):
+        pass
+
+    with pytest.raises(MachineError, match="no space left on the disk"), machine_errors(tmp_path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_other_safetensors_errors_pass_through(tmp_path):
+    class SafetensorError(Exception):
+        pass
+
+    with pytest.raises(SafetensorError), machine_errors(tmp_path):
+        raise SafetensorError("InvalidHeaderLength")
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.EROFS, "read-only file system"),
+        (errno.EACCES, "permission denied"),
+        (errno.EPERM, "operation not permitted"),
+    ],
+)
+def test_a_path_that_cannot_be_written_names_the_way_out(number, reason):
+    assert machine_error(OSError(number, "?"), Path("out")).line() == (
+        f"out: cannot be written ({reason}); give a writable path with --out or --run"
+    )
+
+
+def test_any_other_refusal_of_the_system_can_be_resumed():
+    error = machine_error(OSError(errno.EIO, "Input/output error"), Path("out"))
+    assert error.line() == "out: cannot be written (Input/output error); run the same command again to resume"
+    assert error.exit_code == 4
+
+
+def test_the_run_directory_on_a_read_only_place_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match="cannot be written"), RunDirectory(tmp_path / "file" / "run").locked():
+        pass
+
+
+def test_the_nearest_existing_parent_may_be_the_path_itself(tmp_path):
+    assert existing_parent(tmp_path) == tmp_path
+    assert existing_parent(tmp_path / "a" / "b") == tmp_path
+
+
+def test_peak_memory_counts_bytes_of_this_process():
+    held = bytearray(64 << 20)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
+    assert 64 << 20 < peak_memory() < 64 << 30
