@@ -75,7 +75,8 @@ class Console:
             self.note(f"{event.stage}: runs" + (f", {event.reason}" if event.reason else ""))
             self._open_bar(event)
         elif event.kind == "end":
-            seconds = self._clock() - self._started.pop(event.stage, self._clock())
+            now = self._clock()
+            seconds = now - self._started.pop(event.stage, now)
             self._move_bar(event, finished=True)
             self.note(f"{event.stage}: done in {duration(seconds)}")
         elif event.kind == "skip" and not event.label:
