@@ -259,7 +259,7 @@ def _cell(name: str, value: object) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int) and name.endswith("bytes"):
+    if isinstance(value, int) and (name.endswith("bytes") or name == "size"):
         return size(value)
     if isinstance(value, (int, float)) and name.endswith("seconds"):
         return duration(value)
