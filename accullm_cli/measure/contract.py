@@ -1,0 +1,139 @@
+"""The contract: conditions given with --require, and whether an artifact meets them.
+
+Parsing needs no numbers and no torch, so that a mistyped condition is refused before anything is computed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.measure.result import Clause, Estimate, Fidelity
+
+# What can be asked for. Those with an interval also take .low and .high.
+METRICS_WITH_INTERVAL = ("mean_kl", "kl_p99", "kl_p999", "top1_agreement", "perplexity")
+METRICS_WITHOUT_INTERVAL = ("kl_max", "perplexity_ratio", "bits_per_weight", "artifact_bytes", "fallbacks")
+METRICS = METRICS_WITH_INTERVAL + METRICS_WITHOUT_INTERVAL
+SHARES = ("top1_agreement",)
+BOUNDS = ("low", "high")
+
+_WHERE = "--require"
+_EXAMPLE = "write METRIC<=VALUE or METRIC>=VALUE, such as mean_kl<=0.02"
+_CONDITION = re.compile(r"\s*([^\s<>=]+)\s*(<=|>=|<|>)\s*([^\s<>=]+)\s*")
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One condition.
+
+    text: as the user wrote it.
+    metric: one of METRICS.
+    bound: "low" or "high" where a bound of the 95% confidence interval is held against the limit, "" for the value.
+    comparison: "<=", ">=", "<" or ">".
+    """
+
+    text: str
+    metric: str
+    bound: str
+    comparison: str
+    limit: float
+
+
+def parse_requirement(text: str) -> Requirement:
+    """Read a condition such as `mean_kl<=0.02`, `top1_agreement>=85%` or `mean_kl.high<=0.02`.
+
+    Raises:
+        AccullmError: it is not a condition, the metric is unknown or has no interval, or no artifact could have the
+            limit.
+    """
+    match = _CONDITION.fullmatch(text)
+    if match is None:
+        raise AccullmError(f"{text!r} is not a condition", _WHERE, _EXAMPLE)
+    name, comparison, limit = match.groups()
+    metric, dot, bound = name.partition(".")
+    if metric not in METRICS:
+        raise AccullmError(f"unknown metric {metric!r} in {text!r}", _WHERE, _suggestion(metric))
+    if dot and metric not in METRICS_WITH_INTERVAL:
+        raise AccullmError(
+            f"{metric} has no confidence interval, in {text!r}", _WHERE, f"write {metric} without .{bound}"
+        )
+    if dot and bound not in BOUNDS:
+        raise AccullmError(f"unknown bound {bound!r} in {text!r}", _WHERE, f"write {metric}.low or {metric}.high")
+    return Requirement(text, metric, bound, comparison, _parse_limit(limit, metric, text))
+
+
+def _suggestion(metric: str) -> str:
+    near = difflib.get_close_matches(metric.lower(), METRICS, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(METRICS)}"
+
+
+def _parse_limit(limit: str, metric: str, text: str) -> float:
+    """A number of at least 0; for a share, one of at most 1 or a percentage."""
+    percent = limit.endswith("%") and metric in SHARES
+    try:
+        value = float(limit[:-1]) / 100 if percent else float(limit)
+    except ValueError:
+        raise AccullmError(f"{limit!r} is not a number, in {text!r}", _WHERE, _EXAMPLE) from None
+    if not math.isfinite(value) or value < 0:
+        raise AccullmError(f"{limit} is not a possible value of {metric}, in {text!r}", _WHERE, "give 0 or more")
+    if metric in SHARES and value > 1:
+        raise AccullmError(
+            f"{limit} is not a share, in {text!r}", _WHERE, f"write a share such as {metric}>=0.85 or {metric}>=85%"
+        )
+    return value
+
+
+def judge(
+    requirements: Sequence[Requirement],
+    fidelity: Fidelity,
+    bits_per_weight: float,
+    artifact_bytes: int,
+    records: Sequence[str],
+) -> tuple[Clause, ...]:
+    """Hold what was measured against each requirement, in their order.
+
+    Args:
+        bits_per_weight: everything stored for the quantized linears over their weights.
+        artifact_bytes: all files of the artifact.
+        records: everything that was treated differently from the plan; `fallbacks` is their number.
+    """
+    figures = {
+        "mean_kl": fidelity.mean_kl,
+        "kl_p99": fidelity.kl_p99,
+        "kl_p999": fidelity.kl_p999,
+        "kl_max": _exactly(fidelity.kl_max),
+        "top1_agreement": fidelity.top1_agreement,
+        "perplexity": fidelity.perplexity,
+        "perplexity_ratio": _exactly(fidelity.perplexity.value / fidelity.perplexity_original.value),
+        "bits_per_weight": _exactly(bits_per_weight),
+        "artifact_bytes": _exactly(artifact_bytes),
+        "fallbacks": _exactly(len(records)),
+    }
+    return tuple(_clause(requirement, figures[requirement.metric]) for requirement in requirements)
+
+
+def _exactly(value: float) -> Estimate:
+    return Estimate(float(value), float(value), float(value))
+
+
+def _clause(requirement: Requirement, figure: Estimate) -> Clause:
+    measured = {"": figure.value, "low": figure.low, "high": figure.high}[requirement.bound]
+    return Clause(
+        text=requirement.text,
+        metric=f"{requirement.metric}.{requirement.bound}" if requirement.bound else requirement.metric,
+        comparison=requirement.comparison,
+        limit=requirement.limit,
+        measured=measured,
+        met=_COMPARISONS[requirement.comparison](measured, requirement.limit),
+    )
