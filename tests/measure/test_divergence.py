@@ -31,8 +31,10 @@ def measured(*windows) -> divergence.Fidelity:
 
 
 def probabilities(row) -> list[float]:
-    exponentials = [math.exp(logit - max(row)) for logit in row]
-    return [value / math.fsum(exponentials) for value in exponentials]
+    largest = max(row)
+    exponentials = [math.exp(logit - largest) for logit in row]
+    total = math.fsum(exponentials)
+    return [value / total for value in exponentials]
 
 
 def kl_reference(original: torch.Tensor, other: torch.Tensor) -> list[float]:
