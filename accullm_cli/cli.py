@@ -225,7 +225,7 @@ def inspect_command(
     ctx.obj.verbose = verbose
     from accullm_cli.commands.inspect import inspect
 
-    return _result(as_json, "inspection", inspect(path))
+    return _result(as_json, "inspection", inspect(Path(path)))
 
 
 def compare_command(
@@ -240,7 +240,7 @@ def compare_command(
     ctx.obj.verbose = verbose
     from accullm_cli.commands.compare import compare
 
-    comparison = compare(first, second, max_mean_kl=max_mean_kl)
+    comparison = compare(Path(first), Path(second), max_mean_kl=max_mean_kl)
     return _result(as_json, "comparison", comparison, EXIT_NOT_SO if comparison.exceeded else EXIT_OK)
 
 
@@ -254,7 +254,7 @@ def verify_command(
     ctx.obj.verbose = verbose
     from accullm_cli.commands.verify import verify
 
-    verification = verify(artifact)
+    verification = verify(Path(artifact))
     return _result(as_json, "verification", verification, EXIT_NOT_SO if verification.problems else EXIT_OK)
 
 

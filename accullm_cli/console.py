@@ -187,7 +187,8 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
     if report.records:
         rows.append(("notes", f"{len(report.records)} (treated otherwise than planned; see the report)"))
     rows.append(("artifact", report.artifact))
-    rows += [("report", str(path)) for path in sorted(Path(report.artifact).glob("report.*"))]
+    if report.directory:
+        rows.append(("report", str(Path(report.directory) / "report.html")))
     return table(rows)
 
 

@@ -385,7 +385,7 @@ class Diagnosis:
 def test_inspect_prints_what_it_found_on_stdout(accullm, answer):
     calls = answer("inspect", Verification(("a",), ()))
     assert accullm("inspect", "m") == (0, "problems  -\n\nfiles:\n  a\n", "")
-    assert calls == [(("m",), {})]
+    assert calls == [((Path("m"),), {})]
 
 
 def test_compare_beyond_its_limit_is_exit_code_3(accullm, answer):
@@ -393,7 +393,7 @@ def test_compare_beyond_its_limit_is_exit_code_3(accullm, answer):
     code, out, _ = accullm("compare", "a", "b", "--max-mean-kl", "0.1")
     assert code == 3
     assert "mean KL 0.5 is above 0.1" in out
-    assert calls == [(("a", "b"), {"max_mean_kl": 0.1})]
+    assert calls == [((Path("a"), Path("b")), {"max_mean_kl": 0.1})]
 
 
 def test_compare_within_its_limit_is_exit_code_0(accullm, answer):

@@ -166,10 +166,9 @@ def test_a_line_longer_than_the_terminal_is_not_wrapped(monkeypatch):
 # -- the report --------------------------------------------------------------------------------------------
 
 
-def test_the_report_shows_every_figure_with_its_interval(tmp_path):
-    (tmp_path / "report.html").write_text("")
-    (tmp_path / "report.json").write_text("")
-    assert report_text(a_report(str(tmp_path))).splitlines() == [
+def test_the_report_shows_every_figure_with_its_interval():
+    report = dataclasses.replace(a_report(), directory="work/m.run/report")
+    assert report_text(report).splitlines() == [
         "model                  work/m",
         "format                 accullm",
         "bits per weight        4.400",
@@ -182,9 +181,8 @@ def test_the_report_shows_every_figure_with_its_interval(tmp_path):
         "KL, maximum            3.2500 nats",
         "top-1 agreement        91.20% [90.00% to 92.00%]",
         "measured on            8176 tokens, 16 windows of default text",
-        f"artifact               {tmp_path}",
-        f"report                 {tmp_path}/report.html",
-        f"report                 {tmp_path}/report.json",
+        "artifact               work/m-int4",
+        "report                 work/m.run/report/report.html",
     ]
 
 

@@ -99,3 +99,4 @@ class Report:
     stages: tuple[StageSummary, ...]
     linears: tuple[LinearSummary, ...]
     versions: dict[str, str]
+    directory: str = ""  # where report.html and report.json lie; empty where none were written
