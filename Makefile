@@ -20,7 +20,7 @@ setup: $(STAMP)
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and pinned: otherwise the resolver may take a build for CUDA, several gigabytes large.
+# torch first and pinned, so that nothing else decides its version; constraints.txt says how to get the CPU build.
 $(STAMP): pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
