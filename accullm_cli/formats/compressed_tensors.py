@@ -185,9 +185,14 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     for name, linear in plan.linears.items():
         if linear.bits != 16:
             schemes.setdefault((linear.bits, linear.group_size, linear.symmetric), []).append(name)
+    # transformers with compressed-tensors 0.18 to 0.20 builds packed zero points in their unpacked shape and then refuses
+    # the file. Told to dequantize while loading it reads them, but then takes every linear for the first scheme, so with
+    # several schemes the refusal is the better end. Other readers do not look at this key.
+    dequantize_while_loading = [symmetric for _, _, symmetric in schemes] == [False]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
+        **({"dequantize": True} if dequantize_while_loading else {}),
         "quantization_status": "compressed",
         "ignore": ["lm_head", *(name for name, linear in plan.linears.items() if linear.bits == 16)],
         "config_groups": {
@@ -285,7 +290,7 @@ def decode(tensors: Mapping[str, torch.Tensor], plan: LinearPlan) -> QuantizedLi
 def _octets(words: torch.Tensor) -> torch.Tensor:
     """The inverse of `_words`: int32 [R, W] to uint8 [R, 4*W]."""
     octets = (words.to(torch.int64)[..., None] >> (torch.arange(4) * 8)) & 0xFF
-    return octets.to(torch.uint8).view(len(words), -1)
+    return octets.to(torch.uint8).reshape(len(words), -1)
 
 
 def linear_schema(linear: LinearPlan, dtype: torch.dtype) -> dict[str, TensorSchema]:

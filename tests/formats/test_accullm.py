@@ -1,0 +1,425 @@
+"""The native format: what is written, what is read back, and every refusal by its whole message."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats import FORMATS, open_artifact
+from accullm_cli.formats.accullm import AccullmFormat, quantization_config, record_fidelity
+from accullm_cli.formats.assemble import assemble
+from accullm_cli.formats.base import ModelShape
+from accullm_cli.formats.shards import link_or_copy
+from accullm_cli.quant.plan import LinearPlan, Plan
+from tests.support import Made, empty, make_parts, sample_report, tiny_llama, tiny_mixtral
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+UP_PROJ = "model.layers.1.mlp.up_proj"
+
+
+# -- round trip --------------------------------------------------------------------------------------------
+
+
+def test_every_linear_reads_back_as_it_was_written(made: Made, artifact: Path) -> None:
+    opened = open_artifact(artifact)
+    for name, linear in made.linears.items():
+        read = opened.linear(name)
+        for field in dataclasses.fields(linear):
+            wanted, found = getattr(linear, field.name), getattr(read, field.name)
+            assert torch.equal(found, wanted) if isinstance(wanted, torch.Tensor) else found == wanted, field.name
+
+
+def test_the_plan_reads_back_with_outliers_reasons_and_order(made: Made, artifact: Path) -> None:
+    opened = open_artifact(artifact)
+    assert list(opened.plan.linears.items()) == list(made.parts.plan.linears.items())
+    assert opened.plan.scale_dtype == "float16"
+
+
+def test_other_tensors_read_back_unchanged(made: Made, artifact: Path) -> None:
+    opened = open_artifact(artifact)
+    model = made.reference.state_dict()
+    weights = {f"{name}.weight" for name in made.linears}
+    assert set(opened.names()) == model.keys() - weights
+    for name in opened.names():
+        assert torch.equal(opened.tensor(name), model[name]), name
+
+
+def test_experts_in_16_bits_and_short_last_groups_round_trip(tmp_path: Path) -> None:
+    made = make_parts(tiny_mixtral(), tmp_path / "run", bits=3, group_size=32, keep=("down_proj.2",))
+    directory = empty(tmp_path / "artifact")
+    FORMATS["accullm"].write(directory, made.parts)
+    opened = open_artifact(directory)
+    name = "model.layers.1.mlp.experts.gate_up_proj.3"
+    assert opened.linear(name).scales.shape == (80, 2)  # 48 input features in groups of 32
+    assert torch.equal(opened.linear(name).dequantize(), made.linears[name].dequantize())
+    kept = "model.layers.0.mlp.experts.down_proj.2"
+    assert opened.plan.linears[kept].bits == 16
+    with pytest.raises(AccullmError, match=r"down_proj\.2 is not a quantized linear of this artifact$"):
+        opened.linear(kept)
+
+
+# -- what is written ---------------------------------------------------------------------------------------
+
+
+def test_block_shards_are_hard_links_of_the_run_directory(made: Made, artifact: Path) -> None:
+    shards = sorted(artifact.glob("*.safetensors"))
+    assert [shard.name for shard in shards] == [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
+    for block, shard in zip(made.parts.blocks, shards, strict=False):
+        assert os.path.samefile(block, shard)
+
+
+def test_a_file_system_without_links_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "a").write_bytes(b"tensors")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"tensors"
+    assert not os.path.samefile(tmp_path / "a", tmp_path / "b")
+
+
+def test_outside_tensors_are_split_at_the_limit(made: Made, tmp_path: Path) -> None:
+    directory = empty(tmp_path / "artifact")
+    # Embedding and head are 96 * 64 * 4 = 24,576 bytes each, the norm 256.
+    assemble(directory, made.parts, "accullm", {}, link_or_copy, shard_bytes=24_900)
+    assert sorted(load_file(directory / "model-00003-of-00004.safetensors")) == [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    ]
+    assert list(load_file(directory / "model-00004-of-00004.safetensors")) == ["lm_head.weight"]
+
+
+def test_the_same_parts_give_the_same_bytes(tmp_path: Path) -> None:
+    written = []
+    for run in ("first", "second"):
+        made = make_parts(tiny_llama(), tmp_path / run / "run", outliers=(5,))
+        directory = empty(tmp_path / run / "artifact")
+        FORMATS["accullm"].write(directory, made.parts)
+        written.append({file.name: file.read_bytes() for file in directory.iterdir()})
+    assert written[0] == written[1]
+
+
+def test_the_manifest_holds_size_and_sha256_of_every_other_file(artifact: Path) -> None:
+    manifest = json.loads((artifact / "accullm.json").read_text())
+    assert manifest["files"] == {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in artifact.iterdir()
+        if file.name != "accullm.json"
+    }
+    assert manifest["fidelity"] is None
+
+
+def test_the_config_names_the_common_scheme_and_what_deviates(made: Made, tmp_path: Path) -> None:
+    linears = dict(made.parts.plan.linears)
+    linears[UP_PROJ] = dataclasses.replace(linears[UP_PROJ], group_size=-1, outlier_index=())
+    config = quantization_config(Plan(linears))
+    assert {key: config[key] for key in ("quant_method", "format_version", "bits", "group_size", "outliers")} == {
+        "quant_method": "accullm",
+        "format_version": 1,
+        "bits": 4,
+        "group_size": 32,
+        "outliers": 2,
+    }
+    assert config["linears"][Q_PROJ] == {}
+    assert config["linears"][UP_PROJ] == {"group_size": -1, "outliers": 0}
+    assert config["skipped"] == ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"]
+
+
+def test_companions_are_copied(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    made = make_parts(tiny_llama(), tmp_path / "run", companions=(tmp_path / "tokenizer.json",))
+    directory = empty(tmp_path / "artifact")
+    FORMATS["accullm"].write(directory, made.parts)
+    assert (directory / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_companion_must_not_replace_a_file_of_the_artifact(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("the source's")
+    made = make_parts(tiny_llama(), tmp_path / "run", companions=(tmp_path / "README.md",))
+    with pytest.raises(AccullmError) as error:
+        FORMATS["accullm"].write(empty(tmp_path / "artifact"), made.parts)
+    assert (
+        error.value.line() == f"{tmp_path}/README.md: cannot be copied into the artifact, which has a file of that name"
+    )
+
+
+# -- recorded fidelity -------------------------------------------------------------------------------------
+
+
+def test_fidelity_is_recorded_in_manifest_and_card(artifact: Path) -> None:
+    assert "Not validated yet." in (artifact / "README.md").read_text()
+    record_fidelity(artifact, sample_report())
+    manifest = json.loads((artifact / "accullm.json").read_text())
+    assert manifest["fidelity"]["mean_kl"]["value"] == 0.05
+    assert manifest["fidelity"]["contract_met"] is False
+    assert manifest["fidelity"]["text"] == "held-out.txt"
+    card = (artifact / "README.md").read_text()
+    assert "Not validated yet." not in card
+    assert "| mean KL to the original (nats per token) | 0.05 | 0.045 to 0.055 |" in card
+    assert "| contract mean_kl<=0.02 | 0.05 | not met |" in card
+    assert manifest["files"]["README.md"]["sha256"] == hashlib.sha256(card.encode()).hexdigest()
+
+
+def test_recording_twice_replaces_the_first_figures(artifact: Path) -> None:
+    record_fidelity(artifact, sample_report(0.9))
+    record_fidelity(artifact, sample_report(0.05))
+    once = (artifact / "README.md").read_text()
+    assert "0.9 |" not in once
+    assert once.count("<!-- fidelity -->") == 1
+    assert "## Where it comes from" in once
+
+
+# -- objections --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "kind", "what", "hint"),
+    [
+        (9, 64, "linear", "p is to have 9 bits", "use 2 to 8 bits, or 16 to keep it"),
+        (1, 64, "linear", "p is to have 1 bits", "use 2 to 8 bits, or 16 to keep it"),
+        (4, 0, "linear", "p is to have group size 0", "use a positive one, or -1 for rows"),
+        (4, 64, "conv2d", "p is of kind conv2d", "the format holds linear, conv1d, expert"),
+    ],
+)
+def test_objections(bits: int, group_size: int, kind: str, what: str, hint: str) -> None:
+    plan = Plan({"p": LinearPlan("p", 8, 100, bits, group_size, False)})
+    (objection,) = AccullmFormat().objections(plan, ModelShape("llama", torch.float32, {"p": kind}))
+    assert (objection.what, objection.hint) == (what, hint)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])
+def test_group_sizes_that_do_not_divide_are_no_objection(bits: int) -> None:
+    plan = Plan({"p": LinearPlan("p", 8, 576, bits, 128, False)})
+    assert AccullmFormat().objections(plan, ModelShape("llama", torch.float32, {"p": "linear"})) == []
+
+
+# -- refusals ----------------------------------------------------------------------------------------------
+
+BLOCK = "model-00002-of-00003.safetensors"
+
+
+def edit_json(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def damage(artifact: Path) -> None:
+        content = json.loads((artifact / name).read_text())
+        change(content)
+        (artifact / name).write_text(json.dumps(content))
+
+    return damage
+
+
+def edit_block(change: Callable[[dict[str, torch.Tensor]], object], reindex: bool = True) -> Callable[[Path], None]:
+    def damage(artifact: Path) -> None:
+        tensors = load_file(artifact / BLOCK)
+        before = set(tensors)
+        change(tensors)
+        # A new file: the old one is linked to the run directory.
+        (artifact / BLOCK).unlink()
+        save_file(tensors, artifact / BLOCK)
+        if reindex:
+            index = json.loads((artifact / "model.safetensors.index.json").read_text())
+            for name in before - tensors.keys():
+                del index["weight_map"][name]
+            index["weight_map"] |= dict.fromkeys(tensors, BLOCK)
+            (artifact / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return damage
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda artifact: (artifact / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda artifact: (artifact / name).write_text(text) and None
+
+
+def truncate(artifact: Path) -> None:
+    content = (artifact / BLOCK).read_bytes()
+    (artifact / BLOCK).unlink()
+    (artifact / BLOCK).write_bytes(content[:-100])
+
+
+def replace(name: str, tensor: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: tensor(tensors[name])})
+
+
+AGAIN = "copy or download it again"
+REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no manifest": (remove("accullm.json"), f"accullm.json: file is missing; {AGAIN}"),
+    "no config": (remove("config.json"), f"config.json: file is missing; {AGAIN}"),
+    "shard absent": (remove(BLOCK), f"{BLOCK}: file is missing; {AGAIN}"),
+    "shard truncated": (
+        truncate,
+        f"{BLOCK}: truncated, or not a safetensors file "
+        f"(Error while deserializing header: incomplete metadata, file not fully covered); {AGAIN}",
+    ),
+    "no tensors": (
+        lambda artifact: [file.unlink() for file in artifact.glob("model*")] and None,
+        "artifact: holds neither model.safetensors.index.json nor model.safetensors; copy it again",
+    ),
+    "manifest not JSON": (
+        write("accullm.json", "{"),
+        "accullm.json: is not valid JSON (Expecting property name enclosed in double quotes: "
+        f"line 1 column 2 (char 1)); {AGAIN}",
+    ),
+    "manifest no object": (write("accullm.json", "[]"), f"accullm.json: is not a JSON object; {AGAIN}"),
+    "manifest without linears": (
+        edit_json("accullm.json", lambda content: content.pop("linears")),
+        "accullm.json: not a manifest of format version 1 (KeyError: 'linears'); copy the artifact again",
+    ),
+    "manifest without version": (
+        edit_json("accullm.json", lambda content: content.pop("format_version")),
+        "accullm.json: has no format_version; copy the artifact again",
+    ),
+    "newer manifest": (
+        edit_json("accullm.json", lambda content: content.update(format_version=2)),
+        "accullm.json: format version 2 is newer than 1, the newest that this accullm reads; "
+        "upgrade with: pip install -U accullm",
+    ),
+    "manifest of another format": (
+        edit_json("accullm.json", lambda content: content.update(format="gguf")),
+        "accullm.json: describes an artifact of format gguf",
+    ),
+    "newer config": (
+        edit_json("config.json", lambda content: content["quantization_config"].update(format_version=2)),
+        "config.json: format version 2 is newer than 1, the newest that this accullm reads; "
+        "upgrade with: pip install -U accullm",
+    ),
+    "config without quantization": (
+        edit_json("config.json", lambda content: content.pop("quantization_config")),
+        "config.json: does not say quant_method accullm; copy the artifact again",
+    ),
+    "config without linears": (
+        edit_json("config.json", lambda content: content["quantization_config"].pop("linears")),
+        "config.json: does not name its quantized linears; copy the artifact again",
+    ),
+    "config disagrees": (
+        edit_json("config.json", lambda content: content["quantization_config"].update(bits=3)),
+        "config.json: describes model.layers.0.self_attn.q_proj otherwise than accullm.json; copy the artifact again",
+    ),
+    "config describes more": (
+        edit_json("config.json", lambda content: content["quantization_config"]["linears"].update(lm_head={})),
+        "config.json: describes lm_head, which accullm.json does not; copy the artifact again",
+    ),
+    "index without map": (
+        edit_json("model.safetensors.index.json", lambda content: content.pop("weight_map")),
+        f"model.safetensors.index.json: has no map from tensors to files (weight_map); {AGAIN}",
+    ),
+    "index points outside": (
+        edit_json("model.safetensors.index.json", lambda content: content["weight_map"].update(a="../a.safetensors")),
+        "model.safetensors.index.json: points outside its directory (../a.safetensors)",
+    ),
+    "index promises more": (
+        edit_json("model.safetensors.index.json", lambda content: content["weight_map"].update(a=BLOCK)),
+        f"{BLOCK}: tensor a is missing, which the index promises",
+    ),
+    "index promises less": (
+        edit_block(lambda tensors: tensors.update(a=torch.zeros(1)), reindex=False),
+        f"{BLOCK}: tensor a is not in the index under this file",
+    ),
+    "tensor missing": (
+        edit_block(lambda tensors: tensors.pop(f"{UP_PROJ}.qzeros")),
+        f"artifact: tensor {UP_PROJ}.qzeros is missing; copy the artifact again",
+    ),
+    "tensor of a linear in 16 bits missing": (
+        edit_block(lambda tensors: tensors.pop("model.layers.1.self_attn.o_proj.weight")),
+        "artifact: tensor model.layers.1.self_attn.o_proj.weight is missing; copy the artifact again",
+    ),
+    "shape of a linear in 16 bits": (
+        edit_block(replace("model.layers.1.self_attn.o_proj.weight", lambda tensor: tensor[:, :60].contiguous())),
+        f"{BLOCK}: tensor model.layers.1.self_attn.o_proj.weight has shape [64, 60], expected [64, 64]",
+    ),
+    "wrong dtype": (
+        edit_block(replace(f"{UP_PROJ}.scales", torch.Tensor.float)),
+        f"{BLOCK}: tensor {UP_PROJ}.scales is float32, expected float16",
+    ),
+    "wrong shape": (
+        edit_block(replace(f"{UP_PROJ}.qweight", lambda tensor: tensor[:, :-1].contiguous())),
+        f"{BLOCK}: tensor {UP_PROJ}.qweight has shape [96, 31], expected [96, 32]",
+    ),
+    "unknown dtype": (
+        edit_block(lambda tensors: tensors.update(a=torch.zeros(2, dtype=torch.complex64))),
+        f"{BLOCK}: tensor a has dtype C64, which is not supported",
+    ),
+    "outliers not ascending": (
+        edit_block(replace(f"{UP_PROJ}.outlier_index", lambda tensor: tensor.flip(0).contiguous())),
+        f"{BLOCK}: tensor {UP_PROJ}.outlier_index is not ascending",
+    ),
+    "outlier named twice": (
+        edit_block(replace(f"{UP_PROJ}.outlier_index", lambda tensor: torch.full_like(tensor, 3))),
+        f"{BLOCK}: tensor {UP_PROJ}.outlier_index is not ascending",
+    ),
+    "outlier beyond the inputs": (
+        edit_block(replace(f"{UP_PROJ}.outlier_index", lambda tensor: tensor.new_tensor([3, 64]))),
+        f"{BLOCK}: tensor {UP_PROJ}.outlier_index names feature 64 of 64",
+    ),
+    "negative outlier": (
+        edit_block(replace(f"{UP_PROJ}.outlier_index", lambda tensor: tensor.new_tensor([-1, 3]))),
+        f"{BLOCK}: tensor {UP_PROJ}.outlier_index names feature -1 of 64",
+    ),
+    "weight beside codes": (
+        edit_block(lambda tensors: tensors.update({f"{UP_PROJ}.weight": torch.zeros(96, 64)})),
+        f"artifact: tensor {UP_PROJ}.weight is stored beside the codes of {UP_PROJ}",
+    ),
+    "codes of an unknown linear": (
+        edit_block(lambda tensors: tensors.update({"a.qweight": torch.zeros(1, 1, dtype=torch.uint8)})),
+        f"{BLOCK}: tensor a.qweight belongs to no quantized linear of accullm.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusal(case: str, artifact: Path) -> None:
+    damage, message = REFUSALS[case]
+    damage(artifact)
+    with pytest.raises(AccullmError) as error:
+        AccullmFormat().open(artifact)
+    assert (
+        error.value.line() == f"{artifact.parent}/" + ("" if message.startswith("artifact") else "artifact/") + message
+    )
+    assert error.value.exit_code == 2
+
+
+def test_zero_points_of_a_symmetric_linear_are_refused(tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run", symmetric=True)
+    directory = empty(tmp_path / "artifact")
+    FORMATS["accullm"].write(directory, made.parts)
+    edit_block(lambda tensors: tensors.update({f"{UP_PROJ}.qzeros": torch.zeros(96, 1, dtype=torch.uint8)}))(directory)
+    with pytest.raises(AccullmError) as error:
+        open_artifact(directory)
+    assert error.value.line() == (
+        f"{directory}/{BLOCK}: tensor {UP_PROJ}.qzeros is stored although {UP_PROJ} is symmetric"
+    )
+
+
+def test_a_directory_that_is_no_artifact(tmp_path: Path) -> None:
+    with pytest.raises(AccullmError) as error:
+        open_artifact(tmp_path)
+    assert error.value.line() == (
+        f"{tmp_path}: not an artifact of a known format (accullm, compressed-tensors); "
+        "make one with: accullm convert MODEL"
+    )
+
+
+def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(AccullmError) as error:
+        open_artifact(tmp_path / "nowhere")
+    assert error.value.line() == f"{tmp_path}/nowhere: no such directory; give the directory of an artifact"
+
+
+def test_names_of_formats_need_no_torch() -> None:
+    code = "import sys, accullm_cli.formats as f; print(*f.FORMATS); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "accullm compressed-tensors\n"

@@ -1,0 +1,42 @@
+"""Files of tensors: what writing them refuses, and how streams are split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats.shards import TensorFiles, batches, write_index
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    shards = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for shard in shards:
+        save_file({"w": torch.zeros(1)}, shard)
+    with pytest.raises(AccullmError) as error:
+        write_index(tmp_path, shards)
+    assert error.value.line() == f"{tmp_path}/b.safetensors: tensor w is in a.safetensors already"
+
+
+def test_a_tensor_that_comes_twice_in_a_stream_is_refused() -> None:
+    with pytest.raises(AccullmError) as error:
+        list(batches(iter([("w", torch.zeros(1)), ("w", torch.zeros(1))]), 100))
+    assert error.value.line() == "tensor w comes twice"
+
+
+def test_batches_keep_the_limit_and_the_order() -> None:
+    sizes = {"a": 10, "b": 30, "c": 50, "d": 10, "e": 20}  # a float32 is 4 bytes
+    found = list(batches(((name, torch.zeros(size)) for name, size in sizes.items()), 160))
+    assert [list(batch) for batch in found] == [["a", "b"], ["c"], ["d", "e"]]
+
+
+def test_one_file_without_an_index_opens(tmp_path: Path) -> None:
+    save_file({"w": torch.arange(3.0)}, tmp_path / "model.safetensors")
+    files = TensorFiles.open(tmp_path)
+    assert files.tensor("w").tolist() == [0, 1, 2]
+    with pytest.raises(AccullmError) as error:
+        files.tensor("v")
+    assert error.value.line() == f"{tmp_path}: tensor v is missing"
