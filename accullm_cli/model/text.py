@@ -1,0 +1,260 @@
+"""Windows of tokens for calibration and validation, from packaged texts, a file, or a dataset on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import platform
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.model import packaged_text
+from accullm_cli.model.generated_text import generated_document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A token of English or Python has three to four characters: one piece of a document fills about one window.
+_CHARACTERS_PER_TOKEN = 4
+_SMALLEST_PIECE = 2_000
+
+# Shares of the calibration windows. Held-out text is prose and code; the rest keeps digits, tables and clause
+# numbers from being strangers to the quantized model.
+_CALIBRATION_SHARES = {"prose": 0.45, "code": 0.35, "licences": 0.08, "generated": 0.12}
+_VALIDATION_SHARES = {"prose": 0.5, "code": 0.5}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows; each starts with the BOS token where the tokenizer adds one by default.
+
+    ids: int64 [windows, seq_len].
+    description: what they were cut from, one line for the report.
+    sha256: hex, of `ids` as little-endian int64.
+    """
+
+    ids: torch.Tensor
+    description: str
+    sha256: str
+
+
+def calibration_windows(
+    text: str, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int
+) -> Windows:
+    """The windows that weights are rounded for.
+
+    Args:
+        text: "default", a UTF-8 file, or "hub:NAME[:COLUMN]". ("self" is the model's to write, not found here.)
+
+    Raises:
+        AccullmError: no such file, not UTF-8, too short for one window; the dataset cannot be had.
+    """
+    cutter = _Cutter(tokenizer, seq_len)
+    rng = random.Random(f"calibration {seed}")
+    if text == "self":
+        raise AccullmError("is text that the model samples; it is found in no file", "calibration text self")
+    if text == "default":
+        code, unseen = packaged_text.code("calibration"), packaged_text.code("held out")
+        held_out = packaged_text.runs_of([*unseen, *packaged_text.prose("held out", unseen)])
+        documents = {
+            "prose": packaged_text.prose("calibration", code),
+            "code": code,
+            "licences": packaged_text.licences(),
+        }
+        streams = {
+            kind: _clean(packaged_text.pieces(texts, cutter.piece, rng), held_out) for kind, texts in documents.items()
+        }
+        streams["generated"] = (generated_document(f"calibration {seed} {number}") for number in itertools.count())
+        return _mixture(cutter, streams, _CALIBRATION_SHARES, samples, rng, "for calibration")
+    if text.startswith("hub:"):
+        rows = _read_hub(text, samples * seq_len * _CHARACTERS_PER_TOKEN * 2, seed)
+        return _wrap(cutter.cut(rows, samples), samples, text)
+    return _from_file(cutter, text, samples, rng)
+
+
+def validation_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, seed: int) -> Windows:
+    """The windows that artifact and original are compared on; "default" is text that calibration never sees.
+
+    Args:
+        text: "default" or a UTF-8 file.
+
+    Raises:
+        AccullmError: no such file, not UTF-8, too short for one window.
+    """
+    cutter = _Cutter(tokenizer, seq_len)
+    rng = random.Random(f"validation {seed}")
+    if text == "default":
+        code = packaged_text.code("held out")
+        streams = {
+            "prose": packaged_text.pieces(packaged_text.prose("held out", code), cutter.piece, rng),
+            "code": packaged_text.pieces(code, cutter.piece, rng),
+        }
+        return _mixture(cutter, streams, _VALIDATION_SHARES, windows, rng, "held out")
+    return _from_file(cutter, text, windows, rng)
+
+
+class _Cutter:
+    """Turns documents into windows of exactly `seq_len` tokens for one tokenizer.
+
+    piece: characters of a document that fill about one window.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
+        self._tokenizer = tokenizer
+        self.seq_len = seq_len
+        self.piece = max(_SMALLEST_PIECE, seq_len * _CHARACTERS_PER_TOKEN)
+        bos = tokenizer.bos_token_id
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        self._start: list[int] = [bos] if adds_bos else []
+        self._separator: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def tokens(self, document: str) -> list[int]:
+        """The document's tokens, without special ones."""
+        return list(self._tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def window(self, tokens: list[int]) -> list[int]:
+        """One window from the start of `tokens`."""
+        return self._start + tokens[: self.body]
+
+    @property
+    def body(self) -> int:
+        """Tokens of text in a window."""
+        return self.seq_len - len(self._start)
+
+    def cut(self, documents: Iterable[str], count: int) -> list[list[int]]:
+        """Up to `count` windows from consecutive documents, parted by the tokenizer's EOS."""
+        windows: list[list[int]] = []
+        rest: list[int] = []
+        if count == 0:
+            return windows
+        for document in documents:
+            rest += self.tokens(document) + self._separator
+            while len(rest) >= self.body:
+                windows.append(self.window(rest))
+                rest = rest[self.body :]
+                if len(windows) == count:
+                    return windows
+        return windows
+
+
+def _clean(texts: Iterator[str], held_out: set[str]) -> Iterator[str]:
+    """The texts without what validation holds out."""
+    return (packaged_text.without_runs(text, held_out) for text in texts)
+
+
+def _mixture(
+    cutter: _Cutter,
+    streams: Mapping[str, Iterator[str]],
+    shares: Mapping[str, float],
+    count: int,
+    rng: random.Random,
+    purpose: str,
+) -> Windows:
+    """Windows from several streams by their shares; a stream that ends early is made up for by the next ones."""
+    wanted = _apportion(shares, count)
+    found = {kind: cutter.cut(stream, wanted[kind]) for kind, stream in streams.items()}
+    for kind in ("code", "prose", "generated"):
+        lacking = count - sum(map(len, found.values()))
+        if kind in streams and lacking:
+            found[kind] += cutter.cut(streams[kind], lacking)
+    windows = [window for kind in found for window in found[kind]]
+    rng.shuffle(windows)
+    parts = ", ".join(f"{len(found[kind])} {kind}" for kind in found if found[kind])
+    return _wrap(windows, count, f"packaged text {purpose} from Python {platform.python_version()}: {parts}")
+
+
+def _apportion(shares: Mapping[str, float], count: int) -> dict[str, int]:
+    """Whole numbers in proportion to the shares that add up to `count` (largest remainders)."""
+    whole = {kind: int(share * count) for kind, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda kind: whole[kind] - shares[kind] * count)
+    for kind in by_remainder[: count - sum(whole.values())]:
+        whole[kind] += 1
+    return whole
+
+
+def _from_file(cutter: _Cutter, name: str, count: int, rng: random.Random) -> Windows:
+    """Windows from a user's file: consecutive ones if it is short, from all over it if it is long."""
+    text = _read_file(Path(name).expanduser())
+    needed = 4 * count * cutter.seq_len * _CHARACTERS_PER_TOKEN
+    if len(text) > 4 * needed:
+        # Too long to tokenize for so few windows: one window from each of `count` equal stretches.
+        stretch, reach = len(text) // count, 4 * cutter.seq_len * _CHARACTERS_PER_TOKEN
+        starts = [number * stretch + rng.randrange(stretch - reach) for number in range(count)]
+        taken = [cutter.tokens(text[start : start + reach]) for start in starts]
+        windows = [cutter.window(tokens) for tokens in taken if len(tokens) >= cutter.body]
+        return _wrap(windows, count, f"{name}, {len(windows)} places")
+    tokens = cutter.tokens(text)
+    bodies = [tokens[start : start + cutter.body] for start in range(0, len(tokens) - cutter.body + 1, cutter.body)]
+    if not bodies:
+        raise AccullmError(
+            f"holds {len(tokens)} tokens, but one window needs {cutter.body}",
+            name,
+            "give more text or a smaller --seq-len",
+        )
+    chosen = sorted(rng.sample(range(len(bodies)), min(count, len(bodies))))
+    return _wrap([cutter.window(bodies[index]) for index in chosen], count, name)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise AccullmError(
+            f"not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start})", path, "convert it to UTF-8"
+        ) from None
+    except FileNotFoundError:
+        raise AccullmError("no such file", path, "check its spelling") from None
+    except OSError as error:
+        raise AccullmError(f"cannot be read ({error.strerror})", path) from None
+
+
+def _read_hub(text: str, characters: int, seed: int) -> list[str]:
+    """Rows of a dataset on the hub, enough for `characters`."""
+    name, _, column = text.removeprefix("hub:").partition(":")
+    try:
+        import datasets  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise AccullmError("needs the package datasets", text, "pip install datasets") from None
+    rows: list[str] = []
+    length = 0
+    try:
+        dataset: Iterable[Mapping[str, Any]] = datasets.load_dataset(name, split="train", streaming=True).shuffle(
+            seed=seed, buffer_size=1_000
+        )
+        for row in dataset:
+            key = column or next((key for key, value in row.items() if isinstance(value, str)), "text")
+            if not isinstance(row.get(key), str):
+                columns = ", ".join(row)
+                raise AccullmError(f"has no text column {key}", text, f"its columns are {columns}")
+            rows.append(row[key])
+            length += len(row[key])
+            if length >= characters:
+                break
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AccullmError(
+            f"the dataset cannot be had ({reason})", text, "connect to the network, or give a local file"
+        ) from None
+    return rows
+
+
+def _wrap(windows: list[list[int]], asked: int, origin: str) -> Windows:
+    """The windows as a value.
+
+    Raises:
+        AccullmError: there are none.
+    """
+    if not windows:
+        raise AccullmError("holds too little text for one window", origin, "give more text or a smaller --seq-len")
+    ids = torch.tensor(windows, dtype=torch.int64)
+    size = f"{len(windows)} windows of {ids.shape[1]} tokens"
+    if len(windows) < asked:
+        size += f" (of {asked} asked for: there is no more text)"
+    content = ids.numpy().astype("<i8").tobytes()
+    return Windows(ids, f"{size} from {origin}", hashlib.sha256(content).hexdigest())
