@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.accullm import LOADER_GUARD, SCHEME_KEYS, SUFFIXES, linear_schema
 from accullm_cli.formats.manifest import check_version
-from accullm_cli.formats.shards import TensorInfo, read_header
+from accullm_cli.formats.shards import TensorInfo, dtype_name, read_header
 from accullm_cli.kernels.matmul import hybrid_matmul
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan
@@ -320,7 +320,7 @@ def check_complete(model: PreTrainedModel, stored: Mapping[str, TensorInfo], whe
         if info.shape != tuple(tensor.shape):
             raise AccullmError(f"tensor {name} has shape {list(info.shape)}, expected {list(tensor.shape)}", where)
         if name.rpartition(".")[2] in SUFFIXES and info.dtype != tensor.dtype:
-            raise AccullmError(f"tensor {name} is {info.dtype}, expected {tensor.dtype}", where)
+            raise AccullmError(f"tensor {name} is {dtype_name(info.dtype)}, expected {dtype_name(tensor.dtype)}", where)
     for name in stored:
         if name.endswith(".qweight") and name not in wanted:
             raise AccullmError(f"tensor {name} has no place in {type(model).__name__}", where)

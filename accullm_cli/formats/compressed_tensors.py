@@ -185,9 +185,9 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     for name, linear in plan.linears.items():
         if linear.bits != 16:
             schemes.setdefault((linear.bits, linear.group_size, linear.symmetric), []).append(name)
-    # transformers with compressed-tensors 0.18 to 0.20 builds packed zero points in their unpacked shape and then refuses
-    # the file. Told to dequantize while loading it reads them, but then takes every linear for the first scheme, so with
-    # several schemes the refusal is the better end. Other readers do not look at this key.
+    # transformers with compressed-tensors 0.18 to 0.20 builds packed zero points in their unpacked shape and then
+    # refuses the file. Told to dequantize while loading it reads them, but takes every linear for the first scheme, so
+    # with several schemes the refusal is the better end. Other readers do not look at this key.
     dequantize_while_loading = [symmetric for _, _, symmetric in schemes] == [False]
     return {
         "quant_method": "compressed-tensors",

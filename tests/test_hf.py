@@ -1,0 +1,254 @@
+"""Native artifacts in transformers: logits, dtypes, text, and everything that must not load."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+import accullm_cli.hf
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats import FORMATS
+from tests.support import Made, empty, make_parts, tiny_gpt2, tiny_llama, tiny_mixtral, tokens
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": tiny_llama,
+    "tied llama": lambda: tiny_llama(tied=True),
+    "gpt2": tiny_gpt2,
+    "mixtral": tiny_mixtral,
+}
+
+
+def export(tmp_path: Path, made: Made) -> Path:
+    directory = empty(tmp_path / "artifact")
+    FORMATS["accullm"].write(directory, made.parts)
+    return directory
+
+
+def plain(tmp_path: Path, made: Made, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The reference, loaded by the same road (a cast in memory would also cast the rotary frequencies)."""
+    made.reference.save_pretrained(tmp_path / "plain")
+    # transformers' other ways to run experts sum in another order.
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=dtype, experts_implementation="eager")
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(tokens()).logits
+
+
+# -- what is computed ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric", "outliers"),
+    [(4, 32, False, (3, 17)), (3, -1, True, ()), (8, 40, False, (0, 39))],
+)
+def test_logits_equal_those_of_the_dequantized_weights(
+    model: str, bits: int, group_size: int, symmetric: bool, outliers: tuple[int, ...], tmp_path: Path
+) -> None:
+    made = make_parts(MODELS[model](), tmp_path / "run", bits, group_size, symmetric, outliers)
+    loaded = AutoModelForCausalLM.from_pretrained(export(tmp_path, made))
+    if model == "gpt2":
+        # Conv1D multiplies by a transposed weight, which sums in another order.
+        torch.testing.assert_close(logits(loaded), logits(made.reference), rtol=0, atol=2e-5)
+    else:
+        assert torch.equal(logits(loaded), logits(made.reference))
+
+
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
+def test_linears_left_in_16_bits_load_beside_quantized_ones(model: str, tmp_path: Path) -> None:
+    made = make_parts(MODELS[model](), tmp_path / "run", keep=("0.self_attn.o_proj", "1.mlp.experts.down_proj.2"))
+    loaded = AutoModelForCausalLM.from_pretrained(export(tmp_path, made))
+    assert type(loaded.model.layers[0].self_attn.o_proj) is nn.Linear
+    assert torch.equal(logits(loaded), logits(made.reference))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("model", ["tied llama", "mixtral"])
+def test_weights_are_rounded_once_to_the_dtype_asked_for(model: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    made = make_parts(MODELS[model](), tmp_path / "run", outliers=(3, 17))
+    loaded = AutoModelForCausalLM.from_pretrained(export(tmp_path, made), dtype=dtype)
+    assert logits(loaded).dtype == dtype
+    assert torch.equal(logits(loaded), logits(plain(tmp_path, made, dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_scales_and_outlier_weights_keep_their_stored_dtype(
+    stored: torch.dtype, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    made = make_parts(tiny_llama(dtype=stored), tmp_path / "run", outliers=(3,))
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, made), dtype=dtype)
+    for moved in (model, model.to(torch.bfloat16), model.to(torch.float64)):
+        linear = moved.get_submodule(Q_PROJ)
+        assert torch.equal(linear.scales, made.linears[Q_PROJ].scales)
+        assert linear.scales.dtype == torch.float16
+        assert torch.equal(linear.outlier_weight, made.linears[Q_PROJ].outlier_weight)
+        assert linear.outlier_weight.dtype == stored
+
+
+def test_experts_follow_the_model_to_another_dtype(tmp_path: Path) -> None:
+    made = make_parts(tiny_mixtral(), tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, made)).to(torch.bfloat16)
+    name = "model.layers.0.mlp.experts.down_proj"
+    expert = model.get_submodule(name)[torch.tensor(2)]
+    assert torch.equal(expert, made.linears[f"{name}.2"].dequantize(torch.bfloat16))
+
+
+def test_a_model_that_keeps_modules_in_float32_does_not_cast_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run", outliers=(3,))
+    directory = export(tmp_path, made)
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["q_proj"])
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["q_proj"])
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    assert model.get_submodule(Q_PROJ).scales.dtype == torch.float16
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_text_is_generated_as_by_the_dequantized_model(model: str, tmp_path: Path) -> None:
+    made = make_parts(MODELS[model](), tmp_path / "run", outliers=(5,))
+    loaded = AutoModelForCausalLM.from_pretrained(export(tmp_path, made))
+    prompt = tokens(batch=1, length=5)
+    texts = [
+        m.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        for m in (loaded, made.reference)
+    ]
+    assert texts[0].shape == (1, 13)
+    assert torch.equal(texts[0], texts[1])
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(tied=True), tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, made))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_no_dequantized_weight_is_kept(tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, made))
+    logits(model)
+    weights = {name for name, tensor in model.state_dict().items() if tensor.dim() == 2 and tensor.is_floating_point()}
+    assert {name for name in weights if not name.endswith(".scales")} == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_experts_run_one_at_a_time_whatever_is_asked_for(tmp_path: Path) -> None:
+    made = make_parts(tiny_mixtral(), tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, made), experts_implementation="grouped_mm")
+    assert model.config._experts_implementation == "eager"
+    assert torch.equal(logits(model), logits(made.reference))
+    model.set_experts_implementation("batched_mm")
+    with pytest.raises(TypeError) as error:
+        logits(model)
+    assert str(error.value) == "quantized experts are read one at a time: use experts_implementation='eager'"
+
+
+# -- what must not load -------------------------------------------------------------------------------------
+
+
+def test_without_the_import_loading_fails_and_names_the_remedy(tmp_path: Path) -> None:
+    directory = export(tmp_path, make_parts(tiny_llama(), tmp_path / "run"))
+    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith(
+        f"No such file or directory: {directory}/import-accullm_cli.hf-before-loading.safetensors"
+    )
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the first block's shard, and the index with it."""
+    shard = directory / "model-00001-of-00003.safetensors"
+    tensors = load_file(shard)
+    change(tensors)
+    shard.unlink()
+    save_file(tensors, shard)
+    index_path = directory / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    kept = {name: file for name, file in index["weight_map"].items() if file != shard.name}
+    index["weight_map"] = kept | dict.fromkeys(tensors, shard.name)
+    index_path.write_text(json.dumps(index))
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{Q_PROJ}.qweight"), f"tensor {Q_PROJ}.qweight is missing; copy the artifact again"),
+        (
+            lambda t: t.pop(f"{Q_PROJ}.outlier_index"),
+            f"tensor {Q_PROJ}.outlier_index is missing; copy the artifact again",
+        ),
+        (lambda t: t.pop(f"{Q_PROJ}.bias"), f"tensor {Q_PROJ}.bias is missing; copy the artifact again"),
+        (lambda t: t.pop(NORM), f"tensor {NORM} is missing; copy the artifact again"),
+        (lambda t: t.update({NORM: torch.ones(63)}), f"tensor {NORM} has shape [63], expected [64]"),
+        (
+            lambda t: t.update({f"{Q_PROJ}.scales": t[f"{Q_PROJ}.scales"].float()}),
+            f"tensor {Q_PROJ}.scales is float32, expected float16",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.extra.qweight": torch.zeros(1, dtype=torch.uint8)}),
+            "tensor model.layers.0.extra.qweight has no place in LlamaForCausalLM",
+        ),
+    ],
+)
+def test_damaged_tensors_are_refused(
+    change: Callable[[dict[str, torch.Tensor]], object], message: str, tmp_path: Path
+) -> None:
+    directory = export(tmp_path, make_parts(tiny_llama(), tmp_path / "run", outliers=(3,)))
+    edit_tensors(directory, change)
+    with pytest.raises(AccullmError) as error:
+        AutoModelForCausalLM.from_pretrained(directory)
+    assert error.value.line() == f"{directory}: {message}"
+
+
+def test_a_model_class_without_the_linears_is_refused(tmp_path: Path) -> None:
+    directory = export(tmp_path, make_parts(tiny_llama(), tmp_path / "run"))
+    with pytest.raises(AccullmError) as error:
+        AutoModel.from_pretrained(directory)
+    assert error.value.line() == (
+        f"config.json: LlamaModel has no linear layer {Q_PROJ}; load the artifact with AutoModelForCausalLM"
+    )
+
+
+def test_a_newer_format_version_is_refused(tmp_path: Path) -> None:
+    directory = export(tmp_path, make_parts(tiny_llama(), tmp_path / "run"))
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AccullmError) as error:
+        AutoModelForCausalLM.from_pretrained(directory)
+    assert error.value.line() == (
+        "config.json: format version 2 is newer than 1, the newest that this accullm reads; "
+        "upgrade with: pip install -U accullm"
+    )
+
+
+def test_quantizing_while_loading_is_refused(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "plain")
+    config = accullm_cli.hf.AccullmConfig(format_version=1)
+    with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config)
+
+
+def test_saving_is_refused_with_the_way_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, make_parts(tiny_llama(), tmp_path / "run")))
+    with pytest.raises(ValueError, match="quantized with accullm and is not serializable"):
+        model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
