@@ -1,0 +1,268 @@
+"""report.html and report.json: what somebody who ships a model needs to see, the verdict first."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+
+from accullm_cli.measure.result import Clause, Estimate, Fidelity, Report
+from accullm_cli.report import plots
+from accullm_cli.report.page import bullets, collapsed, figure, page, paragraph, section, table
+from accullm_cli.report.schema import to_json
+from accullm_cli.run import write_text
+
+# More records than this are shown on a click: an MoE model can have thousands.
+_RECORDS_SHOWN = 20
+
+
+def write_report(report: Report, directory: Path) -> tuple[Path, Path]:
+    """Write report.json and report.html into `directory`, and return their paths in that order.
+
+    The same report gives the same bytes. Raises MachineError where `directory` cannot be written.
+    """
+    json_path, html_path = directory / "report.json", directory / "report.html"
+    write_text(json_path, json.dumps(to_json(report), indent=1, allow_nan=False) + "\n")
+    write_text(html_path, render(report))
+    return json_path, html_path
+
+
+def render(report: Report) -> str:
+    """The report as one HTML document that loads nothing."""
+    body = [
+        _verdict(report),
+        _figures(report.fidelity),
+        _sizes(report),
+        _plots(report),
+        _records(report),
+        _stages(report),
+        _linears(report),
+        _provenance(report),
+    ]
+    return page(f"{report.artifact}: AccuLLM report", body)
+
+
+# -- sections, from top to bottom ------------------------------------------------------------------------------
+
+
+def _verdict(report: Report) -> str:
+    missed = sum(not clause.met for clause in report.contract)
+    if not report.contract:
+        style, heading = "", "Measured; no contract was asked for"
+    elif report.contract_met:
+        style, heading = "good", "Contract met"
+    else:
+        style, heading = "bad", f"Contract not met: {missed} of {_count(len(report.contract), 'condition')} missed"
+    parts = [
+        f'<header class="verdict {style}">',
+        paragraph(f"{report.model} → {report.artifact} ({report.format})", "eyebrow"),
+        f"<h1>{escape(heading)}</h1>",
+        paragraph(_summary(report)),
+        "</header>",
+    ]
+    if report.contract:
+        columns = [("", ""), ("Condition", "wrap"), ("Measured", "number"), ("Limit", "number")]
+        rows = [
+            ("met" if clause.met else "not met", clause.text, _clause(clause, clause.measured), _limit(clause))
+            for clause in report.contract
+        ]
+        parts.append(table(columns, rows, ["good" if clause.met else "bad" for clause in report.contract]))
+    return "\n".join(parts)
+
+
+def _summary(report: Report) -> str:
+    """The result in two sentences."""
+    found = report.fidelity
+    change = found.perplexity.value / found.perplexity_original.value - 1
+    return (
+        f"On {found.tokens:,} held-out tokens the artifact puts the original's most likely token first "
+        f"{found.top1_agreement.value:.1%} of the time, and its perplexity is {found.perplexity.value:#.4g} instead of "
+        f"{found.perplexity_original.value:#.4g} ({change:+.1%}). It takes {size(report.artifact_bytes)} instead of "
+        f"{size(report.source_bytes)}, at {report.bits_per_weight:.2f} bits per quantized weight."
+    )
+
+
+def _clause(clause: Clause, value: float) -> str:
+    if clause.metric.startswith("top1_agreement"):
+        return f"{100 * value:.6g}%"
+    if clause.metric == "artifact_bytes":
+        return f"{value:,.0f}"
+    return f"{value:.6g}"
+
+
+def _limit(clause: Clause) -> str:
+    comparison = {"<=": "≤", ">=": "≥"}.get(clause.comparison, clause.comparison)
+    return f"{comparison} {_clause(clause, clause.limit)}"
+
+
+def _figures(found: Fidelity) -> str:
+    ratio = found.perplexity.value / found.perplexity_original.value
+    floor = found.mean_kl_floor
+    over_floor = f"{_factor(found.mean_kl.value / floor.value)} times the noise floor" if floor.value > 0 else ""
+    agreement = found.top1_agreement
+    rows = [
+        ("Mean KL divergence", *_estimate(found.mean_kl), f"nats per token; {over_floor}".rstrip("; ")),
+        ("Its noise floor", *_estimate(floor), "the original against itself with one bfloat16 rounding per block"),
+        ("KL, 99th percentile", *_estimate(found.kl_p99), "one token in 100 is further off"),
+        ("KL, 99.9th percentile", *_estimate(found.kl_p999), "one token in 1,000 is further off"),
+        ("KL, largest", nats(found.kl_max), "", "the worst token"),
+        (
+            "Top-1 agreement",
+            f"{agreement.value:.2%}",
+            f"{agreement.low:.2%} to {agreement.high:.2%}",
+            "the same most likely next token",
+        ),
+        ("Perplexity of the original", *_estimate(found.perplexity_original, "{:#.4g}"), ""),
+        ("Perplexity of the artifact", *_estimate(found.perplexity, "{:#.4g}"), f"{ratio:.4f} times the original's"),
+    ]
+    columns = [("Figure", ""), ("Value", "number"), ("95% interval", "number"), ("", "quiet")]
+    text = "packaged held-out text" if found.text == "default" else found.text
+    return section(
+        "Fidelity",
+        table(columns, rows),
+        paragraph(
+            f"KL(original ‖ artifact) of the next-token distributions at {found.tokens:,} positions in {found.windows} "
+            f"windows of {text}. Intervals come from resampling whole windows.",
+            "note",
+        ),
+    )
+
+
+def _sizes(report: Report) -> str:
+    ratio = report.source_bytes / max(report.artifact_bytes, 1)
+    rows = [
+        ("Source's weights", size(report.source_bytes), f"{report.source_bytes:,} bytes"),
+        ("Artifact", size(report.artifact_bytes), f"{report.artifact_bytes:,} bytes; {ratio:.2f} times smaller"),
+        (
+            "Bits per weight",
+            f"{report.bits_per_weight:.3f}",
+            "of the quantized linears: codes, scales, zero points, outliers and their index",
+        ),
+    ]
+    return section("Size", table([("", ""), ("", "number"), ("", "quiet")], rows))
+
+
+def _plots(report: Report) -> str:
+    parts = [
+        figure("How far single tokens are off. The scale is logarithmic.", plots.draw_kl_histogram(report.fidelity)),
+        figure(
+            "Texts differ in how hard they are; a window far above the others is worth reading.",
+            plots.draw_kl_of_windows(report.fidelity),
+        ),
+    ]
+    errors = plots.draw_relative_errors(report.linears)
+    if errors:
+        caption = "Relative error of each linear's output on the calibration text (experts: their mean)."
+        parts.append(figure(caption, errors))
+    bits = plots.draw_bits_per_weight(report.linears)
+    if bits:
+        parts.append(figure("Bits per weight of each linear; black: left in 16 bits.", bits))
+    return section("Where the loss is", *parts)
+
+
+def _records(report: Report) -> str:
+    if not report.records:
+        content = paragraph("Nothing: every weight was stored as planned, and no numeric fallback was needed.")
+    elif len(report.records) > _RECORDS_SHOWN:
+        content = collapsed(_count(len(report.records), "record"), bullets(report.records))
+    else:
+        content = bullets(report.records)
+    return section("Treated differently from the plan", content)
+
+
+def _stages(report: Report) -> str:
+    columns = [("Stage", ""), ("", ""), ("Why", "wrap"), ("Time", "number"), ("Peak memory", "number")]
+    rows = [
+        (
+            stage.name,
+            "ran" if stage.ran else "skipped",
+            stage.reason,
+            duration(stage.seconds),
+            size(stage.peak_bytes) if stage.peak_bytes else "–",
+        )
+        for stage in report.stages
+    ]
+    return section("Stages", table(columns, rows))
+
+
+def _linears(report: Report) -> str:
+    columns = [
+        ("Linear", "wrap"),
+        ("Shape", "number"),
+        ("Bits", "number"),
+        ("Group", "number"),
+        ("Outliers", "number"),
+        ("Bits per weight", "number"),
+        ("Relative error", "number"),
+        ("Deviates because", "quiet"),
+    ]
+    rows = [
+        (
+            linear.name,
+            f"{linear.out_features} × {linear.in_features}",
+            str(linear.bits),
+            "row" if linear.group_size == -1 else str(linear.group_size),
+            str(linear.outliers),
+            f"{linear.bits_per_weight:.3f}",
+            "–" if linear.relative_error is None else f"{linear.relative_error:.4f}",
+            linear.reason,
+        )
+        for linear in report.linears
+    ]
+    return section("Linears", collapsed(f"All {_count(len(rows), 'linear')}", table(columns, rows)))
+
+
+def _provenance(report: Report) -> str:
+    rows = [
+        ("Source", report.model),
+        ("Source, SHA-256", report.source_sha256),
+        ("Artifact", report.artifact),
+        ("Artifact, SHA-256", report.artifact_sha256),
+        ("Format", report.format),
+        *((name, version) for name, version in sorted(report.versions.items())),
+        ("Report schema", str(report.schema_version)),
+    ]
+    return section("Provenance", table([("", ""), ("", "wrap mono")], rows))
+
+
+# -- figures as text -------------------------------------------------------------------------------------------
+
+
+def nats(value: float) -> str:
+    """Three significant digits, small values in scientific form: 0.0664, 3.40e-05."""
+    return "0" if value == 0 else f"{value:.2e}" if abs(value) < 1e-3 else f"{value:#.3g}".rstrip(".")
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units: 112.3 MB."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} bytes" if unit == "bytes" else f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """3.2 s, 4 min 05 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _estimate(estimate: Estimate, form: str = "") -> tuple[str, str]:
+    """A figure and its interval; in nats where no form is given."""
+
+    def text(value: float) -> str:
+        return form.format(value) if form else nats(value)
+
+    return text(estimate.value), f"{text(estimate.low)} to {text(estimate.high)}"
+
+
+def _factor(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"

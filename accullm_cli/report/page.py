@@ -1,0 +1,96 @@
+"""The page that reports and outlier maps share: its style, its tables, and the one place where text is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1c1d21; --soft: #5d6270; --line: #dfe1e6; --good: #1b7f4b; --bad: #b3261e; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 2.5rem 1.5rem 4rem; background: #fff; color: var(--ink);
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.015em; }
+h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
+p { margin: .4rem 0; max-width: 46rem; }
+.soft, .note { color: var(--soft); }
+.note { font-size: .88rem; }
+code, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .86em; }
+.eyebrow { color: var(--soft); font-size: .88rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+.verdict { border-left: 6px solid var(--soft); padding: .2rem 0 .2rem 1.3rem; }
+.verdict.good { border-color: var(--good); } .verdict.good h1 { color: var(--good); }
+.verdict.bad { border-color: var(--bad); } .verdict.bad h1 { color: var(--bad); }
+.good td:first-child { color: var(--good); font-weight: 600; }
+.bad td:first-child { color: var(--bad); font-weight: 600; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin: .5rem 0; }
+th { text-align: left; font-weight: 600; font-size: .8rem; color: var(--soft); }
+th, td { padding: .34rem .9rem .34rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+td.wrap { overflow-wrap: anywhere; }
+td.quiet { color: var(--soft); font-size: .88rem; }
+figure { margin: 1rem 0 1.8rem; break-inside: avoid; }
+figcaption { color: var(--soft); font-size: .88rem; max-width: 46rem; margin-bottom: .3rem; }
+figure svg { width: 100%; height: auto; display: block; }
+figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif !important; }
+figure svg image { image-rendering: pixelated; }
+ul { padding-left: 1.2rem; margin: .4rem 0; } li { margin: .15rem 0; overflow-wrap: anywhere; }
+details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); }
+details table { font-size: .86rem; }
+@media print { body { padding: 0; max-width: none; font-size: 11px; } h2 { break-after: avoid; }
+  tr { break-inside: avoid; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+"""
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """A complete HTML document that loads nothing. `body` is HTML, `title` is text."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def section(heading: str, *parts: str) -> str:
+    """A heading (text) and what belongs under it (HTML)."""
+    return "\n".join([f"<section>\n<h2>{escape(heading)}</h2>", *parts, "</section>"])
+
+
+def paragraph(text: str, style: str = "") -> str:
+    """`style` is one of the page's classes: "soft", "note", "eyebrow"."""
+    return f'<p class="{style}">{escape(text)}</p>' if style else f"<p>{escape(text)}</p>"
+
+
+def figure(caption: str, svg: str) -> str:
+    """A picture (SVG) under its caption (text)."""
+    return f"<figure>\n<figcaption>{escape(caption)}</figcaption>\n{svg}\n</figure>"
+
+
+def collapsed(summary: str, content: str) -> str:
+    """HTML that shows on a click on `summary` (text)."""
+    return f"<details>\n<summary>{escape(summary)}</summary>\n{content}\n</details>"
+
+
+def bullets(lines: Sequence[str]) -> str:
+    return "<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in lines) + "\n</ul>"
+
+
+def table(
+    columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], row_styles: Sequence[str] | None = None
+) -> str:
+    """A table of text.
+
+    Args:
+        columns: heading and class of each: "" for plain, "number" for right-aligned, "wrap" for long names, "quiet".
+        rows: one cell of text for each column.
+        row_styles: a class for each row: "good", "bad" or "".
+    """
+    head = "".join(f'<th class="{style}">{escape(heading)}</th>' for heading, style in columns)
+    lines = []
+    for row, row_style in zip(rows, row_styles or [""] * len(rows), strict=True):
+        cells = "".join(
+            f'<td class="{style}">{escape(cell)}</td>' for cell, (_, style) in zip(row, columns, strict=True)
+        )
+        lines.append(f'<tr class="{row_style}">{cells}</tr>')
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>"
