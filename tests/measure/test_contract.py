@@ -1,8 +1,10 @@
 """Contracts: how a condition is read, what it is held against, and every refusal word for word."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -166,3 +168,10 @@ def test_refusal(text, line):
 def test_conditions_are_read_without_torch():
     program = "import sys, accullm_cli.measure.contract; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_every_metric_is_documented():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "measures.md").read_text(encoding="utf-8")
+    figures = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    documented = [name for cell in figures for name in re.findall(r"`([^`]+)`", cell)]
+    assert sorted(documented) == sorted(METRICS)
