@@ -58,11 +58,13 @@ def read_alias(path: Path) -> Alias:
         AccullmError: it does not follow the schema.
     """
     try:
-        content = _AliasFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(loaded, dict):
+            raise AccullmError("not keys with values", path)
+        content = _AliasFile.model_validate(loaded)
     except yaml.YAMLError as error:
         raise AccullmError(f"not YAML ({' '.join(str(error).split())})", path) from None
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        raise AccullmError(f"{key}: {first['msg']}", path) from None
+        raise AccullmError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", path) from None
     return Alias(name=path.stem, **content.model_dump())

@@ -339,7 +339,7 @@ def _write_tensor(
     if bool(torch.isinf(cast).any()) and not bool(torch.isinf(weights).any()):
         raise AccullmError(f"tensor {stored.name} holds values beyond the range of {_name(dtype)}", path)
     file.seek(position)
-    file.write(memoryview(cast.flatten().view(torch.uint8).numpy()))
+    file.write(cast.flatten().view(torch.uint8).numpy().data)
     return stored.tensor_type.name == "F32" and not torch.equal(cast.float(), weights)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (  # HTTPError: that of the HTTP library in use, which differs by version
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of its HTTP library
     GatedRepoError,
     HfHubHTTPError,
-    HTTPError,  # type: ignore[attr-defined]
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,

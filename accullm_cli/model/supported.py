@@ -105,5 +105,7 @@ def _check_readable(path: Path) -> None:
         AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = ": ".join(lines[:2]) if isinstance(error, StrictDataclassError) else (lines or [repr(error)])[0]
+        # A validation error tells on its second line what is wrong with the field that the first line names.
+        kept = lines[:2] if isinstance(error, StrictDataclassError) else lines[:1] or [repr(error)]
+        reason = ": ".join(line.rstrip(":.") for line in kept)
         raise AccullmError(f"transformers cannot read it ({reason})", path, "correct the value") from None
