@@ -96,9 +96,8 @@ class CompressedTensorsArtifact(StoredArtifact):
         plan = self.plan.linears[name]
         if stored["weight_shape"].tolist() != [plan.out_features, plan.in_features]:
             yield f"weight_shape is {stored['weight_shape'].tolist()}"
-        again = encode(decode(stored, plan), stored["weight_scale"].dtype, self.path)
-        for suffix in ("weight_packed", "weight_zero_point"):
-            if suffix in again and not torch.equal(again[suffix], stored[suffix]):
+        for suffix, tensor in _packed(decode(stored, plan)).items():
+            if not torch.equal(tensor, stored[suffix]):
                 yield f"padding bits of {suffix} are not zero"
         yield from not_finite("weight_scale", stored["weight_scale"])
 
@@ -246,11 +245,13 @@ def encode(linear: QuantizedLinear, dtype: torch.dtype, where: object) -> dict[s
             where,
             "run profile again with --format compressed-tensors",
         )
-    tensors = {
-        "weight_packed": _words(pack(linear.codes, linear.bits)),
-        "weight_scale": scales,
-        "weight_shape": torch.tensor(linear.codes.shape, dtype=torch.int64),
-    }
+    shape = torch.tensor(linear.codes.shape, dtype=torch.int64)
+    return {**_packed(linear), "weight_scale": scales, "weight_shape": shape}
+
+
+def _packed(linear: QuantizedLinear) -> dict[str, torch.Tensor]:
+    """Codes packed along the inputs, zero points along the outputs."""
+    tensors = {"weight_packed": _words(pack(linear.codes, linear.bits))}
     if linear.zeros is not None:
         tensors["weight_zero_point"] = _words(pack(linear.zeros.T, linear.bits)).T.contiguous()
     return tensors

@@ -1,0 +1,202 @@
+"""Two artifacts side by side, or an artifact and a plain checkpoint, without running either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats import artifact_format, open_artifact
+from accullm_cli.formats.shards import TensorFiles
+from accullm_cli.formats.stored import StoredArtifact
+from accullm_cli.measure.result import Estimate
+from accullm_cli.measure.statistics import paired_difference
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two.
+
+    bits_per_weight: of the linears that either artifact has, as far as this side has them.
+    mean_kl, top1_agreement, perplexity: as validation recorded them, None where it did not.
+    """
+
+    path: str
+    format: str  # "checkpoint" for a plain model
+    bits_per_weight: float | None
+    tensor_bytes: int
+    mean_kl: Estimate | None
+    top1_agreement: Estimate | None
+    perplexity: Estimate | None
+
+
+@dataclass(frozen=True)
+class LinearDifference:
+    """One linear in both.
+
+    relative_difference: ||Wa - Wb|| / ||Wb|| (Frobenius) of the dequantized weights in float32.
+    """
+
+    name: str
+    bits_per_weight_a: float
+    bits_per_weight_b: float
+    relative_difference: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    mean_kl_difference: A's minus B's over the same windows of text; None where they were not both measured on it.
+    unmatched: linears that only one side has.
+    exceeded: a sentence for each limit that is not kept.
+    """
+
+    a: Side
+    b: Side
+    mean_kl_difference: Estimate | None
+    linears: tuple[LinearDifference, ...]
+    unmatched: tuple[str, ...]
+    exceeded: tuple[str, ...]
+
+
+def compare(a: Path, b: Path, max_mean_kl: float | None = None) -> Comparison:
+    """Compare artifact `a` with artifact or original `b`.
+
+    Args:
+        max_mean_kl: limit in nats for the recorded mean KL of both (of `a` where `b` is a plain checkpoint).
+
+    Raises:
+        AccullmError: neither is an artifact; one is damaged; a limit is given and there is no recorded fidelity.
+    """
+    first, second = _open(a), _open(b)
+    artifacts = [side for side in (first, second) if isinstance(side, StoredArtifact)]
+    if not artifacts:
+        raise AccullmError("neither this nor the other directory is an artifact", a, "give at least one artifact")
+    sizes = {name: linear.weights for artifact in artifacts for name, linear in artifact.plan.linears.items()}
+    kinds: dict[str, str] = {}
+    for artifact in artifacts:
+        kinds |= artifact.manifest.kinds if artifact.manifest else {}
+    left, right = _Weights(first, kinds), _Weights(second, kinds)
+    differences = {name: _difference(name, left, right) for name in sizes}
+    fidelity_a, fidelity_b = _fidelity(first), _fidelity(second)
+    exceeded: list[str] = []
+    if max_mean_kl is not None:
+        for artifact in artifacts:
+            exceeded += _over_limit(artifact, max_mean_kl)
+    return Comparison(
+        a=_side(a, left, sizes, fidelity_a),
+        b=_side(b, right, sizes, fidelity_b),
+        mean_kl_difference=_paired(fidelity_a, fidelity_b),
+        linears=tuple(difference for difference in differences.values() if difference is not None),
+        unmatched=tuple(name for name, difference in differences.items() if difference is None),
+        exceeded=tuple(exceeded),
+    )
+
+
+def _open(path: Path) -> StoredArtifact | TensorFiles:
+    if path.is_dir() and artifact_format(path) is None:
+        return TensorFiles.open(path)
+    return open_artifact(path)
+
+
+# -- weights -----------------------------------------------------------------------------------------------
+
+
+class _Weights:
+    """The linear weights of either kind of directory, by the linears' names."""
+
+    def __init__(self, source: StoredArtifact | TensorFiles, kinds: Mapping[str, str]) -> None:
+        self.artifact = source if isinstance(source, StoredArtifact) else None
+        self.files = source.files if isinstance(source, StoredArtifact) else source
+        self._kinds = kinds
+
+    def weight(self, name: str) -> torch.Tensor | None:
+        """[N, K] in float32, or None where there is none of that name."""
+        if self.artifact is not None and name in self.artifact.schema:
+            return self.artifact.linear(name).dequantize()
+        stored = self._stored_name(name)
+        if stored is None:
+            return None
+        tensor = self.files.tensor(stored).float()
+        if not stored.endswith(".weight"):
+            tensor = tensor[int(name.rpartition(".")[2])]
+        return tensor.T if self._kinds.get(name) == "conv1d" else tensor
+
+    def bits_per_weight(self, name: str) -> float | None:
+        if self.artifact is not None and name in self.artifact.plan.linears:
+            return 8 * self.artifact.linear_bytes(name) / self.artifact.plan.linears[name].weights
+        stored = self._stored_name(name)
+        return None if stored is None else 8.0 * self.files.infos[stored].dtype.itemsize
+
+    def _stored_name(self, name: str) -> str | None:
+        """NAME.weight or the parameter that stacks experts; a checkpoint of a base model lacks the first part."""
+        for base in (name, name.partition(".")[2]):
+            stack, _, number = base.rpartition(".")
+            for stored in (f"{base}.weight", stack if number.isdigit() else ""):
+                if stored in self.files.infos:
+                    return stored
+        return None
+
+
+def _difference(name: str, left: _Weights, right: _Weights) -> LinearDifference | None:
+    weight_a, weight_b = left.weight(name), right.weight(name)
+    bits_a, bits_b = left.bits_per_weight(name), right.bits_per_weight(name)
+    if weight_a is None or weight_b is None or bits_a is None or bits_b is None or weight_a.shape != weight_b.shape:
+        return None
+    norm = weight_b.norm().item()
+    relative = (weight_a - weight_b).norm().item() / norm if norm else float(weight_a.any())
+    return LinearDifference(name, bits_a, bits_b, relative)
+
+
+def _side(path: Path, weights: _Weights, sizes: Mapping[str, int], fidelity: Mapping[str, Any] | None) -> Side:
+    bits = count = 0.0
+    for name, size in sizes.items():
+        per_weight = weights.bits_per_weight(name)
+        if per_weight is not None:
+            bits, count = bits + per_weight * size, count + size
+    return Side(
+        path=str(path),
+        format=weights.artifact.format if weights.artifact else "checkpoint",
+        bits_per_weight=bits / count if count else None,
+        tensor_bytes=sum(info.bytes for info in weights.files.infos.values()),
+        mean_kl=_estimate(fidelity, "mean_kl"),
+        top1_agreement=_estimate(fidelity, "top1_agreement"),
+        perplexity=_estimate(fidelity, "perplexity"),
+    )
+
+
+# -- recorded fidelity -------------------------------------------------------------------------------------
+
+
+def _fidelity(side: StoredArtifact | TensorFiles) -> Mapping[str, Any] | None:
+    return side.manifest.fidelity if isinstance(side, StoredArtifact) and side.manifest else None
+
+
+def _estimate(fidelity: Mapping[str, Any] | None, metric: str) -> Estimate | None:
+    return None if fidelity is None else Estimate(**fidelity[metric])
+
+
+def _paired(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> Estimate | None:
+    """A's mean KL minus B's where both were measured on the same windows."""
+    if a is None or b is None or any(a[key] != b[key] for key in ("text", "windows", "tokens")):
+        return None
+    return paired_difference(a["kl_of_window"], b["kl_of_window"], seed=0)
+
+
+def _over_limit(artifact: StoredArtifact, limit: float) -> list[str]:
+    """A sentence where the recorded mean KL is beyond the limit.
+
+    Raises:
+        AccullmError: nothing is recorded.
+    """
+    mean_kl = _estimate(_fidelity(artifact), "mean_kl")
+    if mean_kl is None:
+        raise AccullmError("not validated yet, so there is no mean KL", artifact.path, "run accullm validate first")
+    if mean_kl.value <= limit:
+        return []
+    return [f"{artifact.path}: mean KL {mean_kl.value:.5g} is above {limit:g}"]

@@ -1,0 +1,189 @@
+"""What is in an artifact, or in a plain checkpoint, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats import artifact_format, open_artifact
+from accullm_cli.formats.manifest import flat_facts
+from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json
+from accullm_cli.formats.stored import StoredArtifact
+
+# How many of a linear's outlier features are named.
+FIRST_OUTLIERS = 8
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """One linear: how it is stored. In a plain checkpoint: one 2-D tensor that looks like a linear."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int  # -1: one scale per row, or none
+    symmetric: bool
+    bits_per_weight: float
+    outliers: int
+    first_outliers: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """One file of the directory."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of provenance or of recorded fidelity."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found.
+
+    format: of an artifact; "checkpoint" for a plain model.
+    parameters: weights of the model, quantized or not; tied ones once.
+    bits_per_weight: of the linears, everything stored for them counted; None where there are none.
+    linear_bytes, other_bytes: what is stored for the linears, and for everything else.
+    validated: whether fidelity was measured and recorded.
+    """
+
+    path: str
+    format: str
+    model_type: str
+    dtype: str
+    parameters: int
+    bits_per_weight: float | None
+    linear_bytes: int
+    other_bytes: int
+    outlier_features: int
+    validated: bool
+    linears: tuple[LinearRow, ...]
+    files: tuple[FileRow, ...]
+    provenance: tuple[Fact, ...]
+    fidelity: tuple[Fact, ...]
+
+
+def inspect(path: Path) -> Inspection:
+    """Look into an artifact or a checkpoint directory; no weight is read.
+
+    Raises:
+        AccullmError: `path` is neither, or it is damaged.
+    """
+    if not path.is_dir():
+        raise AccullmError("no such directory", path, "give the directory of an artifact or a model")
+    return _inspect_checkpoint(path) if artifact_format(path) is None else _inspect_artifact(open_artifact(path))
+
+
+def _inspect_artifact(artifact: StoredArtifact) -> Inspection:
+    plan = artifact.plan
+    rows = tuple(_linear_rows(artifact))
+    linear_bytes = sum(artifact.linear_bytes(name) for name in plan.linears)
+    linear_weights = sum(linear.weights for linear in plan.linears.values())
+    stored_bytes = sum(info.bytes for info in artifact.files.infos.values())
+    quantized_weights = sum(plan.linears[name].weights for name in artifact.schema)
+    manifest = artifact.manifest
+    fidelity = None if manifest is None else manifest.fidelity
+    config = read_json(artifact.path / "config.json")
+    return Inspection(
+        path=str(artifact.path),
+        format=artifact.format,
+        model_type=str(config.get("model_type", "")),
+        dtype=dtype_name(manifest.dtype) if manifest else str(config.get("dtype", config.get("torch_dtype", ""))),
+        parameters=quantized_weights + sum(prod(artifact.files.infos[name].shape) for name in artifact.names()),
+        bits_per_weight=8 * linear_bytes / linear_weights if linear_weights else None,
+        linear_bytes=linear_bytes,
+        other_bytes=stored_bytes - linear_bytes,
+        outlier_features=sum(row.outliers for row in rows),
+        validated=fidelity is not None,
+        linears=rows,
+        files=tuple(_file_rows(artifact.path)),
+        provenance=tuple(Fact(*fact) for fact in flat_facts(manifest.provenance)) if manifest else (),
+        fidelity=tuple(_fidelity_facts(fidelity or {})),
+    )
+
+
+def _linear_rows(artifact: StoredArtifact) -> Iterator[LinearRow]:
+    for name, linear in artifact.plan.linears.items():
+        yield LinearRow(
+            name=name,
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            bits=linear.bits,
+            group_size=linear.group_size,
+            symmetric=linear.symmetric,
+            bits_per_weight=8 * artifact.linear_bytes(name) / linear.weights,
+            outliers=len(linear.outlier_index),
+            first_outliers=linear.outlier_index[:FIRST_OUTLIERS],
+            reason=linear.reason,
+        )
+
+
+def _fidelity_facts(fidelity: Mapping[str, Any]) -> Iterator[Fact]:
+    """The figures that a person reads; per-window and per-bin ones are for programs."""
+    for name, value in fidelity.items():
+        if isinstance(value, Mapping):
+            yield Fact(name, f"{value['value']:.5g} ({value['low']:.5g} to {value['high']:.5g})")
+        elif not isinstance(value, list):
+            yield Fact(name, f"{value:.5g}" if isinstance(value, float) else str(value))
+
+
+def _inspect_checkpoint(path: Path) -> Inspection:
+    config = read_json(path / "config.json")
+    infos = TensorFiles.open(path).infos
+    rows = [
+        LinearRow(
+            name=name.removesuffix(".weight"),
+            out_features=info.shape[0],
+            in_features=info.shape[1],
+            bits=8 * info.dtype.itemsize,
+            group_size=-1,
+            symmetric=True,
+            bits_per_weight=8.0 * info.dtype.itemsize,
+            outliers=0,
+            first_outliers=(),
+            reason="",
+        )
+        for name, info in infos.items()
+        if len(info.shape) == 2 and info.dtype.is_floating_point
+    ]
+    linear_bytes = sum(infos[f"{row.name}.weight" if f"{row.name}.weight" in infos else row.name].bytes for row in rows)
+    weights = sum(row.out_features * row.in_features for row in rows)
+    by_dtype: dict[str, int] = {}
+    for info in infos.values():
+        by_dtype[dtype_name(info.dtype)] = by_dtype.get(dtype_name(info.dtype), 0) + prod(info.shape)
+    return Inspection(
+        path=str(path),
+        format="checkpoint",
+        model_type=str(config.get("model_type", "")),
+        dtype=max(by_dtype, key=lambda dtype: by_dtype[dtype]) if by_dtype else "",
+        parameters=sum(by_dtype.values()),
+        bits_per_weight=8 * linear_bytes / weights if weights else None,
+        linear_bytes=linear_bytes,
+        other_bytes=sum(info.bytes for info in infos.values()) - linear_bytes,
+        outlier_features=0,
+        validated=False,
+        linears=tuple(rows),
+        files=tuple(_file_rows(path)),
+        provenance=(),
+        fidelity=(),
+    )
+
+
+def _file_rows(path: Path) -> Iterator[FileRow]:
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            yield FileRow(file.name, file.stat().st_size)
