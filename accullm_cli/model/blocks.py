@@ -45,6 +45,10 @@ class Weights(Protocol):
         """Take the parameters of one module out of the model."""
         ...
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a parameter, by its full name."""
+        ...
+
 
 class Decoder:
     """A decoder-only model. Hidden states are float32 [windows, tokens, hidden]; token ids int64.

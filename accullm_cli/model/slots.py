@@ -101,7 +101,7 @@ def find_slots(block: nn.Module, name: str) -> list[LinearSlot]:
 def share_weights(block: nn.Module, slots: list[LinearSlot]) -> nn.Module:
     """A second block on the same weights; writing a slot of one leaves the other as it is."""
     stacks = {slot.parameter for slot in slots if slot.expert is not None}
-    tensors = [tensor for name, tensor in block.named_parameters() if name not in stacks]
+    tensors: list[torch.Tensor] = [tensor for name, tensor in block.named_parameters() if name not in stacks]
     tensors += list(block.buffers())
     return copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
 

@@ -90,6 +90,7 @@ def round_linears(
     source_dtype: torch.dtype,
     hessian: torch.Tensor | None = None,
     drift: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
 ) -> dict[str, RoundedLinear]:
     """Round the linears that read one input.
 
@@ -99,6 +100,7 @@ def round_linears(
         source_dtype: dtype that outlier weights are kept in.
         hessian: Y^T Y / T, [K, K] in the working dtype; None where calibration reached no row: nearest rounding then.
         drift: Y^T (X - Y) / T, [K, K]; None where X = Y.
+        importance: [K], weight of a column's squared error for the choice of grids; default: the Hessian's diagonal.
 
     Returns:
         For each linear the quantized weight and records. One factorization is made for each distinct set of outlier
@@ -109,6 +111,8 @@ def round_linears(
     """
     if hessian is not None and not bool(torch.isfinite(hessian).all()):
         raise AccullmError("the Hessian holds NaN or Inf", next(iter(weights)), "check the calibration text and model")
+    if importance is None and hessian is not None:
+        importance = hessian.diagonal()
     rounded: dict[str, RoundedLinear] = {}
     sets = {plan.outlier_index for plan in plans.values()}
     for outliers in sorted(sets):
@@ -125,7 +129,7 @@ def round_linears(
                 records.append(f"Hessian not positive definite: damping raised to {factor.damping:g}")
         for name in names:
             rounded[name] = _round_one(
-                weights[name], plans[name], options, source_dtype, hessian, drift, factor, tuple(records)
+                weights[name], plans[name], options, source_dtype, hessian, drift, importance, factor, tuple(records)
             )
     return {name: rounded[name] for name in weights}
 
@@ -237,6 +241,7 @@ def _round_one(
     source_dtype: torch.dtype,
     hessian: torch.Tensor | None,
     drift: torch.Tensor | None,
+    importance: torch.Tensor | None,
     factor: Factor | None,
     records: tuple[str, ...],
 ) -> RoundedLinear:
@@ -247,8 +252,7 @@ def _round_one(
     target = weight
     if factor is not None and drift is not None and options.target == "corrected":
         target = corrected_target(weight, drift, factor)
-    importance = torch.ones(weight.shape[1]) if hessian is None else hessian.diagonal()
-    grid = _grid(target, importance, plan, options, is_outlier)
+    grid = _grid(target, torch.ones(weight.shape[1]) if importance is None else importance, plan, options, is_outlier)
     kept = weight[:, outliers].to(source_dtype)
     if factor is None:
         codes = grid.round_to_nearest(target)

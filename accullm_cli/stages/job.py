@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from accullm_cli.config import Config, Section
+from accullm_cli.errors import AccullmError
 from accullm_cli.model.source import ModelSource
 from accullm_cli.progress import Event, Progress
 from accullm_cli.run import (
@@ -26,12 +27,19 @@ from accullm_cli.run import (
 
 @dataclass(frozen=True)
 class Job:
-    """One conversion: its configuration, run directory, source, and who is told about progress."""
+    """One conversion: its configuration, run directory, source, and who is told about progress.
+
+    only: the one stage that may run, where a single one was asked for; the others must be up to date.
+    """
 
     config: Config
     run: RunDirectory
     source: ModelSource
     progress: Progress
+    only: str | None = None
+
+    def may_run(self, stage: str) -> bool:
+        return self.only in (None, stage.split()[0])
 
 
 @dataclass(frozen=True)
@@ -52,19 +60,23 @@ class Work:
 
 
 def run_stage(
-    job: Job, name: str, inputs: Mapping[str, str], force: bool, work: Callable[[Reason], Work], steps: int = 0
+    job: Job, name: str, inputs: Mapping[str, str], force: bool, work: Callable[[Reason], Work]
 ) -> StageOutcome:
     """Run `work` if the stage's inputs changed or its outputs are gone, and put it on record.
 
     Args:
         inputs: `kind:name` to value; see `run.compare_inputs`.
-        steps: how many progress steps the stage has.
+
+    Raises:
+        AccullmError: it would have to run, but another stage was asked for.
     """
-    reason = job.run.decide(name, inputs, force)
+    reason = job.run.decide(name, inputs, force and job.may_run(name))
     if not reason.runs:
         job.progress(Event(name, "skip", reason=reason))
         return StageOutcome(name, reason, job.run.stages()[name])
-    job.progress(Event(name, "start", reason=reason, total=steps))
+    if not job.may_run(name):
+        raise AccullmError(f"{name} is not up to date: {reason}", job.run.path, f"run accullm {name} first")
+    job.progress(Event(name, "start", reason=reason))
     reset_peak_memory()
     started = time.monotonic()
     done = work(reason)

@@ -1,0 +1,321 @@
+"""A conversion: the stages in order, and the report at its end."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from accullm_cli.config import Config
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats import open_artifact
+from accullm_cli.formats.base import Artifact
+from accullm_cli.formats.manifest import read_manifest, record_fidelity
+from accullm_cli.measure.contract import judge, parse_requirement
+from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, LinearSummary, Report, StageSummary
+from accullm_cli.model.blocks import Decoder
+from accullm_cli.model.source import open_source
+from accullm_cli.progress import Progress, silent
+from accullm_cli.report import write_report
+from accullm_cli.run import RunDirectory, write_text
+from accullm_cli.stages.calibrate import calibrate, make_reference, open_decoder
+from accullm_cli.stages.estimate import estimate
+from accullm_cli.stages.export import artifact_directories, check_output, export
+from accullm_cli.stages.job import Job, StageOutcome, versions
+from accullm_cli.stages.profile import make_plan, profile, refuse_impossible
+from accullm_cli.stages.quantize import load_block_record, quantize
+from accullm_cli.stages.validate import artifact_sha256, load_fidelity, validate
+
+STAGES = ("calibrate", "profile", "quantize", "export", "validate")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What running one stage alone gave."""
+
+    stage: str
+    run: str
+    outputs: tuple[str, ...]
+    seconds: float
+    report: Report | None
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a conversion would do. Nothing was written.
+
+    peak_bytes and seconds are estimates; bits_per_weight and artifact_bytes are exact for the native format.
+    """
+
+    model: str
+    run: str
+    artifact: str
+    stages: tuple[StageSummary, ...]
+    bits_per_weight: float
+    artifact_bytes: int
+    peak_bytes: int
+    seconds: float
+
+
+def convert(config: Config, progress: Progress = silent, fresh: bool = False) -> Report:
+    """Convert a model to one artifact and validate it.
+
+    Args:
+        config: see `accullm_cli.config`; exactly one export format.
+        progress: is called with an `Event` for everything that happens.
+        fresh: run every stage again, whatever is finished.
+
+    Raises:
+        AccullmError: what the user can mend; see `accullm_cli.errors` for its kinds and exit codes.
+    """
+    if len(config.export.format) != 1:
+        raise AccullmError("convert makes one artifact", "export.format", "use convert_all for several formats")
+    return convert_all(config, progress, fresh)[0]
+
+
+def convert_all(config: Config, progress: Progress = silent, fresh: bool = False) -> tuple[Report, ...]:
+    """As `convert`, for every requested format."""
+    with _open_job(config, progress) as job:
+        outcomes = list(_run_stages(job, fresh))
+        return tuple(
+            _finish_report(job, name, directory, outcomes)
+            for name, directory in artifact_directories(job, artifact_path(config)).items()
+        )
+
+
+def run_stage(name: str, config: Config, progress: Progress = silent, fresh: bool = False) -> StageResult:
+    """Run one stage of a conversion; the stages before it must be finished and up to date.
+
+    Args:
+        name: one of STAGES.
+
+    Raises:
+        AccullmError: an earlier stage has not run for this configuration.
+    """
+    with _open_job(config, progress, only=name) as job:
+        outcomes: list[StageOutcome] = []
+        for outcome in _run_stages(job, fresh):
+            outcomes.append(outcome)
+            if outcome.name == name:
+                break
+        report = None
+        if name == "validate":
+            for format_name, directory in artifact_directories(job, artifact_path(config)).items():
+                report = _finish_report(job, format_name, directory, outcomes)
+        record = outcomes[-1].record
+        outputs = tuple(str(job.run.file(output)) for output in record.outputs)
+        return StageResult(name, str(job.run.path), outputs, record.seconds, report)
+
+
+def validate_artifact(artifact: Path, config: Config, progress: Progress = silent, fresh: bool = False) -> Report:
+    """Measure a finished artifact, wherever it was made, against its original.
+
+    Args:
+        artifact: its directory.
+        config: `config.model` names the original; `config.validation` and `config.calibration.seq_len` count.
+            Working files go to `config.machine.run`, by default the artifact's directory with .validation behind.
+
+    Raises:
+        AccullmError: it is not an artifact, or it was made from another model than the original.
+    """
+    manifest = read_manifest(artifact)
+    run = config.machine.run or artifact.with_name(f"{artifact.resolve().name}.validation")
+    with _open_job(config, progress, run=run, checks_output=False) as job:
+        made_from = manifest.provenance.get("source_sha256")
+        if made_from != job.source.sha256:
+            raise AccullmError(
+                f"was made from another model than {job.source.origin}", artifact, "name its original with --original"
+            )
+        reference = make_reference(job, fresh)
+        validated = validate(job, artifact, manifest.format, reference.record.key, fresh)
+        return _finish_report(job, manifest.format, artifact, [reference, validated])
+
+
+def dry_run(config: Config, progress: Progress = silent) -> DryRun:
+    """The plan of a conversion, its size, and estimates of memory and time. Writes nothing.
+
+    Raises:
+        AccullmError: whatever would stop the conversion before its first forward pass.
+    """
+    run = RunDirectory(run_path(config))
+    with tempfile.TemporaryDirectory() as scratch:
+        source = open_source(config.model, Path(scratch), progress)
+        job = Job(config, run, source, progress)
+        decoder = _preflight(job)
+        plan = make_plan(job, decoder)
+        estimated = estimate(job, decoder, plan)
+        finished = run.stages()
+        stages = tuple(
+            StageSummary(name, "finished before" if name in finished else "new", name not in finished, 0.0, 0)
+            for name in STAGES[:-1]
+        )
+        return DryRun(
+            model=source.origin,
+            run=str(run.path),
+            artifact=str(artifact_path(config)),
+            stages=stages,
+            bits_per_weight=plan.bits_per_weight,
+            artifact_bytes=estimated.artifact_bytes,
+            peak_bytes=estimated.peak_bytes,
+            seconds=estimated.seconds,
+        )
+
+
+def artifact_path(config: Config) -> Path:
+    """Where the artifact goes: `export.out`, or the model's short name with -int4 (the bits) behind, here."""
+    if config.export.out is not None:
+        return config.export.out
+    name = Path(config.model.rstrip("/").partition("@")[0]).name.removesuffix(".gguf")
+    return Path(f"{name or 'model'}-int{config.plan.bits}")
+
+
+def run_path(config: Config) -> Path:
+    """Where the working files go: `machine.run`, or the artifact's directory with .run behind."""
+    out = artifact_path(config)
+    return config.machine.run or out.with_name(f"{out.name}.run")
+
+
+# -- before the first stage --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open_job(
+    config: Config,
+    progress: Progress,
+    only: str | None = None,
+    run: Path | None = None,
+    checks_output: bool = True,
+) -> Iterator[Job]:
+    """Lock the run directory, fix the thread count, open the source and refuse what cannot work."""
+    for text in config.validation.require:
+        parse_requirement(text)
+    if config.machine.device not in ("auto", "cpu"):
+        raise AccullmError(
+            f"{config.machine.device} is not supported: this version computes on the CPU", "--device", "give cpu"
+        )
+    directory = RunDirectory(run or run_path(config))
+    if directory.path.is_dir() and any(directory.path.iterdir()) and not directory.file("run.yaml").exists():
+        raise AccullmError("holds something else than a run", directory.path, "give another directory with --run")
+    with directory.locked(), _threads(directory, config) as threads:
+        source = open_source(config.model, directory.path, progress)
+        job = Job(config, directory, source, progress, only)
+        if checks_output:
+            _preflight(job)
+        resolved = config.model_dump(mode="json")
+        resolved["machine"]["threads"] = threads
+        write_text(directory.file("run.yaml"), yaml.safe_dump(resolved, sort_keys=False))
+        yield job
+
+
+@contextmanager
+def _threads(run: RunDirectory, config: Config) -> Iterator[int]:
+    """Use the configured number of threads, else the one this run began with, else all that the process may use."""
+    count = config.machine.threads
+    if count is None and run.file("run.yaml").exists():
+        count = yaml.safe_load(run.file("run.yaml").read_text())["machine"]["threads"]
+    if count is None:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
+
+
+def _preflight(job: Job) -> Decoder:
+    """Refuse what cannot end well before the first forward pass: output directories, and what formats cannot hold."""
+    for directory in artifact_directories(job, artifact_path(job.config)).values():
+        check_output(job, directory)
+    decoder = open_decoder(job)
+    refuse_impossible(job, make_plan(job, decoder), decoder)
+    return decoder
+
+
+# -- the stages in order -----------------------------------------------------------------------------------
+
+
+def _run_stages(job: Job, fresh: bool) -> Iterator[StageOutcome]:
+    """calibrate, profile, quantize, export, and validate once for each format."""
+    calibrated = calibrate(job, fresh)
+    yield calibrated
+    profiled = profile(job, calibrated.record.key, fresh)
+    yield profiled
+    quantized = quantize(job, calibrated.record.key, profiled.record.key, fresh)
+    yield quantized
+    out = artifact_path(job.config)
+    yield export(job, out, quantized.record.key, fresh)
+    for name, directory in artifact_directories(job, out).items():
+        yield validate(job, directory, name, calibrated.record.key, fresh)
+
+
+def _finish_report(job: Job, format_name: str, directory: Path, outcomes: Sequence[StageOutcome]) -> Report:
+    """Judge the contract, write the report, and put the measured figures into the artifact."""
+    artifact = open_artifact(directory)
+    fidelity = load_fidelity(job, format_name)
+    manifest = read_manifest(directory)
+    weights = sum(linear.weights for linear in artifact.plan.linears.values())
+    bits_per_weight = 8 * sum(linear.stored_bytes for linear in artifact.plan.linears.values()) / weights
+    size = sum(entry.bytes for entry in manifest.files.values())
+    records = tuple(dict.fromkeys(sentence for outcome in outcomes for sentence in outcome.record.records))
+    requirements = [parse_requirement(text) for text in job.config.validation.require]
+    contract = judge(requirements, fidelity, bits_per_weight, size, records)
+    report = Report(
+        schema_version=REPORT_SCHEMA_VERSION,
+        model=job.source.origin,
+        source_sha256=job.source.sha256,
+        artifact=str(directory),
+        format=format_name,
+        artifact_sha256=artifact_sha256(directory),
+        bits_per_weight=bits_per_weight,
+        artifact_bytes=size,
+        source_bytes=job.source.weight_bytes,
+        fidelity=fidelity,
+        contract=contract,
+        contract_met=all(clause.met for clause in contract),
+        records=records,
+        stages=tuple(_summary(outcome) for outcome in outcomes),
+        linears=_linear_summaries(job, artifact),
+        versions=versions(),
+    )
+    write_report(report, report_path(job, format_name))
+    record_fidelity(directory, report)
+    return report
+
+
+def report_path(job: Job, format_name: str) -> Path:
+    """The directory of a report: `report` in the run directory, and a directory below it for each format."""
+    return job.run.file("report") / format_name
+
+
+def _summary(outcome: StageOutcome) -> StageSummary:
+    record = outcome.record
+    return StageSummary(outcome.name, str(outcome.reason), outcome.reason.runs, record.seconds, record.peak_bytes)
+
+
+def _linear_summaries(job: Job, artifact: Artifact) -> tuple[LinearSummary, ...]:
+    errors: dict[str, float | None] = {}
+    index = 0
+    while (block := load_block_record(job, index)) is not None:
+        errors |= block.relative_errors
+        index += 1
+    return tuple(
+        LinearSummary(
+            name=name,
+            out_features=plan.out_features,
+            in_features=plan.in_features,
+            bits=plan.bits,
+            group_size=plan.group_size,
+            outliers=len(plan.outlier_index),
+            bits_per_weight=8 * plan.stored_bytes / plan.weights,
+            relative_error=errors.get(name),
+            reason=plan.reason,
+        )
+        for name, plan in artifact.plan.linears.items()
+    )

@@ -1,0 +1,288 @@
+"""calibrate: the one full-precision pass, and everything that later stages need from the original.
+
+It leaves in the run directory
+    tokens.safetensors                  calibration ids [S, T] and validation ids [V, T], int64
+    calibrate/block-00000.safetensors   per distinct input of a block: light statistics (see quant.stats.InputStats)
+    reference.safetensors               the last block's output on the validation ids, float32 [V, T, hidden], the same
+                                        with one bfloat16 rounding per block (the noise floor), and the original's
+                                        negative log-likelihood of each next token
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from accullm_cli.model.blocks import Decoder, batches
+from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
+from accullm_cli.model.slots import LinearSlot
+from accullm_cli.model.text import Windows, calibration_windows, validation_windows
+from accullm_cli.model.tokenizer import load_tokenizer
+from accullm_cli.progress import Event
+from accullm_cli.quant.grid import minmax_grid
+from accullm_cli.quant.stats import FeatureMoments, InputStats
+from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
+from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
+from accullm_cli.stages.streams import StreamStore
+
+VERSION = 1
+# Group sizes for which the damage that rounding does to each column is measured; the plan uses the nearest.
+DAMAGE_GROUP_SIZES = (32, 64, 128, -1)
+DAMAGE_BITS = 4
+# Tokens of the first window that are enough to see which linears share an input.
+PROBE_TOKENS = 32
+
+
+def calibrate(job: Job, force: bool = False) -> StageOutcome:
+    """Tokenize, run the original once, keep statistics of every input and its last hidden states."""
+    config = job.config
+    inputs = {
+        "source:sha256": job.source.sha256,
+        "version:calibrate": str(VERSION),
+        "config:machine.seed": str(config.machine.seed),
+        **section_inputs("calibration", config.calibration),
+        **section_inputs("validation", config.validation, "text", "windows"),
+        **_file_inputs(config.calibration.text, config.validation.text),
+        **machine_inputs(),
+    }
+
+    def work(reason: Reason) -> Work:
+        return _run_original(job, "calibrate", key_of(inputs), *_tokenize(job))
+
+    return run_stage(job, "calibrate", inputs, force, work)
+
+
+def make_reference(job: Job, force: bool = False) -> StageOutcome:
+    """As `calibrate`, for the validation text alone: what `validate` needs of the original."""
+    inputs = {
+        "source:sha256": job.source.sha256,
+        "version:calibrate": str(VERSION),
+        "config:machine.seed": str(job.config.machine.seed),
+        "config:calibration.seq_len": str(job.config.calibration.seq_len),
+        **section_inputs("validation", job.config.validation, "text", "windows"),
+        **_file_inputs(job.config.validation.text),
+        **machine_inputs(),
+    }
+
+    def work(reason: Reason) -> Work:
+        validation = _validation_windows(job)
+        none = Windows(validation.ids[:0], "none", "")
+        return _run_original(job, "reference", key_of(inputs), none, validation)
+
+    return run_stage(job, "reference", inputs, force, work)
+
+
+def open_decoder(job: Job) -> Decoder:
+    """The source's decoder, without weights yet; refuses a checkpoint that does not fit its configuration."""
+    model = build_skeleton(job.source.directory)
+    return Decoder(model, Checkpoint(job.source, model))
+
+
+def load_block_stats(path: Path) -> list[InputStats]:
+    """The statistics of one block's inputs, in the order the block computes them."""
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["inputs"])
+        return [
+            InputStats(
+                linears=tuple(entry["linears"]),
+                tokens=entry["tokens"],
+                second_moment=file.get_tensor(f"{number}.second_moment"),
+                absolute_maximum=file.get_tensor(f"{number}.absolute_maximum"),
+                share_beyond_threshold=file.get_tensor(f"{number}.share_beyond_threshold"),
+                damage={
+                    name: {size: file.get_tensor(f"{number}.damage.{name}.{size}") for size in DAMAGE_GROUP_SIZES}
+                    for name in entry["linears"]
+                },
+            )
+            for number, entry in enumerate(described)
+        ]
+
+
+def stats_path(job: Job, index: int) -> Path:
+    return job.run.file(f"calibrate/block-{index:05d}.safetensors")
+
+
+def load_tokens(job: Job) -> dict[str, torch.Tensor]:
+    """The "calibration" and "validation" ids."""
+    return load_file(job.run.file("tokens.safetensors"))
+
+
+# -- the stage, top to bottom ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Hidden states between two blocks: of the calibration text, of the validation text, and of the noise floor."""
+
+    calibration: torch.Tensor
+    validation: torch.Tensor
+    floor: torch.Tensor
+
+
+def _run_original(job: Job, stage: str, key: str, calibration: Windows, validation: Windows) -> Work:
+    tokens_path = job.run.file("tokens.safetensors")
+    ids = {"calibration": calibration.ids, "validation": validation.ids}
+    texts = {"calibration": calibration.description, "validation": validation.description}
+    write_file(tokens_path, lambda path: save_file(ids, path, metadata=texts))
+
+    decoder = open_decoder(job)
+    decoder.load_outside()
+    store = StreamStore(job.run.file("calibrate/streams.safetensors"))
+    keys = [key_of({"stage": key, "block": str(index)}) for index in range(len(decoder.block_names))]
+    finished = 0
+    while finished < len(keys) and _block_key(stats_path(job, finished)) == keys[finished]:
+        finished += 1
+    decoder.embed(validation.ids[:1, :PROBE_TOKENS])
+    restored = store.restore(keys[:finished])
+    if restored is None:
+        start, streams = 0, _embed(decoder, calibration.ids, validation.ids)
+    else:
+        start, streams = restored[0], _Streams(**restored[1])
+        _embed(decoder, calibration.ids, validation.ids)  # the decoder learns what its blocks are called with
+    total = len(keys)
+    for index in range(start, total):
+        block = decoder.load_block(index)
+        if index >= finished and len(calibration.ids):
+            stats = _measure_block(decoder, index, block, streams.calibration)
+            _write_stats(stats_path(job, index), stats, keys[index])
+        streams = _Streams(
+            _advance(decoder, index, block, streams.calibration),
+            _advance(decoder, index, block, streams.validation),
+            _advance(decoder, index, block, streams.floor).to(torch.bfloat16).float(),
+        )
+        decoder.release_block(index)
+        store.store_if_due(keys[index], vars(streams))
+        reason = Reason("new") if index >= finished else UP_TO_DATE
+        job.progress(Event(stage, "step", f"block {index + 1}/{total}", reason, index + 1, total))
+    reference = {
+        "hidden": streams.validation,
+        "floor": streams.floor,
+        "negative_log_likelihood": _negative_log_likelihood(decoder, streams.validation, validation.ids),
+    }
+    reference_path = job.run.file("reference.safetensors")
+    write_file(reference_path, lambda path: save_file(reference, path))
+    store.remove()
+    if not len(calibration.ids):
+        return Work((tokens_path, reference_path), job.source.records)
+    outputs = (tokens_path, reference_path, *(stats_path(job, index) for index in range(total)))
+    return Work(outputs, (*job.source.records, *_unreached(job, total)))
+
+
+def _validation_windows(job: Job) -> Windows:
+    options = job.config.validation
+    tokenizer = load_tokenizer(job.source.directory)
+    return validation_windows(
+        options.text, tokenizer, options.windows, job.config.calibration.seq_len, job.config.machine.seed
+    )
+
+
+def _tokenize(job: Job) -> tuple[Windows, Windows]:
+    config, seed = job.config, job.config.machine.seed
+    tokenizer = load_tokenizer(job.source.directory)
+    seq_len = config.calibration.seq_len
+    validation = _validation_windows(job)
+    if config.calibration.text == "self":
+        from accullm_cli.model.self_text import sampled_windows
+
+        return sampled_windows(job.source, tokenizer, config.calibration.samples, seq_len, seed), validation
+    calibration = calibration_windows(config.calibration.text, tokenizer, config.calibration.samples, seq_len, seed)
+    return calibration, validation
+
+
+def _embed(decoder: Decoder, calibration: torch.Tensor, validation: torch.Tensor) -> _Streams:
+    def embed(ids: torch.Tensor) -> torch.Tensor:
+        if not len(ids):
+            return torch.zeros(0, ids.shape[1], 1)
+        return torch.cat([decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
+
+    hidden = embed(validation)
+    return _Streams(embed(calibration), hidden, hidden.to(torch.bfloat16).float())
+
+
+def _advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Run a block over a stream, in place."""
+    for rows in batches(*hidden.shape[:2]):
+        hidden[rows] = decoder.run(index, block, hidden[rows])
+    return hidden
+
+
+def _measure_block(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> list[InputStats]:
+    """Statistics of each distinct input of one block over the calibration stream."""
+    groups = [
+        group for step in decoder.input_groups(index, block, hidden[:1, :PROBE_TOKENS]) for group in step
+    ]
+    slot_of = {slot.name: slot for slot in decoder.slots[index]}
+    moments = {group[0]: FeatureMoments(slot_of[group[0]].in_features) for group in groups}
+
+    def add(name: str, value: torch.Tensor) -> None:
+        if name in moments:
+            moments[name].add(value.reshape(-1, value.shape[-1]))
+
+    for rows in batches(*hidden.shape[:2]):
+        decoder.run_capturing(index, block, hidden[rows], add)
+    return [
+        moments[group[0]].finish(group, {name: _damage(block, slot_of[name]) for name in group}) for group in groups
+    ]
+
+
+def _damage(block: nn.Module, slot: LinearSlot) -> dict[int, torch.Tensor]:
+    """||w - nearest(w)||^2 of each column for each candidate group size."""
+    weight = slot.read(block)
+    damage = {}
+    for size in DAMAGE_GROUP_SIZES:
+        grid = minmax_grid(weight, DAMAGE_BITS, size, symmetric=False)
+        damage[size] = (weight - grid.values(grid.round_to_nearest(weight))).square_().sum(0)
+    return damage
+
+
+def _write_stats(path: Path, stats: list[InputStats], key: str) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for number, entry in enumerate(stats):
+        tensors[f"{number}.second_moment"] = entry.second_moment
+        tensors[f"{number}.absolute_maximum"] = entry.absolute_maximum
+        tensors[f"{number}.share_beyond_threshold"] = entry.share_beyond_threshold
+        for name, by_size in entry.damage.items():
+            tensors |= {f"{number}.damage.{name}.{size}": value for size, value in by_size.items()}
+    described = json.dumps([{"linears": entry.linears, "tokens": entry.tokens} for entry in stats])
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata={"inputs": described, "key": key}))
+
+
+def _block_key(path: Path) -> str | None:
+    """The key that a finished block's file was written for; None where there is no such file."""
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("key")
+
+
+def _negative_log_likelihood(decoder: Decoder, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Of each next token, in nats: [V, T - 1]."""
+    rows = []
+    for window, tokens in zip(hidden, ids, strict=True):
+        logits = decoder.logits(window[None])[0, :-1].float()
+        rows.append(nn.functional.cross_entropy(logits, tokens[1:], reduction="none"))
+    return torch.stack(rows)
+
+
+def _unreached(job: Job, blocks: int) -> list[str]:
+    """A sentence for every block with experts that no calibration token reached."""
+    sentences = []
+    for index in range(blocks):
+        names = [name for entry in load_block_stats(stats_path(job, index)) if not entry.tokens for name in entry.linears]
+        if names:
+            sentences.append(f"calibration never reached {', '.join(names)}")
+    return sentences
+
+
+def _file_inputs(*texts: str) -> Mapping[str, str]:
+    """The content hash of every text that is a file."""
+    from accullm_cli.run import file_sha256
+
+    return {f"input:text {text}": file_sha256(Path(text)) for text in texts if Path(text).is_file()}

@@ -1,0 +1,69 @@
+"""What a conversion will take: size exactly, memory and time from counting."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
+from accullm_cli.quant.plan import Plan
+from accullm_cli.stages.job import Job
+
+FLOAT = 4
+# Quantize runs the original and the rounded block once for each distinct input (four in a Llama block), up to that
+# input; that adds up to some 2.5 whole passes for either stream.
+PASSES_IN_QUANTIZE = 5.0
+# The interpreter, torch and transformers before any weight is read.
+BASE_BYTES = 600_000_000
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """artifact_bytes: of the native format. peak_bytes: resident memory. seconds: wall clock, all stages."""
+
+    artifact_bytes: int
+    peak_bytes: int
+    seconds: float
+
+
+def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
+    """Size, peak memory and time of converting with `plan`."""
+    calibration, validation = job.config.calibration, job.config.validation
+    tokens = calibration.samples * calibration.seq_len
+    held_out = validation.windows * calibration.seq_len
+    linear_weights = sum(linear.weights for linear in plan.linears.values())
+    all_weights = sum(parameter.numel() for parameter in decoder.model.parameters())
+    outside = all_weights - sum(
+        parameter.numel() for name in decoder.block_names for parameter in decoder.model.get_submodule(name).parameters()
+    )
+    stored = sum(linear.stored_bytes for linear in plan.linears.values()) + 2 * (all_weights - linear_weights)
+    block = max(
+        sum(parameter.numel() for parameter in decoder.model.get_submodule(name).parameters())
+        for name in decoder.block_names
+    )
+    widest = max(linear.in_features for linear in plan.linears.values())
+    hidden = decoder.model.get_input_embeddings().weight.shape[1]
+    streams = 2 * tokens * hidden
+    # Two copies of a block, Hessian and drift with the factor's two copies, and the widest input of one batch twice.
+    peak = BASE_BYTES + FLOAT * (outside + 2 * block + 4 * widest**2 + streams + 4 * TOKENS_PER_BATCH * widest)
+
+    forward = 2.0 * linear_weights
+    passes = tokens * (1 + PASSES_IN_QUANTIZE) + 3 * held_out
+    rounding = sum(2.0 * linear.weights * linear.in_features for linear in plan.linears.values())
+    grams = sum({(name.rpartition(".")[0], p.in_features): 4.0 * tokens * p.in_features**2
+                 for name, p in plan.linears.items()}.values())
+    head = 2.0 * decoder.model.get_input_embeddings().weight.numel() * 4 * held_out
+    seconds = (forward * passes + rounding + grams + head) / _operations_per_second()
+    return Estimated(stored, int(peak), round(seconds, 1))
+
+
+def _operations_per_second() -> float:
+    """What a float32 matrix product reaches here, measured in a moment."""
+    left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
+    left @ right
+    started = time.perf_counter()
+    for _ in range(10):
+        left @ right
+    return 10 * 2.0 * 512 * 1024 * 1024 / (time.perf_counter() - started)

@@ -1,0 +1,126 @@
+"""export: from the shards that quantize wrote to an artifact in each requested format."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats import FORMATS
+from accullm_cli.formats.base import Parts
+from accullm_cli.formats.manifest import MANIFEST_NAME, artifact_files
+from accullm_cli.model.blocks import Decoder
+from accullm_cli.model.checkpoint import Checkpoint
+from accullm_cli.progress import Event
+from accullm_cli.run import Reason, existing_parent, machine_errors, sync_directory
+from accullm_cli.stages.calibrate import open_decoder
+from accullm_cli.stages.job import Job, StageOutcome, Work, run_stage, versions
+from accullm_cli.stages.profile import load_plan, model_shape
+from accullm_cli.stages.quantize import load_block_record, shard_path
+
+VERSION = 1
+
+
+def export(job: Job, out: Path, quantize_key: str, force: bool = False) -> StageOutcome:
+    """Assemble the artifact of each requested format; a directory appears whole or not at all."""
+    directories = artifact_directories(job, out)
+    inputs = {
+        "input:quantize": quantize_key,
+        "version:export": str(VERSION),
+        **{f"config:export.out ({name})": str(path.absolute()) for name, path in directories.items()},
+    }
+
+    def work(reason: Reason) -> Work:
+        decoder = open_decoder(job)
+        files: list[Path] = []
+        for number, (name, directory) in enumerate(directories.items(), 1):
+            _write_artifact(job, decoder, name, directory)
+            files += [directory / file for file in artifact_files(directory)] + [directory / MANIFEST_NAME]
+            job.progress(Event("export", "step", f"{name} to {directory}", reason, number, len(directories)))
+        return Work(tuple(files))
+
+    return run_stage(job, "export", inputs, force, work)
+
+
+def artifact_directories(job: Job, out: Path) -> dict[str, Path]:
+    """Where each format goes: `out` itself, or one directory below it for each of several formats."""
+    formats = job.config.export.format
+    return {name: out / name if len(formats) > 1 else out for name in formats}
+
+
+def check_output(job: Job, directory: Path) -> None:
+    """Refuse an output directory that holds something else than an artifact, or that is being read.
+
+    Raises:
+        AccullmError: it is the source, or inside it, or holds other files; MachineError: it cannot be written.
+    """
+    source = job.source.directory.resolve()
+    if directory.resolve() == source or source in directory.resolve().parents:
+        raise AccullmError("is the model that is being read", directory, "give another directory with --out")
+    if directory.is_file():
+        raise AccullmError("is a file, not a directory", directory, "give another directory with --out")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST_NAME).exists():
+        raise AccullmError(
+            "holds something else than an artifact", directory, "give an empty or new directory with --out"
+        )
+    parent = existing_parent(directory.parent)
+    with machine_errors(directory):
+        probe = parent / f".{directory.name}.probe"
+        probe.mkdir()
+        probe.rmdir()
+
+
+def _write_artifact(job: Job, decoder: Decoder, name: str, directory: Path) -> None:
+    """Write beside `directory` and rename: an artifact that was there is replaced in one step."""
+    partial, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("partial", "old"))
+    with machine_errors(directory):
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            FORMATS[name].write(partial, _parts(job, decoder))
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        # Killed between these two renames, the next call finds its output missing and exports again.
+        if directory.exists():
+            directory.rename(old)
+        partial.rename(directory)
+        sync_directory(directory.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _parts(job: Job, decoder: Decoder) -> Parts:
+    plan = load_plan(job.run.file("plan.json"))
+    checkpoint = decoder.weights
+    assert isinstance(checkpoint, Checkpoint)
+    return Parts(
+        config={key: value for key, value in job.source.config.items() if key != "quantization_config"},
+        companions=job.source.companions,
+        plan=plan,
+        shape=model_shape(job, decoder),
+        blocks=tuple(shard_path(job, index) for index in range(len(decoder.block_names))),
+        outside=checkpoint.outside(decoder.block_names),
+        provenance=_provenance(job, len(decoder.block_names)),
+    )
+
+
+def _provenance(job: Job, blocks: int) -> Mapping[str, Any]:
+    """Where the artifact comes from, without anything that differs between two runs of the same conversion."""
+    config = job.config.model_dump(mode="json", exclude={"model", "export", "machine"})
+    # The contract is judged, not built in; texts are named by what they are, not where they lie.
+    config["validation"].pop("require")
+    for section in ("calibration", "validation"):
+        config[section]["text"] = Path(config[section]["text"]).name
+    records = [*job.source.records]
+    records += [sentence for index in range(blocks) if (block := load_block_record(job, index)) for sentence in block.records]
+    return {
+        "source": job.source.name,
+        "source_sha256": job.source.sha256,
+        "config": config,
+        "seed": job.config.machine.seed,
+        "versions": versions(),
+        "records": records,
+    }

@@ -1,0 +1,128 @@
+"""profile: which input features stay in 16 bits, and how every linear is stored. Arithmetic on small files.
+
+It leaves plan.json (quant.plan.Plan) and outliers.html (a picture of where the outliers are) in the run directory.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from accullm_cli.formats import FORMATS
+from accullm_cli.formats.base import ModelShape
+from accullm_cli.errors import AccullmError
+from accullm_cli.model.blocks import Decoder
+from accullm_cli.quant.outliers import choose_outliers, expected_loss
+from accullm_cli.quant.plan import LinearPlan, Plan
+from accullm_cli.quant.stats import InputStats
+from accullm_cli.progress import Event
+from accullm_cli.report.outlier_map import draw_outlier_map
+from accullm_cli.run import Reason, write_text
+from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, open_decoder, stats_path
+from accullm_cli.stages.job import Job, StageOutcome, Work, run_stage, section_inputs
+
+VERSION = 1
+
+
+def profile(job: Job, calibrate_key: str, force: bool = False) -> StageOutcome:
+    """Choose outlier features by the loss they are expected to save, and write the plan."""
+    inputs = {
+        "input:calibrate": calibrate_key,
+        "version:profile": str(VERSION),
+        "config:export.scale_dtype": scale_dtype(job),
+        **section_inputs("plan", job.config.plan),
+    }
+
+    def work(reason: Reason) -> Work:
+        decoder = open_decoder(job)
+        stats: list[InputStats] = []
+        for index in range(len(decoder.block_names)):
+            stats += load_block_stats(stats_path(job, index))
+            job.progress(Event("profile", "step", f"block {index + 1}", None, index + 1, len(decoder.block_names)))
+        plan = make_plan(job, decoder, stats)
+        refuse_impossible(job, plan, decoder)
+        plan_path, picture = job.run.file("plan.json"), job.run.file("outliers.html")
+        write_text(plan_path, json.dumps(asdict(plan), indent=1))
+        draw_outlier_map(stats, plan, picture)
+        return Work((plan_path, picture))
+
+    return run_stage(job, "profile", inputs, force, work)
+
+
+def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Plan:
+    """The plan of the configuration; without statistics (before calibration) its outliers are placeholders."""
+    options = job.config.plan
+    loss_of: dict[str, torch.Tensor] = {}
+    for entry in stats or ():
+        for name in entry.linears:
+            damage = entry.damage[name][_nearest_group_size(options.group_size)]
+            loss_of[name] = expected_loss(entry.second_moment, damage)
+    linears = {}
+    for slots in decoder.slots:
+        for slot in slots:
+            loss = loss_of.get(slot.name, torch.zeros(slot.in_features))
+            linears[slot.name] = LinearPlan(
+                name=slot.name,
+                out_features=slot.out_features,
+                in_features=slot.in_features,
+                bits=options.bits,
+                group_size=options.group_size,
+                symmetric=options.symmetric,
+                outlier_index=choose_outliers(loss, options.outliers),
+            )
+    return Plan(linears, scale_dtype(job))
+
+
+def load_plan(path: Path) -> Plan:
+    """The plan that `profile` wrote."""
+    content = json.loads(path.read_text())
+    linears = {
+        name: replace(LinearPlan(**entry), outlier_index=tuple(entry["outlier_index"]))
+        for name, entry in content["linears"].items()
+    }
+    return Plan(linears, content["scale_dtype"])
+
+
+def scale_dtype(job: Job) -> str:
+    """compressed-tensors stores scales in the model's dtype; for a bfloat16 model they must be exact in both."""
+    wanted = "compressed-tensors" in job.config.export.format and source_dtype(job) == torch.bfloat16
+    return "bfloat16" if wanted else "float16"
+
+
+def source_dtype(job: Job) -> torch.dtype:
+    """The dtype of most of the source's weights."""
+    count: dict[str, int] = {}
+    for info in job.source.tensors.values():
+        count[info.dtype] = count.get(info.dtype, 0) + int(torch.tensor(info.shape).prod())
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[max(count, key=lambda name: count[name])]
+
+
+def model_shape(job: Job, decoder: Decoder) -> ModelShape:
+    """What formats ask about the model before any weight is read."""
+    kinds = {slot.name: slot.kind for slots in decoder.slots for slot in slots}
+    return ModelShape(str(job.source.config.get("model_type", "")), source_dtype(job), kinds)
+
+
+def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:
+    """Ask every requested format whether it can hold the plan.
+
+    Raises:
+        AccullmError: with the first objection and the nearest plan that fits.
+    """
+    shape = model_shape(job, decoder)
+    for name in job.config.export.format:
+        for objection in FORMATS[name].objections(plan, shape):
+            raise AccullmError(objection.what, f"--format {name}", objection.hint)
+
+
+def _nearest_group_size(group_size: int) -> int:
+    """The group size, of those that damage was measured for, that is nearest to the plan's."""
+    if group_size == -1:
+        return -1
+    return min((size for size in DAMAGE_GROUP_SIZES if size > 0), key=lambda size: abs(size - group_size))
+
+
+

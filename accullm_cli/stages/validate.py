@@ -1,0 +1,129 @@
+"""validate: run the exported artifact against the original on held-out text.
+
+The artifact's weights are read back from its files. The original's blocks are not run again: calibrate left its last
+hidden states, which the output head turns into its exact logits.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats import open_artifact
+from accullm_cli.formats.manifest import CARD_NAME, read_manifest
+from accullm_cli.measure.divergence import Divergence
+from accullm_cli.measure.result import Estimate, Fidelity
+from accullm_cli.model.blocks import Decoder, batches
+from accullm_cli.model.checkpoint import build_skeleton
+from accullm_cli.progress import Event
+from accullm_cli.run import UP_TO_DATE, Reason, file_sha256, key_of, write_text
+from accullm_cli.stages.artifact_weights import ArtifactWeights
+from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage
+from accullm_cli.stages.streams import StreamStore
+
+VERSION = 1
+# Float32 sums in another order change a token's negative log-likelihood by some 1e-5; another head changes it by more.
+HEAD_TOLERANCE = 1e-3
+
+
+def validate(job: Job, artifact: Path, format_name: str, calibrate_key: str, force: bool = False) -> StageOutcome:
+    """Measure how far the artifact's next-token distributions are from the original's."""
+    inputs = {
+        "input:artifact": artifact_sha256(artifact),
+        "input:calibrate": calibrate_key,
+        "config:machine.seed": str(job.config.machine.seed),
+        "version:validate": str(VERSION),
+        **machine_inputs(),
+    }
+    name = f"validate {format_name}"
+
+    def work(reason: Reason) -> Work:
+        fidelity = _measure(job, name, artifact, key_of(inputs))
+        path = fidelity_path(job, format_name)
+        write_text(path, json.dumps(asdict(fidelity), indent=1))
+        return Work((path,))
+
+    return run_stage(job, name, inputs, force, work)
+
+
+def fidelity_path(job: Job, format_name: str) -> Path:
+    return job.run.file(f"validate-{format_name}.json")
+
+
+def load_fidelity(job: Job, format_name: str) -> Fidelity:
+    """What `validate` measured."""
+    content = json.loads(fidelity_path(job, format_name).read_text())
+    for name in ("perplexity_original", "perplexity", "mean_kl", "kl_p99", "kl_p999", "top1_agreement", "mean_kl_floor"):
+        content[name] = Estimate(**content[name])
+    content["kl_of_window"] = tuple(content["kl_of_window"])
+    content["kl_histogram"] = tuple((edge, count) for edge, count in content["kl_histogram"])
+    return Fidelity(**content)
+
+
+def artifact_sha256(directory: Path) -> str:
+    """One hash over every file of an artifact but its model card and manifest, which validation writes to."""
+    names = sorted(read_manifest(directory).files)
+    return key_of({name: file_sha256(directory / name) for name in names if name != CARD_NAME})
+
+
+def _measure(job: Job, stage: str, directory: Path, key: str) -> Fidelity:
+    artifact = open_artifact(directory)
+    model = build_skeleton(directory)
+    decoder = Decoder(model, ArtifactWeights(artifact, model))
+    decoder.load_outside()
+    ids = load_file(job.run.file("tokens.safetensors"))["validation"]
+    hidden = _run_blocks(job, stage, decoder, ids, key)
+
+    reference = load_file(job.run.file("reference.safetensors"))
+    divergence = Divergence()
+    for window in range(len(ids)):
+        original = decoder.logits(reference["hidden"][window : window + 1])[0]
+        _check_head(original, ids[window], reference["negative_log_likelihood"][window], directory)
+        divergence.add(
+            original,
+            decoder.logits(hidden[window : window + 1])[0],
+            ids[window],
+            decoder.logits(reference["floor"][window : window + 1])[0],
+        )
+    with safe_open(job.run.file("tokens.safetensors"), framework="pt") as file:
+        text = (file.metadata() or {})["validation"]
+    return divergence.finish(text, job.config.machine.seed)
+
+
+def _run_blocks(job: Job, stage: str, decoder: Decoder, ids: torch.Tensor, key: str) -> torch.Tensor:
+    """The artifact's last hidden states on the validation ids [V, T, hidden]; resumes from the stored stream."""
+    total = len(decoder.block_names)
+    store = StreamStore(job.run.file(f"{stage.replace(' ', '-')}-stream.safetensors"))
+    keys = [key_of({"stage": key, "block": str(index)}) for index in range(total)]
+    hidden = torch.cat([decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
+    start = 0
+    if (restored := store.restore(keys)) is not None:
+        start, hidden = restored[0], restored[1]["hidden"]
+        job.progress(Event(stage, "step", f"blocks 1 to {start}/{total}", UP_TO_DATE, start, total))
+    for index in range(start, total):
+        block = decoder.load_block(index)
+        for rows in batches(*ids.shape):
+            hidden[rows] = decoder.run(index, block, hidden[rows])
+        decoder.release_block(index)
+        store.store_if_due(keys[index], {"hidden": hidden})
+        job.progress(Event(stage, "step", f"block {index + 1}/{total}", None, index + 1, total))
+    store.remove()
+    return hidden
+
+
+def _check_head(logits: torch.Tensor, ids: torch.Tensor, expected: torch.Tensor, directory: Path) -> None:
+    """The original's logits come from the artifact's head; make sure that it is the original's head.
+
+    Raises:
+        AccullmError: the original's likelihoods come out different from what its own head gave.
+    """
+    found = nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
+    if not bool(((found - expected).abs() <= HEAD_TOLERANCE).all()):
+        raise AccullmError("final norm or output head differ from the original's", directory, "export again")
