@@ -199,8 +199,8 @@ class AccullmQuantizer(HfQuantizer):
         check_complete(model, stored, where)
         mark_initialized(model)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """None: an artifact's tensors have the names and shapes of the module tree."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: object) -> list[Any]:
+        """None: an artifact's tensors have the names and shapes of the module tree. (Newer versions pass the model.)"""
         return []
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
