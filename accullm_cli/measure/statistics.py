@@ -98,7 +98,7 @@ def bootstrap_quantile(values_by_window: Sequence[torch.Tensor], share: float, s
         found = []
         for start in range(0, len(counts), rows):
             at_or_below = counts[start : start + rows, window_of].cumsum(1)
-            # The tolerance undoes the rounding of, say, 0.99 * 700 to a hair above 693.
+            # The tolerance undoes the rounding of a product: 0.07 * 100 is 7.000000000000001.
             needed = (share * at_or_below[:, -1:] - 1e-6).ceil()
             found.append(values[torch.searchsorted(at_or_below, needed).squeeze(1)])
         return torch.cat(found)

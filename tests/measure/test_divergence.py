@@ -104,6 +104,15 @@ def test_figures_are_those_of_the_reference():
     assert fidelity.perplexity.value == pytest.approx(artifact, rel=1e-5)
 
 
+def test_percentiles_of_many_tokens_are_those_of_the_reference():
+    windows = [window(seed, tokens=1000, vocabulary=4) for seed in range(2)]
+    fidelity = measured(*windows)
+    every_kl = sorted(value for original, artifact, _, _ in windows for value in kl_reference(original, artifact))
+    assert fidelity.kl_p99.value == pytest.approx(every_kl[1980 - 1], rel=1e-4)
+    assert fidelity.kl_p999.value == pytest.approx(every_kl[1998 - 1], rel=1e-4)
+    assert fidelity.kl_max == pytest.approx(every_kl[-1], rel=1e-4)
+
+
 def test_position_predicts_the_next_token():
     """A model that is certain of the next token has perplexity 1; of its own token, a large one."""
     tokens = torch.tensor([3, 1, 4, 0, 2])
@@ -122,10 +131,10 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
 
 
 def test_tied_logits_count_as_their_first_token():
-    original = torch.tensor([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0]])
-    artifact = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 2.0]])
-    fidelity = measured(*[(original, artifact, torch.tensor([0, 1]), original)] * 2)
-    assert fidelity.top1_agreement.value == 0.5
+    original = torch.tensor([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0], [3.0, 0.0, 3.0], [4.0, 4.0, 4.0]])
+    artifact = torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, 1.0], [3.0, 0.0, 2.0], [0.0, 0.0, 1.0]])
+    fidelity = measured(*[(original, artifact, torch.tensor([0, 1, 0, 2]), original)] * 2)
+    assert fidelity.top1_agreement.value == 0.75
 
 
 def test_half_precision_logits_are_measured_in_float32():

@@ -81,6 +81,12 @@ def test_quantile_is_the_smallest_value_that_the_share_does_not_exceed(share):
     assert bootstrap_quantile([torch.from_numpy(window) for window in windows], share, seed=0).value == expected
 
 
+def test_quantile_is_not_moved_by_the_rounding_of_its_share():
+    # 0.07 * 100 is 7.000000000000001 in floating point.
+    values = torch.arange(1, 101, dtype=torch.float64)
+    assert bootstrap_quantile([values[:40], values[40:]], 0.07, seed=0).value == 7.0
+
+
 def test_quantile_interval_is_that_of_brute_force_resampling():
     generator = numpy.random.default_rng(4)
     windows = [generator.exponential(scale=1 + number % 3, size=50) for number in range(12)]
@@ -137,9 +143,14 @@ def test_with_many_windows_the_interval_leaves_out_2_5_percent_at_either_end():
     assert expanded_tail(4000) == pytest.approx(NormalDist().cdf(-1.959964), abs=1e-4)
 
 
+def test_with_five_windows_the_tail_is_that_of_the_published_formula():
+    # t of 4 degrees of freedom from a printed table.
+    assert expanded_tail(5) == pytest.approx(NormalDist().cdf(-math.sqrt(5 / 4) * 2.776445), rel=1e-5)
+
+
 def test_interval_always_holds_its_value():
     # A figure that is 0 where every window is drawn once and negative in every other resample.
-    estimate = cluster_bootstrap(lambda counts: -(counts - 1).square().sum(1), windows=6, seed=0)
+    estimate = cluster_bootstrap(lambda counts: -(counts - 1).square().sum(1), windows=12, seed=0)
     assert (estimate.value, estimate.high) == (0.0, 0.0)
     assert estimate.low < -2
 
