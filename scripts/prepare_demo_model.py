@@ -147,6 +147,8 @@ def prepare(out: Path, seed: int, cache: Path) -> None:
     try:
         temporary.mkdir(parents=True)
         prepared.to(torch.bfloat16).save_pretrained(temporary)
+        # safetensors makes files that only their owner may read; here nothing is secret.
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
         tokenizer.save_pretrained(temporary)
         shutil.copyfile(license_file, temporary / "LICENSE")
         readme = README.format(seed=seed, gguf=gguf.name, package=PACKAGE, version=PACKAGE_VERSION, agreement=agreement)
@@ -303,4 +305,5 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers draws a bar per step, and cannot be told not to
     sys.exit(main())

@@ -159,6 +159,14 @@ def test_files_are_hashed_once_while_they_stay_the_same(model: Path) -> None:
     assert [event.label for event in events if event.kind == "step"] == ["tokenizer.json"]
 
 
+def test_an_edit_that_keeps_the_size_is_noticed(model: Path) -> None:
+    before = read(model).sha256
+    with open(model / "tokenizer.json", "r+") as file:  # in place: the inode stays, too
+        file.write("[]")
+    os.utime(model / "tokenizer.json", ns=(1, 1))
+    assert read(model).sha256 != before
+
+
 def test_a_damaged_hash_cache_is_made_anew(model: Path) -> None:
     before = read(model).sha256
     (model.parent / "cache" / "source-hashes.json").write_text("{damaged")
