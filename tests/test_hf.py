@@ -251,4 +251,5 @@ def test_saving_is_refused_with_the_way_out(tmp_path: Path, caplog: pytest.LogCa
     model = AutoModelForCausalLM.from_pretrained(export(tmp_path, make_parts(tiny_llama(), tmp_path / "run")))
     with pytest.raises(ValueError, match="quantized with accullm and is not serializable"):
         model.save_pretrained(tmp_path / "again")
+    assert "An AccuLLM artifact is not saved by save_pretrained: copy its directory instead." in caplog.text
     assert not (tmp_path / "again").exists()
