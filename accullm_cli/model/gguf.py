@@ -210,9 +210,7 @@ def _map_names(contents: _Contents, model: PreTrainedModel) -> tuple[Any, dict[s
     required = dict(model.named_parameters())
     absent = [name for name in required if name not in used.values()]
     if absent:
-        raise AccullmError(
-            f"holds no tensor for {absent[0]}", contents.path, "give the model's safetensors checkpoint"
-        )
+        raise AccullmError(f"holds no tensor for {absent[0]}", contents.path, "give the model's safetensors checkpoint")
     return processor, used
 
 
