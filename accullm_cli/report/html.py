@@ -14,6 +14,8 @@ from accullm_cli.run import write_text
 
 # More records than this are shown on a click: an MoE model can have thousands.
 _RECORDS_SHOWN = 20
+# Below this, 95% intervals hold the truth less often than they say (docs/measures.md).
+_FEW_WINDOWS = 6
 
 
 def write_report(report: Report, directory: Path) -> tuple[Path, Path]:
@@ -116,16 +118,13 @@ def _figures(found: Fidelity) -> str:
         ("Perplexity of the artifact", *_estimate(found.perplexity, "{:#.4g}"), f"{ratio:.4f} times the original's"),
     ]
     columns = [("Figure", ""), ("Value", "number"), ("95% interval", "number"), ("", "quiet")]
-    text = "packaged held-out text" if found.text == "default" else found.text
-    return section(
-        "Fidelity",
-        table(columns, rows),
-        paragraph(
-            f"KL(original ‖ artifact) of the next-token distributions at {found.tokens:,} positions in {found.windows} "
-            f"windows of {text}. Intervals come from resampling whole windows.",
-            "note",
-        ),
+    note = (
+        f"KL(original ‖ artifact) of the next-token distributions at {found.tokens:,} positions in {found.windows} "
+        f"windows. Text: {found.text}. Intervals come from resampling whole windows."
     )
+    if found.windows < _FEW_WINDOWS:
+        note += f" From {found.windows} windows they are too narrow: measure more."
+    return section("Fidelity", table(columns, rows), paragraph(note, "note"))
 
 
 def _sizes(report: Report) -> str:

@@ -136,7 +136,7 @@ def draw_kl_of_windows(fidelity: Fidelity) -> str:
         axes.axhspan(mean.low, mean.high, color=ORANGE, alpha=0.15, linewidth=0, label="95% interval of the mean")
         axes.axhline(mean.value, color=ORANGE, label="mean")
         axes.plot(range(1, len(fidelity.kl_of_window) + 1), fidelity.kl_of_window, "o", color=BLUE, markersize=4)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max(mean.high, *fidelity.kl_of_window) or None)
         axes.set_xlabel("window of text")
         axes.set_ylabel("mean KL (nats)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

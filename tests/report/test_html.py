@@ -103,6 +103,12 @@ def test_page_has_the_row(row):
     assert row in words(a_report())
 
 
+def test_too_few_windows_are_said_to_give_too_narrow_intervals():
+    warning = "windows they are too narrow: measure more."
+    assert f"From 5 {warning}" in words(replace(a_report(), fidelity=replace(FIDELITY, windows=5)))
+    assert warning not in words(replace(a_report(), fidelity=replace(FIDELITY, windows=6)))
+
+
 def test_records_are_listed():
     assert "a dead feature in block 3" in words(a_report(records=("a dead feature in block 3",)))
 
