@@ -1,7 +1,7 @@
 """AccuLLM: convert large language models to 4 bits, and measure how faithful the result is.
 
-    from accullm_cli import Config, convert
-    report = convert(Config(model="work/smollm2-135m"))
+from accullm_cli import Config, convert
+report = convert(Config(model="work/smollm2-135m"))
 """
 
 from __future__ import annotations

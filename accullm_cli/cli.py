@@ -169,8 +169,8 @@ def _stage(name: str) -> Callable[[Call], Outcome]:
         if call.dry_run:
             return _result(call.as_json, "dry_run", pipeline.dry_run(config))
         result = pipeline.run_stage(name, config, progress=call.console.progress, fresh=call.fresh)
-        if result.report is not None:
-            return _reports(call, (result.report,))
+        if result.reports:
+            return _reports(call, result.reports)
         if call.as_json:
             return Outcome(to_json(stage=result))
         return Outcome("\n".join(map(str, result.outputs)) if name == "export" else str(result.run))

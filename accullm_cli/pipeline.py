@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -19,6 +20,7 @@ from accullm_cli.formats.base import Artifact
 from accullm_cli.formats.manifest import read_manifest, record_fidelity
 from accullm_cli.measure.contract import judge, parse_requirement
 from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, LinearSummary, Report, StageSummary
+from accullm_cli.model.alias import aliases
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.source import open_source
 from accullm_cli.progress import Progress, silent
@@ -43,7 +45,7 @@ class StageResult:
     run: str
     outputs: tuple[str, ...]
     seconds: float
-    report: Report | None
+    reports: tuple[Report, ...]
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,15 @@ def run_stage(name: str, config: Config, progress: Progress = silent, fresh: boo
         outcomes: list[StageOutcome] = []
         for outcome in _run_stages(job, fresh):
             outcomes.append(outcome)
-            if outcome.name == name:
+            if outcome.name == name != "validate":
                 break
-        report = None
+        reports = []
         if name == "validate":
             for format_name, directory in artifact_directories(job, artifact_path(config)).items():
-                report = _finish_report(job, format_name, directory, outcomes)
+                reports.append(_finish_report(job, format_name, directory, outcomes))
         record = outcomes[-1].record
         outputs = tuple(str(job.run.file(output)) for output in record.outputs)
-        return StageResult(name, str(job.run.path), outputs, record.seconds, report)
+        return StageResult(name, str(job.run.path), outputs, record.seconds, tuple(reports))
 
 
 def validate_artifact(artifact: Path, config: Config, progress: Progress = silent, fresh: bool = False) -> Report:
@@ -118,7 +120,8 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
 
     Args:
         artifact: its directory.
-        config: `config.model` names the original; `config.validation` and `config.calibration.seq_len` count.
+        config: `config.model` names the original, or is `artifact` itself: then the original is the one that its
+            manifest names. `config.validation` and `config.calibration.seq_len` count.
             Working files go to `config.machine.run`, by default the artifact's directory with .validation behind.
 
     Raises:
@@ -126,7 +129,10 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
     """
     manifest = read_manifest(artifact)
     run = config.machine.run or artifact.with_name(f"{artifact.resolve().name}.validation")
+    if Path(config.model).resolve() == artifact.resolve():
+        config = config.model_copy(update={"model": _named_original(artifact, manifest.provenance)})
     with _open_job(config, progress, run=run, checks_output=False) as job:
+        # The name alone proves nothing: the content must be the one it was made from.
         made_from = manifest.provenance.get("source_sha256")
         if made_from != job.source.sha256:
             raise AccullmError(
@@ -283,10 +289,19 @@ def _finish_report(job: Job, format_name: str, directory: Path, outcomes: Sequen
         stages=tuple(_summary(outcome) for outcome in outcomes),
         linears=_linear_summaries(job, artifact),
         versions=versions(),
+        directory=str(report_path(job, format_name)),
     )
     write_report(report, report_path(job, format_name))
     record_fidelity(directory, report)
     return report
+
+
+def _named_original(artifact: Path, provenance: Mapping[str, Any]) -> str:
+    """The model that an artifact says it was made from: a hub id, an alias, or a directory that may not be here."""
+    name = str(provenance.get("source", ""))
+    if "/" not in name and name not in aliases():
+        raise AccullmError(f"was made from {name or 'an unnamed model'}", artifact, "name its place with --original")
+    return name
 
 
 def report_path(job: Job, format_name: str) -> Path:

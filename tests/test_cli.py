@@ -34,7 +34,7 @@ class StageResult:
     run: str
     outputs: tuple[str, ...]
     seconds: float
-    report: object | None = None
+    reports: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Pipeline(types.ModuleType):
 
     def run_stage(self, name, config, progress, fresh=False):
         self.calls.append((name, config, fresh))
-        report = self.reports[0] if name == "validate" else None
-        return StageResult(name, "work/m.run", ("out-a", "out-b"), 1.0, report)
+        reports = self.reports if name == "validate" else ()
+        return StageResult(name, "work/m.run", ("out-a", "out-b"), 1.0, reports)
 
     def dry_run(self, config):
         self.calls.append(("dry_run", config))
@@ -181,7 +181,7 @@ def test_a_stage_as_json(accullm, pipeline):
             "run": "work/m.run",
             "outputs": ["out-a", "out-b"],
             "seconds": 1.0,
-            "report": None,
+            "reports": [],
         },
     }
 

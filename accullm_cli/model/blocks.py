@@ -12,13 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.model.slots import CaptureInputs, InputIdentity, LinearSlot, find_blocks, find_slots
+from accullm_cli.model.slots import CaptureInputs, InputIdentity, find_blocks, find_slots
 
 # Tokens that go through a block at once: enough for full speed of the matrix products, small beside a block.
 TOKENS_PER_BATCH = 4096
 
 
-class _Stop(Exception):
+class _EnoughError(Exception):
     """Ends a forward pass once everything wanted from it is there."""
 
 
@@ -74,7 +74,7 @@ class Decoder:
         """Read embeddings, final norm and output head, in float32."""
         self.weights.load_outside(self.block_names)
         self.model.tie_weights()
-        for name, parameter in self.model.named_parameters():
+        for parameter in self.model.parameters():
             if parameter.device.type != "meta":
                 parameter.data = parameter.data.float()
         self.model.tie_weights()
@@ -102,7 +102,7 @@ class Decoder:
             if index == 0:
                 first.append(hidden)
             if index == len(self.block_names) - 1:
-                raise _Stop
+                raise _EnoughError
             return hidden
 
         self._run_shell(ids, record)
@@ -141,12 +141,12 @@ class Decoder:
             if waiting:
                 waiting.discard(name)
                 if not waiting:
-                    raise _Stop
+                    raise _EnoughError
 
         try:
             with CaptureInputs(block, self.slots[index], seen):
                 return self.run(index, block, hidden)
-        except _Stop:
+        except _EnoughError:
             return None
 
     @torch.no_grad()
@@ -199,7 +199,7 @@ class Decoder:
         found = {name for step in steps for group in step for name in group}
         unseen = [name for name in slot_of if name not in found]
         if unseen:
-            raise AccullmError("this weight is not used as a linear layer; the architecture is not supported", unseen[0])
+            raise AccullmError("is not used as a linear layer; the architecture is not supported", unseen[0])
         return steps
 
     # -- the model around the blocks -----------------------------------------------------------------------
@@ -212,7 +212,7 @@ class Decoder:
         with self._replaced_blocks(stand_in):
             try:
                 return self.model(input_ids=ids, use_cache=False)
-            except _Stop:
+            except _EnoughError:
                 return None
 
     @contextmanager
@@ -243,7 +243,7 @@ class Decoder:
 
         def record(index: int, hidden: torch.Tensor, call: _Call) -> torch.Tensor:
             calls.append((hidden, call))
-            raise _Stop
+            raise _EnoughError
 
         calls: list[tuple[torch.Tensor, _Call]] = []
         self._run_shell(ids, record)

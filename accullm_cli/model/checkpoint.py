@@ -27,11 +27,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 from accullm_cli.errors import AccullmError
 from accullm_cli.model.source import ModelSource, check_finite, check_shapes
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def build_skeleton(directory: Path) -> PreTrainedModel:
-    """The model that `directory`/config.json describes, in float32, all parameters on the meta device; buffers are real.
+    """The model that `directory`/config.json describes, in float32: parameters on the meta device, buffers real.
 
     Experts run one after another ("eager"), so that each product with an expert's weight can be seen.
     """
@@ -123,7 +123,7 @@ class Checkpoint:
         tied = set(self.model.all_tied_weights_keys)
         if not self._converted:
             plain = {self._sources[name][0]: shape for name, shape in parameters.items() if name in self._sources}
-            absent = {name: shape for name, shape in parameters.items() if name not in self._sources | dict.fromkeys(tied)}
+            absent = {name: shape for name, shape in parameters.items() if name not in {*self._sources, *tied}}
             check_shapes(self.source, plain | absent)
             return
         covered = set(self._sources) | tied
@@ -144,11 +144,11 @@ class Checkpoint:
     def _give_source_dtypes(self) -> None:
         """Make each meta parameter's dtype that of its stored tensor, so that loading never casts."""
         for name, stored in self._sources.items():
-            dtype = _DTYPES[self.source.tensors[stored[0]].dtype]
+            dtype = DTYPES[self.source.tensors[stored[0]].dtype]
             module_name, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(module_name)
             if attribute in module._parameters:
-                meta = torch.empty(module._parameters[attribute].shape, dtype=dtype, device="meta")  # type: ignore[union-attr]
+                meta = torch.empty(module._parameters[attribute].shape, dtype=dtype, device="meta")
                 setattr(module, attribute, nn.Parameter(meta, requires_grad=False))
 
     # -- tensors -------------------------------------------------------------------------------------------
@@ -174,8 +174,3 @@ class Checkpoint:
             )
         for name in names:
             check_finite(name, self.model.get_parameter_or_buffer(name).data)
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Parameter shapes by name."""
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

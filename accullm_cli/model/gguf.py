@@ -216,7 +216,7 @@ def _map_names(contents: _Contents, model: PreTrainedModel) -> tuple[Any, dict[s
 
 def _choose_dtype(tensors: Sequence[ReaderTensor]) -> torch.dtype:
     """The dtype of most weights in matrices; the first of float16, bfloat16 and float32 where they draw."""
-    weights: Counter[torch.dtype] = Counter({dtype: 0 for dtype in (torch.float16, torch.bfloat16, torch.float32)})
+    weights: Counter[torch.dtype] = Counter(dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), 0))
     for tensor in tensors:
         if len(tensor.shape) > 1:
             weights[_UNQUANTIZED.get(tensor.tensor_type.name, torch.float16)] += int(tensor.n_elements)

@@ -68,9 +68,7 @@ def find_blocks(model: nn.Module) -> list[str]:
             if weights > best_weights:
                 best, best_weights = children, weights
     if not best:
-        raise AccullmError(
-            "no list of decoder blocks with linear layers in this architecture", type(model).__name__
-        )
+        raise AccullmError("no list of decoder blocks with linear layers in this architecture", type(model).__name__)
     return best
 
 

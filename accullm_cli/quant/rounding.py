@@ -38,7 +38,7 @@ from accullm_cli.quant.plan import LinearPlan
 
 # Columns whose mutual feedback is applied one by one; that of all earlier columns comes as one matrix product.
 COLUMN_BLOCK = 128
-# Where a Hessian is not positive definite at the configured damping, damping grows by this factor, and a record says so.
+# Where a Hessian is not positive definite at the configured damping, it grows by this factor, and a record says so.
 DAMPING_STEP = 10.0
 
 
@@ -293,9 +293,7 @@ def _grid(
     stochastic = options.method == "stochastic"
     if options.grid == "minmax" or stochastic:
         margin = 1 if stochastic and plan.bits > 2 else 0
-        return minmax_grid(
-            target, plan.bits, plan.group_size, plan.symmetric, options.scale_dtype, is_outlier, margin
-        )
+        return minmax_grid(target, plan.bits, plan.group_size, plan.symmetric, options.scale_dtype, is_outlier, margin)
     return searched_grid(
         target, importance, plan.bits, plan.group_size, plan.symmetric, options.scale_dtype, is_outlier
     )

@@ -27,16 +27,17 @@ class ArtifactWeights:
     def load(self, prefixes: Iterable[str]) -> None:
         """Put every tensor of the given blocks into the model."""
         for prefix in prefixes:
-            self._place([name for name in self.artifact.names() if name.startswith(f"{prefix}.")])
             block = self.model.get_submodule(prefix)
+            stored = {name for name in self.artifact.names() if name.startswith(f"{prefix}.")}
             for slot in self._slots[prefix]:
-                plan = self.artifact.plan.linears.get(slot.name)
-                if plan is None or plan.bits == 16:
+                parameter = f"{prefix}.{slot.parameter}"
+                if parameter in stored:  # a linear, or a whole stack of experts, that was left in 16 bits
                     continue
                 if slot.expert == 0:
-                    stack = torch.empty(self._meta[f"{prefix}.{slot.parameter}"].shape)
-                    self._set(f"{prefix}.{slot.parameter}", stack)
-                slot.write(block, self.artifact.linear(slot.name).dequantize(torch.float32))
+                    self._set(parameter, torch.empty(self._meta[parameter].shape))
+                slot.write(block, self._weight(slot.name))
+                stored.discard(f"{slot.name}.weight")
+            self._place(sorted(stored))
             self._check_filled(block, prefix)
 
     def load_outside(self, blocks: Iterable[str]) -> None:
@@ -54,6 +55,12 @@ class ArtifactWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         return self.artifact.tensor(name).dtype
+
+    def _weight(self, name: str) -> torch.Tensor:
+        plan = self.artifact.plan.linears.get(name)
+        if plan is None or plan.bits == 16:
+            return self.artifact.tensor(f"{name}.weight").float()
+        return self.artifact.linear(name).dequantize(torch.float32)
 
     def _place(self, names: list[str]) -> None:
         for name in names:
@@ -73,6 +80,4 @@ class ArtifactWeights:
     def _check_filled(self, block: nn.Module, prefix: str) -> None:
         for name, parameter in block.named_parameters():
             if parameter.device.type == "meta":
-                raise AccullmError(
-                    f"tensor {prefix}.{name} is missing", self.artifact.path, "copy the artifact again"
-                )
+                raise AccullmError(f"tensor {prefix}.{name} is missing", self.artifact.path, "copy the artifact again")

@@ -215,9 +215,7 @@ def _advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tenso
 
 def _measure_block(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> list[InputStats]:
     """Statistics of each distinct input of one block over the calibration stream."""
-    groups = [
-        group for step in decoder.input_groups(index, block, hidden[:1, :PROBE_TOKENS]) for group in step
-    ]
+    groups = [group for step in decoder.input_groups(index, block, hidden[:1, :PROBE_TOKENS]) for group in step]
     slot_of = {slot.name: slot for slot in decoder.slots[index]}
     moments = {group[0]: FeatureMoments(slot_of[group[0]].in_features) for group in groups}
 
@@ -275,7 +273,8 @@ def _unreached(job: Job, blocks: int) -> list[str]:
     """A sentence for every block with experts that no calibration token reached."""
     sentences = []
     for index in range(blocks):
-        names = [name for entry in load_block_stats(stats_path(job, index)) if not entry.tokens for name in entry.linears]
+        stats = load_block_stats(stats_path(job, index))
+        names = [name for entry in stats if not entry.tokens for name in entry.linears]
         if names:
             sentences.append(f"calibration never reached {', '.join(names)}")
     return sentences

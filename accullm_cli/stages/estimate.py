@@ -35,25 +35,23 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     held_out = validation.windows * calibration.seq_len
     linear_weights = sum(linear.weights for linear in plan.linears.values())
     all_weights = sum(parameter.numel() for parameter in decoder.model.parameters())
-    outside = all_weights - sum(
-        parameter.numel() for name in decoder.block_names for parameter in decoder.model.get_submodule(name).parameters()
-    )
-    stored = sum(linear.stored_bytes for linear in plan.linears.values()) + 2 * (all_weights - linear_weights)
-    block = max(
+    in_blocks = [
         sum(parameter.numel() for parameter in decoder.model.get_submodule(name).parameters())
         for name in decoder.block_names
-    )
+    ]
+    outside = all_weights - sum(in_blocks)
+    stored = sum(linear.stored_bytes for linear in plan.linears.values()) + 2 * (all_weights - linear_weights)
     widest = max(linear.in_features for linear in plan.linears.values())
     hidden = decoder.model.get_input_embeddings().weight.shape[1]
     streams = 2 * tokens * hidden
     # Two copies of a block, Hessian and drift with the factor's two copies, and the widest input of one batch twice.
-    peak = BASE_BYTES + FLOAT * (outside + 2 * block + 4 * widest**2 + streams + 4 * TOKENS_PER_BATCH * widest)
+    peak = BASE_BYTES + FLOAT * (outside + 2 * max(in_blocks) + 4 * widest**2 + streams + 4 * TOKENS_PER_BATCH * widest)
 
     forward = 2.0 * linear_weights
     passes = tokens * (1 + PASSES_IN_QUANTIZE) + 3 * held_out
     rounding = sum(2.0 * linear.weights * linear.in_features for linear in plan.linears.values())
-    grams = sum({(name.rpartition(".")[0], p.in_features): 4.0 * tokens * p.in_features**2
-                 for name, p in plan.linears.items()}.values())
+    inputs = {(name.rpartition(".")[0], linear.in_features) for name, linear in plan.linears.items()}
+    grams = sum(4.0 * tokens * features**2 for _, features in inputs)
     head = 2.0 * decoder.model.get_input_embeddings().weight.numel() * 4 * held_out
     seconds = (forward * passes + rounding + grams + head) / _operations_per_second()
     return Estimated(stored, int(peak), round(seconds, 1))

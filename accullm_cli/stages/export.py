@@ -115,9 +115,12 @@ def _provenance(job: Job, blocks: int) -> Mapping[str, Any]:
     for section in ("calibration", "validation"):
         config[section]["text"] = Path(config[section]["text"]).name
     records = [*job.source.records]
-    records += [sentence for index in range(blocks) if (block := load_block_record(job, index)) for sentence in block.records]
+    for index in range(blocks):
+        block = load_block_record(job, index)
+        records += block.records if block else []
     return {
-        "source": job.source.name,
+        # A path says where the source lay on one machine; a hub id with its revision holds everywhere.
+        "source": job.source.name if Path(job.source.origin).exists() else job.source.origin,
         "source_sha256": job.source.sha256,
         "config": config,
         "seed": job.config.machine.seed,

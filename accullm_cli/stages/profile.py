@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
+from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import ModelShape
-from accullm_cli.errors import AccullmError
 from accullm_cli.model.blocks import Decoder
+from accullm_cli.model.checkpoint import DTYPES
+from accullm_cli.progress import Event
 from accullm_cli.quant.outliers import choose_outliers, expected_loss
 from accullm_cli.quant.plan import LinearPlan, Plan
 from accullm_cli.quant.stats import InputStats
-from accullm_cli.progress import Event
 from accullm_cli.report.outlier_map import draw_outlier_map
 from accullm_cli.run import Reason, write_text
 from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, open_decoder, stats_path
@@ -97,7 +98,7 @@ def source_dtype(job: Job) -> torch.dtype:
     count: dict[str, int] = {}
     for info in job.source.tensors.values():
         count[info.dtype] = count.get(info.dtype, 0) + int(torch.tensor(info.shape).prod())
-    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[max(count, key=lambda name: count[name])]
+    return DTYPES[max(count, key=lambda name: count[name])]
 
 
 def model_shape(job: Job, decoder: Decoder) -> ModelShape:
@@ -123,6 +124,3 @@ def _nearest_group_size(group_size: int) -> int:
     if group_size == -1:
         return -1
     return min((size for size in DAMAGE_GROUP_SIZES if size > 0), key=lambda size: abs(size - group_size))
-
-
-

@@ -264,6 +264,10 @@ def _block_tensors(
     for name, value in block.state_dict().items():
         if name not in replaced:
             tensors[f"{prefix}.{name}"] = value.to(decoder.weights.dtype(f"{prefix}.{name}")).contiguous()
+    for slot in decoder.slots[index]:
+        if slot.parameter in replaced and slot.name not in rounded:  # an expert left in 16 bits among quantized ones
+            dtype = decoder.weights.dtype(f"{prefix}.{slot.parameter}")
+            tensors[f"{slot.name}.weight"] = slot.read(block).to(dtype).contiguous()
     for name, result in rounded.items():
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in result.linear.to_tensors().items()}
     return tensors
@@ -283,9 +287,7 @@ def _quantized_names(group: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
     return tuple(name for name in group if plan.linears[name].bits < 16)
 
 
-def _parts_in_memory(
-    groups: list[tuple[str, ...]], slot_of: dict[str, LinearSlot]
-) -> list[list[tuple[str, ...]]]:
+def _parts_in_memory(groups: list[tuple[str, ...]], slot_of: dict[str, LinearSlot]) -> list[list[tuple[str, ...]]]:
     """Cut a step's groups so that the Gram matrices of each part fit into GRAM_BYTES (one group always does)."""
     parts: list[list[tuple[str, ...]]] = []
     used = GRAM_BYTES

@@ -1,4 +1,4 @@
-"""Activation streams: the hidden states between two blocks, stored now and then so that a resume need not begin again."""
+"""Activation streams: hidden states between two blocks, stored now and then so that a resume need not begin again."""
 
 from __future__ import annotations
 

@@ -60,8 +60,9 @@ def fidelity_path(job: Job, format_name: str) -> Path:
 def load_fidelity(job: Job, format_name: str) -> Fidelity:
     """What `validate` measured."""
     content = json.loads(fidelity_path(job, format_name).read_text())
-    for name in ("perplexity_original", "perplexity", "mean_kl", "kl_p99", "kl_p999", "top1_agreement", "mean_kl_floor"):
-        content[name] = Estimate(**content[name])
+    for name, value in content.items():
+        if isinstance(value, dict):
+            content[name] = Estimate(**value)
     content["kl_of_window"] = tuple(content["kl_of_window"])
     content["kl_histogram"] = tuple((edge, count) for edge, count in content["kl_histogram"])
     return Fidelity(**content)
