@@ -1,0 +1,123 @@
+"""Tiny random checkpoints of many architectures, each with a tokenizer, as a user would have them on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
+
+from accullm_cli.config import Config
+from accullm_cli.config_file import load_config
+
+VOCABULARY = 260
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+_PLAIN: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_size": 64,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_SHAPE),
+    "llama-tied": lambda: LlamaConfig(**_SHAPE, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=16),
+    "qwen2": lambda: Qwen2Config(**_SHAPE),
+    "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=16),
+    "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=16, sliding_window=16),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_SHAPE, head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "phi3": lambda: Phi3Config(**_SHAPE),
+    "gpt2": lambda: GPT2Config(
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        vocab_size=VOCABULARY,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+    ),
+    "opt": lambda: OPTConfig(**_PLAIN, ffn_dim=96, word_embed_proj_dim=32),
+    "gpt-neox": lambda: GPTNeoXConfig(**_PLAIN, intermediate_size=96),
+    "mixtral": lambda: MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": lambda: Qwen2MoeConfig(
+        **_SHAPE,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=48,
+    ),
+}
+
+
+def make_checkpoint(name: str, directory: Path, dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB") -> Path:
+    """Save a random model of the architecture `name`, with weights and biases large enough to matter, and a tokenizer."""
+    torch.manual_seed(sum(map(ord, name)))
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                # Logits must differ enough between tokens for a divergence to mean something.
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+            elif parameter.abs().max() == 0:
+                parameter.normal_(0, 0.1)
+    model.tie_weights()
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: one token for each byte, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: number for number, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def tiny_config(model: Path, out: Path, **settings: object) -> Config:
+    """A configuration of small windows; `settings` are keys with __ for the dot."""
+    sets = ["calibration.samples=6", "calibration.seq_len=48", "validation.windows=3", "plan.group_size=32"]
+    sets += ["plan.outliers=0.05", "machine.threads=1", f"export.out={out}"]
+    sets += [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    return load_config(str(model), sets=sets)
