@@ -206,13 +206,13 @@ def _open_job(
             f"{config.machine.device} is not supported: this version computes on the CPU", "--device", "give cpu"
         )
     directory = RunDirectory(run or run_path(config))
-    if directory.path.is_dir() and any(directory.path.iterdir()) and not directory.file("run.yaml").exists():
-        raise AccullmError("holds something else than a run", directory.path, "give another directory with --run")
+    directory.check()
     with directory.locked(), _threads(directory, config) as threads:
-        source = open_source(config.model, directory.path, progress)
-        job = Job(config, directory, source, progress, only)
-        if checks_output:
-            _preflight(job)
+        with directory.removed_if_refused():
+            source = open_source(config.model, directory.path, progress)
+            job = Job(config, directory, source, progress, only)
+            if checks_output:
+                _preflight(job)
         resolved = config.model_dump(mode="json")
         resolved["machine"]["threads"] = threads
         write_text(directory.file("run.yaml"), yaml.safe_dump(resolved, sort_keys=False))

@@ -130,6 +130,27 @@ class RunDirectory:
     def file(self, name: str) -> Path:
         return self.path / name
 
+    def check(self) -> None:
+        """Refuse a directory that holds something else than a run.
+
+        Raises:
+            AccullmError: it is a file, or has files and no lock file, which is the first thing in a run.
+        """
+        if self.path.is_file():
+            raise AccullmError("is a file, not a directory", self.path, "give another directory with --run")
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.file(".lock").exists():
+            raise AccullmError("holds something else than a run", self.path, "give another directory with --run")
+
+    @contextmanager
+    def removed_if_refused(self) -> Iterator[None]:
+        """Leave no directory behind where the very first call of a run is refused before any stage."""
+        try:
+            yield
+        except AccullmError:
+            if not self.file("run.yaml").exists():
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run's lock: one process writes to a run directory at a time."""
@@ -277,3 +298,22 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take without swapping; None where the system does not tell.
+
+    The smaller of what is free or can be freed (Linux: MemAvailable) and what the control group leaves (version 2,
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files).
+    """
+    found: list[int] = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            found.append(max(0, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text())))
+    except (OSError, ValueError):
+        pass  # no such files here: whatever was found until now counts
+    return min(found, default=None)

@@ -1,0 +1,211 @@
+"""Killed at any instant, the next call goes on, and the artifact is byte-identical to an uninterrupted run's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from accullm_cli.pipeline import convert
+from accullm_cli.progress import Event
+from tests.tiny import make_checkpoint, tiny_config
+
+KILLS = 24
+
+# Runs in a process of its own, which forks: a child then starts converting at once, and is a real process to kill.
+DRIVER = """
+import os, random, signal, sys, time
+from pathlib import Path
+from accullm_cli.pipeline import convert
+from accullm_cli.stages import streams
+from tests.tiny import tiny_config
+
+model, out, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+streams.SECONDS_BETWEEN_STORES = 0.0  # so that stored streams are restored, too
+rng = random.Random(int(sys.argv[4]))
+longest = 2.0
+killed = finished = 0
+while killed < kills:
+    child = os.fork()
+    if child == 0:
+        streams.SECONDS_BETWEEN_STORES = rng.choice([0.0, 1e9])
+        convert(tiny_config(model, out, export__format="[accullm,compressed-tensors]", plan__outliers=0)
+                if "compressed" in sys.argv else tiny_config(model, out))
+        os._exit(0)
+    time.sleep(rng.uniform(0, longest))
+    rng.random()
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        killed += 1
+    else:  # it was done before: begin again from an older state
+        finished += 1
+        longest = max(0.2, longest * 0.7)
+        victim = rng.choice(["manifest.json", "quantize/block-00001.json", "plan.json", "reference.safetensors"])
+        (out.with_name(out.name + ".run") / victim).unlink(missing_ok=True)
+print(killed, finished)
+"""
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    convert(tiny_config(model, out))
+    return contents(out)
+
+
+def test_an_artifact_is_the_same_after_two_dozen_kills(
+    model: Path, uninterrupted: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", DRIVER, model, out, str(KILLS), "0"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout.split()[0]) == KILLS
+    convert(tiny_config(model, out))
+    assert contents(out) == uninterrupted
+    leftovers = [path.name for path in tmp_path.rglob(".*") if path.name != ".lock"]
+    assert [name for name in leftovers if not name.endswith(".tmp")] == []
+
+
+def test_the_same_conversion_elsewhere_gives_the_same_bytes(
+    model: Path, uninterrupted: dict[str, str], tmp_path: Path
+) -> None:
+    convert(tiny_config(model, tmp_path / "other-name"))
+    assert contents(tmp_path / "other-name") == uninterrupted
+
+
+def test_another_seed_or_text_gives_other_bytes(model: Path, uninterrupted: dict[str, str], tmp_path: Path) -> None:
+    convert(tiny_config(model, tmp_path / "out", machine__seed=1))
+    assert contents(tmp_path / "out") != uninterrupted
+
+
+class Interrupt(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(1, 14))
+def test_an_exception_at_any_event_leaves_a_run_that_goes_on(
+    moment: int, model: Path, uninterrupted: dict[str, str], tmp_path: Path
+) -> None:
+    seen = 0
+
+    def interrupt(event: Event) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == moment:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        convert(tiny_config(model, tmp_path / "out"), interrupt)
+    convert(tiny_config(model, tmp_path / "out"))
+    assert contents(tmp_path / "out") == uninterrupted
+
+
+def events_of(config: object) -> list[str]:
+    lines: list[str] = []
+
+    def note(event: Event) -> None:
+        if event.kind in ("start", "skip"):
+            lines.append(f"{event.stage}: {event.reason}")
+        if event.kind == "step" and event.stage == "quantize":
+            lines.append(f"{event.label}: {event.reason}")
+
+    convert(config, note)  # type: ignore[arg-type]
+    return [line for line in lines if not line.startswith("source")]
+
+
+def test_a_second_call_finds_everything_done(model: Path, tmp_path: Path) -> None:
+    convert(tiny_config(model, tmp_path / "out"))
+    stages = ("calibrate", "profile", "quantize", "export", "validate accullm")
+    assert events_of(tiny_config(model, tmp_path / "out")) == [f"{stage}: up to date" for stage in stages]
+
+
+def test_a_new_rounding_option_reruns_from_quantize_and_says_why(model: Path, tmp_path: Path) -> None:
+    convert(tiny_config(model, tmp_path / "out"))
+    assert events_of(tiny_config(model, tmp_path / "out", rounding__damping=0.02)) == [
+        "calibrate: up to date",
+        "profile: up to date",
+        "quantize: config changed (rounding.damping)",
+        "block 1/2: config changed (rounding.damping)",
+        "block 2/2: config changed (rounding.damping)",
+        "export: input changed (quantize)",
+        "validate accullm: input changed (artifact)",
+    ]
+
+
+def test_a_new_contract_measures_nothing_again(model: Path, tmp_path: Path) -> None:
+    convert(tiny_config(model, tmp_path / "out"))
+    config = tiny_config(model, tmp_path / "out", validation__require="[mean_kl<=9]")
+    assert all(line.endswith(": up to date") for line in events_of(config))
+
+
+def test_a_changed_plan_of_the_last_block_keeps_the_blocks_before_it(model: Path, tmp_path: Path) -> None:
+    convert(tiny_config(model, tmp_path / "out"))
+    run = tmp_path / "out.run"
+    plan = json.loads((run / "plan.json").read_text())
+    name = next(name for name in plan["linears"] if ".layers.1." in name)
+    plan["linears"][name]["bits"] = 8
+    (run / "plan.json").write_text(json.dumps(plan))
+    (run / "quantize" / "block-00001.json").touch()
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["stages"]["profile"]["outputs"] = {}
+    del manifest["stages"]["quantize"]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert events_of(tiny_config(model, tmp_path / "out"))[2:5] == [
+        "quantize: new",
+        "block 1/2: up to date",
+        "block 2/2: config changed (plan)",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_shard_is_made_again(
+    damage: str, model: Path, uninterrupted: dict[str, str], tmp_path: Path
+) -> None:
+    convert(tiny_config(model, tmp_path / "out"))
+    shard = tmp_path / "out.run" / "quantize" / "block-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    if damage == "flipped":
+        content[-5] ^= 1
+    shard.unlink()  # the artifact holds a link to it
+    shard.write_bytes(content[:-100] if damage == "truncated" else content)
+    (tmp_path / "out.run" / "manifest.json").unlink()
+    convert(tiny_config(model, tmp_path / "out"))
+    assert contents(tmp_path / "out") == uninterrupted
+
+
+def test_two_processes_do_not_share_a_run(model: Path, tmp_path: Path) -> None:
+    from accullm_cli.errors import AccullmError
+    from accullm_cli.run import RunDirectory
+
+    with RunDirectory(tmp_path / "out.run").locked(), pytest.raises(AccullmError) as refusal:
+        convert(tiny_config(model, tmp_path / "out"))
+    assert refusal.value.line() == (
+        f"{tmp_path / 'out.run'}: another accullm process is using this run directory; "
+        "wait for it to finish, or give another directory with --run"
+    )
