@@ -15,6 +15,7 @@ from accullm_cli.run import (
     Reason,
     RunDirectory,
     StageRecord,
+    available_memory,
     compare_inputs,
     existing_parent,
     file_sha256,
@@ -312,3 +313,26 @@ def test_peak_memory_counts_bytes_of_this_process():
     held = bytearray(64 << 20)
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
     assert 64 << 20 < peak_memory() < 64 << 30
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({"meminfo": "MemTotal: 9 kB\nMemAvailable:    2000 kB\n"}, 2_048_000),
+        ({"meminfo": "MemAvailable: 2000 kB\n", "memory.max": "max\n"}, 2_048_000),
+        ({"meminfo": "MemAvailable: 2000 kB\n", "memory.max": "900000\n", "memory.current": "100000\n"}, 800_000),
+        ({"meminfo": "MemAvailable: 2 kB\n", "memory.max": "900000\n", "memory.current": "100000\n"}, 2_048),
+        ({"meminfo": "MemAvailable: 2 kB\n", "memory.max": "5\n", "memory.current": "6\n"}, 0),
+        ({}, None),
+    ],
+)
+def test_available_memory_is_the_less_of_what_the_machine_and_the_control_group_leave(
+    files, available, tmp_path, monkeypatch
+):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("accullm_cli.run.Path", lambda path: tmp_path / Path(path).name)
+    assert available_memory() == available

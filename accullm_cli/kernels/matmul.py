@@ -6,6 +6,9 @@ import torch
 
 from accullm_cli.quant.linear import QuantizedLinear
 
+# What computes the product, for people.
+ENGINE = "torch: dequantize, then multiply"
+
 
 def hybrid_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ W^T + bias, with W the dequantized weight rounded once to x's dtype.
