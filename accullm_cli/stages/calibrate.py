@@ -191,7 +191,8 @@ def _tokenize(job: Job) -> tuple[Windows, Windows]:
     if config.calibration.text == "self":
         from accullm_cli.model.self_text import sampled_windows
 
-        return sampled_windows(job.source, tokenizer, config.calibration.samples, seq_len, seed), validation
+        samples = config.calibration.samples
+        return sampled_windows(job.source, tokenizer, samples, seq_len, seed, job.progress), validation
     calibration = calibration_windows(config.calibration.text, tokenizer, config.calibration.samples, seq_len, seed)
     return calibration, validation
 
