@@ -207,12 +207,11 @@ def _open_job(
         )
     directory = RunDirectory(run or run_path(config))
     directory.check()
-    with directory.locked(), _threads(directory, config) as threads:
-        with directory.removed_if_refused():
-            source = open_source(config.model, directory.path, progress)
-            job = Job(config, directory, source, progress, only)
-            if checks_output:
-                _preflight(job)
+    with directory.locked(), directory.removed_if_refused(), _threads(directory, config) as threads:
+        source = open_source(config.model, directory.path, progress)
+        job = Job(config, directory, source, progress, only)
+        if checks_output:
+            _preflight(job)
         resolved = config.model_dump(mode="json")
         resolved["machine"]["threads"] = threads
         write_text(directory.file("run.yaml"), yaml.safe_dump(resolved, sort_keys=False))

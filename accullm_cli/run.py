@@ -33,6 +33,9 @@ Code = Literal[
     "up to date",
 ]
 
+# What a run directory holds before its first stage has written anything.
+_BEFORE_ANY_STAGE = {".lock", "run.yaml", "source-hashes.json"}
+
 # The prefix of an input's name tells what kind of change it is.
 _CODE_BY_PREFIX: dict[str, Code] = {
     "source": "source changed",
@@ -143,11 +146,11 @@ class RunDirectory:
 
     @contextmanager
     def removed_if_refused(self) -> Iterator[None]:
-        """Leave no directory behind where the very first call of a run is refused before any stage."""
+        """Leave no directory behind where a refusal comes before anything was computed."""
         try:
             yield
         except AccullmError:
-            if not self.file("run.yaml").exists():
+            if {path.name for path in self.path.iterdir()} <= _BEFORE_ANY_STAGE:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
 

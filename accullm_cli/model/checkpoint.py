@@ -173,4 +173,7 @@ class Checkpoint:
                 f"a tensor does not fit the model that config.json describes ({problems[0]})", self.source.directory
             )
         for name in names:
-            check_finite(name, self.model.get_parameter_or_buffer(name).data)
+            try:
+                check_finite(name, self.model.get_parameter_or_buffer(name).data)
+            except AccullmError as error:
+                raise AccullmError(error.what, self.source.directory, error.hint) from None

@@ -8,6 +8,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from accullm_cli.errors import AccullmError
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model directory.
@@ -15,10 +17,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         AccullmError: there is none, or it cannot be read.
     """
+    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        raise AccullmError("holds no tokenizer", directory, "copy tokenizer.json and tokenizer_config.json there")
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AccullmError(
-            f"no tokenizer can be read ({reason})", directory, "copy tokenizer.json and tokenizer_config.json there"
-        ) from None
+        raise AccullmError(f"its tokenizer cannot be read ({reason})", directory, "download it again") from None

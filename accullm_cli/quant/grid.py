@@ -59,7 +59,7 @@ def minmax_grid(
     symmetric: bool,
     scale_dtype: str = "float16",
     ignored: torch.Tensor | None = None,
-    margin: int = 0,
+    margin: float = 0,
 ) -> Grid:
     """The grid that spans each group's range.
 
@@ -70,7 +70,8 @@ def minmax_grid(
             range includes 0.
         scale_dtype: "float16", or "bfloat16" for scales that are exact in both.
         ignored: bool [K], columns that the grid need not hold (outlier features).
-        margin: codes kept free at either end, for rounding that may leave the range (stochastic).
+        margin: codes kept free at either end. With 0.5 no weight lies outside the first and last code, however zero
+            point and scale are rounded; stochastic rounding needs that.
     """
     low, high, size = _group_range(weight, group_size, ignored)
     return _grid_of_range(low, high, bits, size, symmetric, scale_dtype, margin)
@@ -134,19 +135,30 @@ def _grid_of_range(
     columns_per_group: int,
     symmetric: bool,
     scale_dtype: str,
-    margin: int = 0,
+    margin: float = 0,
 ) -> Grid:
     """The grid that spans [low, high] in each group; both [N, G]."""
     largest = 2**bits - 1
     if symmetric:
         scale = 2 * torch.maximum(-low, high) / (largest - 2 * margin)
-        scale = round_scale(torch.where(scale > 0, scale, torch.ones_like(scale)), scale_dtype)
+        scale = _storable(scale, scale_dtype, margin > 0)
         zero = torch.full_like(scale, 2 ** (bits - 1))
     else:
         scale = (high - low) / (largest - 2 * margin)
-        scale = round_scale(torch.where(scale > 0, scale, torch.ones_like(scale)), scale_dtype)
+        scale = _storable(scale, scale_dtype, margin > 0)
         zero = (-low / scale + margin).round_().clamp_(0, largest)
     return Grid(scale, zero, bits, columns_per_group, symmetric)
+
+
+def _storable(scale: torch.Tensor, scale_dtype: str, up: bool) -> torch.Tensor:
+    """`scale` as it can be stored, 1 where it is 0; with `up` never below what was asked for."""
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    rounded = round_scale(scale, scale_dtype)
+    if not up:
+        return rounded
+    # One step of the stored dtype's significand: what is then rounded down is still no smaller than it was.
+    step = 2.0**-7 if scale_dtype == "bfloat16" else 2.0**-10
+    return torch.where(rounded < scale, round_scale(scale * (1 + step), scale_dtype), rounded)
 
 
 def _group_range(

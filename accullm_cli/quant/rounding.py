@@ -25,7 +25,7 @@ Compensating, they come last in the order and are "rounded" to the source's dtyp
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,11 +35,14 @@ from accullm_cli.quant.grid import Grid, minmax_grid, searched_grid
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.philox import uniform
 from accullm_cli.quant.plan import LinearPlan
+from accullm_cli.quant.stochastic import feedback_share, stochastic_codes
 
 # Columns whose mutual feedback is applied one by one; that of all earlier columns comes as one matrix product.
 COLUMN_BLOCK = 128
 # Where a Hessian is not positive definite at the configured damping, it grows by this factor, and a record says so.
 DAMPING_STEP = 10.0
+# From where it grows if none was asked for.
+SMALLEST_DAMPING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -107,23 +110,27 @@ def round_linears(
         features, however many linears share it.
 
     Raises:
-        AccullmError: the Hessian holds NaN or Inf, or cannot be factored at any damping up to its own mean.
+        AccullmError: Hessian or drift holds NaN or Inf, or the Hessian cannot be factored at any damping up to its
+            own mean.
     """
-    if hessian is not None and not bool(torch.isfinite(hessian).all()):
-        raise AccullmError("the Hessian holds NaN or Inf", next(iter(weights)), "check the calibration text and model")
+    for what, matrix in (("Hessian", hessian), ("drift", drift)):
+        if matrix is not None and not bool(torch.isfinite(matrix).all()):
+            raise AccullmError(
+                f"the {what} holds NaN or Inf", next(iter(weights)), "check the calibration text and model"
+            )
     if importance is None and hessian is not None:
         importance = hessian.diagonal()
+    without_data = []
+    if hessian is None and options.method != "nearest":
+        options = replace(options, method="nearest")
+        without_data.append("no calibration token reached its input: rounded to nearest without data")
     rounded: dict[str, RoundedLinear] = {}
-    sets = {plan.outlier_index for plan in plans.values()}
+    sets = {plans[name].outlier_index for name in weights}
     for outliers in sorted(sets):
         names = [name for name in weights if plans[name].outlier_index == outliers]
-        records: list[str] = []
-        method = options.method
-        if hessian is None and method != "nearest":
-            method = "nearest"
-            records.append("no calibration token reached its input: rounded to nearest without data")
+        records = list(without_data)
         factor = None
-        if hessian is not None and method != "nearest":
+        if hessian is not None and options.method != "nearest":
             factor = factor_hessian(hessian, outliers, options)
             if factor.damping > options.damping:
                 records.append(f"Hessian not positive definite: damping raised to {factor.damping:g}")
@@ -150,7 +157,8 @@ def factor_hessian(hessian: torch.Tensor, outliers: tuple[int, ...], options: Ro
     order = by_size[~is_outlier[by_size]]
     if options.outlier_mode == "compensating":
         order = torch.cat([order, by_size[is_outlier[by_size]]])
-    mean = float(diagonal.mean())
+    # Of the columns that take part alone: an untouched outlier a thousand times as large would drown the others.
+    mean = float(diagonal[order].mean())
     # A dead input (all features always zero) makes every rounding equally good; any positive number will do.
     mean = mean if mean > 0 else 1.0
     damping = options.damping
@@ -165,7 +173,7 @@ def factor_hessian(hessian: torch.Tensor, outliers: tuple[int, ...], options: Ro
             break
         if damping >= 1.0:
             raise AccullmError("the Hessian cannot be factored at any damping up to its mean", hint="use more samples")
-        damping = min(damping * DAMPING_STEP, 1.0)
+        damping = min(max(damping, SMALLEST_DAMPING) * DAMPING_STEP, 1.0)
     feedback = solver.flip(0, 1)
     return Factor(order, feedback / feedback.diagonal(), solver, damping)
 
@@ -198,7 +206,7 @@ def round_with_feedback(
 
     Returns:
         Codes as whole numbers [K, N] (transposed; columns not in the order hold 0), the compensating columns' values
-        [M - rounded_features, N], and the number of codes that fell outside the grid and were clamped.
+        [M - rounded_features, N], and how many targets stochastic rounding found outside the grid and clamped.
     """
     order, feedback = factor.order, factor.feedback
     count, rows = len(order), target.shape[0]
@@ -210,6 +218,12 @@ def round_with_feedback(
     codes = torch.zeros(target.shape[1], rows, dtype=target.dtype)
     kept = torch.empty(count - rounded_features, rows, dtype=target.dtype)
     clamped = 0
+    if generator is not None:
+        gridded = slice(0, rounded_features)
+        spread_scale = scale[group[gridded]]
+        position = wanted[gridded] / spread_scale + zero[group[gridded]]
+        share = feedback_share(position, spread_scale, feedback[gridded, gridded], grid.largest_code)
+        clamped = int(((position < 0) | (position > grid.largest_code)).sum())
     for start in range(0, count, COLUMN_BLOCK):
         end = min(start + COLUMN_BLOCK, count)
         fed = torch.addmm(wanted[start:end], feedback[:start, start:end].T, error[:start])
@@ -224,13 +238,13 @@ def round_with_feedback(
                 error[k] = wanted[k] - kept[k - rounded_features]
                 continue
             column_scale, column_zero = scale[group[k]], zero[group[k]]
-            position = value / column_scale + column_zero
-            code = position.round() if generator is None else (position + noise[k - start]).floor_()
-            inside = code.clamp(0, grid.largest_code)
-            if generator is not None:
-                clamped += int((inside != code).sum())
-            codes[order[k]] = inside
-            error[k] = wanted[k] - (inside - column_zero) * column_scale
+            if generator is None:
+                code = (value / column_scale + column_zero).round_().clamp_(0, grid.largest_code)
+            else:
+                fed_codes = (value - wanted[k]) / column_scale
+                code = stochastic_codes(position[k], fed_codes, share[k], noise[k - start], grid.largest_code)
+            codes[order[k]] = code
+            error[k] = wanted[k] - (code - column_zero) * column_scale
     return codes, kept, clamped
 
 
@@ -267,7 +281,7 @@ def _round_one(
         if len(compensating):
             kept = compensating.T[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)
         if clamped:
-            records += (f"{clamped} stochastic codes fell outside the grid and were clamped",)
+            records += (f"{clamped} weights lie outside the grid of stochastic rounding and were clamped",)
     _, zero = grid.per_column(weight.shape[1])
     codes = torch.where(is_outlier, zero, codes)
     linear = QuantizedLinear(
@@ -289,10 +303,10 @@ def _grid(
     options: RoundingOptions,
     is_outlier: torch.Tensor,
 ) -> Grid:
-    """The grid for a linear's target; stochastic rounding spans the range, with a code to spare at either end."""
+    """The grid for a linear's target; that of stochastic rounding holds the whole range, whatever its zero point."""
     stochastic = options.method == "stochastic"
     if options.grid == "minmax" or stochastic:
-        margin = 1 if stochastic and plan.bits > 2 else 0
+        margin = 0.5 if stochastic else 0
         return minmax_grid(target, plan.bits, plan.group_size, plan.symmetric, options.scale_dtype, is_outlier, margin)
     return searched_grid(
         target, importance, plan.bits, plan.group_size, plan.symmetric, options.scale_dtype, is_outlier

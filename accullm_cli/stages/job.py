@@ -75,7 +75,8 @@ def run_stage(
         job.progress(Event(name, "skip", reason=reason))
         return StageOutcome(name, reason, job.run.stages()[name])
     if not job.may_run(name):
-        raise AccullmError(f"{name} is not up to date: {reason}", job.run.path, f"run accullm {name} first")
+        state = "has not run" if reason.code == "new" else f"is not up to date: {reason}"
+        raise AccullmError(f"{name} {state}", job.run.path, f"run accullm {name} with the same options first")
     job.progress(Event(name, "start", reason=reason))
     reset_peak_memory()
     started = time.monotonic()

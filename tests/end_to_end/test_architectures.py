@@ -62,9 +62,7 @@ def test_eight_bits_lose_hardly_anything(tmp_path: Path) -> None:
 
 def test_compressed_tensors_logits_are_those_of_the_native_artifact(tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
-    config = tiny_config(
-        source, tmp_path / "out", export__format="[accullm,compressed-tensors]", plan__outliers=0
-    )
+    config = tiny_config(source, tmp_path / "out", export__format="[accullm,compressed-tensors]", plan__outliers=0)
     from accullm_cli.pipeline import convert_all
 
     reports = convert_all(config)
