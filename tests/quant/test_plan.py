@@ -1,0 +1,32 @@
+"""Sizes of planned linears, added up by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from accullm_cli.quant.plan import LinearPlan, Plan
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric", "outliers", "groups", "stored_bytes"),
+    [
+        # 10 rows, 576 columns; per row: codes + scales + zero points; then outlier weights and indices.
+        (4, 128, False, (), 5, 10 * (288 + 10 + 3)),
+        (4, 128, True, (), 5, 10 * (288 + 10)),
+        (3, 64, False, (), 9, 10 * (216 + 18 + 4)),
+        (8, -1, False, (), 1, 10 * (576 + 2 + 1)),
+        (4, 128, True, (1, 2, 3), 5, 10 * (288 + 10) + 10 * 3 * 2 + 3 * 4),
+        (16, 128, False, (), 5, 10 * 576 * 2),
+    ],
+)
+def test_stored_bytes(bits, group_size, symmetric, outliers, groups, stored_bytes):
+    plan = LinearPlan("a", 10, 576, bits, group_size, symmetric, outliers)
+    assert plan.groups == groups
+    assert plan.weights == 5760
+    assert plan.stored_bytes == stored_bytes
+
+
+def test_bits_per_weight_are_averaged_over_weights_not_linears():
+    small = LinearPlan("small", 1, 64, 8, -1, True)  # 64 + 2 bytes
+    large = LinearPlan("large", 100, 128, 4, 128, True)  # 100 * (64 + 2) bytes
+    assert Plan({"small": small, "large": large}).bits_per_weight == 8 * (66 + 6600) / (64 + 12800)

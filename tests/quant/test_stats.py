@@ -1,0 +1,74 @@
+"""Statistics accumulated in batches against sums over all rows in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accullm_cli.quant.stats import FeatureMoments, GramMatrices
+
+BATCHES = (1, 5, 0, 30, 14)
+
+
+def rows(seed: int, features: int = 6, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(sum(BATCHES), features, generator=generator) * 4).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_moments_are_those_of_all_rows(dtype):
+    x = rows(0, dtype=dtype)
+    moments = FeatureMoments(6)
+    for batch in x.split(BATCHES):
+        moments.add(batch)
+    stats = moments.finish(("q", "k"), {})
+    exact = x.double()
+    assert (stats.linears, stats.tokens) == (("q", "k"), 50)
+    torch.testing.assert_close(stats.second_moment.double(), exact.square().mean(0), rtol=1e-6, atol=0)
+    assert torch.equal(stats.absolute_maximum.double(), exact.abs().amax(0))
+    torch.testing.assert_close(
+        stats.share_beyond_threshold.double(), (exact.abs() > 6).double().mean(0), rtol=1e-6, atol=0
+    )
+    assert stats.second_moment.dtype == stats.absolute_maximum.dtype == torch.float32
+
+
+def test_the_threshold_itself_does_not_count():
+    moments = FeatureMoments(3)
+    moments.add(torch.tensor([[6.0, 6.001, -7.0], [0.0, -6.0, -6.5]]))
+    assert moments.finish((), {}).share_beyond_threshold.tolist() == [0.0, 0.5, 1.0]
+
+
+def test_an_input_that_no_token_reached_has_zero_tokens_and_no_nan():
+    stats = FeatureMoments(2).finish((), {})
+    assert stats.tokens == 0
+    for tensor in (stats.second_moment, stats.absolute_maximum, stats.share_beyond_threshold):
+        assert tensor.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_gram_matrices_are_those_of_all_rows(dtype, tolerance):
+    original, quantized = rows(1).bfloat16(), rows(2).bfloat16()
+    gram = GramMatrices(6, with_drift=True, dtype=dtype)
+    for y, x in zip(quantized.split(BATCHES), original.split(BATCHES), strict=True):
+        gram.add(y, x)
+    X, Y = original.double(), quantized.double()
+    assert gram.tokens == 50
+    hessian, drift = gram.take_hessian(), gram.take_drift()
+    assert hessian is not None
+    assert drift is not None
+    assert hessian.dtype == drift.dtype == dtype
+    torch.testing.assert_close(hessian.double(), Y.T @ Y / 50, rtol=0, atol=50 * tolerance)
+    torch.testing.assert_close(drift.double(), Y.T @ (X - Y) / 50, rtol=0, atol=50 * tolerance)
+
+
+def test_drift_is_kept_only_where_asked_for():
+    gram = GramMatrices(6, with_drift=False)
+    gram.add(rows(1), rows(2))
+    assert gram.take_drift() is None
+
+
+def test_without_rows_there_are_no_gram_matrices():
+    gram = GramMatrices(2, with_drift=True)
+    assert gram.tokens == 0
+    assert gram.take_hessian() is None
+    assert gram.take_drift() is None
