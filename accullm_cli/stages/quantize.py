@@ -156,7 +156,7 @@ def _quantize_block(
         rounded = _round_without_streams(job, decoder, plan, index, block)
     else:
         rounded = _round_with_streams(job, decoder, plan, index, block, rounded_block, streams)
-        streams.advance(index, block, rounded_block)
+        streams.advance_rounded(index, rounded_block)
     path = shard_path(job, index)
     tensors = _block_tensors(decoder, index, block, rounded)
     write_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
@@ -180,29 +180,37 @@ def _round_with_streams(
     rounded_block: nn.Module,
     streams: _Streams,
 ) -> dict[str, RoundedLinear]:
-    """Round the block's linears in the order it computes them; `rounded_block` gets the rounded weights."""
+    """Round the block's linears in the order it computes them; `rounded_block` gets the rounded weights.
+
+    The original's stream is behind the block at the end, the rounded one still before it.
+    """
     slot_of = {slot.name: slot for slot in decoder.slots[index]}
-    corrected = job.config.rounding.target == "corrected"
     rounded: dict[str, RoundedLinear] = {}
+    moves_on = False
+    parts: list[list[tuple[str, ...]]] = []
     for step in decoder.input_groups(index, block, streams.rounded[:1, :PROBE_TOKENS]):
-        step = [quantized for group in step if (quantized := _quantized_names(group, plan))]
-        for part in _parts_in_memory(step, slot_of):
-            # Routing differs between the streams, so the rows of an expert's two inputs do not correspond.
-            with_drift = corrected and slot_of[part[0][0]].expert is None
-            grams = _accumulate(decoder, index, block, rounded_block, part, slot_of, streams, with_drift)
-            for group in part:
-                gram = grams.pop(group[0])
-                results = round_linears(
-                    {name: slot_of[name].read(block) for name in group},
-                    {name: plan.linears[name] for name in group},
-                    _options(job, plan),
-                    decoder_dtype(decoder, index, slot_of[group[0]]),
-                    gram.hessian if gram.tokens else None,
-                    gram.drift if gram.tokens else None,
-                )
-                for name, result in results.items():
-                    slot_of[name].write(rounded_block, result.linear.dequantize(torch.float32))
-                rounded |= results
+        quantized = [names for group in step if (names := _quantized_names(group, plan))]
+        parts += _parts_in_memory(quantized, slot_of)
+    for number, part in enumerate(parts):
+        # Routing differs between the streams, so the rows of an expert's two inputs do not correspond.
+        with_drift = streams.original is not None and slot_of[part[0][0]].expert is None
+        moves_on = with_drift and number == len(parts) - 1
+        grams = _accumulate(decoder, index, block, rounded_block, part, slot_of, streams, with_drift, moves_on)
+        for group in part:
+            gram = grams.pop(group[0])
+            results = round_linears(
+                {name: slot_of[name].read(block) for name in group},
+                {name: plan.linears[name] for name in group},
+                _options(job, plan),
+                decoder_dtype(decoder, index, slot_of[group[0]]),
+                gram.take_hessian(),
+                gram.take_drift(),
+            )
+            for name, result in results.items():
+                slot_of[name].write(rounded_block, result.linear.dequantize(torch.float32))
+            rounded |= results
+    if not moves_on:
+        streams.advance_original(index, block)
     return rounded
 
 
@@ -215,8 +223,14 @@ def _accumulate(
     slot_of: dict[str, LinearSlot],
     streams: _Streams,
     with_drift: bool,
+    moves_on: bool,
 ) -> dict[str, GramMatrices]:
-    """The Gram matrices of some inputs of a block over the calibration text, by the first linear of each."""
+    """The Gram matrices of some inputs of a block over the calibration text, by the first linear of each.
+
+    Args:
+        with_drift: run the original's stream, too.
+        moves_on: run it to the end of the block, and leave it there.
+    """
     grams = {group[0]: GramMatrices(slot_of[group[0]].in_features, with_drift) for group in groups}
     last = frozenset(grams) if slot_of[groups[0][0]].expert is None else None
     for rows in batches(*streams.rounded.shape[:2]):
@@ -230,8 +244,10 @@ def _accumulate(
             if name in grams:
                 grams[name].add(value.reshape(-1, value.shape[-1]), originals.get(name))
 
-        if with_drift:
-            decoder.run_capturing(index, block, streams.original[rows], keep, last)
+        if with_drift and streams.original is not None:
+            output = decoder.run_capturing(index, block, streams.original[rows], keep, None if moves_on else last)
+            if moves_on and output is not None:
+                streams.original[rows] = output
         decoder.run_capturing(index, rounded_block, streams.rounded[rows], add, last)
     return grams
 
@@ -302,7 +318,10 @@ def _parts_in_memory(groups: list[tuple[str, ...]], slot_of: dict[str, LinearSlo
 
 
 class _Streams:
-    """The hidden states [S, T, hidden] of the original and of the model quantized so far, behind `position` blocks."""
+    """The hidden states [S, T, hidden] of the original and of the model quantized so far, behind `position` blocks.
+
+    `original` is None where no target is corrected for the past: nobody reads it then.
+    """
 
     def __init__(self, job: Job, decoder: Decoder, restored: tuple[int, dict[str, torch.Tensor]] | None) -> None:
         self._decoder = decoder
@@ -311,11 +330,15 @@ class _Streams:
         decoder.load_outside()
         decoder.embed(ids[:1, :PROBE_TOKENS])
         embedded = torch.cat([decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
+        decoder.release_outside()
+        corrected = job.config.rounding.target == "corrected"
+        self.original: torch.Tensor | None = None
         if restored is None:
-            self.position, self.original, self.rounded = 0, embedded, embedded.clone()
+            self.position, self.rounded = 0, embedded
+            self.original = embedded.clone() if corrected else None
         else:
-            self.position = restored[0]
-            self.original, self.rounded = restored[1]["original"], restored[1]["rounded"]
+            self.position, self.rounded = restored[0], restored[1]["rounded"]
+            self.original = restored[1].get("original")
 
     @classmethod
     def needed(cls, job: Job, decoder: Decoder, finished: int, keys: list[str]) -> _Streams | None:
@@ -324,12 +347,19 @@ class _Streams:
             return None
         return cls(job, decoder, _stream_store(job).restore(keys[:finished]))
 
-    def advance(self, index: int, block: nn.Module, rounded_block: nn.Module) -> None:
-        """Run both streams through a block."""
-        for rows in batches(*self.original.shape[:2]):
-            self.original[rows] = self._decoder.run(index, block, self.original[rows])
-            self.rounded[rows] = self._decoder.run(index, rounded_block, self.rounded[rows])
+    def advance_original(self, index: int, block: nn.Module) -> None:
+        """Run the original's stream through a block."""
+        if self.original is not None:
+            self._advance(self.original, index, block)
+
+    def advance_rounded(self, index: int, rounded_block: nn.Module) -> None:
+        """Run the rounded model's stream through a block."""
+        self._advance(self.rounded, index, rounded_block)
         self.position = index + 1
+
+    def _advance(self, stream: torch.Tensor, index: int, block: nn.Module) -> None:
+        for rows in batches(*stream.shape[:2]):
+            stream[rows] = self._decoder.run(index, block, stream[rows])
 
     def follow(self, job: Job, index: int, plan: Plan) -> None:
         """Run both streams through a finished block, from its shard."""
@@ -346,11 +376,15 @@ class _Streams:
                 }
                 linear = QuantizedLinear.from_tensors(own, slot.in_features, linear_plan.bits, linear_plan.group_size)
                 slot.write(rounded_block, linear.dequantize(torch.float32))
-        self.advance(index, block, rounded_block)
+        self.advance_original(index, block)
+        self.advance_rounded(index, rounded_block)
         self._decoder.release_block(index)
 
     def store(self, key: str) -> None:
-        self._store.store_if_due(key, {"original": self.original, "rounded": self.rounded})
+        streams = {"rounded": self.rounded}
+        if self.original is not None:
+            streams["original"] = self.original
+        self._store.store_if_due(key, streams)
 
     def remove(self) -> None:
         self._store.remove()
