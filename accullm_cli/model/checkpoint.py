@@ -6,8 +6,9 @@ one): transformers' own conversion rules translate them, here for a few tensors 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -49,7 +50,8 @@ class Checkpoint:
     """The weights of `source` by the names they have in `model`'s module tree.
 
     Raises:
-        AccullmError: a tensor is missing, or has another shape than the configuration says.
+        AccullmError: a tensor is missing, or has another shape than the configuration says; parts of a parameter that
+            do not fit together.
     """
 
     def __init__(self, source: ModelSource, model: PreTrainedModel) -> None:
@@ -59,6 +61,7 @@ class Checkpoint:
         self._sources = self._match_names()
         self._check_complete()
         self._give_source_dtypes()
+        self._check_conversions()
         self._meta = dict(model.named_parameters(remove_duplicate=False))
 
     def dtype(self, name: str) -> torch.dtype:
@@ -151,6 +154,14 @@ class Checkpoint:
                 meta = torch.empty(module._parameters[attribute].shape, dtype=dtype, device="meta")
                 setattr(module, attribute, nn.Parameter(meta, requires_grad=False))
 
+    def _check_conversions(self) -> None:
+        """Convert once without values what is stored in other parts: shapes alone tell what does not fit."""
+        stored = {part: self.source.tensors[part] for name in self._converted for part in self._sources[name]}
+        self._convert(
+            {part: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for part, info in stored.items()},
+            "meta",
+        )
+
     # -- tensors -------------------------------------------------------------------------------------------
 
     def _load(self, names: set[str]) -> None:
@@ -164,16 +175,32 @@ class Checkpoint:
             for handle, stored_names in zip(handles, by_file.values(), strict=True)
             for stored in stored_names
         }
-        info, _ = convert_and_load_state_dict_in_model(
-            self.model, slices, LoadStateDictConfig(weight_mapping=self._rules), None
-        )
-        problems = [*map(str, info.mismatched_keys), *info.conversion_errors.values(), *info.error_msgs]
-        if problems:
-            raise AccullmError(
-                f"a tensor does not fit the model that config.json describes ({problems[0]})", self.source.directory
-            )
+        self._convert(slices)
         for name in names:
             try:
                 check_finite(name, self.model.get_parameter_or_buffer(name).data)
             except AccullmError as error:
                 raise AccullmError(error.what, self.source.directory, error.hint) from None
+
+    def _convert(self, tensors: Mapping[str, Any], device: str = "cpu") -> None:
+        """Put stored tensors (or slices of files) into the model, by transformers' conversion rules."""
+        config = LoadStateDictConfig(weight_mapping=self._rules, device_map={"": device})
+        info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config, None)
+        hint = "download the weights again, or correct config.json"
+        for name, found, wanted in sorted(info.mismatched_keys):
+            raise AccullmError(
+                f"tensor {name} has shape {list(found)}, but config.json makes it {list(wanted)}",
+                self.source.directory,
+                hint,
+            )
+        for name, text in sorted(info.conversion_errors.items()):
+            # A traceback, the error's own words, and one line by transformers.
+            lines = text.strip().splitlines()
+            reason = lines[-2] if len(lines) > 1 else text
+            raise AccullmError(
+                f"tensor {name} cannot be made of the {len(self._sources[name])} stored for it ({reason})",
+                self.source.directory,
+                hint,
+            )
+        if info.error_msgs:
+            raise AccullmError(f"cannot be read ({' '.join(info.error_msgs[0].split())})", self.source.directory, hint)

@@ -21,6 +21,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise AccullmError("holds no tokenizer", directory, "copy tokenizer.json and tokenizer_config.json there")
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
+        # The tokenizers library raises bare Exceptions for what it cannot parse.
+        if not isinstance(error, OSError | ValueError | KeyError | TypeError) and type(error) is not Exception:
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AccullmError(f"its tokenizer cannot be read ({reason})", directory, "download it again") from None

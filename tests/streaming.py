@@ -1,0 +1,84 @@
+"""Streamed decoders, single stages and their references on tiny models with short texts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from accullm_cli.config import Config
+from accullm_cli.model.blocks import Decoder
+from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
+from accullm_cli.model.source import open_source
+from accullm_cli.pipeline import artifact_path, run_path
+from accullm_cli.progress import Progress, silent
+from accullm_cli.run import RunDirectory
+from accullm_cli.stages.calibrate import calibrate
+from accullm_cli.stages.export import export
+from accullm_cli.stages.job import Job, StageOutcome
+from accullm_cli.stages.profile import profile
+from accullm_cli.stages.quantize import quantize
+from accullm_cli.stages.validate import validate
+from tests.tiny import tiny_config
+
+WORDS = "the a of to in is and with or if not grid scale block input row weight error".split()
+
+
+def random_ids(windows: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """Ordinary tokens of the tiny tokenizer."""
+    return torch.randint(0, 256, (windows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def streamed(directory: Path, cache: Path) -> Decoder:
+    """The decoder of a checkpoint, without weights yet."""
+    model = build_skeleton(directory)
+    return Decoder(model, Checkpoint(open_source(str(directory), cache), model))
+
+
+def reference_model(directory: Path) -> PreTrainedModel:
+    """The same model as transformers loads it, in float32. Experts run one by one, so that sums have one order."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager")
+    return model.eval().requires_grad_(False)
+
+
+def write_text(path: Path, seed: int) -> Path:
+    """Some 4,000 characters of words in random order."""
+    words = random.Random(seed)
+    path.write_text(" ".join(words.choice(WORDS) for _ in range(900)))
+    return path
+
+
+def short_config(model: Path, out: Path, **settings: object) -> Config:
+    """As `tiny_config`, on texts that need no packaged ones: they lie beside the model."""
+    texts = {
+        "calibration__text": write_text(model.with_name("calibration.txt"), 1),
+        "validation__text": write_text(model.with_name("validation.txt"), 2),
+    }
+    return tiny_config(model, out, **(texts | settings))
+
+
+@contextmanager
+def opened(config: Config, progress: Progress = silent, only: str | None = None) -> Iterator[Job]:
+    """The job of a configuration, as the pipeline opens it but without its checks."""
+    run = RunDirectory(run_path(config))
+    with run.locked():
+        yield Job(config, run, open_source(config.model, run.path, progress), progress, only)
+
+
+def run_to(job: Job, last: str) -> dict[str, StageOutcome]:
+    """Run the stages up to `last`; validate as well, where it is the last."""
+    done = {"calibrate": calibrate(job)}
+    if last != "calibrate":
+        done["profile"] = profile(job, done["calibrate"].record.key)
+    if last in ("quantize", "export", "validate"):
+        done["quantize"] = quantize(job, done["calibrate"].record.key, done["profile"].record.key)
+    out = artifact_path(job.config)
+    if last in ("export", "validate"):
+        done["export"] = export(job, out, done["quantize"].record.key)
+    if last == "validate":
+        done["validate"] = validate(job, out, job.config.export.format[0], done["calibrate"].record.key)
+    return done
