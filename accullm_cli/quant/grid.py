@@ -15,6 +15,8 @@ LARGEST_SCALE = 65504.0
 # Fractions of the full range that the search tries. On a 4-bit grid the best range for Gaussian-like weights lies
 # at 0.8 to 1.0 of the largest; below 0.6 clipping always loses.
 SEARCHED_RANGES = tuple(1.0 - 0.02 * step for step in range(21))
+# Weights that the search takes at once: its dozen temporaries then fit into caches, and weigh nothing beside a block.
+_CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,30 @@ def searched_grid(
         importance: [K], weight of a column's squared error; the Hessian's diagonal (the input's second moment).
         (others: as for `minmax_grid`)
     """
-    low, high, size = _group_range(weight, group_size, ignored)
-    count = weight.shape[1]
     column_weight = importance.to(weight.dtype)
     if ignored is not None:
         column_weight = column_weight.masked_fill(ignored, 0)
+    step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    parts = [
+        _search_rows(part, column_weight, bits, group_size, symmetric, scale_dtype, ignored)
+        for part in weight.split(step)
+    ]
+    scale, zero = (torch.cat(tensors) for tensors in zip(*((part.scale, part.zero) for part in parts), strict=True))
+    return Grid(scale, zero, bits, parts[0].columns_per_group, symmetric)
+
+
+def _search_rows(
+    weight: torch.Tensor,
+    column_weight: torch.Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: str,
+    ignored: torch.Tensor | None,
+) -> Grid:
+    """`searched_grid` for some rows."""
+    low, high, size = _group_range(weight, group_size, ignored)
+    count = weight.shape[1]
     best: Grid | None = None
     best_error = torch.full_like(low, float("inf"))
     for fraction in SEARCHED_RANGES:

@@ -73,17 +73,22 @@ class RoundedLinear:
 
 @dataclass(frozen=True)
 class Factor:
-    """U of H = U S U^T for the columns in `order`.
+    """H = U S U^T for the columns in `order`, U unit upper triangular.
 
     order: int64 [M], the features in the order they are rounded.
-    feedback: [M, M], unit upper triangular.
-    solver: [M, M] lower Cholesky factor of the damped H in this order, reversed; for the corrected target.
+    cholesky: [M, M], the lower Cholesky factor of the damped H in this order, reversed. U is this with rows and
+        columns reversed and divided by its diagonal.
     """
 
     order: torch.Tensor
-    feedback: torch.Tensor
-    solver: torch.Tensor
+    cholesky: torch.Tensor
     damping: float
+
+    def feedback(self, start: int, end: int) -> torch.Tensor:
+        """Columns `start` to `end` of U down to row `end`, below which they are zero: [end, end - start]."""
+        count = len(self.order)
+        reversed_columns = self.cholesky[count - end :, count - end : count - start].flip(0, 1)
+        return reversed_columns / self.cholesky.diagonal().flip(0)[start:end]
 
 
 def round_linears(
@@ -102,7 +107,8 @@ def round_linears(
         plans: how each is stored; 2 to 8 bits.
         source_dtype: dtype that outlier weights are kept in.
         hessian: Y^T Y / T, [K, K] in the working dtype; None where calibration reached no row: nearest rounding then.
-        drift: Y^T (X - Y) / T, [K, K]; None where X = Y.
+        drift: Y^T (X - Y) / T, [K, K]; None where X = Y. Let go before the Hessian is factored, so that a caller who
+            keeps no reference needs no memory for both.
         importance: [K], weight of a column's squared error for the choice of grids; default: the Hessian's diagonal.
 
     Returns:
@@ -124,6 +130,10 @@ def round_linears(
     if hessian is None and options.method != "nearest":
         options = replace(options, method="nearest")
         without_data.append("no calibration token reached its input: rounded to nearest without data")
+    pulls: dict[str, torch.Tensor] = {}
+    if drift is not None and hessian is not None and options.method != "nearest" and options.target == "corrected":
+        pulls = {name: drift @ weight.T for name, weight in weights.items()}
+    del drift, matrix
     rounded: dict[str, RoundedLinear] = {}
     sets = {plans[name].outlier_index for name in weights}
     for outliers in sorted(sets):
@@ -135,8 +145,11 @@ def round_linears(
             if factor.damping > options.damping:
                 records.append(f"Hessian not positive definite: damping raised to {factor.damping:g}")
         for name in names:
+            target = weights[name]
+            if factor is not None and name in pulls:
+                target = corrected_target(target, pulls.pop(name), factor)
             rounded[name] = _round_one(
-                weights[name], plans[name], options, source_dtype, hessian, drift, importance, factor, tuple(records)
+                weights[name], target, plans[name], options, source_dtype, hessian, importance, factor, tuple(records)
             )
     return {name: rounded[name] for name in weights}
 
@@ -165,25 +178,30 @@ def factor_hessian(hessian: torch.Tensor, outliers: tuple[int, ...], options: Ro
     reverse = order.flip(0)
     while True:
         # H = R R^T with R upper triangular is the Cholesky factorization of H with rows and columns reversed.
-        reversed_hessian = hessian[reverse][:, reverse]
+        reversed_hessian = hessian[reverse[:, None], reverse]
         reversed_hessian.diagonal().add_(damping * mean)
-        solver, failed = torch.linalg.cholesky_ex(reversed_hessian)
+        cholesky, failed = torch.linalg.cholesky_ex(reversed_hessian)
         del reversed_hessian
         if not failed:
             break
         if damping >= 1.0:
             raise AccullmError("the Hessian cannot be factored at any damping up to its mean", hint="use more samples")
         damping = min(max(damping, SMALLEST_DAMPING) * DAMPING_STEP, 1.0)
-    feedback = solver.flip(0, 1)
-    return Factor(order, feedback / feedback.diagonal(), solver, damping)
+    return Factor(order, cholesky, damping)
 
 
-def corrected_target(weight: torch.Tensor, drift: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """W* = W + W D^T H^-1 on the columns in `factor.order` (others as they are); [N, K]."""
-    pull = drift[factor.order] @ weight.T
-    reverse = torch.cholesky_solve(pull.flip(0), factor.solver)
+def corrected_target(weight: torch.Tensor, pull: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """W* = W + W D^T H^-1 on the columns in `factor.order` (others as they are); [N, K].
+
+    Args:
+        pull: D W^T, [K, N].
+    """
+    reverse = factor.order.flip(0)
+    # Two triangular solves, as torch.cholesky_solve copies the factor first.
+    half = torch.linalg.solve_triangular(factor.cholesky, pull[reverse], upper=False)
+    change = torch.linalg.solve_triangular(factor.cholesky.T, half, upper=True)
     target = weight.clone()
-    target[:, factor.order] += reverse.flip(0).T
+    target[:, reverse] += change.T
     return target
 
 
@@ -199,40 +217,41 @@ def round_with_feedback(
 
     Args:
         target: [N, K], in the working dtype.
-        factor: order [M] and feedback [M, M].
+        factor: of the Hessian of M columns.
         rounded_features: the first so many in the order go to the grid; those after them (compensating outliers) are
             rounded to `source_dtype`.
         generator: (seed, stream) of stochastic rounding; None for nearest.
 
     Returns:
-        Codes as whole numbers [K, N] (transposed; columns not in the order hold 0), the compensating columns' values
+        Codes as uint8 [K, N] (transposed; columns not in the order hold 0), the compensating columns' values
         [M - rounded_features, N], and how many targets stochastic rounding found outside the grid and clamped.
     """
-    order, feedback = factor.order, factor.feedback
+    order = factor.order
     count, rows = len(order), target.shape[0]
     # Transposed, so that one column of the weight is one contiguous row.
     wanted = target.T[order].contiguous()
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
     group = (order // grid.columns_per_group).tolist()
     error = torch.empty_like(wanted)
-    codes = torch.zeros(target.shape[1], rows, dtype=target.dtype)
+    codes = torch.zeros(target.shape[1], rows, dtype=torch.uint8)
     kept = torch.empty(count - rounded_features, rows, dtype=target.dtype)
     clamped = 0
     if generator is not None:
         gridded = slice(0, rounded_features)
         spread_scale = scale[group[gridded]]
         position = wanted[gridded] / spread_scale + zero[group[gridded]]
-        share = feedback_share(position, spread_scale, feedback[gridded, gridded], grid.largest_code)
+        share = feedback_share(position, spread_scale, factor.feedback(0, rounded_features), grid.largest_code)
         clamped = int(((position < 0) | (position > grid.largest_code)).sum())
     for start in range(0, count, COLUMN_BLOCK):
         end = min(start + COLUMN_BLOCK, count)
-        fed = torch.addmm(wanted[start:end], feedback[:start, start:end].T, error[:start])
+        feedback = factor.feedback(start, end)
+        fed = torch.addmm(wanted[start:end], feedback[:start].T, error[:start])
         if generator is not None:
             noise = uniform(*generator, order[start:end], rows).to(target.dtype)
         for k in range(start, end):
             value = fed[k - start]
             if k > start:
-                value = torch.addmv(value, error[start:k].T, feedback[start:k, k])
+                value = torch.addmv(value, error[start:k].T, feedback[start:k, k - start])
             if k >= rounded_features:
                 kept[k - rounded_features] = value.to(source_dtype)
                 error[k] = wanted[k] - kept[k - rounded_features]
@@ -250,26 +269,23 @@ def round_with_feedback(
 
 def _round_one(
     weight: torch.Tensor,
+    target: torch.Tensor,
     plan: LinearPlan,
     options: RoundingOptions,
     source_dtype: torch.dtype,
     hessian: torch.Tensor | None,
-    drift: torch.Tensor | None,
     importance: torch.Tensor | None,
     factor: Factor | None,
     records: tuple[str, ...],
 ) -> RoundedLinear:
-    """Round one linear; `factor` is None for nearest rounding."""
+    """Round one linear of weight [N, K] from its target [N, K]; `factor` is None for nearest rounding."""
     outliers = torch.tensor(plan.outlier_index, dtype=torch.int64)
     is_outlier = torch.zeros(weight.shape[1], dtype=torch.bool)
     is_outlier[outliers] = True
-    target = weight
-    if factor is not None and drift is not None and options.target == "corrected":
-        target = corrected_target(weight, drift, factor)
     grid = _grid(target, torch.ones(weight.shape[1]) if importance is None else importance, plan, options, is_outlier)
     kept = weight[:, outliers].to(source_dtype)
     if factor is None:
-        codes = grid.round_to_nearest(target)
+        codes = grid.round_to_nearest(target).to(torch.uint8)
     else:
         stochastic = options.method == "stochastic"
         generator = (options.seed, zlib.crc32(plan.name.encode())) if stochastic else None
@@ -277,15 +293,14 @@ def _round_one(
         columns, compensating, clamped = round_with_feedback(
             target, grid, factor, rounded_features, source_dtype, generator
         )
-        codes = columns.T
+        codes = columns.T.contiguous()
         if len(compensating):
             kept = compensating.T[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)
         if clamped:
             records += (f"{clamped} weights lie outside the grid of stochastic rounding and were clamped",)
-    _, zero = grid.per_column(weight.shape[1])
-    codes = torch.where(is_outlier, zero, codes)
+    codes[:, outliers] = grid.zero[:, outliers // grid.columns_per_group].to(torch.uint8)
     linear = QuantizedLinear(
-        codes=codes.to(torch.uint8).contiguous(),
+        codes=codes,
         scales=grid.scale.to(torch.float16),
         zeros=None if plan.symmetric else grid.zero.to(torch.uint8),
         outlier_index=outliers.to(torch.int32),

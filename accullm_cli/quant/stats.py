@@ -63,26 +63,32 @@ class GramMatrices:
     """Accumulates, over batches, the Hessian of a linear's output error and its coupling to earlier layers' error.
 
     With X the rows of the full-precision model [T, K] and Y those of the model quantized so far [T, K]:
-    `hessian` = Y^T Y / T and `drift` = Y^T (X - Y) / T, both [K, K]. Where Y is X, drift is zero and not kept.
+    the Hessian is Y^T Y / T and the drift Y^T (X - Y) / T, both [K, K]. Where Y is X, drift is zero and not kept.
     """
 
     def __init__(self, features: int, with_drift: bool, dtype: torch.dtype = torch.float32) -> None:
         self.tokens = 0
-        self._hessian = torch.zeros(features, features, dtype=dtype)
+        self._hessian: torch.Tensor | None = torch.zeros(features, features, dtype=dtype)
         self._drift = torch.zeros(features, features, dtype=dtype) if with_drift else None
 
     def add(self, quantized_rows: torch.Tensor, original_rows: torch.Tensor | None = None) -> None:
         """Add rows [T, K] of both streams (of the quantized one alone where drift is not kept)."""
+        assert self._hessian is not None, "the Hessian was taken"
         rows = quantized_rows.to(self._hessian.dtype)
         self.tokens += len(rows)
         self._hessian.addmm_(rows.T, rows)
         if self._drift is not None and original_rows is not None:
             self._drift.addmm_(rows.T, original_rows.to(rows.dtype) - rows)
 
-    @property
-    def hessian(self) -> torch.Tensor:
-        return self._hessian / max(self.tokens, 1)
+    def take_hessian(self) -> torch.Tensor | None:
+        """The Hessian; None where there was no row. It is scaled in place and given away, as it may be large."""
+        hessian, self._hessian = self._hessian, None
+        return self._scaled(hessian)
 
-    @property
-    def drift(self) -> torch.Tensor | None:
-        return None if self._drift is None else self._drift / max(self.tokens, 1)
+    def take_drift(self) -> torch.Tensor | None:
+        """As `take_hessian`, for the drift; None, too, where it is not kept."""
+        drift, self._drift = self._drift, None
+        return self._scaled(drift)
+
+    def _scaled(self, total: torch.Tensor | None) -> torch.Tensor | None:
+        return None if total is None or not self.tokens else total.div_(self.tokens)

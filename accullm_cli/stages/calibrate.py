@@ -146,6 +146,7 @@ def _run_original(job: Job, stage: str, key: str, calibration: Windows, validati
     else:
         start, streams = restored[0], _Streams(**restored[1])
         _embed(decoder, calibration.ids, validation.ids)  # the decoder learns what its blocks are called with
+    decoder.release_outside()
     total = len(keys)
     for index in range(start, total):
         block = decoder.load_block(index)
@@ -161,6 +162,7 @@ def _run_original(job: Job, stage: str, key: str, calibration: Windows, validati
         store.store_if_due(keys[index], vars(streams))
         reason = Reason("new") if index >= finished else UP_TO_DATE
         job.progress(Event(stage, "step", f"block {index + 1}/{total}", reason, index + 1, total))
+    decoder.load_outside()
     reference = {
         "hidden": streams.validation,
         "floor": streams.floor,

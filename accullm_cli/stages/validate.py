@@ -78,10 +78,10 @@ def _measure(job: Job, stage: str, directory: Path, key: str) -> Fidelity:
     artifact = open_artifact(directory)
     model = build_skeleton(directory)
     decoder = Decoder(model, ArtifactWeights(artifact, model))
-    decoder.load_outside()
     ids = load_file(job.run.file("tokens.safetensors"))["validation"]
     hidden = _run_blocks(job, stage, decoder, ids, key)
 
+    decoder.load_outside()
     reference = load_file(job.run.file("reference.safetensors"))
     divergence = Divergence()
     for window in range(len(ids)):
@@ -103,7 +103,9 @@ def _run_blocks(job: Job, stage: str, decoder: Decoder, ids: torch.Tensor, key: 
     total = len(decoder.block_names)
     store = StreamStore(job.run.file(f"{stage.replace(' ', '-')}-stream.safetensors"))
     keys = [key_of({"stage": key, "block": str(index)}) for index in range(total)]
+    decoder.load_outside()
     hidden = torch.cat([decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
+    decoder.release_outside()
     start = 0
     if (restored := store.restore(keys)) is not None:
         start, hidden = restored[0], restored[1]["hidden"]

@@ -156,7 +156,7 @@ def test_corrected_target_is_the_least_squares_solution(tokens, mode, outliers):
     problem = with_outliers(correlated_problem(4, 30, tokens, seed=6))
     options = RoundingOptions(outlier_mode=mode)
     factor = factor_hessian(problem.hessian, outliers, options)
-    target = corrected_target(problem.weight, problem.drift, factor)
+    target = corrected_target(problem.weight, problem.drift @ problem.weight.T, factor)
     fixed = outliers if mode == "untouched" else ()
     expected = torch.from_numpy(least_squares_target(problem, options.damping, fixed))
     torch.testing.assert_close(target, expected, rtol=1e-9, atol=1e-9)
@@ -240,7 +240,7 @@ def test_an_error_moves_into_the_next_column():
     # (0, 1) loses 0.4^2 + 0.6^2 - 2*0.9*0.4*0.6 = 0.088; nearest's (0, 0) loses 0.608; no other pair is below 0.088.
     grid = Grid(torch.ones(1, 1).double(), torch.zeros(1, 1).double(), 2, 2, False)
     feedback = torch.tensor([[1.0, 0.9], [0.0, 1.0]], dtype=torch.float64)
-    factor = Factor(torch.tensor([0, 1]), feedback, feedback, 0.01)
+    factor = Factor(torch.tensor([0, 1]), feedback.flip(0, 1), 0.01)  # the Cholesky factor of S = 1
     target = torch.tensor([[0.4, 0.4]], dtype=torch.float64)
     codes, kept, clamped = round_with_feedback(target, grid, factor, 2, torch.float32)
     assert codes.T.tolist() == [[0, 1]]
