@@ -1,0 +1,319 @@
+"""Measure that a conversion holds a few blocks in memory, whatever the model's size.
+
+A random-weight Llama whose bfloat16 checkpoint is larger than 6 GB is written once, one shard per block, and
+converted by `accullm convert` in a process of its own. Per stage this prints seconds, seconds per block and peak
+resident memory, once as the run's manifest has it and once as the operating system saw it from outside.
+
+    python scripts/bench_streaming.py
+    python scripts/bench_streaming.py --layers 2        # a trial of minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accullm_cli.console import duration, size
+from accullm_cli.errors import AccullmError, MachineError
+from accullm_cli.run import existing_parent, write_text
+
+# Of the resident memory of a whole conversion; the reason for streaming.
+TARGET_BYTES = 2_500_000_000
+# 28 blocks of 201 MB and 393 MB of embeddings: 6.03 GB.
+LAYERS = 28
+SHAPE = {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
+# Raised whenever the bytes of the model change, so that an older one is written again.
+RECIPE = 1
+SECONDS_BETWEEN_LOOKS = 0.05
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """One stage of the conversion. peak_bytes: resident memory, as the stage itself recorded it."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a conversion took.
+
+    checkpoint_bytes: size of the source's weight files.
+    observed_peak_bytes: the largest VmHWM (resident memory's high-water mark) that was seen from outside.
+    """
+
+    layers: int
+    checkpoint_bytes: int
+    seconds: float
+    observed_peak_bytes: int
+    stages: tuple[StageFigures, ...]
+    command: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The larger of what the stages recorded and what was seen from outside."""
+        return max([self.observed_peak_bytes, *(stage.peak_bytes for stage in self.stages)])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the model where there is none, convert it, print and keep the figures; returns the exit code."""
+    options = parse(arguments)
+    try:
+        shape = {**SHAPE, "num_hidden_layers": options.layers}
+        model = options.work / f"llama-{shape['hidden_size']}-{options.layers}-layers"
+        ensure_model(model, shape)
+        figures = measure(options, model)
+        text = render(figures)
+        write_text(options.work / "streaming.md", text + "\n")
+        write_text(options.work / "streaming.json", json.dumps(asdict(figures), indent=1) + "\n")
+        print(text)
+    except AccullmError as error:
+        print(f"error: {error.line()}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; what it does not know goes to `accullm convert`."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n\n")[0],
+        epilog="Other options are passed on to accullm convert, for instance --rounding nearest.",
+    )
+    parser.add_argument("--work", type=Path, default=Path("work/bench"), help="directory for everything (work/bench)")
+    parser.add_argument("--layers", type=int, default=LAYERS, help=f"blocks of the model ({LAYERS})")
+    parser.add_argument("--samples", type=int, default=8, help="calibration windows (8)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window (512)")
+    parser.add_argument("--validation-windows", type=int, default=2, help="validation windows (2)")
+    options, options.passed_on = parser.parse_known_args(arguments)
+    if options.layers < 1:
+        parser.error("--layers must be 1 or more")
+    return options
+
+
+# -- the model ---------------------------------------------------------------------------------------------
+
+
+def ensure_model(directory: Path, shape: Mapping[str, int], seed: int = 0) -> None:
+    """Write a Llama of normally distributed weights; nothing where it is there already. Holds one block at a time.
+
+    Args:
+        shape: hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, vocab_size and
+            num_hidden_layers.
+
+    Raises:
+        MachineError: the disk has no room for it.
+    """
+    marker = {"recipe": RECIPE, "seed": seed, **shape}
+    made = directory / "made.json"
+    if made.exists() and json.loads(made.read_text(encoding="utf-8")) == marker:
+        return
+    needed = checkpoint_bytes(shape)
+    free = shutil.disk_usage(existing_parent(directory)).free
+    # The model, and its artifact with the working files (4.5 of 16 bits, twice where the disk cannot link).
+    if free < 1.6 * needed:
+        raise MachineError(
+            f"has {size(free)} free, but {size(int(1.6 * needed))} are needed", directory, "give another --work"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    made.unlink(missing_ok=True)
+    write_weights(directory, shape, seed)
+    write_tokenizer(directory)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 256,
+        **shape,
+    }
+    write_text(directory / "config.json", json.dumps(config, indent=1) + "\n")
+    write_text(made, json.dumps(marker, indent=1) + "\n")
+
+
+def block_shapes(shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The tensors of one block, by the end of their name."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    return {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+
+
+def outside_shapes(shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The tensors outside the blocks."""
+    hidden, vocabulary = shape["hidden_size"], shape["vocab_size"]
+    return {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocabulary, hidden),
+    }
+
+
+def checkpoint_bytes(shape: Mapping[str, int]) -> int:
+    """Bytes of all weights in bfloat16."""
+
+    def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return sum(sides[0] * (sides[1] if len(sides) > 1 else 1) for sides in shapes.values())
+
+    return 2 * (count(outside_shapes(shape)) + shape["num_hidden_layers"] * count(block_shapes(shape)))
+
+
+def write_weights(directory: Path, shape: Mapping[str, int], seed: int) -> None:
+    """One safetensors file for each block and one for the rest, with their index."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(sides: tuple[int, ...]) -> torch.Tensor:
+        if len(sides) == 1:
+            return torch.ones(sides, dtype=torch.bfloat16)
+        # 0.02 is what Llama's own training started from.
+        return torch.empty(sides, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+    parts = [outside_shapes(shape)]
+    for layer in range(shape["num_hidden_layers"]):
+        parts.append({f"model.layers.{layer}.{name}": sides for name, sides in block_shapes(shape).items()})
+    file_of: dict[str, str] = {}
+    for number, shapes in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        say(f"writing {directory / file}")
+        save_file({name: draw(sides) for name, sides in shapes.items()}, directory / file, metadata={"format": "pt"})
+        file_of |= dict.fromkeys(shapes, file)
+    index = {"metadata": {"total_size": checkpoint_bytes(shape)}, "weight_map": file_of}
+    write_text(directory / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A tokenizer of single bytes, 0 to 255, with the end of text as 256: it needs no training and no download."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: number for number, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(directory)
+
+
+# -- the conversion ----------------------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace, model: Path) -> Figures:
+    """Convert `model` in a process of its own, from the start, and look at its memory all the while.
+
+    Raises:
+        AccullmError: the conversion failed.
+    """
+    out = options.work / f"{model.name}-int4"
+    run = options.work / f"{model.name}.run"
+    command = [sys.executable, "-m", "accullm_cli", "convert", str(model), "--out", str(out), "--run", str(run)]
+    command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
+    command += ["--validation-windows", str(options.validation_windows), "--fresh", *options.passed_on]
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    observed = watch(process)
+    seconds = time.monotonic() - started
+    if process.returncode != 0:
+        raise AccullmError(f"accullm convert ended with exit code {process.returncode}", model)
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    return Figures(
+        layers=options.layers,
+        checkpoint_bytes=sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        seconds=round(seconds, 1),
+        observed_peak_bytes=observed,
+        stages=stages_of(manifest),
+        command=("accullm", *command[3:]),
+    )
+
+
+def watch(process: subprocess.Popen[Any]) -> int:
+    """Wait for the end of `process`; the largest resident memory in bytes that the kernel reported of it.
+
+    Every stage resets the high-water mark that it records, so one look at the end would show the last stage alone.
+    """
+    largest = 0
+    while process.poll() is None:
+        largest = max(largest, high_water_mark(process.pid))
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return largest
+
+
+def high_water_mark(pid: int) -> int:
+    """VmHWM of a process in bytes; 0 where it is gone or the system does not tell."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
+    return int(line.split()[1]) * 1024
+
+
+def stages_of(manifest: Mapping[str, Any]) -> tuple[StageFigures, ...]:
+    """The stages in a run's manifest, in the order they run."""
+    order = ("calibrate", "profile", "quantize", "export", "validate")
+    records = manifest["stages"]
+    names = sorted(
+        (name for name in records if name.split()[0] in order), key=lambda name: order.index(name.split()[0])
+    )
+    return tuple(StageFigures(name, records[name]["seconds"], records[name]["peak_bytes"]) for name in names)
+
+
+def render(figures: Figures) -> str:
+    """The figures as a Markdown table with a sentence above and below."""
+    rows = [
+        (stage.name, duration(stage.seconds), f"{stage.seconds / figures.layers:.2f} s", size(stage.peak_bytes))
+        for stage in figures.stages
+    ]
+    per_block = f"{figures.seconds / figures.layers:.2f} s"
+    rows.append(("whole process", duration(figures.seconds), per_block, size(figures.observed_peak_bytes)))
+    verdict = "met" if figures.peak_bytes < TARGET_BYTES else "NOT MET"
+    return (
+        f"A checkpoint of {size(figures.checkpoint_bytes)} ({figures.layers} blocks), converted with\n"
+        f"`{' '.join(figures.command)}` on {os.cpu_count()} cores:\n\n"
+        f"{markdown(('stage', 'time', 'per block', 'peak RSS'), rows)}\n\n"
+        f"Peak resident memory {size(figures.peak_bytes)}, {figures.peak_bytes / figures.checkpoint_bytes:.0%} of the "
+        f"checkpoint; target under {size(TARGET_BYTES)}: {verdict}."
+    )
+
+
+def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows))
+
+
+def say(line: str) -> None:
+    """Progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

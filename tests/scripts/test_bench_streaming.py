@@ -1,0 +1,168 @@
+"""The streaming benchmark: the model it writes can be converted, and its table says what was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from accullm_cli.errors import MachineError
+from accullm_cli.model.source import open_source
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_streaming.py"
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "num_hidden_layers": 3,
+}
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_streaming", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_streaming"] = module  # where dataclasses look for the types of their fields
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bench") / "model"
+    script.ensure_model(directory, TINY)
+    return directory
+
+
+def figures(peak: int = 1_900_000_000, observed: int = 2_000_000_000) -> object:
+    stages = (script.StageFigures("calibrate", 14.0, 1_000_000_000), script.StageFigures("quantize", 600.0, peak))
+    return script.Figures(4, 6_000_000_000, 700.0, observed, stages, ("accullm", "convert", "m"))
+
+
+# -- the model ---------------------------------------------------------------------------------------------
+
+
+def test_transformers_loads_the_model_whole(model: Path) -> None:
+    loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    weights = loaded.model.layers[2].mlp.down_proj.weight
+    assert weights.dtype == torch.bfloat16
+    assert float(weights.detach().float().std()) == pytest.approx(0.02, rel=0.1)
+    assert not torch.equal(weights, loaded.model.layers[1].mlp.down_proj.weight)
+
+
+def test_the_size_is_known_before_the_model_is_written(model: Path, tmp_path: Path) -> None:
+    assert sum(info.stat().st_size for info in model.glob("*.safetensors")) > script.checkpoint_bytes(TINY)
+    source = open_source(str(model), tmp_path)
+    assert sum(2 * torch.Size(info.shape).numel() for info in source.tensors.values()) == script.checkpoint_bytes(TINY)
+
+
+def test_the_model_of_the_benchmark_is_at_least_6_gb() -> None:
+    assert script.checkpoint_bytes({**script.SHAPE, "num_hidden_layers": script.LAYERS}) >= 6_000_000_000
+
+
+def test_each_block_lies_in_a_file_of_its_own(model: Path, tmp_path: Path) -> None:
+    tensors = open_source(str(model), tmp_path).tensors
+    files = {name.split(".")[2]: info.file for name, info in tensors.items() if name.startswith("model.layers.")}
+    assert len(set(files.values())) == 3
+    assert all(info.file == files[name.split(".")[2]] for name, info in tensors.items() if "layers" in name)
+
+
+def test_the_tokenizer_gives_one_token_for_each_byte(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = "def größe(x):\n\treturn  x\n"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert max(ids) < 256
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == 256
+
+
+def test_a_model_that_is_there_is_not_written_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise AssertionError("it was written again")
+
+    monkeypatch.setattr(script, "write_weights", fail)
+    script.ensure_model(model, TINY)
+    with pytest.raises(AssertionError):
+        script.ensure_model(model, {**TINY, "num_hidden_layers": 2})
+
+
+def test_too_little_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage:
+        free = 1_000_000_000
+
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(MachineError) as caught:
+        script.ensure_model(tmp_path / "m", {**script.SHAPE, "num_hidden_layers": 28})
+    assert caught.value.line() == f"{tmp_path / 'm'}: has 1 GB free, but 9.65 GB are needed; give another --work"
+    assert not (tmp_path / "m").exists()
+
+
+# -- the figures -------------------------------------------------------------------------------------------
+
+
+def test_what_the_script_does_not_know_goes_to_the_conversion() -> None:
+    options = script.parse(["--layers", "2", "--rounding", "nearest"])
+    assert (options.layers, options.samples, options.seq_len, options.validation_windows) == (2, 8, 512, 2)
+    assert options.passed_on == ["--rounding", "nearest"]
+
+
+def test_a_model_without_blocks_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        script.parse(["--layers", "0"])
+    assert caught.value.code == 2
+    assert "--layers must be 1 or more" in capsys.readouterr().err
+
+
+def test_stages_come_in_the_order_they_run() -> None:
+    record: Mapping[str, float] = {"seconds": 1.0, "peak_bytes": 2}
+    names = ["validate accullm", "quantize", "calibrate", "export", "reference", "profile"]
+    found = script.stages_of({"stages": dict.fromkeys(names, record)})
+    assert [stage.name for stage in found] == ["calibrate", "profile", "quantize", "export", "validate accullm"]
+
+
+def test_watching_sees_a_peak_that_is_over_before_the_process_ends() -> None:
+    held = "import time; held = b'x' * 300_000_000; time.sleep(0.5); del held; time.sleep(0.2)"
+    peak = script.watch(subprocess.Popen([sys.executable, "-c", held]))
+    assert 300_000_000 < peak < 400_000_000
+
+
+def test_a_process_that_is_gone_has_no_memory() -> None:
+    assert script.high_water_mark(2**22 + 1) == 0
+
+
+def test_the_table_says_what_each_stage_took() -> None:
+    assert script.render(figures()).splitlines()[3:8] == [
+        "| stage | time | per block | peak RSS |",
+        "| --- | --- | --- | --- |",
+        "| calibrate | 14 s | 3.50 s | 1 GB |",
+        "| quantize | 10 min 00 s | 150.00 s | 1.9 GB |",
+        "| whole process | 11 min 40 s | 175.00 s | 2 GB |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("peak", "observed", "last"),
+    [
+        (1, 2_000_000_000, "Peak resident memory 2 GB, 33% of the checkpoint; target under 2.5 GB: met."),
+        (3_000_000_000, 1, "Peak resident memory 3 GB, 50% of the checkpoint; target under 2.5 GB: NOT MET."),
+        (1, 2_500_000_000, "Peak resident memory 2.5 GB, 42% of the checkpoint; target under 2.5 GB: NOT MET."),
+    ],
+)
+def test_the_target_holds_for_the_larger_of_both_measurements(peak: int, observed: int, last: str) -> None:
+    assert script.render(figures(peak, observed)).splitlines()[-1] == last
