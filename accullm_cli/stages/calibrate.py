@@ -32,7 +32,7 @@ from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
 from accullm_cli.stages.streams import StreamStore
 
-VERSION = 1
+VERSION = 2
 # Group sizes for which the damage that rounding does to each column is measured; the plan uses the nearest.
 DAMAGE_GROUP_SIZES = (32, 64, 128, -1)
 DAMAGE_BITS = 4
@@ -88,7 +88,7 @@ def open_decoder(job: Job) -> Decoder:
 def load_block_stats(path: Path) -> list[InputStats]:
     """The statistics of one block's inputs, in the order the block computes them."""
     with safe_open(path, framework="pt") as file:
-        described = json.loads(file.metadata()["inputs"])
+        described = json.loads(file.metadata()["block"])["inputs"]
         return [
             InputStats(
                 linears=tuple(entry["linears"]),
@@ -114,6 +114,12 @@ def load_tokens(job: Job) -> dict[str, torch.Tensor]:
     return load_file(job.run.file("tokens.safetensors"))
 
 
+def validation_text(job: Job) -> str:
+    """What the validation ids were cut from, in one line."""
+    with safe_open(job.run.file("tokens.safetensors"), framework="pt") as file:
+        return str(json.loads(file.metadata()["texts"])["validation"])
+
+
 # -- the stage, top to bottom ------------------------------------------------------------------------------
 
 
@@ -129,8 +135,9 @@ class _Streams:
 def _run_original(job: Job, stage: str, key: str, calibration: Windows, validation: Windows) -> Work:
     tokens_path = job.run.file("tokens.safetensors")
     ids = {"calibration": calibration.ids, "validation": validation.ids}
-    texts = {"calibration": calibration.description, "validation": validation.description}
-    write_file(tokens_path, lambda path: save_file(ids, path, metadata=texts))
+    texts = json.dumps({"calibration": calibration.description, "validation": validation.description})
+    # One entry, here and below: safetensors writes several in an order that differs from run to run.
+    write_file(tokens_path, lambda path: save_file(ids, path, metadata={"texts": texts}))
 
     decoder = open_decoder(job)
     decoder.load_outside()
@@ -251,8 +258,9 @@ def _write_stats(path: Path, stats: list[InputStats], key: str) -> None:
         tensors[f"{number}.share_beyond_threshold"] = entry.share_beyond_threshold
         for name, by_size in entry.damage.items():
             tensors |= {f"{number}.damage.{name}.{size}": value for size, value in by_size.items()}
-    described = json.dumps([{"linears": entry.linears, "tokens": entry.tokens} for entry in stats])
-    write_file(path, lambda temporary: save_file(tensors, temporary, metadata={"inputs": described, "key": key}))
+    described = [{"linears": entry.linears, "tokens": entry.tokens} for entry in stats]
+    metadata = {"block": json.dumps({"key": key, "inputs": described})}
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def _block_key(path: Path) -> str | None:
@@ -260,7 +268,8 @@ def _block_key(path: Path) -> str | None:
     if not path.exists():
         return None
     with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("key")
+        key: str | None = json.loads((file.metadata() or {}).get("block", "{}")).get("key")
+        return key
 
 
 def _negative_log_likelihood(decoder: Decoder, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

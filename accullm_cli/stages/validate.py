@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -25,6 +24,7 @@ from accullm_cli.model.checkpoint import build_skeleton
 from accullm_cli.progress import Event
 from accullm_cli.run import UP_TO_DATE, Reason, file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights
+from accullm_cli.stages.calibrate import load_tokens, validation_text
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage
 from accullm_cli.stages.streams import StreamStore
 
@@ -78,7 +78,7 @@ def _measure(job: Job, stage: str, directory: Path, key: str) -> Fidelity:
     artifact = open_artifact(directory)
     model = build_skeleton(directory)
     decoder = Decoder(model, ArtifactWeights(artifact, model))
-    ids = load_file(job.run.file("tokens.safetensors"))["validation"]
+    ids = load_tokens(job)["validation"]
     hidden = _run_blocks(job, stage, decoder, ids, key)
 
     decoder.load_outside()
@@ -93,9 +93,7 @@ def _measure(job: Job, stage: str, directory: Path, key: str) -> Fidelity:
             ids[window],
             decoder.logits(reference["floor"][window : window + 1])[0],
         )
-    with safe_open(job.run.file("tokens.safetensors"), framework="pt") as file:
-        text = (file.metadata() or {})["validation"]
-    return divergence.finish(text, job.config.machine.seed)
+    return divergence.finish(validation_text(job), job.config.machine.seed)
 
 
 def _run_blocks(job: Job, stage: str, decoder: Decoder, ids: torch.Tensor, key: str) -> torch.Tensor:
