@@ -34,7 +34,7 @@ demo: $(STAMP) $(DEMO_MODEL)/config.json
 	$(ACCULLM) convert $(DEMO_MODEL) --out $(DEMO_OUT) $(DEMO_ARGS)
 
 # One thread for each of two workers: rounding is exact only for a fixed thread count, and cores are few.
-test: $(STAMP)
+test: $(STAMP) $(DEMO_MODEL)/config.json
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TEST_ARGS)
 
 lint: $(STAMP)
