@@ -1,0 +1,327 @@
+"""Break the code on purpose, one line at a time, and see that a test turns red.
+
+    python scripts/mutants.py [WORD]      all mutants, or those whose file or reason contains WORD
+
+Each mutant is applied to a copy of the checkout, in which its tests run. First the same tests run without any mutant:
+one that is red already proves nothing. Exits with 1 if a mutant survives, if its tests do not run, or if the line it
+changes is no longer there exactly once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_COPIED = (".*", "work", "build", "dist", "__pycache__")
+PARALLEL = 2
+TIME_LIMIT = 180  # seconds for one mutant; the slowest takes a quarter of it
+
+TESTS_FAILED = 1  # pytest's exit code; others mean that the tests did not run
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One edit: `old`, which occurs once in `file`, becomes `new`; one of `tests` must fail."""
+
+    why: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+ROUNDING = "accullm_cli/quant/rounding.py"
+GRID = "accullm_cli/quant/grid.py"
+PACKING = "accullm_cli/quant/packing.py"
+RUN = "accullm_cli/run.py"
+QUANTIZE = "accullm_cli/stages/quantize.py"
+RESUME = "tests/end_to_end/test_resume.py"
+
+MUTANTS = (
+    # -- rounding ------------------------------------------------------------------------------------------
+    Mutant(
+        "errors of earlier blocks of columns are not fed on",
+        ROUNDING,
+        "fed = torch.addmm(wanted[start:end], feedback[:start].T, error[:start])",
+        "fed = wanted[start:end].clone()",
+        ("tests/quant/test_rounding.py",),
+    ),
+    Mutant(
+        "the error of the column just before is not fed on",
+        ROUNDING,
+        "torch.addmv(value, error[start:k].T, feedback[start:k, k - start])",
+        "torch.addmv(value, error[start : k - 1].T, feedback[start : k - 1, k - start])",
+        ("tests/quant/test_rounding.py",),
+    ),
+    Mutant(
+        "a column's error is taken against what was fed to it",
+        ROUNDING,
+        "error[k] = wanted[k] - (code - column_zero) * column_scale",
+        "error[k] = value - (code - column_zero) * column_scale",
+        ("tests/quant/test_rounding.py",),
+    ),
+    Mutant(
+        "columns come in rising order",
+        ROUNDING,
+        "by_size = torch.argsort(diagonal, descending=True, stable=True)",
+        "by_size = torch.argsort(diagonal, descending=False, stable=True)",
+        ("tests/quant/test_rounding.py",),
+    ),
+    Mutant(
+        "untouched outliers enlarge the damping of the rest",
+        ROUNDING,
+        "mean = float(diagonal[order].mean())",
+        "mean = float(diagonal.mean())",
+        ("tests/quant/test_rounding.py",),
+    ),
+    Mutant(
+        "compensating outliers are stored in the order of rounding",
+        ROUNDING,
+        "kept = compensating.T[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)",
+        "kept = compensating.T.to(source_dtype)",
+        ("tests/quant/test_rounding.py",),
+    ),
+    Mutant(
+        "the target moves the wrong way",
+        ROUNDING,
+        "target[:, reverse] += change.T",
+        "target[:, reverse] -= change.T",
+        ("tests/quant/test_rounding.py",),
+    ),
+    Mutant(
+        "weights near the grid's end get all of their feedback",
+        "accullm_cli/quant/stochastic.py",
+        "torch.clamp(fed * share, -limit, limit)",
+        "fed",
+        ("tests/quant/test_stochastic.py",),
+    ),
+    Mutant(
+        "Philox stops a round early",
+        "accullm_cli/quant/philox.py",
+        "_ROUNDS = 10",
+        "_ROUNDS = 9",
+        ("tests/quant/test_stochastic.py",),
+    ),
+    Mutant(
+        "other random numbers, and so other bytes, under the same version",
+        ROUNDING,
+        "zlib.crc32(plan.name.encode())",
+        "zlib.adler32(plan.name.encode())",
+        ("tests/test_pinned.py",),
+    ),
+    # -- packing, grids, statistics, outliers --------------------------------------------------------------
+    Mutant(
+        "nibbles are swapped",
+        PACKING,
+        "torch.stack((packed & 15, packed >> 4), dim=-1)",
+        "torch.stack((packed >> 4, packed & 15), dim=-1)",
+        ("tests/quant/test_packing.py",),
+    ),
+    Mutant(
+        "the last, partly filled byte is cut off",
+        PACKING,
+        "return (count * bits + 7) // 8",
+        "return max(1, count * bits // 8)",
+        ("tests/quant/test_packing.py",),
+    ),
+    Mutant(
+        "an asymmetric range need not include 0",
+        GRID,
+        "return padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0), size",
+        "return padded.amin(-1), padded.amax(-1).clamp(min=0), size",
+        ("tests/quant/test_grid.py",),
+    ),
+    Mutant(
+        "the search keeps the worst range",
+        GRID,
+        "better = error < best_error",
+        "better = error > best_error",
+        ("tests/quant/test_grid.py",),
+    ),
+    Mutant(
+        "the largest scale overflows in bfloat16",
+        GRID,
+        ".clamp(max=65280.0)",
+        ".clamp(max=65536.0)",
+        ("tests/quant/test_grid.py",),
+    ),
+    Mutant(
+        "the drift has the wrong sign",
+        "accullm_cli/quant/stats.py",
+        "original_rows.to(rows.dtype) - rows",
+        "rows - original_rows.to(rows.dtype)",
+        ("tests/quant/test_stats.py",),
+    ),
+    Mutant(
+        "the features that lose least become outliers",
+        "accullm_cli/quant/outliers.py",
+        "torch.argsort(loss, descending=True, stable=True)",
+        "torch.argsort(loss, descending=False, stable=True)",
+        ("tests/quant/test_outliers.py",),
+    ),
+    # -- run directory and resume --------------------------------------------------------------------------
+    Mutant(
+        "a file appears before its content is on the disk",
+        RUN,
+        "os.fsync(file.fileno())",
+        "file.flush()",
+        ("tests/test_run.py",),
+    ),
+    Mutant(
+        "an input that came or went is no change",
+        RUN,
+        "before.keys() | now.keys()",
+        "before.keys() & now.keys()",
+        ("tests/test_run.py",),
+    ),
+    Mutant(
+        "an output that is gone is not missed",
+        RUN,
+        "if not self.file(name).exists():",
+        "if self.file(name).is_dir():",
+        ("tests/test_run.py",),
+    ),
+    Mutant(
+        "a rounding option is not part of a block's key",
+        QUANTIZE,
+        '        **section_inputs("rounding", job.config.rounding),\n',
+        "",
+        (f"{RESUME}::test_a_new_rounding_option_reruns_from_quantize_and_says_why",),
+    ),
+    Mutant(
+        "a block's key forgets the block before",
+        QUANTIZE,
+        '"input:block before": previous,',
+        '"input:block before": "",',
+        ("tests/end_to_end/test_block_chain.py",),
+    ),
+    Mutant(
+        "a damaged shard passes for a finished block",
+        QUANTIZE,
+        "if not reason.runs and file_sha256(shard_path(job, index)) != record.sha256:",
+        "if reason.runs and file_sha256(shard_path(job, index)) != record.sha256:",
+        (f"{RESUME}::test_a_damaged_shard_is_made_again",),
+    ),
+    Mutant(
+        "restored streams are behind one block too few",
+        "accullm_cli/stages/streams.py",
+        "keys.index(key) + 1",
+        "keys.index(key)",
+        ("tests/stages/test_streams.py",),
+    ),
+    # -- what judges ---------------------------------------------------------------------------------------
+    Mutant(
+        "a limit that is just reached is not met",
+        "accullm_cli/measure/contract.py",
+        '"<=": operator.le,',
+        '"<=": operator.lt,',
+        ("tests/measure/test_contract.py",),
+    ),
+    Mutant(
+        "the upper bound of an interval is its value",
+        "accullm_cli/measure/contract.py",
+        '"high": figure.high}',
+        '"high": figure.value}',
+        ("tests/measure/test_contract.py",),
+    ),
+    Mutant(
+        "a position is judged by its own token",
+        "accullm_cli/measure/divergence.py",
+        "targets = token_ids[1:]",
+        "targets = token_ids[:-1]",
+        ("tests/measure/test_divergence.py",),
+    ),
+    Mutant(
+        "the divergence is weighted by the artifact",
+        "accullm_cli/measure/divergence.py",
+        "kl.append(_kl(original, artifact))",
+        "kl.append(_kl(artifact, original))",
+        ("tests/measure/test_divergence.py",),
+    ),
+    # -- formats -------------------------------------------------------------------------------------------
+    Mutant(
+        "zero points are packed along the groups",
+        "accullm_cli/formats/compressed_tensors.py",
+        "_words(pack(linear.zeros.T, linear.bits)).T.contiguous()",
+        "_words(pack(linear.zeros, linear.bits))",
+        ("tests/formats/test_compressed_tensors.py",),
+    ),
+    Mutant(
+        "a tensor of another shape passes",
+        "accullm_cli/formats/stored.py",
+        "if info.shape != wanted.shape:",
+        "if len(info.shape) != len(wanted.shape):",
+        ("tests/formats/test_accullm.py",),
+    ),
+    Mutant(
+        "an index may point outside its directory",
+        "accullm_cli/formats/shards.py",
+        'if Path(file).name != file or file in ("", ".", ".."):',
+        'if file in ("", ".", ".."):',
+        ("tests/formats/test_accullm.py",),
+    ),
+)
+
+
+def main(words: list[str]) -> int:
+    mutants = [mutant for mutant in MUTANTS if all(word in mutant.file + mutant.why for word in words)]
+    misplaced = [mutant for mutant in mutants if (ROOT / mutant.file).read_text().count(mutant.old) != 1]
+    for mutant in misplaced:
+        print(f"{mutant.file}: does not hold this exactly once: {mutant.old.strip()}")
+    if misplaced:
+        return 1
+    started = time.monotonic()
+    verdict = run_tests(None, tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests)))
+    if verdict != "survived":
+        print(f"without any mutant, the tests must pass, but: {verdict}")
+        return 1
+    alive = 0
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        for mutant, verdict in zip(mutants, pool.map(judge, mutants), strict=True):
+            alive += verdict != "red"
+            print(f"{verdict:10} {mutant.file.removeprefix('accullm_cli/'):30} {mutant.why}", flush=True)
+    print(f"{len(mutants) - alive} of {len(mutants)} mutants turned a test red, in {time.monotonic() - started:.0f} s")
+    return 1 if alive else 0
+
+
+def judge(mutant: Mutant) -> str:
+    return run_tests(mutant, mutant.tests)
+
+
+def run_tests(mutant: Mutant | None, tests: tuple[str, ...]) -> str:
+    """Run tests in a copy of the checkout: "red", "survived", or why they did not run."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as temporary:
+        copy = Path(temporary) / "checkout"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        if mutant is not None:
+            path = copy / mutant.file
+            path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        if mutant is None:
+            command += ["-n", str(PARALLEL)]
+        # One thread: as in `make test`. The copy comes first on the path, before an installed package.
+        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        try:
+            ended = subprocess.run(
+                command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return "timed out"
+        if ended.returncode in (0, TESTS_FAILED):
+            if mutant is None and ended.returncode:
+                print(ended.stdout[-3000:])
+            return "red" if ended.returncode else "survived"
+        print(ended.stdout[-2000:] + ended.stderr[-2000:])
+        return f"pytest {ended.returncode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
