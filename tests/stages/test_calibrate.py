@@ -225,14 +225,14 @@ def digests(run: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-class Interrupt(Exception):
+class InterruptedRunError(Exception):
     pass
 
 
 def stop_after(label: str):  # type: ignore[no-untyped-def]
     def progress(event: Event) -> None:
         if event.label == label:
-            raise Interrupt
+            raise InterruptedRunError
 
     return progress
 
@@ -244,7 +244,7 @@ def test_resumed_behind_a_block_it_leaves_the_same_files(
     _, source, run = calibrated
     monkeypatch.setattr(streams, "SECONDS_BETWEEN_STORES", seconds)
     config = short_config(source, tmp_path / "out")
-    with pytest.raises(Interrupt), opened(config, stop_after("block 1/2")) as job:
+    with pytest.raises(InterruptedRunError), opened(config, stop_after("block 1/2")) as job:
         calibrate(job)
     assert (tmp_path / "out.run/calibrate/streams.safetensors").exists() == (seconds == 0.0)
     calls: list[int] = []
