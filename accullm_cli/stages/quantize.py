@@ -196,6 +196,11 @@ def _round_with_streams(
         with_drift = streams.original is not None and slot_of[part[0][0]].expert is None
         moves_on = with_drift and number == len(parts) - 1
         grams = _accumulate(decoder, index, block, rounded_block, part, slot_of, streams, with_drift, moves_on)
+        if moves_on:
+            # Of the original's weights only this part's are read from here on; the others make room for its factor.
+            for name in rounded:
+                if slot_of[name].expert is None:
+                    slot_of[name].write(block, slot_of[name].read(rounded_block))
         for group in part:
             gram = grams.pop(group[0])
             results = round_linears(
