@@ -42,8 +42,18 @@ PROBE_TOKENS = 32
 
 def calibrate(job: Job, force: bool = False) -> StageOutcome:
     """Tokenize, run the original once, keep statistics of every input and its last hidden states."""
+    inputs = calibrate_inputs(job)
+
+    def work(reason: Reason) -> Work:
+        return _run_original(job, "calibrate", key_of(inputs), *_tokenize(job))
+
+    return run_stage(job, "calibrate", inputs, force, work)
+
+
+def calibrate_inputs(job: Job) -> dict[str, str]:
+    """What the statistics and the reference depend on."""
     config = job.config
-    inputs = {
+    return {
         "source:sha256": job.source.sha256,
         "version:calibrate": str(VERSION),
         "config:machine.seed": str(config.machine.seed),
@@ -52,11 +62,6 @@ def calibrate(job: Job, force: bool = False) -> StageOutcome:
         **_file_inputs(config.calibration.text, config.validation.text),
         **machine_inputs(),
     }
-
-    def work(reason: Reason) -> Work:
-        return _run_original(job, "calibrate", key_of(inputs), *_tokenize(job))
-
-    return run_stage(job, "calibrate", inputs, force, work)
 
 
 def make_reference(job: Job, force: bool = False) -> StageOutcome:
@@ -158,10 +163,12 @@ def _run_original(job: Job, stage: str, key: str, calibration: Windows, validati
     for index in range(start, total):
         block = decoder.load_block(index)
         if index >= finished and len(calibration.ids):
-            stats = _measure_block(decoder, index, block, streams.calibration)
+            stats = _measure_and_advance(decoder, index, block, streams.calibration)
             _write_stats(stats_path(job, index), stats, keys[index])
+        else:
+            _advance(decoder, index, block, streams.calibration)
         streams = _Streams(
-            _advance(decoder, index, block, streams.calibration),
+            streams.calibration,
             _advance(decoder, index, block, streams.validation),
             _advance(decoder, index, block, streams.floor).to(torch.bfloat16).float(),
         )
@@ -223,8 +230,8 @@ def _advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tenso
     return hidden
 
 
-def _measure_block(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> list[InputStats]:
-    """Statistics of each distinct input of one block over the calibration stream."""
+def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> list[InputStats]:
+    """Run a block over the calibration stream, in place, and measure each of its distinct inputs."""
     groups = [group for step in decoder.input_groups(index, block, hidden[:1, :PROBE_TOKENS]) for group in step]
     slot_of = {slot.name: slot for slot in decoder.slots[index]}
     moments = {group[0]: FeatureMoments(slot_of[group[0]].in_features) for group in groups}
@@ -234,7 +241,9 @@ def _measure_block(decoder: Decoder, index: int, block: nn.Module, hidden: torch
             moments[name].add(value.reshape(-1, value.shape[-1]))
 
     for rows in batches(*hidden.shape[:2]):
-        decoder.run_capturing(index, block, hidden[rows], add)
+        output = decoder.run_capturing(index, block, hidden[rows], add)
+        assert output is not None
+        hidden[rows] = output
     return [
         moments[group[0]].finish(group, {name: _damage(block, slot_of[name]) for name in group}) for group in groups
     ]
