@@ -160,11 +160,12 @@ def make_parts(
             for name, weight, slot in _slices(parameter, kind, stacked, target):
                 kept = name.endswith(keep) if keep else False
                 kinds[name] = kind
+                itemsize = weight.element_size()
                 if kept:
-                    plans[name] = LinearPlan(name, *weight.shape, 16, -1, False, (), "kept by the test")
+                    plans[name] = LinearPlan(name, *weight.shape, 16, -1, False, (), "kept by the test", itemsize)
                     tensors[f"{name}.weight"] = weight.T.contiguous() if kind == "conv1d" else weight.clone()
                     continue
-                plans[name] = LinearPlan(name, *weight.shape, bits, group_size, symmetric, outliers)
+                plans[name] = LinearPlan(name, *weight.shape, bits, group_size, symmetric, outliers, "", itemsize)
                 linears[name] = quantize_nearest(weight, bits, group_size, symmetric, outliers)
                 slot.copy_(linears[name].dequantize(weight.dtype))
                 tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in linears[name].to_tensors().items()}

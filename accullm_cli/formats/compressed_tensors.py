@@ -344,7 +344,7 @@ def derived_plan(path: Path, files: TensorFiles) -> Plan:
 
 
 def _derived_linear(path: Path, files: TensorFiles, name: str, words: int) -> LinearPlan:
-    scale_dtype(path, files, name)
+    dtype = scale_dtype(path, files, name)  # the model's
     if f"{name}.weight_shape" not in files.infos:
         raise AccullmError(f"tensor {name}.weight_shape is missing", path, "copy the artifact again")
     rows, columns = files.tensor(f"{name}.weight_shape").tolist()
@@ -359,4 +359,5 @@ def _derived_linear(path: Path, files: TensorFiles, name: str, words: int) -> Li
         bits=bits,
         group_size=-1 if groups == 1 else columns // groups,
         symmetric=f"{name}.weight_zero_point" not in files.infos,
+        source_itemsize=dtype.itemsize,
     )

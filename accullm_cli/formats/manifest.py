@@ -73,10 +73,10 @@ def read_manifest(directory: Path) -> Manifest:
     content = read_json(path)
     check_version(content.get("format_version"), path)
     try:
-        linears = {name: _linear_plan(name, entry) for name, entry in content["linears"].items()}
         dtype = getattr(torch, content["dtype"])
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype {content['dtype']}")
+        linears = {name: _linear_plan(name, entry, dtype) for name, entry in content["linears"].items()}
         return Manifest(
             format=content["format"],
             plan=Plan(linears, content["scale_dtype"]),
@@ -111,7 +111,7 @@ def check_version(version: object, where: Path) -> None:
         )
 
 
-def _linear_plan(name: str, entry: Mapping[str, Any]) -> LinearPlan:
+def _linear_plan(name: str, entry: Mapping[str, Any], dtype: torch.dtype) -> LinearPlan:
     out_features, in_features = entry["shape"]
     return LinearPlan(
         name=name,
@@ -121,6 +121,7 @@ def _linear_plan(name: str, entry: Mapping[str, Any]) -> LinearPlan:
         group_size=entry["group_size"],
         symmetric=entry["symmetric"],
         reason=entry["reason"],
+        source_itemsize=dtype.itemsize,
     )
 
 

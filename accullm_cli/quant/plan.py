@@ -15,6 +15,7 @@ class LinearPlan:
     symmetric: the zero point is 2**(bits-1) and is not stored.
     outlier_index: ascending input features that stay in the source's dtype.
     reason: why this linear deviates from the configured plan; empty where it does not.
+    source_itemsize: bytes of one weight in the source's dtype.
     """
 
     name: str
@@ -25,6 +26,7 @@ class LinearPlan:
     symmetric: bool
     outlier_index: tuple[int, ...] = ()
     reason: str = ""
+    source_itemsize: int = 2
 
     @property
     def groups(self) -> int:
@@ -39,11 +41,11 @@ class LinearPlan:
     def stored_bytes(self) -> int:
         """Bytes that the native format stores for this linear: codes, scales, zero points, outliers, their index."""
         if self.bits == 16:
-            return 2 * self.weights
+            return self.source_itemsize * self.weights
         rows, outliers = self.out_features, len(self.outlier_index)
         codes = -(-self.in_features * self.bits // 8)
         zeros = 0 if self.symmetric else -(-self.groups * self.bits // 8)
-        return rows * (codes + 2 * self.groups + zeros) + (2 * rows + 4) * outliers
+        return rows * (codes + 2 * self.groups + zeros) + (self.source_itemsize * rows + 4) * outliers
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,11 @@ BASE_BYTES = 600_000_000
 
 @dataclass(frozen=True)
 class Estimated:
-    """artifact_bytes: of the native format. peak_bytes: resident memory. seconds: wall clock, all stages."""
+    """What a conversion takes.
+
+    artifact_bytes: tensors of the native format and the tokenizer files beside them. peak_bytes: resident memory.
+    seconds: wall clock, all stages.
+    """
 
     artifact_bytes: int
     peak_bytes: int
@@ -34,13 +38,18 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     tokens = calibration.samples * calibration.seq_len
     held_out = validation.windows * calibration.seq_len
     linear_weights = sum(linear.weights for linear in plan.linears.values())
-    all_weights = sum(parameter.numel() for parameter in decoder.model.parameters())
+    tied = set(decoder.model.all_tied_weights_keys)
+    parameters = {name: value for name, value in decoder.model.named_parameters() if name not in tied}
+    all_weights = sum(parameter.numel() for parameter in parameters.values())
+    source_bytes = sum(value.numel() * decoder.weights.dtype(name).itemsize for name, value in parameters.items())
     in_blocks = [
         sum(parameter.numel() for parameter in decoder.model.get_submodule(name).parameters())
         for name in decoder.block_names
     ]
     outside = all_weights - sum(in_blocks)
-    stored = sum(linear.stored_bytes for linear in plan.linears.values()) + 2 * (all_weights - linear_weights)
+    unquantized = source_bytes - sum(linear.weights * linear.source_itemsize for linear in plan.linears.values())
+    stored = unquantized + sum(linear.stored_bytes for linear in plan.linears.values())
+    stored += sum(path.stat().st_size for path in job.source.companions)
     widest = max(linear.in_features for linear in plan.linears.values())
     hidden = decoder.model.get_input_embeddings().weight.shape[1]
     streams = 2 * tokens * hidden

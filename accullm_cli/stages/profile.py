@@ -14,6 +14,7 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import ModelShape
+from accullm_cli.formats.shards import dtype_name
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import DTYPES
 from accullm_cli.progress import Event
@@ -30,12 +31,7 @@ VERSION = 1
 
 def profile(job: Job, calibrate_key: str, force: bool = False) -> StageOutcome:
     """Choose outlier features by the loss they are expected to save, and write the plan."""
-    inputs = {
-        "input:calibrate": calibrate_key,
-        "version:profile": str(VERSION),
-        "config:export.scale_dtype": scale_dtype(job),
-        **section_inputs("plan", job.config.plan),
-    }
+    inputs = profile_inputs(job, calibrate_key)
 
     def work(reason: Reason) -> Work:
         decoder = open_decoder(job)
@@ -53,6 +49,16 @@ def profile(job: Job, calibrate_key: str, force: bool = False) -> StageOutcome:
     return run_stage(job, "profile", inputs, force, work)
 
 
+def profile_inputs(job: Job, calibrate_key: str) -> dict[str, str]:
+    """What the plan depends on."""
+    return {
+        "input:calibrate": calibrate_key,
+        "version:profile": str(VERSION),
+        "config:export.scale_dtype": scale_dtype(job),
+        **section_inputs("plan", job.config.plan),
+    }
+
+
 def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Plan:
     """The plan of the configuration; without statistics (before calibration) its outliers are placeholders."""
     options = job.config.plan
@@ -62,7 +68,7 @@ def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None)
             damage = entry.damage[name][_nearest_group_size(options.group_size)]
             loss_of[name] = expected_loss(entry.second_moment, damage)
     linears = {}
-    for slots in decoder.slots:
+    for block, slots in zip(decoder.block_names, decoder.slots, strict=True):
         for slot in slots:
             loss = loss_of.get(slot.name, torch.zeros(slot.in_features))
             linears[slot.name] = LinearPlan(
@@ -73,6 +79,7 @@ def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None)
                 group_size=options.group_size,
                 symmetric=options.symmetric,
                 outlier_index=choose_outliers(loss, options.outliers),
+                source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
             )
     return Plan(linears, scale_dtype(job))
 
@@ -111,9 +118,19 @@ def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:
     """Ask every requested format whether it can hold the plan.
 
     Raises:
-        AccullmError: with the first objection and the nearest plan that fits.
+        AccullmError: with the first objection and the nearest plan that fits; or outliers in several dtypes.
     """
     shape = model_shape(job, decoder)
+    for block, slots in zip(decoder.block_names, decoder.slots, strict=True):
+        for slot in slots:
+            dtype = decoder.weights.dtype(f"{block}.{slot.parameter}")
+            if dtype != shape.dtype and plan.linears[slot.name].outlier_index:
+                raise AccullmError(
+                    f"{slot.name} is stored in {dtype_name(dtype)} and most weights in {dtype_name(shape.dtype)}, "
+                    "but an artifact keeps all outliers in one dtype",
+                    job.source.directory,
+                    "use --outliers 0, or convert the checkpoint to one dtype",
+                )
     for name in job.config.export.format:
         for objection in FORMATS[name].objections(plan, shape):
             raise AccullmError(objection.what, f"--format {name}", objection.hint)

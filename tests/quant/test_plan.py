@@ -26,6 +26,12 @@ def test_stored_bytes(bits, group_size, symmetric, outliers, groups, stored_byte
     assert plan.stored_bytes == stored_bytes
 
 
+def test_outliers_and_kept_linears_of_a_float32_source_take_four_bytes():
+    quantized = LinearPlan("a", 10, 576, 4, 128, True, (1, 2, 3), source_itemsize=4)
+    assert quantized.stored_bytes == 10 * (288 + 10) + 10 * 3 * 4 + 3 * 4
+    assert LinearPlan("a", 10, 576, 16, 128, True, source_itemsize=4).stored_bytes == 10 * 576 * 4
+
+
 def test_bits_per_weight_are_averaged_over_weights_not_linears():
     small = LinearPlan("small", 1, 64, 8, -1, True)  # 64 + 2 bytes
     large = LinearPlan("large", 100, 128, 4, 128, True)  # 100 * (64 + 2) bytes

@@ -1,0 +1,83 @@
+"""What a dry run promises about size, against artifacts on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from accullm_cli.stages.calibrate import open_decoder
+from accullm_cli.stages.estimate import Estimated, estimate
+from accullm_cli.stages.profile import make_plan
+from tests.streaming import opened, run_to, short_config
+from tests.tiny import make_checkpoint, make_tokenizer
+
+
+def estimated(model: Path, out: Path, **settings: object) -> Estimated:
+    with opened(short_config(model, out, **settings)) as job:
+        decoder = open_decoder(job)
+        return estimate(job, decoder, make_plan(job, decoder))
+
+
+def tensor_bytes(directory: Path) -> int:
+    """All tensors of an artifact."""
+    return sum(tensor.nbytes for path in directory.glob("*.safetensors") for tensor in load_file(path).values())
+
+
+def tokenizer_bytes(directory: Path) -> int:
+    return sum(
+        path.stat().st_size for path in directory.iterdir() if path.name not in ("config.json", "model.safetensors")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "settings"),
+    [
+        ("llama", torch.bfloat16, {}),
+        ("llama-tied", torch.bfloat16, {"plan__group_size": -1, "plan__symmetric": True}),
+        ("llama", torch.float32, {"plan__bits": 3}),
+        ("gpt2", torch.float16, {"plan__outliers": 0}),
+        ("mixtral", torch.bfloat16, {}),
+    ],
+)
+def test_the_size_is_that_of_the_artifacts_tensors_and_tokenizer(
+    name: str, dtype: torch.dtype, settings: dict[str, object], tmp_path: Path
+) -> None:
+    source = make_checkpoint(name, tmp_path / "model", dtype)
+    expected = estimated(source, tmp_path / "dry", **settings)
+    with opened(short_config(source, tmp_path / "out", rounding__method="nearest", **settings)) as job:
+        run_to(job, "export")
+    assert expected.artifact_bytes == tensor_bytes(tmp_path / "out") + tokenizer_bytes(source)
+
+
+def wide_model(directory: Path) -> Path:
+    """Large enough that JSON and headers are small beside its tensors."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "vocab_size": 260}
+    config = LlamaConfig(num_hidden_layers=1, tie_word_embeddings=True, **shape)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_the_size_is_within_two_percent_of_all_files(tmp_path: Path) -> None:
+    source = wide_model(tmp_path / "model")
+    expected = estimated(source, tmp_path / "dry")
+    fast = {"rounding__method": "nearest", "rounding__grid": "minmax"}
+    with opened(short_config(source, tmp_path / "out", **fast)) as job:
+        run_to(job, "export")
+    found = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*"))
+    assert expected.artifact_bytes == pytest.approx(found, rel=0.02)
+
+
+def test_more_text_takes_more_time_and_memory(tmp_path: Path) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    little = estimated(source, tmp_path / "out", calibration__samples=1, validation__windows=2)
+    much = estimated(source, tmp_path / "out", calibration__samples=10_000, validation__windows=2)
+    assert much.seconds > 10 * little.seconds
+    # Both streams, in float32.
+    assert much.peak_bytes - little.peak_bytes == 9_999 * 48 * 64 * 4 * 2
+    assert much.artifact_bytes == little.artifact_bytes

@@ -1,0 +1,176 @@
+"""profile: the features that cost most, counted right, and a plan that reads back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.quant.plan import LinearPlan
+from accullm_cli.run import Reason
+from accullm_cli.stages.calibrate import open_decoder
+from accullm_cli.stages.profile import load_plan, make_plan, profile, refuse_impossible, scale_dtype
+from tests.stages.references import inputs_of, rounding_damage, weight_of
+from tests.streaming import opened, reference_model, run_to, short_config
+from tests.tiny import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+def cast(directory: Path, dtype: torch.dtype, *ends: str) -> None:
+    """Store the tensors whose names end like this in another dtype."""
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {name: value.to(dtype) if name.endswith(ends) else value for name, value in tensors.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_outliers_are_the_features_whose_rounding_costs_most(group_size: int, llama: Path, tmp_path: Path) -> None:
+    """E[x_j^2] * ||w_j - nearest(w_j)||^2, from transformers' inputs and brute-force rounding in float64."""
+    with opened(short_config(llama, tmp_path / "out", plan__group_size=group_size, plan__outliers=0.1)) as job:
+        run_to(job, "profile")
+        plan = load_plan(job.run.file("plan.json"))
+        ids = load_file(job.run.file("tokens.safetensors"))["calibration"]
+    model = reference_model(llama)
+    rows = inputs_of(model, ids)
+    for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        entry = plan.linears[f"model.layers.1.{name}"]
+        cost = rows[entry.name].square().mean(0).numpy() * rounding_damage(weight_of(model, entry.name), group_size)
+        count = {64: 6, 96: 10}[entry.in_features]
+        assert len(entry.outlier_index) == count
+        assert list(entry.outlier_index) == sorted(np.argsort(-cost)[:count].tolist())
+
+
+def test_linears_of_one_input_have_outliers_of_their_own(llama: Path, tmp_path: Path) -> None:
+    with opened(short_config(llama, tmp_path / "out")) as job:
+        run_to(job, "profile")
+        plan = load_plan(job.run.file("plan.json"))
+    chosen = {plan.linears[f"model.layers.0.self_attn.{name}_proj"].outlier_index for name in "qkv"}
+    assert len(chosen) > 1
+
+
+def test_the_plan_says_for_every_linear_what_was_asked_for(llama: Path, tmp_path: Path) -> None:
+    settings = {"plan__bits": 3, "plan__group_size": 64, "plan__symmetric": True, "plan__outliers": 0}
+    with opened(short_config(llama, tmp_path / "out", **settings)) as job:
+        outcome = run_to(job, "profile")["profile"]
+        plan = load_plan(job.run.file("plan.json"))
+    shapes = {"q": (64, 64), "k": (32, 64), "v": (32, 64), "o": (64, 64)}
+    shapes = {f"self_attn.{name}_proj": shape for name, shape in shapes.items()}
+    shapes |= {"mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
+    assert list(plan.linears.items()) == [
+        (f"model.layers.{index}.{name}", LinearPlan(f"model.layers.{index}.{name}", *shape, 3, 64, True))
+        for index in range(2)
+        for name, shape in shapes.items()
+    ]
+    assert outcome.record.outputs.keys() == {"plan.json", "outliers.html"}
+
+
+def test_the_plan_reads_back_as_it_was_made(llama: Path, tmp_path: Path) -> None:
+    with opened(short_config(llama, tmp_path / "out", export__format="[accullm,compressed-tensors]")) as job:
+        plan = make_plan(job, open_decoder(job))
+        job.run.file("copy.json").write_text(json.dumps(asdict(plan)))
+        read = load_plan(job.run.file("copy.json"))
+    assert read == plan
+    assert plan.scale_dtype == "bfloat16"
+    assert all(entry.outlier_index for entry in plan.linears.values())
+
+
+def test_before_calibration_the_plan_has_its_size_already(llama: Path, tmp_path: Path) -> None:
+    with opened(short_config(llama, tmp_path / "out")) as job:
+        before = make_plan(job, open_decoder(job))
+        run_to(job, "profile")
+        after = load_plan(job.run.file("plan.json"))
+    assert before != after
+    assert before.bits_per_weight == after.bits_per_weight
+    assert [len(entry.outlier_index) for entry in before.linears.values()] == [
+        len(entry.outlier_index) for entry in after.linears.values()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "formats", "expected"),
+    [
+        (torch.bfloat16, "[accullm]", "float16"),
+        (torch.bfloat16, "[compressed-tensors]", "bfloat16"),
+        (torch.bfloat16, "[accullm,compressed-tensors]", "bfloat16"),
+        (torch.float16, "[compressed-tensors]", "float16"),
+        (torch.float32, "[accullm]", "float16"),
+    ],
+)
+def test_scales_are_exact_in_every_format_that_is_asked_for(
+    dtype: torch.dtype, formats: str, expected: str, tmp_path: Path
+) -> None:
+    source = make_checkpoint("llama", tmp_path / "model", dtype)
+    with opened(short_config(source, tmp_path / "out", export__format=formats, plan__outliers=0)) as job:
+        assert scale_dtype(job) == expected
+        assert make_plan(job, open_decoder(job)).scale_dtype == expected
+
+
+def test_float32_norms_do_not_make_it_a_float32_model(tmp_path: Path) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    cast(source, torch.float32, "norm.weight")
+    with opened(short_config(source, tmp_path / "out", export__format="[compressed-tensors]")) as job:
+        assert scale_dtype(job) == "bfloat16"
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_the_plan_counts_outliers_in_the_sources_dtype(dtype: torch.dtype, itemsize: int, tmp_path: Path) -> None:
+    source = make_checkpoint("llama", tmp_path / "model", dtype)
+    with opened(short_config(source, tmp_path / "out")) as job:
+        plan = make_plan(job, open_decoder(job))
+    assert {entry.source_itemsize for entry in plan.linears.values()} == {itemsize}
+
+
+# -- refusals and reasons ----------------------------------------------------------------------------------
+
+
+def test_what_a_format_cannot_hold_is_refused_with_the_way_out(llama: Path, tmp_path: Path) -> None:
+    settings = {"export__format": "[compressed-tensors]", "plan__group_size": 64, "plan__outliers": 0}
+    with opened(short_config(llama, tmp_path / "out", **settings)) as job:
+        decoder = open_decoder(job)
+        with pytest.raises(AccullmError) as refusal:
+            refuse_impossible(job, make_plan(job, decoder), decoder)
+    assert refusal.value.line() == (
+        "--format compressed-tensors: compressed-tensors needs a group size that divides the 96 input features of "
+        "model.layers.0.mlp.down_proj, and 64 does not (and 1 more); use --group-size 32 or -1, or export to the "
+        "format accullm"
+    )
+
+
+def test_outliers_of_several_dtypes_are_refused(tmp_path: Path) -> None:
+    """They would not stay bit for bit; without outliers there is nothing to refuse."""
+    source = make_checkpoint("llama", tmp_path / "model")
+    cast(source, torch.float32, "1.self_attn.k_proj.weight")
+    for outliers in (0.05, 0):
+        with opened(short_config(source, tmp_path / "out", plan__outliers=outliers)) as job:
+            decoder = open_decoder(job)
+            plan = make_plan(job, decoder)
+            if not outliers:
+                refuse_impossible(job, plan, decoder)
+                continue
+            with pytest.raises(AccullmError) as refusal:
+                refuse_impossible(job, plan, decoder)
+            assert refusal.value.line() == (
+                f"{source}: model.layers.1.self_attn.k_proj is stored in float32 and most weights in bfloat16, but an "
+                "artifact keeps all outliers in one dtype; use --outliers 0, or convert the checkpoint to one dtype"
+            )
+
+
+def test_another_budget_runs_profile_again_and_not_calibrate(llama: Path, tmp_path: Path) -> None:
+    with opened(short_config(llama, tmp_path / "out")) as job:
+        run_to(job, "profile")
+    with opened(short_config(llama, tmp_path / "out", plan__outliers=0.1)) as job:
+        done = run_to(job, "profile")
+    assert done["calibrate"].reason == Reason("up to date")
+    assert done["profile"].reason == Reason("config changed", "plan.outliers")
+    with opened(short_config(llama, tmp_path / "out", plan__outliers=0.1)) as job:
+        assert profile(job, "another key").reason == Reason("input changed", "calibrate")
