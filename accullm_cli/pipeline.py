@@ -16,8 +16,8 @@ import yaml
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
-from accullm_cli.formats.base import Artifact
 from accullm_cli.formats.manifest import read_manifest, record_fidelity
+from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.measure.contract import judge, parse_requirement
 from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, LinearSummary, Report, StageSummary
 from accullm_cli.model.alias import aliases
@@ -25,13 +25,13 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.source import open_source
 from accullm_cli.progress import Progress, silent
 from accullm_cli.report import write_report
-from accullm_cli.run import RunDirectory, write_text
-from accullm_cli.stages.calibrate import calibrate, make_reference, open_decoder
+from accullm_cli.run import Reason, RunDirectory, key_of, write_text
+from accullm_cli.stages.calibrate import calibrate, calibrate_inputs, make_reference, open_decoder
 from accullm_cli.stages.estimate import estimate
-from accullm_cli.stages.export import artifact_directories, check_output, export
+from accullm_cli.stages.export import artifact_directories, check_output, export, export_inputs
 from accullm_cli.stages.job import Job, StageOutcome, versions
-from accullm_cli.stages.profile import make_plan, profile, refuse_impossible
-from accullm_cli.stages.quantize import load_block_record, quantize
+from accullm_cli.stages.profile import make_plan, profile, profile_inputs, refuse_impossible
+from accullm_cli.stages.quantize import load_block_record, quantize, quantize_inputs
 from accullm_cli.stages.validate import artifact_sha256, load_fidelity, validate
 
 STAGES = ("calibrate", "profile", "quantize", "export", "validate")
@@ -52,7 +52,8 @@ class StageResult:
 class DryRun:
     """What a conversion would do. Nothing was written.
 
-    peak_bytes and seconds are estimates; bits_per_weight and artifact_bytes are exact for the native format.
+    peak_bytes and seconds are estimates. bits_per_weight is exact for the native format; artifact_bytes are its
+    tensors and the tokenizer files, to which a few kilobytes of JSON and headers come.
     """
 
     model: str
@@ -150,17 +151,13 @@ def dry_run(config: Config, progress: Progress = silent) -> DryRun:
         AccullmError: whatever would stop the conversion before its first forward pass.
     """
     run = RunDirectory(run_path(config))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _threads(run, config):
         source = open_source(config.model, Path(scratch), progress)
         job = Job(config, run, source, progress)
         decoder = _preflight(job)
         plan = make_plan(job, decoder)
         estimated = estimate(job, decoder, plan)
-        finished = run.stages()
-        stages = tuple(
-            StageSummary(name, "finished before" if name in finished else "new", name not in finished, 0.0, 0)
-            for name in STAGES[:-1]
-        )
+        stages = tuple(StageSummary(name, str(why), why.runs, 0.0, 0) for name, why in _decide_stages(job).items())
         return DryRun(
             model=source.origin,
             run=str(run.path),
@@ -171,6 +168,16 @@ def dry_run(config: Config, progress: Progress = silent) -> DryRun:
             peak_bytes=estimated.peak_bytes,
             seconds=estimated.seconds,
         )
+
+
+def _decide_stages(job: Job) -> dict[str, Reason]:
+    """Why each stage up to export would run, or not: what the conversion itself will find."""
+    calibrating = calibrate_inputs(job)
+    profiling = profile_inputs(job, key_of(calibrating))
+    quantizing = quantize_inputs(job, key_of(calibrating), key_of(profiling))
+    exporting = export_inputs(job, artifact_path(job.config), key_of(quantizing))
+    inputs = {"calibrate": calibrating, "profile": profiling, "quantize": quantizing, "export": exporting}
+    return {name: job.run.decide(name, of_stage) for name, of_stage in inputs.items()}
 
 
 def artifact_path(config: Config) -> Path:
@@ -266,7 +273,7 @@ def _finish_report(job: Job, format_name: str, directory: Path, outcomes: Sequen
     fidelity = load_fidelity(job, format_name)
     manifest = read_manifest(directory)
     weights = sum(linear.weights for linear in artifact.plan.linears.values())
-    bits_per_weight = 8 * sum(linear.stored_bytes for linear in artifact.plan.linears.values()) / weights
+    bits_per_weight = 8 * sum(artifact.linear_bytes(name) for name in artifact.plan.linears) / weights
     size = sum(entry.bytes for entry in manifest.files.values())
     records = tuple(dict.fromkeys(sentence for outcome in outcomes for sentence in outcome.record.records))
     requirements = [parse_requirement(text) for text in job.config.validation.require]
@@ -313,7 +320,7 @@ def _summary(outcome: StageOutcome) -> StageSummary:
     return StageSummary(outcome.name, str(outcome.reason), outcome.reason.runs, record.seconds, record.peak_bytes)
 
 
-def _linear_summaries(job: Job, artifact: Artifact) -> tuple[LinearSummary, ...]:
+def _linear_summaries(job: Job, artifact: StoredArtifact) -> tuple[LinearSummary, ...]:
     errors: dict[str, float | None] = {}
     index = 0
     while (block := load_block_record(job, index)) is not None:
@@ -327,7 +334,7 @@ def _linear_summaries(job: Job, artifact: Artifact) -> tuple[LinearSummary, ...]
             bits=plan.bits,
             group_size=plan.group_size,
             outliers=len(plan.outlier_index),
-            bits_per_weight=8 * plan.stored_bytes / plan.weights,
+            bits_per_weight=8 * artifact.linear_bytes(name) / plan.weights,
             relative_error=errors.get(name),
             reason=plan.reason,
         )

@@ -26,11 +26,7 @@ VERSION = 1
 def export(job: Job, out: Path, quantize_key: str, force: bool = False) -> StageOutcome:
     """Assemble the artifact of each requested format; a directory appears whole or not at all."""
     directories = artifact_directories(job, out)
-    inputs = {
-        "input:quantize": quantize_key,
-        "version:export": str(VERSION),
-        **{f"config:export.out ({name})": str(path.absolute()) for name, path in directories.items()},
-    }
+    inputs = export_inputs(job, out, quantize_key)
 
     def work(reason: Reason) -> Work:
         decoder = open_decoder(job)
@@ -42,6 +38,17 @@ def export(job: Job, out: Path, quantize_key: str, force: bool = False) -> Stage
         return Work(tuple(files))
 
     return run_stage(job, "export", inputs, force, work)
+
+
+def export_inputs(job: Job, out: Path, quantize_key: str) -> dict[str, str]:
+    """What the artifacts depend on."""
+    return {
+        "input:quantize": quantize_key,
+        "version:export": str(VERSION),
+        **{
+            f"config:export.out ({name})": str(path.absolute()) for name, path in artifact_directories(job, out).items()
+        },
+    }
 
 
 def artifact_directories(job: Job, out: Path) -> dict[str, Path]:

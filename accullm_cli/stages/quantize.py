@@ -57,15 +57,7 @@ class BlockRecord:
 
 def quantize(job: Job, calibrate_key: str, profile_key: str, force: bool = False) -> StageOutcome:
     """Round every linear of the plan; finished blocks whose inputs did not change are kept."""
-    inputs = {
-        "source:sha256": job.source.sha256,
-        "version:quantize": str(VERSION),
-        "input:calibrate": calibrate_key,
-        "input:profile": profile_key,
-        "config:machine.seed": str(job.config.machine.seed),
-        **section_inputs("rounding", job.config.rounding),
-        **machine_inputs(),
-    }
+    inputs = quantize_inputs(job, calibrate_key, profile_key)
     plan = load_plan(job.run.file("plan.json"))
     decoder = open_decoder(job)
 
@@ -75,6 +67,19 @@ def quantize(job: Job, calibrate_key: str, profile_key: str, force: bool = False
         return _quantize(job, decoder, plan, shared, reason.code == "forced")
 
     return run_stage(job, "quantize", inputs, force, work)
+
+
+def quantize_inputs(job: Job, calibrate_key: str, profile_key: str) -> dict[str, str]:
+    """What the shards depend on."""
+    return {
+        "source:sha256": job.source.sha256,
+        "version:quantize": str(VERSION),
+        "input:calibrate": calibrate_key,
+        "input:profile": profile_key,
+        "config:machine.seed": str(job.config.machine.seed),
+        **section_inputs("rounding", job.config.rounding),
+        **machine_inputs(),
+    }
 
 
 def shard_path(job: Job, index: int) -> Path:
