@@ -26,7 +26,7 @@ from accullm_cli.model.slots import LinearSlot
 from accullm_cli.model.text import Windows, calibration_windows, validation_windows
 from accullm_cli.model.tokenizer import load_tokenizer
 from accullm_cli.progress import Event
-from accullm_cli.quant.grid import minmax_grid
+from accullm_cli.quant.grid import minmax_grid, row_chunks
 from accullm_cli.quant.stats import FeatureMoments, InputStats
 from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
@@ -252,10 +252,11 @@ def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden:
 def _damage(block: nn.Module, slot: LinearSlot) -> dict[int, torch.Tensor]:
     """||w - nearest(w)||^2 of each column for each candidate group size."""
     weight = slot.read(block)
-    damage = {}
-    for size in DAMAGE_GROUP_SIZES:
-        grid = minmax_grid(weight, DAMAGE_BITS, size, symmetric=False)
-        damage[size] = (weight - grid.values(grid.round_to_nearest(weight))).square_().sum(0)
+    damage = {size: torch.zeros(weight.shape[1]) for size in DAMAGE_GROUP_SIZES}
+    for rows in row_chunks(weight):
+        for size, total in damage.items():
+            grid = minmax_grid(rows, DAMAGE_BITS, size, symmetric=False)
+            total += (rows - grid.values(grid.round_to_nearest(rows))).square_().sum(0)
     return damage
 
 
