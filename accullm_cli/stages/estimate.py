@@ -53,8 +53,11 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     widest = max(linear.in_features for linear in plan.linears.values())
     hidden = decoder.model.get_input_embeddings().weight.shape[1]
     streams = 2 * tokens * hidden
-    # Two copies of a block, Hessian and drift with the factor's two copies, and the widest input of one batch twice.
-    peak = BASE_BYTES + FLOAT * (outside + 2 * max(in_blocks) + 4 * widest**2 + streams + 4 * TOKENS_PER_BATCH * widest)
+    # A block and its stored form, together with what surrounds the blocks, or with its rounded copy and the Hessian
+    # that is being factored (three [K, K]; while Gram matrices grow, two of them and a few activations).
+    block = max(in_blocks)
+    peak = BASE_BYTES + FLOAT * (max(outside + 1.5 * block, 1.5 * block + 3 * widest**2) + streams)
+    peak += FLOAT * 4 * TOKENS_PER_BATCH * widest
 
     forward = 2.0 * linear_weights
     passes = tokens * (1 + PASSES_IN_QUANTIZE) + 3 * held_out
