@@ -14,7 +14,7 @@ from accullm_cli.formats.manifest import MANIFEST_NAME, artifact_files
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.progress import Event
-from accullm_cli.run import Reason, existing_parent, machine_errors, sync_directory
+from accullm_cli.run import Reason, existing_parent, file_sha256, machine_errors, sync_directory
 from accullm_cli.stages.calibrate import open_decoder
 from accullm_cli.stages.job import Job, StageOutcome, Work, run_stage, versions
 from accullm_cli.stages.profile import load_plan, model_shape
@@ -108,10 +108,22 @@ def _parts(job: Job, decoder: Decoder) -> Parts:
         companions=job.source.companions,
         plan=plan,
         shape=model_shape(job, decoder),
-        blocks=tuple(shard_path(job, index) for index in range(len(decoder.block_names))),
+        blocks=tuple(_checked_shard(job, index) for index in range(len(decoder.block_names))),
         outside=checkpoint.outside(decoder.block_names),
         provenance=_provenance(job, len(decoder.block_names)),
     )
+
+
+def _checked_shard(job: Job, index: int) -> Path:
+    """A block's shard. An earlier artifact may hold a link to it, so what was done to that was done to this.
+
+    Raises:
+        AccullmError: it is not as quantize wrote it.
+    """
+    path, block = shard_path(job, index), load_block_record(job, index)
+    if block is None or file_sha256(path) != block.sha256:
+        raise AccullmError("is not as quantize wrote it", path, "delete it and run the same command again")
+    return path
 
 
 def _provenance(job: Job, blocks: int) -> Mapping[str, Any]:
