@@ -151,6 +151,7 @@ def dry_run(config: Config, progress: Progress = silent) -> DryRun:
         AccullmError: whatever would stop the conversion before its first forward pass.
     """
     run = RunDirectory(run_path(config))
+    _check_config(config, run, "reference")
     with tempfile.TemporaryDirectory() as scratch, _threads(run, config):
         source = open_source(config.model, Path(scratch), progress)
         job = Job(config, run, source, progress)
@@ -181,9 +182,17 @@ def _decide_stages(job: Job) -> dict[str, Reason]:
 
 
 def artifact_path(config: Config) -> Path:
-    """Where the artifact goes: `export.out`, or the model's short name with -int4 (the bits) behind, here."""
-    if config.export.out is not None:
-        return config.export.out
+    """Where the artifact goes: `export.out`, or the model's short name with -int4 (the bits) behind, here.
+
+    Raises:
+        AccullmError: `export.out` is the root directory.
+    """
+    if (out := config.export.out) is not None:
+        # Names beside it are made from its own: "." and ".." have none.
+        named = out if out.name not in ("", "..") else out.resolve()
+        if not named.name:
+            raise AccullmError("is no place for an artifact", named, "give another directory with --out")
+        return named
     name = Path(config.model.rstrip("/").partition("@")[0]).name.removesuffix(".gguf")
     return Path(f"{name or 'model'}-int{config.plan.bits}")
 
@@ -206,14 +215,8 @@ def _open_job(
     checks_output: bool = True,
 ) -> Iterator[Job]:
     """Lock the run directory, fix the thread count, open the source and refuse what cannot work."""
-    for text in config.validation.require:
-        parse_requirement(text)
-    if config.machine.device not in ("auto", "cpu"):
-        raise AccullmError(
-            f"{config.machine.device} is not supported: this version computes on the CPU", "--device", "give cpu"
-        )
     directory = RunDirectory(run or run_path(config))
-    directory.check()
+    _check_config(config, directory, "reference" if checks_output else "calibrate")
     with directory.locked(), directory.removed_if_refused(), _threads(directory, config) as threads:
         source = open_source(config.model, directory.path, progress)
         job = Job(config, directory, source, progress, only)
@@ -223,6 +226,25 @@ def _open_job(
         resolved["machine"]["threads"] = threads
         write_text(directory.file("run.yaml"), yaml.safe_dump(resolved, sort_keys=False))
         yield job
+
+
+def _check_config(config: Config, run: RunDirectory, foreign: str) -> None:
+    """Refuse what needs no look at the model.
+
+    Args:
+        foreign: the stage that begins the other kind of work. A conversion and a validation on its own keep files of
+            the same names, so neither goes into the other's run directory.
+    """
+    for text in config.validation.require:
+        parse_requirement(text)
+    if config.machine.device not in ("auto", "cpu"):
+        raise AccullmError(
+            f"{config.machine.device} is not supported: this version computes on the CPU", "--device", "give cpu"
+        )
+    run.check()
+    if foreign in run.stages():
+        what = "holds a conversion" if foreign == "calibrate" else "holds the validation of a finished artifact"
+        raise AccullmError(what, run.path, "give another directory with --run")
 
 
 @contextmanager
