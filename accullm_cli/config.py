@@ -149,7 +149,7 @@ class Rounding(Section):
         "'search' picks each group's scale for the least activation-weighted error; 'minmax' spans the group's range.",
     )
     damping: float = option(
-        0.01, "Added to the Hessian's diagonal, as a fraction of its mean.", gt=0, le=1, example="0.01"
+        0.1, "Added to the Hessian's diagonal, as a fraction of its mean.", gt=0, le=1, example="0.01"
     )
 
 

@@ -178,7 +178,7 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
         ("KL, 99.9th percentile", f"{_estimate(found.kl_p999, '{:.4f}')} nats"),
         ("KL, maximum", f"{found.kl_max:.4f} nats"),
         ("top-1 agreement", _estimate(found.top1_agreement, "{:.2%}")),
-        ("measured on", f"{found.tokens} tokens, {found.windows} windows of {found.text} text"),
+        ("measured on", f"{found.tokens} tokens: {found.text}"),
     ]
     rows += [
         (f"require {clause.text}", f"{verdict(clause.met)} (measured {clause.measured:.6g})")

@@ -180,7 +180,7 @@ def test_the_report_shows_every_figure_with_its_interval():
         "KL, 99.9th percentile  1.5000 [1.0000 to 2.0000] nats",
         "KL, maximum            3.2500 nats",
         "top-1 agreement        91.20% [90.00% to 92.00%]",
-        "measured on            8176 tokens, 16 windows of default text",
+        "measured on            8176 tokens: default",
         "artifact               work/m-int4",
         "report                 work/m.run/report/report.html",
     ]
