@@ -39,6 +39,8 @@ from accullm_cli.quant.stochastic import feedback_share, stochastic_codes
 
 # Columns whose mutual feedback is applied one by one; that of all earlier columns comes as one matrix product.
 COLUMN_BLOCK = 128
+# Rows of a weight that meet a Hessian or its factor at once: enough for full speed, a fraction of a weight's memory.
+ROWS_TOGETHER = 512
 # Where a Hessian is not positive definite at the configured damping, it grows by this factor, and a record says so.
 DAMPING_STEP = 10.0
 # From where it grows if none was asked for.
@@ -126,32 +128,31 @@ def round_linears(
             )
     if importance is None and hessian is not None:
         importance = hessian.diagonal()
-    without_data = []
+    without_data: tuple[str, ...] = ()
     if hessian is None and options.method != "nearest":
         options = replace(options, method="nearest")
-        without_data.append("no calibration token reached its input: rounded to nearest without data")
+        without_data = ("no calibration token reached its input: rounded to nearest without data",)
     pulls: dict[str, torch.Tensor] = {}
     if drift is not None and hessian is not None and options.method != "nearest" and options.target == "corrected":
         pulls = {name: drift @ weight.T for name, weight in weights.items()}
     del drift, matrix
-    rounded: dict[str, RoundedLinear] = {}
-    sets = {plans[name].outlier_index for name in weights}
-    for outliers in sorted(sets):
+    linears: dict[str, QuantizedLinear] = {}
+    records: dict[str, tuple[str, ...]] = {}
+    for outliers in sorted({plans[name].outlier_index for name in weights}):
         names = [name for name in weights if plans[name].outlier_index == outliers]
-        records = list(without_data)
         factor = None
         if hessian is not None and options.method != "nearest":
             factor = factor_hessian(hessian, outliers, options)
-            if factor.damping > options.damping:
-                records.append(f"Hessian not positive definite: damping raised to {factor.damping:g}")
         for name in names:
-            target = weights[name]
-            if factor is not None and name in pulls:
-                target = corrected_target(target, pulls.pop(name), factor)
-            rounded[name] = _round_one(
-                weights[name], target, plans[name], options, source_dtype, hessian, importance, factor, tuple(records)
+            linears[name], own_records = _round_one(
+                weights[name], pulls.pop(name, None), plans[name], options, source_dtype, importance, factor
             )
-    return {name: rounded[name] for name in weights}
+            records[name] = without_data + own_records
+        del factor  # before the errors are measured, which takes room for whole weights
+    return {
+        name: RoundedLinear(linears[name], relative_error(weight, linears[name], hessian), records[name])
+        for name, weight in weights.items()
+    }
 
 
 def factor_hessian(hessian: torch.Tensor, outliers: tuple[int, ...], options: RoundingOptions) -> Factor:
@@ -197,11 +198,11 @@ def corrected_target(weight: torch.Tensor, pull: torch.Tensor, factor: Factor) -
         pull: D W^T, [K, N].
     """
     reverse = factor.order.flip(0)
-    # Two triangular solves, as torch.cholesky_solve copies the factor first.
-    half = torch.linalg.solve_triangular(factor.cholesky, pull[reverse], upper=False)
-    change = torch.linalg.solve_triangular(factor.cholesky.T, half, upper=True)
     target = weight.clone()
-    target[:, reverse] += change.T
+    for rows, pull_of_rows in zip(target.split(ROWS_TOGETHER), pull.split(ROWS_TOGETHER, dim=1), strict=True):
+        # Two triangular solves, as torch.cholesky_solve copies the factor first.
+        half = torch.linalg.solve_triangular(factor.cholesky, pull_of_rows[reverse], upper=False)
+        rows[:, reverse] += torch.linalg.solve_triangular(factor.cholesky.T, half, upper=True).T
     return target
 
 
@@ -269,16 +270,24 @@ def round_with_feedback(
 
 def _round_one(
     weight: torch.Tensor,
-    target: torch.Tensor,
+    pull: torch.Tensor | None,
     plan: LinearPlan,
     options: RoundingOptions,
     source_dtype: torch.dtype,
-    hessian: torch.Tensor | None,
     importance: torch.Tensor | None,
     factor: Factor | None,
-    records: tuple[str, ...],
-) -> RoundedLinear:
-    """Round one linear of weight [N, K] from its target [N, K]; `factor` is None for nearest rounding."""
+) -> tuple[QuantizedLinear, tuple[str, ...]]:
+    """Round one linear of weight [N, K]; with what was treated differently from the plan.
+
+    Args:
+        pull: [K, N], for the corrected target; None where the target is the weight.
+        factor: None for nearest rounding.
+    """
+    records: tuple[str, ...] = ()
+    if factor is not None and factor.damping > options.damping:
+        records += (f"Hessian not positive definite: damping raised to {factor.damping:g}",)
+    target = weight if factor is None or pull is None else corrected_target(weight, pull, factor)
+    del pull
     outliers = torch.tensor(plan.outlier_index, dtype=torch.int64)
     is_outlier = torch.zeros(weight.shape[1], dtype=torch.bool)
     is_outlier[outliers] = True
@@ -308,7 +317,7 @@ def _round_one(
         bits=plan.bits,
         group_size=plan.group_size,
     )
-    return RoundedLinear(linear, relative_error(weight, linear, hessian), records)
+    return linear, records
 
 
 def _grid(
@@ -332,6 +341,10 @@ def relative_error(weight: torch.Tensor, linear: QuantizedLinear, hessian: torch
     """||Y (W - Q)^T|| / ||Y W^T|| from H = Y^T Y; None without H or where the output is zero."""
     if hessian is None:
         return None
-    lost = weight - linear.dequantize(torch.float32).to(weight.dtype)
-    energy = float(((weight @ hessian) * weight).sum())
-    return float((((lost @ hessian) * lost).sum().clamp(min=0)) / energy) ** 0.5 if energy > 0 else None
+    rounded = linear.dequantize(torch.float32)
+    energy = loss = 0.0
+    for part, rounded_part in zip(weight.split(ROWS_TOGETHER), rounded.split(ROWS_TOGETHER), strict=True):
+        lost = part - rounded_part
+        energy += float(((part @ hessian) * part).sum(dtype=torch.float64))
+        loss += float(((lost @ hessian) * lost).sum(dtype=torch.float64))
+    return (max(loss, 0.0) / energy) ** 0.5 if energy > 0 else None
