@@ -92,8 +92,8 @@ MUTANTS = (
     Mutant(
         "the target moves the wrong way",
         ROUNDING,
-        "target[:, reverse] += change.T",
-        "target[:, reverse] -= change.T",
+        "target[:, reverse] += pull.T",
+        "target[:, reverse] -= pull.T",
         ("tests/quant/test_rounding.py",),
     ),
     Mutant(

@@ -102,7 +102,8 @@ CASES: dict[str, tuple[Edit, str]] = {
     ),
     "unknown architecture": (
         lambda d: edit_config(d, model_type="fancynet"),
-        "{d}/config.json: model type fancynet is unknown to the installed transformers; a newer transformers may know it",
+        "{d}/config.json: model type fancynet is unknown to the installed transformers; "
+        "a newer transformers may know it",
     ),
     "already quantized": (
         lambda d: edit_config(d, quantization_config={"quant_method": "awq"}),
@@ -203,7 +204,10 @@ def test_outliers_in_a_format_that_has_none(whole: Path, tmp_path: Path, capfd: 
     flags = ["--format", "compressed-tensors", "--outliers", "5%"]
     code, err = refusal(capfd, whole, "--out", tmp_path / "out", *SMALL, *flags)
     assert code == 2
-    assert err.startswith("error: --format compressed-tensors: ") and "--outliers 0" in err and err.count("\n") == 1
+    assert err.startswith("error: --format compressed-tensors: ")
+    assert "--outliers 0" in err
+    assert err.count("
+") == 1
 
 
 def test_a_misspelled_key(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +237,9 @@ def test_the_source_as_output(whole: Path, capfd: pytest.CaptureFixture[str]) ->
 def test_a_read_only_place(whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, err = refusal(capfd, whole, "--out", "/proc/self/out", *SMALL)
     assert code == 4
-    assert err.startswith("error: /proc/self/out.run: cannot be written (") and err.count("\n") == 1
+    assert err.startswith("error: /proc/self/out.run: cannot be written (")
+    assert err.count("
+") == 1
 
 
 def test_a_disk_that_is_full_in_the_middle(whole: Path, tmp_path: Path) -> None:
@@ -249,6 +255,7 @@ def test_a_disk_that_is_full_in_the_middle(whole: Path, tmp_path: Path) -> None:
     file = tmp_path / "out.run" / "reference.safetensors"
     assert full.returncode == 4, full.stderr
     assert full.stderr == f"error: {file}: cannot be written (File too large); run the same command again to resume\n"
-    assert not (tmp_path / "out").exists() and not file.exists()
+    assert not (tmp_path / "out").exists()
+    assert not file.exists()
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (again.returncode, again.stdout) == (0, f"{tmp_path / 'out'}\n"), again.stderr

@@ -104,7 +104,7 @@ def test_another_seed_or_text_gives_other_bytes(model: Path, uninterrupted: dict
     assert contents(tmp_path / "out") != uninterrupted
 
 
-class Interrupt(Exception):
+class InterruptError(Exception):
     pass
 
 
@@ -118,9 +118,9 @@ def test_an_exception_at_any_event_leaves_a_run_that_goes_on(
         nonlocal seen
         seen += 1
         if seen == moment:
-            raise Interrupt
+            raise InterruptError
 
-    with pytest.raises(Interrupt):
+    with pytest.raises(InterruptError):
         convert(tiny_config(model, tmp_path / "out"), interrupt)
     convert(tiny_config(model, tmp_path / "out"))
     assert contents(tmp_path / "out") == uninterrupted
