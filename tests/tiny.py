@@ -89,7 +89,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def make_checkpoint(name: str, directory: Path, dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB") -> Path:
-    """Save a random model of the architecture `name`, its weights and biases large enough to matter, and a tokenizer."""
+    """Save a random model of the architecture `name`, weights and biases large enough to matter, and a tokenizer."""
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
     with torch.no_grad():

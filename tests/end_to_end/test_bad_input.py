@@ -206,8 +206,7 @@ def test_outliers_in_a_format_that_has_none(whole: Path, tmp_path: Path, capfd: 
     assert code == 2
     assert err.startswith("error: --format compressed-tensors: ")
     assert "--outliers 0" in err
-    assert err.count("
-") == 1
+    assert err.count("\n") == 1
 
 
 def test_a_misspelled_key(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -238,8 +237,7 @@ def test_a_read_only_place(whole: Path, capfd: pytest.CaptureFixture[str]) -> No
     code, err = refusal(capfd, whole, "--out", "/proc/self/out", *SMALL)
     assert code == 4
     assert err.startswith("error: /proc/self/out.run: cannot be written (")
-    assert err.count("
-") == 1
+    assert err.count("\n") == 1
 
 
 def test_a_disk_that_is_full_in_the_middle(whole: Path, tmp_path: Path) -> None:
