@@ -15,8 +15,8 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.model.slots import CaptureInputs, InputIdentity, find_blocks, find_slots
 
 # Tokens that go through a block at once: enough for full speed of the matrix products, and few enough that their
-# activations stay in the processor's cache. Measured on a 135M Llama: 512 tokens take a third of the time that 4096
-# take, token for token.
+# activations stay in the processor's cache. On a 135M Llama, two cores busy with other work too, 512 tokens took about
+# a third of the time that 4096 took, token for token.
 TOKENS_PER_BATCH = 512
 
 
