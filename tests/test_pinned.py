@@ -53,7 +53,7 @@ def exact_factors() -> torch.Tensor:
 
 
 class Problem:
-    """Weight, Hessian and drift [K], with outliers left out of the factorization or last in it."""
+    """Weight, Hessian and pull, with outliers left out of the factorization or last in it."""
 
     def __init__(self, untouched: bool, span: float = 15, corrected: bool = True) -> None:
         """`span`: the steps that the target's range covers in every group, such that the scale is STEP."""
@@ -77,14 +77,14 @@ class Problem:
             target[:, low] = -4 * STEP
             target[:, high] = (span - 4) * STEP
         target[:, list(self.outliers)] += STEP / 8192  # so that none lies between two values of bfloat16
-        # W* = W + W P with P = D^T H^-1. P moves two sources into two other columns, so (I + P)^-1 = I - P.
+        # W* = W + W P with W P = C^T H^-1. P moves two sources into two other columns, so (I + P)^-1 = I - P.
         shift = torch.zeros(self.columns, self.columns, dtype=torch.float64)
         if corrected:
             shift[self.outliers[0], rest[4]] = 0.5
             shift[rest[2], rest[6]] = -0.25
         self.weight = target - target @ shift
-        self.drift = torch.zeros_like(self.hessian)
-        self.drift[order] = damped @ shift[:, order].T
+        self.pull = torch.zeros(self.columns, ROWS, dtype=torch.float64)
+        self.pull[order] = damped @ (self.weight @ shift)[:, order].T
 
     def rounded(self, method: str, mode: str, dtype: torch.dtype, **plan) -> dict[str, torch.Tensor]:
         layout = LinearPlan(
@@ -98,7 +98,7 @@ class Problem:
             options,
             torch.bfloat16,
             self.hessian.to(dtype),
-            self.drift.to(dtype),
+            {"a": self.pull.to(dtype)},
         )["a"]
         assert result.records == ()
         return result.linear.to_tensors()
@@ -169,14 +169,14 @@ def test_pinned_bytes_do_not_hang_on_a_last_bit(name):
         shaken = case.made()
         noise = 1 + dyadic(shaken.columns, shaken.columns, seed=seed, low=-64, high=64, unit=1e-8)
         shaken.hessian = shaken.hessian * (noise + noise.T) / 2
-        shaken.drift = shaken.drift * noise
+        shaken.pull = shaken.pull * (1 + dyadic(shaken.columns, ROWS, seed=seed, low=-64, high=64, unit=1e-8))
         assert sha256_of(case.rounded(shaken, torch.float64)) == exact
 
 
 @pytest.mark.parametrize("mode", ["untouched", "compensating"])
 def test_the_pinned_problem_is_exact(mode):
     problem = Problem(mode == "untouched")
-    for matrix in (problem.weight, problem.hessian, problem.drift):
+    for matrix in (problem.weight, problem.hessian, problem.pull):
         assert torch.equal(matrix.float().double(), matrix)
     assert torch.equal(problem.hessian, problem.hessian.T)
     diagonal = exact_factors().diagonal()

@@ -25,6 +25,19 @@ class _EnoughError(Exception):
 
 
 @dataclass(frozen=True)
+class Trace:
+    """How a block uses its linears, as found by running it.
+
+    steps: in the order the block computes them; a step is a list of groups, a group the names that read one input. A
+        dense block's steps have one group each; a step of experts has a group for each expert.
+    summed: the linears whose output is added to a tensor of its shape, as to the residual stream.
+    """
+
+    steps: tuple[tuple[tuple[str, ...], ...], ...]
+    summed: frozenset[str]
+
+
+@dataclass(frozen=True)
 class _Call:
     """What the model passes to one block beside the hidden states."""
 
@@ -143,24 +156,31 @@ class Decoder:
         block: nn.Module,
         hidden: torch.Tensor,
         on_input: Callable[[str, torch.Tensor], None],
-        last: frozenset[str] | None = None,
+        on_sum: Callable[[str, torch.Tensor], None] | None = None,
+        last: frozenset[tuple[str, str]] = frozenset(),
     ) -> torch.Tensor | None:
         """As `run`, calling `on_input(name, x [..., K])` for each product of an input with a linear's weight.
 
         Args:
-            last: stop as soon as all of these linears were seen; the result is then None.
+            on_sum: is called with (name, sum [..., N]) where a linear's output is added to a tensor of its shape.
+            last: pairs of "input" or "sum" and a linear's name; stop as soon as all of these were seen. The result is
+                then None.
         """
-        waiting = set(last or ())
+        waiting = set(last)
 
-        def seen(name: str, value: torch.Tensor) -> None:
-            on_input(name, value)
-            if waiting:
-                waiting.discard(name)
-                if not waiting:
-                    raise _EnoughError
+        def watched(kind: str, tell: Callable[[str, torch.Tensor], None]) -> Callable[[str, torch.Tensor], None]:
+            def seen(name: str, value: torch.Tensor) -> None:
+                tell(name, value)
+                if waiting:
+                    waiting.discard((kind, name))
+                    if not waiting:
+                        raise _EnoughError
+
+            return seen
 
         try:
-            with CaptureInputs(block, self.slots[index], seen):
+            on_sum = None if on_sum is None else watched("sum", on_sum)
+            with CaptureInputs(block, self.slots[index], watched("input", on_input), on_sum):
                 return self.run(index, block, hidden)
         except _EnoughError:
             return None
@@ -176,12 +196,8 @@ class Decoder:
         assert output is not None
         return output.logits
 
-    def input_groups(self, index: int, block: nn.Module, hidden: torch.Tensor) -> list[list[tuple[str, ...]]]:
-        """Which linears of a block share an input, found by running it.
-
-        Returns:
-            Steps in the order the block computes them; a step is a list of groups, a group the names that read one
-            input. A dense block's steps have one group each; a step of experts has a group for each expert.
+    def trace(self, index: int, block: nn.Module, hidden: torch.Tensor) -> Trace:
+        """Which linears of a block share an input, and whose outputs enter a sum, found by running it.
 
         Raises:
             AccullmError: a linear that the block does not use as one.
@@ -195,12 +211,13 @@ class Decoder:
             if name not in names:
                 names.append(name)
 
-        self.run_capturing(index, block, hidden, note)
-        steps: list[list[tuple[str, ...]]] = []
+        summed: set[str] = set()
+        self.run_capturing(index, block, hidden, note, lambda name, _: summed.add(name))
+        steps: list[tuple[tuple[str, ...], ...]] = []
         stacks_done: set[str] = set()
         for names in readers.values():
             if slot_of[names[0]].expert is None:
-                steps.append([tuple(names)])
+                steps.append((tuple(names),))
                 continue
             # What one expert shows holds for all of the stack, also for those that no token reached.
             stacks = [slot_of[name].parameter for name in names]
@@ -211,12 +228,14 @@ class Decoder:
             for slot in self.slots[index]:
                 if slot.parameter in stacks and slot.expert is not None:
                     members.setdefault(slot.expert, []).append(slot.name)
-            steps.append([tuple(group) for group in members.values()])
+            steps.append(tuple(tuple(group) for group in members.values()))
         found = {name for step in steps for group in step for name in group}
         unseen = [name for name in slot_of if name not in found]
         if unseen:
             raise AccullmError("is not used as a linear layer; the architecture is not supported", unseen[0])
-        return steps
+        # Which rows an expert's output is added to depends on the routing.
+        dense = {name for name in summed if slot_of[name].expert is None}
+        return Trace(tuple(steps), frozenset(dense))
 
     # -- the model around the blocks -----------------------------------------------------------------------
 

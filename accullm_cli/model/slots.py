@@ -112,29 +112,72 @@ _PRODUCTS = {
     torch.Tensor.__matmul__: 0,
     torch.addmm: 1,
 }
+# Functions that add two tensors.
+_SUMS = {
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.add_,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+    torch.Tensor.__iadd__,
+}
 
 
 class CaptureInputs(TorchFunctionMode):
     """While active, calls `on_input(name, x)` for every product of an input with a slot's weight.
 
     x is the input as the model passed it, [..., K]. One mechanism serves modules and stacked experts: the product is
-    recognized by the address of its weight.
+    recognized by the address of its weight. Where all that becomes of a product is that it is added to a tensor of its
+    own shape, the residual stream as a rule, `on_sum(name, sum)` is called with the sum, [..., N].
     """
 
-    def __init__(self, block: nn.Module, slots: list[LinearSlot], on_input: Callable[[str, torch.Tensor], None]):
+    def __init__(
+        self,
+        block: nn.Module,
+        slots: list[LinearSlot],
+        on_input: Callable[[str, torch.Tensor], None],
+        on_sum: Callable[[str, torch.Tensor], None] | None = None,
+    ):
         super().__init__()
         self._name_of = {slot.read(block).data_ptr(): slot.name for slot in slots}
         self._on_input = on_input
+        self._on_sum = on_sum
+        # By address, and kept alive, so that no address is used twice.
+        self._products: dict[int, tuple[str, torch.Tensor]] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
+        name = None
         position = _PRODUCTS.get(func)
         if position is not None:
             value, weight = args[position : position + 2]
             name = self._name_of.get(weight.data_ptr())
             if name is not None:
                 self._on_input(name, value)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self._on_sum is not None and isinstance(result, torch.Tensor):
+            for used in self._take_used(func, args, result):
+                self._on_sum(used, result)
+            if name is not None:
+                self._products[result.data_ptr()] = name, result
+        return result
+
+    def _take_used(self, func: Callable[..., object], args: tuple[object, ...], result: torch.Tensor) -> list[str]:
+        """Stop watching the products that a function used; the names of those that it added to something whole."""
+        added = []
+        for argument in args:
+            if not isinstance(argument, torch.Tensor) or argument.data_ptr() not in self._products:
+                continue
+            address = argument.data_ptr()
+            name, product = self._products[address]
+            operands = [value for value in args[:2] if isinstance(value, torch.Tensor)]
+            is_sum = func in _SUMS and len(operands) == 2 and operands[0].shape == operands[1].shape
+            if is_sum and argument.numel() == product.numel() and argument.is_contiguous():
+                added.append(name)
+                del self._products[address]
+            elif result.data_ptr() != address or func.__name__.endswith("_"):  # no mere view of it
+                del self._products[address]
+        return added
 
 
 class InputIdentity:

@@ -1,13 +1,16 @@
 """Rounding with error feedback: each column's rounding error is carried into the columns that follow.
 
 The problem. A linear with weight W [N, K] reads rows X [T, K] in the full-precision model and rows Y [T, K] in the
-model quantized so far. Choose Q on a grid so that ||X W^T - Y Q^T||^2 is small. With H = Y^T Y and D = Y^T (X - Y),
-completing the square gives
+model quantized so far, and its output is added to residuals R and P [T, N] (zero where it is not added to anything).
+Choose Q on a grid so that ||(R + X W^T) - (P + Y Q^T)||^2 is small. What differs between the two models while this
+linear still has its own weight is (R + X W^T) - (P + Y W^T) =: O. With H = Y^T Y and the pull C = Y^T O, completing
+the square gives
 
-    ||X W^T - Y Q^T||^2 = tr((W* - Q) H (W* - Q)^T) + const,      W* = W + W D^T H^-1
+    ||O + Y (W - Q)^T||^2 = tr((W* - Q) H (W* - Q)^T) + const,      W* = W + C^T H^-1
 
-so the past enters as a corrected target W* (Qronos, arXiv 2505.11695; GPTAQ, arXiv 2504.02692), and what remains is
-rounding W* under the quadratic form H. Write H = U S U^T with U unit upper triangular and S diagonal. Then
+so the past enters as a corrected target W* (without residuals: Qronos, arXiv 2505.11695; GPTAQ, arXiv 2504.02692),
+and what remains is rounding W* under the quadratic form H. Write H = U S U^T with U unit upper triangular and S
+diagonal. Then
 
     tr((W* - Q) H (W* - Q)^T) = sum_k S_kk ||e_k + sum_{i<k} e_i U_ik||^2,      e = W* - Q  (columns)
 
@@ -25,6 +28,7 @@ Compensating, they come last in the order and are "rounded" to the source's dtyp
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -99,7 +103,7 @@ def round_linears(
     options: RoundingOptions,
     source_dtype: torch.dtype,
     hessian: torch.Tensor | None = None,
-    drift: torch.Tensor | None = None,
+    pulls: Mapping[str, torch.Tensor] | None = None,
     importance: torch.Tensor | None = None,
 ) -> dict[str, RoundedLinear]:
     """Round the linears that read one input.
@@ -109,8 +113,7 @@ def round_linears(
         plans: how each is stored; 2 to 8 bits.
         source_dtype: dtype that outlier weights are kept in.
         hessian: Y^T Y / T, [K, K] in the working dtype; None where calibration reached no row: nearest rounding then.
-        drift: Y^T (X - Y) / T, [K, K]; None where X = Y. Let go before the Hessian is factored, so that a caller who
-            keeps no reference needs no memory for both.
+        pulls: C = Y^T O / T of each linear, [K, N]; a linear without one is rounded towards its own weight.
         importance: [K], weight of a column's squared error for the choice of grids; default: the Hessian's diagonal.
 
     Returns:
@@ -118,24 +121,24 @@ def round_linears(
         features, however many linears share it.
 
     Raises:
-        AccullmError: Hessian or drift holds NaN or Inf, or the Hessian cannot be factored at any damping up to its
+        AccullmError: Hessian or pull holds NaN or Inf, or the Hessian cannot be factored at any damping up to its
             own mean.
     """
-    for what, matrix in (("Hessian", hessian), ("drift", drift)):
+    pulls = dict(pulls or {})
+    for name, what, matrix in (
+        (next(iter(weights)), "Hessian", hessian),
+        *((name, "pull of earlier errors", pull) for name, pull in pulls.items()),
+    ):
         if matrix is not None and not bool(torch.isfinite(matrix).all()):
-            raise AccullmError(
-                f"the {what} holds NaN or Inf", next(iter(weights)), "check the calibration text and model"
-            )
+            raise AccullmError(f"the {what} holds NaN or Inf", name, "check the calibration text and model")
     if importance is None and hessian is not None:
         importance = hessian.diagonal()
     without_data: tuple[str, ...] = ()
     if hessian is None and options.method != "nearest":
         options = replace(options, method="nearest")
         without_data = ("no calibration token reached its input: rounded to nearest without data",)
-    pulls: dict[str, torch.Tensor] = {}
-    if drift is not None and hessian is not None and options.method != "nearest" and options.target == "corrected":
-        pulls = {name: drift @ weight.T for name, weight in weights.items()}
-    del drift, matrix
+    if options.target == "original":
+        pulls = {}
     linears: dict[str, QuantizedLinear] = {}
     records: dict[str, tuple[str, ...]] = {}
     for outliers in sorted({plans[name].outlier_index for name in weights}):
@@ -192,10 +195,10 @@ def factor_hessian(hessian: torch.Tensor, outliers: tuple[int, ...], options: Ro
 
 
 def corrected_target(weight: torch.Tensor, pull: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """W* = W + W D^T H^-1 on the columns in `factor.order` (others as they are); [N, K].
+    """W* = W + C^T H^-1 on the columns in `factor.order` (others as they are); [N, K].
 
     Args:
-        pull: D W^T, [K, N].
+        pull: C, [K, N].
     """
     reverse = factor.order.flip(0)
     target = weight.clone()

@@ -232,7 +232,7 @@ def _advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tenso
 
 def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> list[InputStats]:
     """Run a block over the calibration stream, in place, and measure each of its distinct inputs."""
-    groups = [group for step in decoder.input_groups(index, block, hidden[:1, :PROBE_TOKENS]) for group in step]
+    groups = [group for step in decoder.trace(index, block, hidden[:1, :PROBE_TOKENS]).steps for group in step]
     slot_of = {slot.name: slot for slot in decoder.slots[index]}
     moments = {group[0]: FeatureMoments(slot_of[group[0]].in_features) for group in groups}
 

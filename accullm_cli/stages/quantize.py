@@ -20,21 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from accullm_cli.model.blocks import Decoder, batches
-from accullm_cli.model.slots import LinearSlot, share_weights
+from accullm_cli.model.slots import share_weights
 from accullm_cli.progress import Event
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import Plan
-from accullm_cli.quant.rounding import RoundedLinear, RoundingOptions, round_linears
-from accullm_cli.quant.stats import GramMatrices
+from accullm_cli.quant.rounding import RoundedLinear
 from accullm_cli.run import UP_TO_DATE, Reason, compare_inputs, file_sha256, key_of, write_file, write_text
-from accullm_cli.stages.calibrate import PROBE_TOKENS, load_block_stats, load_tokens, open_decoder, stats_path
+from accullm_cli.stages.block_rounding import BlockPair, round_with_streams, round_without_streams
+from accullm_cli.stages.calibrate import PROBE_TOKENS, load_tokens, open_decoder
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
 from accullm_cli.stages.profile import load_plan
 from accullm_cli.stages.streams import StreamStore
 
-VERSION = 1
-# Gram matrices that are accumulated in one pass; the experts of a step come in parts of this size.
-GRAM_BYTES = 1 << 30
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -156,12 +154,12 @@ def _quantize_block(
     job: Job, decoder: Decoder, plan: Plan, index: int, streams: _Streams | None, inputs: dict[str, str]
 ) -> BlockRecord:
     block = decoder.load_block(index)
-    rounded_block = share_weights(block, decoder.slots[index])
+    pair = BlockPair(decoder, index, block, share_weights(block, decoder.slots[index]))
     if streams is None:
-        rounded = _round_without_streams(job, decoder, plan, index, block)
+        rounded = round_without_streams(job, plan, pair)
     else:
-        rounded = _round_with_streams(job, decoder, plan, index, block, rounded_block, streams)
-        streams.advance_rounded(index, rounded_block)
+        rounded = round_with_streams(job, plan, pair, streams.original, streams.rounded)
+        streams.advance_rounded(index, pair.rounded)
     path = shard_path(job, index)
     tensors = _block_tensors(decoder, index, block, rounded)
     write_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
@@ -174,110 +172,6 @@ def _quantize_block(
     write_text(path.with_suffix(".json"), json.dumps(asdict(record), indent=1))
     decoder.release_block(index)
     return record
-
-
-def _round_with_streams(
-    job: Job,
-    decoder: Decoder,
-    plan: Plan,
-    index: int,
-    block: nn.Module,
-    rounded_block: nn.Module,
-    streams: _Streams,
-) -> dict[str, RoundedLinear]:
-    """Round the block's linears in the order it computes them; `rounded_block` gets the rounded weights.
-
-    The original's stream is behind the block at the end, the rounded one still before it.
-    """
-    slot_of = {slot.name: slot for slot in decoder.slots[index]}
-    rounded: dict[str, RoundedLinear] = {}
-    moves_on = False
-    parts: list[list[tuple[str, ...]]] = []
-    for step in decoder.input_groups(index, block, streams.rounded[:1, :PROBE_TOKENS]):
-        quantized = [names for group in step if (names := _quantized_names(group, plan))]
-        parts += _parts_in_memory(quantized, slot_of)
-    for number, part in enumerate(parts):
-        # Routing differs between the streams, so the rows of an expert's two inputs do not correspond.
-        with_drift = streams.original is not None and slot_of[part[0][0]].expert is None
-        moves_on = with_drift and number == len(parts) - 1
-        grams = _accumulate(decoder, index, block, rounded_block, part, slot_of, streams, with_drift, moves_on)
-        if moves_on:
-            # Of the original's weights only this part's are read from here on; the others make room for its factor.
-            for name in rounded:
-                if slot_of[name].expert is None:
-                    slot_of[name].write(block, slot_of[name].read(rounded_block))
-        for group in part:
-            gram = grams.pop(group[0])
-            results = round_linears(
-                {name: slot_of[name].read(block) for name in group},
-                {name: plan.linears[name] for name in group},
-                _options(job, plan),
-                decoder_dtype(decoder, index, slot_of[group[0]]),
-                gram.take_hessian(),
-                gram.take_drift(),
-            )
-            for name, result in results.items():
-                slot_of[name].write(rounded_block, result.linear.dequantize(torch.float32))
-            rounded |= results
-    if not moves_on:
-        streams.advance_original(index, block)
-    return rounded
-
-
-def _accumulate(
-    decoder: Decoder,
-    index: int,
-    block: nn.Module,
-    rounded_block: nn.Module,
-    groups: list[tuple[str, ...]],
-    slot_of: dict[str, LinearSlot],
-    streams: _Streams,
-    with_drift: bool,
-    moves_on: bool,
-) -> dict[str, GramMatrices]:
-    """The Gram matrices of some inputs of a block over the calibration text, by the first linear of each.
-
-    Args:
-        with_drift: run the original's stream, too.
-        moves_on: run it to the end of the block, and leave it there.
-    """
-    grams = {group[0]: GramMatrices(slot_of[group[0]].in_features, with_drift) for group in groups}
-    last = frozenset(grams) if slot_of[groups[0][0]].expert is None else None
-    for rows in batches(*streams.rounded.shape[:2]):
-        originals: dict[str, torch.Tensor] = {}
-
-        def keep(name: str, value: torch.Tensor, into: dict[str, torch.Tensor] = originals) -> None:
-            if name in grams:
-                into[name] = value.reshape(-1, value.shape[-1])
-
-        def add(name: str, value: torch.Tensor, originals: dict[str, torch.Tensor] = originals) -> None:
-            if name in grams:
-                grams[name].add(value.reshape(-1, value.shape[-1]), originals.get(name))
-
-        if with_drift and streams.original is not None:
-            output = decoder.run_capturing(index, block, streams.original[rows], keep, None if moves_on else last)
-            if moves_on and output is not None:
-                streams.original[rows] = output
-        decoder.run_capturing(index, rounded_block, streams.rounded[rows], add, last)
-    return grams
-
-
-def _round_without_streams(
-    job: Job, decoder: Decoder, plan: Plan, index: int, block: nn.Module
-) -> dict[str, RoundedLinear]:
-    """Nearest rounding needs no activations but each feature's second moment, which calibrate measured."""
-    slot_of = {slot.name: slot for slot in decoder.slots[index]}
-    rounded: dict[str, RoundedLinear] = {}
-    for entry in load_block_stats(stats_path(job, index)):
-        for name in _quantized_names(entry.linears, plan):
-            rounded |= round_linears(
-                {name: slot_of[name].read(block)},
-                {name: plan.linears[name]},
-                _options(job, plan),
-                decoder_dtype(decoder, index, slot_of[name]),
-                importance=entry.second_moment if entry.tokens else None,
-            )
-    return rounded
 
 
 def _block_tensors(
@@ -297,34 +191,6 @@ def _block_tensors(
     for name, result in rounded.items():
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in result.linear.to_tensors().items()}
     return tensors
-
-
-def decoder_dtype(decoder: Decoder, index: int, slot: LinearSlot) -> torch.dtype:
-    """The dtype that a linear's weight is stored in."""
-    return decoder.weights.dtype(f"{decoder.block_names[index]}.{slot.parameter}")
-
-
-def _options(job: Job, plan: Plan) -> RoundingOptions:
-    rounding = job.config.rounding
-    return RoundingOptions(**rounding.model_dump(), seed=job.config.machine.seed, scale_dtype=plan.scale_dtype)
-
-
-def _quantized_names(group: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
-    return tuple(name for name in group if plan.linears[name].bits < 16)
-
-
-def _parts_in_memory(groups: list[tuple[str, ...]], slot_of: dict[str, LinearSlot]) -> list[list[tuple[str, ...]]]:
-    """Cut a step's groups so that the Gram matrices of each part fit into GRAM_BYTES (one group always does)."""
-    parts: list[list[tuple[str, ...]]] = []
-    used = GRAM_BYTES
-    for group in groups:
-        size = 2 * 4 * slot_of[group[0]].in_features ** 2
-        if used + size > GRAM_BYTES:
-            parts.append([])
-            used = 0
-        parts[-1].append(group)
-        used += size
-    return parts
 
 
 class _Streams:

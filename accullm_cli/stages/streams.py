@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 import time
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from accullm_cli.run import write_file
+from accullm_cli.run import machine_errors, write_file
 
 # A resume repeats at most about this much forward work.
 SECONDS_BETWEEN_STORES = 60.0
@@ -45,3 +48,51 @@ class StreamStore:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+class Captures:
+    """What one block of the original made of each batch, float32, on disk until the block is rounded.
+
+    For every input of every token that is more than memory should hold; as a file it stays in the system's cache as
+    long as there is room, and it has no name, so that nothing is left of it whatever happens.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        with machine_errors(directory):
+            self._file = tempfile.TemporaryFile(dir=directory, buffering=0)
+        self._places: dict[tuple[int, str], tuple[int, torch.Size]] = {}
+        self._end = 0
+
+    def __enter__(self) -> Captures:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, batch: int, name: str, value: torch.Tensor) -> None:
+        """Keep a tensor.
+
+        Raises:
+            MachineError: the disk is full.
+        """
+        content = value.contiguous().numpy().data.cast("B")
+        with machine_errors(self._directory):
+            self._file.seek(self._end)
+            done = 0
+            while done < len(content):
+                done += self._file.write(content[done:])
+        self._places[batch, name] = self._end, value.shape
+        self._end += len(content)
+
+    def read(self, batch: int, name: str) -> torch.Tensor:
+        """The tensor that was kept under this batch and name."""
+        start, shape = self._places[batch, name]
+        content = bytearray(4 * math.prod(shape))
+        self._file.seek(start)
+        view, done = memoryview(content), 0
+        while done < len(content):
+            done += self._file.readinto(view[done:])
+        return torch.frombuffer(content, dtype=torch.float32).view(shape)

@@ -176,7 +176,7 @@ def groups_of(decoder: Decoder, tokens: int = 16) -> list[list[tuple[str, ...]]]
     hidden = decoder.embed(random_ids(1, tokens))
     hidden = decoder.run(0, decoder.load_block(0), hidden)
     prefix = f"{decoder.block_names[1]}."
-    steps = decoder.input_groups(1, decoder.load_block(1), hidden)
+    steps = decoder.trace(1, decoder.load_block(1), hidden).steps
     return [[tuple(name.removeprefix(prefix) for name in group) for group in step] for step in steps]
 
 
@@ -297,10 +297,65 @@ def test_capturing_ends_with_the_last_linear_that_is_wanted() -> None:
     decoder = in_memory(tiny_llama())
     hidden = decoder.embed(random_ids(1, 8).clamp(max=63))
     seen: list[str] = []
-    last = frozenset({"model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.k_proj"})
-    output = decoder.run_capturing(0, decoder.load_block(0), hidden, lambda name, _: seen.append(name), last)
+    last = frozenset(("input", f"model.layers.0.self_attn.{name}_proj") for name in "ok")
+    output = decoder.run_capturing(0, decoder.load_block(0), hidden, lambda name, _: seen.append(name), last=last)
     assert output is None
     assert seen == [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
+
+
+def test_capturing_waits_for_a_sum_that_is_wanted() -> None:
+    decoder = in_memory(tiny_llama())
+    hidden = decoder.embed(random_ids(1, 8).clamp(max=63))
+    seen: list[str] = []
+    last = frozenset({("sum", "model.layers.0.self_attn.o_proj")})
+    output = decoder.run_capturing(
+        0,
+        decoder.load_block(0),
+        hidden,
+        lambda name, _: seen.append(f"input {name[-6:]}"),
+        lambda name, _: seen.append(f"sum {name[-6:]}"),
+        last,
+    )
+    assert output is None
+    assert seen == ["input q_proj", "input k_proj", "input v_proj", "input o_proj", "sum o_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "summed"),
+    [
+        ("llama", {"self_attn.o_proj", "mlp.down_proj"}),
+        ("phi3", {"self_attn.o_proj", "mlp.down_proj"}),
+        ("gpt2", {"attn.c_proj", "mlp.c_proj"}),
+        ("opt", {"self_attn.out_proj", "fc2"}),
+        ("gpt-neox", {"attention.dense", "mlp.dense_4h_to_h"}),
+        ("gemma2", set()),  # a norm comes between a linear and the residual stream
+        ("mixtral", {"self_attn.o_proj"}),  # an expert's output reaches only some rows
+    ],
+)
+def test_linears_that_write_to_the_residual_stream_are_found(name: str, summed: set[str], tmp_path: Path) -> None:
+    decoder = streamed(make_checkpoint(name, tmp_path / name), tmp_path)
+    decoder.load_outside()
+    hidden = decoder.embed(random_ids(1, 16))
+    trace = decoder.trace(0, decoder.load_block(0), hidden)
+    assert trace.summed == {f"{decoder.block_names[0]}.{linear}" for linear in summed}
+
+
+def test_the_sum_is_what_the_residual_stream_becomes() -> None:
+    decoder = in_memory(tiny_llama())
+    hidden = decoder.embed(random_ids(2, 8).clamp(max=63))
+    sums: dict[str, torch.Tensor] = {}
+    block = decoder.load_block(0)
+    output = decoder.run_capturing(
+        0, block, hidden, lambda *_: None, lambda name, value: sums.update({name: value.clone()})
+    )
+    assert output is not None
+    assert torch.equal(sums["model.layers.0.mlp.down_proj"], output)
+    attention = block.self_attn.o_proj  # type: ignore[union-attr]
+    written: list[torch.Tensor] = []
+    handle = attention.register_forward_hook(lambda _, __, result: written.append(result.clone()))
+    decoder.run(0, block, hidden)
+    handle.remove()
+    assert torch.equal(sums["model.layers.0.self_attn.o_proj"], hidden + written[0])
 
 
 # -- refusals ----------------------------------------------------------------------------------------------
@@ -342,7 +397,7 @@ def test_a_linear_that_the_block_does_not_use_is_refused() -> None:
     decoder = in_memory(model)
     hidden = decoder.embed(random_ids(1, 8).clamp(max=63))
     with pytest.raises(AccullmError) as refusal:
-        decoder.input_groups(0, decoder.load_block(0), hidden)
+        decoder.trace(0, decoder.load_block(0), hidden)
     assert refusal.value.line() == (
         "model.layers.0.mlp.spare_proj: is not used as a linear layer; the architecture is not supported"
     )

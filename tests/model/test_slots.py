@@ -238,6 +238,75 @@ def test_nothing_is_seen_outside_of_the_capture() -> None:
     assert seen == []
 
 
+# -- sums --------------------------------------------------------------------------------------------------
+
+
+def sums_of(then) -> list[tuple[str, torch.Tensor]]:  # type: ignore[no-untyped-def]
+    """What is seen of `then(product, other)`, other being of the product's shape."""
+    block = nn.Linear(5, 3, bias=False)
+    seen: list[tuple[str, torch.Tensor]] = []
+    x, other = torch.ones(2, 5), torch.full((2, 3), 10.0)
+    with (
+        torch.no_grad(),
+        CaptureInputs(
+            block,
+            [LinearSlot("b.w", "weight", "linear", 3, 5)],
+            lambda *_: None,
+            lambda name, value: seen.append((name, value.clone())),
+        ),
+    ):
+        block.weight.fill_(1.0)
+        then(block(x), other)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda product, other: product + other,
+        lambda product, other: other + product,
+        lambda product, other: torch.add(other, product),
+        lambda product, other: other.add_(product),
+        lambda product, other: product.add(other),
+        lambda product, other: product.view(2, 3) + other,
+        lambda product, other: other + nn.functional.dropout(product, 0.5, training=False),
+    ],
+    ids=["+", "right", "torch.add", "add_", "Tensor.add", "view", "dropout"],
+)
+def test_every_way_to_add_a_product_to_the_residual_is_seen(then) -> None:  # type: ignore[no-untyped-def]
+    ((name, value),) = sums_of(then)
+    assert name == "b.w"
+    assert value.tolist() == [[15.0] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda product, other: product + torch.ones(3),
+        lambda product, other: product + 1.0,
+        lambda product, other: product * other,
+        lambda product, other: 2 * product + other,
+        lambda product, other: other + other,
+        lambda product, other: product[:1] + other[:1],
+        lambda product, other: product + 0.04 * product.pow(3),  # as in GELU
+        lambda product, other: product.mul_(2) + other,
+    ],
+    ids=["bias", "number", "product", "scaled", "others", "some rows", "of itself", "scaled in place"],
+)
+def test_what_is_no_sum_with_the_whole_product_is_not_seen(then) -> None:  # type: ignore[no-untyped-def]
+    assert sums_of(then) == []
+
+
+def test_a_product_is_added_once() -> None:
+    def twice(product: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (product + other) + (product + other)
+
+    assert len(sums_of(twice)) == 1
+
+
+# -- identity ----------------------------------------------------------------------------------------------
+
+
 def test_one_tensor_read_twice_is_one_input() -> None:
     identity, x = InputIdentity(), torch.zeros(2, 3)
     assert identity.key(x) == identity.key(x)

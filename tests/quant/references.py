@@ -24,8 +24,9 @@ class Problem:
         return self.quantized.T @ self.quantized / len(self.quantized)
 
     @property
-    def drift(self) -> torch.Tensor:
-        return self.quantized.T @ (self.original - self.quantized) / len(self.quantized)
+    def pull(self) -> torch.Tensor:
+        """Y^T (X - Y) W^T / T, [K, N]."""
+        return self.quantized.T @ ((self.original - self.quantized) @ self.weight.T) / len(self.quantized)
 
 
 def correlated_problem(rows: int, columns: int, tokens: int, seed: int) -> Problem:

@@ -17,12 +17,11 @@ METHODS = ("nearest", "feedback", "stochastic")
 MODES = ("untouched", "compensating")
 
 
-def rounded(problem: Problem, options: RoundingOptions, drift: torch.Tensor | None = None, **plan) -> RoundedLinear:
+def rounded(problem: Problem, options: RoundingOptions, pull: torch.Tensor | None = None, **plan) -> RoundedLinear:
     """In float32, as the quantize stage does."""
-    plans = {"a": plan_of(problem, **plan)}
-    return round_linears({"a": problem.weight.float()}, plans, options, torch.bfloat16, problem.hessian.float(), drift)[
-        "a"
-    ]
+    weights, plans = {"a": problem.weight.float()}, {"a": plan_of(problem, **plan)}
+    pulls = None if pull is None else {"a": pull}
+    return round_linears(weights, plans, options, torch.bfloat16, problem.hessian.float(), pulls)["a"]
 
 
 def assert_sound(linear: QuantizedLinear) -> None:
@@ -79,7 +78,7 @@ def test_degenerate_inputs_are_rounded(name, method):
     sets = ((), (0,)) if count == 1 else ((), (3, 5), tuple(range(count)))
     for mode, outliers, symmetric in itertools.product(MODES, sets, (False, True)):
         options = RoundingOptions(method, mode)
-        result = rounded(problem, options, problem.drift.float(), group_size=5, outliers=outliers, symmetric=symmetric)
+        result = rounded(problem, options, problem.pull.float(), group_size=5, outliers=outliers, symmetric=symmetric)
         assert_sound(result.linear)
         assert result.records == ()
 
@@ -179,7 +178,8 @@ def test_numbers_that_are_not_finite_are_refused(value):
     broken[0, 1] = value
     end = "holds NaN or Inf; check the calibration text and model"
     assert refusal(hessian=broken) == f"layers.0.q_proj: the Hessian {end}"
-    assert refusal(hessian=torch.eye(2), drift=broken) == f"layers.0.q_proj: the drift {end}"
+    pull = {"layers.0.q_proj": broken[:, 1:]}
+    assert refusal(hessian=torch.eye(2), pulls=pull) == f"layers.0.q_proj: the pull of earlier errors {end}"
 
 
 # -- outliers as they are ----------------------------------------------------------------------------------

@@ -42,9 +42,10 @@ def with_outliers(problem: Problem) -> Problem:
     return Problem(problem.weight, problem.original / size * gain, problem.quantized / size * gain)
 
 
-def rounded(problem: Problem, options: RoundingOptions, source_dtype=torch.bfloat16, drift=None, **plan):
+def rounded(problem: Problem, options: RoundingOptions, source_dtype=torch.bfloat16, pull=None, **plan):
     layout = plan_of(problem, **plan)
-    results = round_linears({"a": problem.weight}, {"a": layout}, options, source_dtype, problem.hessian, drift)
+    pulls = None if pull is None else {"a": pull}
+    results = round_linears({"a": problem.weight}, {"a": layout}, options, source_dtype, problem.hessian, pulls)
     return results["a"].linear
 
 
@@ -123,7 +124,7 @@ def test_compensating_outliers_take_the_rest_of_the_update(columns):
 def test_corrected_rounding_equals_gptq_of_the_least_squares_target(mode):
     problem = with_outliers(correlated_problem(5, 140, 300, seed=4))
     options = RoundingOptions(outlier_mode=mode)
-    linear = rounded(problem, options, drift=problem.drift, group_size=32, outliers=OUTLIERS)
+    linear = rounded(problem, options, pull=problem.pull, group_size=32, outliers=OUTLIERS)
     last = mode == "compensating"
     target = least_squares_target(problem, options.damping, () if last else OUTLIERS)
     codes, kept = textbook_gptq(
@@ -156,7 +157,7 @@ def test_corrected_target_is_the_least_squares_solution(tokens, mode, outliers):
     problem = with_outliers(correlated_problem(4, 30, tokens, seed=6))
     options = RoundingOptions(outlier_mode=mode)
     factor = factor_hessian(problem.hessian, outliers, options)
-    target = corrected_target(problem.weight, problem.drift @ problem.weight.T, factor)
+    target = corrected_target(problem.weight, problem.pull, factor)
     fixed = outliers if mode == "untouched" else ()
     expected = torch.from_numpy(least_squares_target(problem, options.damping, fixed))
     torch.testing.assert_close(target, expected, rtol=1e-9, atol=1e-9)
@@ -168,7 +169,7 @@ def test_correction_brings_the_output_nearer_to_the_originals():
     problem = correlated_problem(8, 48, 500, seed=7)
     wanted = problem.original @ problem.weight.T
     corrected, plain = (
-        rounded(problem, RoundingOptions(target=target), drift=problem.drift, group_size=16).dequantize().double()
+        rounded(problem, RoundingOptions(target=target), pull=problem.pull, group_size=16).dequantize().double()
         for target in ("corrected", "original")
     )
     error = (wanted - problem.quantized @ corrected.T).square().sum()
@@ -265,8 +266,9 @@ def test_relative_error_is_that_of_the_outputs(method):
 @pytest.mark.parametrize("mode", ["untouched", "compensating"])
 def test_linears_rounded_together_equal_linears_rounded_alone(mode):
     problem = with_outliers(correlated_problem(24, 150, 300, seed=9))
-    hessian, drift = problem.hessian.float(), problem.drift.float()
+    hessian = problem.hessian.float()
     weights = dict(zip("qkv", problem.weight.float().split((8, 4, 12)), strict=True))
+    pulls = dict(zip("qkv", problem.pull.float().split((8, 4, 12), dim=1), strict=True))
     sets = {"q": OUTLIERS, "k": (), "v": OUTLIERS}
     plans = {
         name: plan_of(Problem(weight, weight, weight), group_size=64, outliers=sets[name], name=name)
@@ -276,7 +278,8 @@ def test_linears_rounded_together_equal_linears_rounded_alone(mode):
 
     def round_some(names: str) -> dict[str, dict[str, torch.Tensor]]:
         chosen = {name: weights[name] for name in names}
-        results = round_linears(chosen, plans, options, torch.bfloat16, hessian, drift)
+        own = {name: pulls[name] for name in names}
+        results = round_linears(chosen, plans, options, torch.bfloat16, hessian, own)
         assert list(results) == list(names)
         return {name: result.linear.to_tensors() for name, result in results.items()}
 

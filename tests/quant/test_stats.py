@@ -45,30 +45,45 @@ def test_an_input_that_no_token_reached_has_zero_tokens_and_no_nan():
         assert tensor.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("features", [6, 257, 700])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
-def test_gram_matrices_are_those_of_all_rows(dtype, tolerance):
-    original, quantized = rows(1).bfloat16(), rows(2).bfloat16()
-    gram = GramMatrices(6, with_drift=True, dtype=dtype)
-    for y, x in zip(quantized.split(BATCHES), original.split(BATCHES), strict=True):
+def test_gram_matrices_are_those_of_all_rows(features, dtype, tolerance):
+    original, quantized = rows(1, features).bfloat16(), rows(2, features).bfloat16()
+    difference = rows(3, 5).bfloat16()
+    weight = rows(4, features)[:7].to(dtype)
+    gram = GramMatrices(features, with_drift=True, outputs={"o": 5}, dtype=dtype)
+    for y, x, d in zip(*(part.split(BATCHES) for part in (quantized, original, difference)), strict=True):
         gram.add(y, x)
+        gram.add_output("o", y, d)
     X, Y = original.double(), quantized.double()
     assert gram.tokens == 50
-    hessian, drift = gram.take_hessian(), gram.take_drift()
+    hessian, pulls = gram.take_hessian(), gram.take_pulls({"q": weight, "o": weight})
     assert hessian is not None
-    assert drift is not None
-    assert hessian.dtype == drift.dtype == dtype
-    torch.testing.assert_close(hessian.double(), Y.T @ Y / 50, rtol=0, atol=50 * tolerance)
-    torch.testing.assert_close(drift.double(), Y.T @ (X - Y) / 50, rtol=0, atol=50 * tolerance)
+    assert torch.equal(hessian, hessian.T)
+    assert hessian.dtype == pulls["q"].dtype == pulls["o"].dtype == dtype
+    bound = 50 * tolerance
+    torch.testing.assert_close(hessian.double(), Y.T @ Y / 50, rtol=0, atol=bound)
+    torch.testing.assert_close(
+        pulls["q"].double(), Y.T @ (X - Y) @ weight.double().T / 50, rtol=0, atol=bound * 4 * features
+    )
+    torch.testing.assert_close(pulls["o"].double(), Y.T @ difference.double() / 50, rtol=0, atol=bound)
 
 
-def test_drift_is_kept_only_where_asked_for():
-    gram = GramMatrices(6, with_drift=False)
+def test_pulls_are_known_only_where_asked_for():
+    gram = GramMatrices(6)
     gram.add(rows(1), rows(2))
-    assert gram.take_drift() is None
+    assert gram.take_pulls({"a": torch.ones(2, 6)}) == {}
+
+
+def test_a_pull_of_one_output_leaves_the_other_linears_without():
+    gram = GramMatrices(6, outputs={"a": 3})
+    gram.add(rows(1))
+    gram.add_output("a", rows(1), rows(2, 3))
+    assert gram.take_pulls({"a": torch.ones(3, 6), "b": torch.ones(2, 6)}).keys() == {"a"}
 
 
 def test_without_rows_there_are_no_gram_matrices():
-    gram = GramMatrices(2, with_drift=True)
+    gram = GramMatrices(2, with_drift=True, outputs={"a": 3})
     assert gram.tokens == 0
     assert gram.take_hessian() is None
-    assert gram.take_drift() is None
+    assert gram.take_pulls({"a": torch.ones(3, 2), "b": torch.ones(3, 2)}) == {}

@@ -1,0 +1,205 @@
+"""Rounding the linears of one block, each for the input that it will really get.
+
+The original's block runs once over the calibration text, and what the rounding wants of it is kept. Then the rounded
+block runs once for each distinct input, up to that input, with everything before it rounded already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from accullm_cli.model.blocks import Decoder, Trace, batches
+from accullm_cli.model.slots import LinearSlot
+from accullm_cli.quant.plan import Plan
+from accullm_cli.quant.rounding import RoundedLinear, RoundingOptions, round_linears
+from accullm_cli.quant.stats import GramMatrices
+from accullm_cli.stages.calibrate import PROBE_TOKENS, load_block_stats, stats_path
+from accullm_cli.stages.job import Job
+from accullm_cli.stages.streams import Captures
+
+# Gram matrices that are accumulated in one pass; the experts of a step come in parts of this size.
+GRAM_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class BlockPair:
+    """A block of the original and the same block as far as it is rounded."""
+
+    decoder: Decoder
+    index: int
+    original: nn.Module
+    rounded: nn.Module
+
+    @property
+    def slot_of(self) -> dict[str, LinearSlot]:
+        """The block's linears by name."""
+        return {slot.name: slot for slot in self.decoder.slots[self.index]}
+
+
+def round_with_streams(
+    job: Job, plan: Plan, pair: BlockPair, original: torch.Tensor | None, rounded: torch.Tensor
+) -> dict[str, RoundedLinear]:
+    """Round the block's linears in the order it computes them; `pair.rounded` gets the rounded weights.
+
+    Args:
+        original: the original's hidden states before the block [S, T, hidden]; at the end, in place, those behind it.
+            None where no target is corrected for the past.
+        rounded: those of the model quantized so far, before the block; left as they are.
+    """
+    decoder, index, slot_of = pair.decoder, pair.index, pair.slot_of
+    trace = decoder.trace(index, pair.original, rounded[:1, :PROBE_TOKENS])
+    parts: list[list[tuple[str, ...]]] = []
+    for step in trace.steps:
+        quantized = [names for group in step if (names := _quantized_names(group, plan))]
+        parts += _parts_in_memory(quantized, slot_of)
+    results: dict[str, RoundedLinear] = {}
+    with Captures(job.run.path) as captures:
+        if original is not None:
+            _capture_original(pair, trace, parts, original, captures)
+        for part in parts:
+            grams = _accumulate(pair, trace, part, rounded, None if original is None else captures)
+            for group in part:
+                gram = grams.pop(group[0])
+                weights = {name: slot_of[name].read(pair.original) for name in group}
+                found = round_linears(
+                    weights,
+                    {name: plan.linears[name] for name in group},
+                    rounding_options(job, plan),
+                    stored_dtype(decoder, index, slot_of[group[0]]),
+                    gram.take_hessian(),
+                    gram.take_pulls(weights),
+                )
+                for name, result in found.items():
+                    slot_of[name].write(pair.rounded, result.linear.dequantize(torch.float32))
+                    if slot_of[name].expert is None:
+                        # Nobody reads the original's weight any more.
+                        slot_of[name].write(pair.original, slot_of[name].read(pair.rounded))
+                results |= found
+    return results
+
+
+def round_without_streams(job: Job, plan: Plan, pair: BlockPair) -> dict[str, RoundedLinear]:
+    """Nearest rounding needs no activations but each feature's second moment, which calibrate measured."""
+    rounded: dict[str, RoundedLinear] = {}
+    for entry in load_block_stats(stats_path(job, pair.index)):
+        for name in _quantized_names(entry.linears, plan):
+            slot = pair.slot_of[name]
+            rounded |= round_linears(
+                {name: slot.read(pair.original)},
+                {name: plan.linears[name]},
+                rounding_options(job, plan),
+                stored_dtype(pair.decoder, pair.index, slot),
+                importance=entry.second_moment if entry.tokens else None,
+            )
+    return rounded
+
+
+def stored_dtype(decoder: Decoder, index: int, slot: LinearSlot) -> torch.dtype:
+    """The dtype that a linear's weight is stored in."""
+    return decoder.weights.dtype(f"{decoder.block_names[index]}.{slot.parameter}")
+
+
+def rounding_options(job: Job, plan: Plan) -> RoundingOptions:
+    """The configuration's way of rounding."""
+    rounding = job.config.rounding
+    return RoundingOptions(**rounding.model_dump(), seed=job.config.machine.seed, scale_dtype=plan.scale_dtype)
+
+
+# -- the two passes ----------------------------------------------------------------------------------------
+
+
+def _capture_original(
+    pair: BlockPair, trace: Trace, parts: list[list[tuple[str, ...]]], original: torch.Tensor, captures: Captures
+) -> None:
+    """Run the original's stream through its block, in place, and keep what pulls need of it.
+
+    That is the input of each group with a linear whose output enters no sum, and the sums that other outputs enter.
+    Experts are left out: routing differs between the streams, so the rows of their two inputs do not correspond.
+    """
+    groups = [group for part in parts for group in part if pair.slot_of[group[0]].expert is None]
+    inputs = {group[0] for group in groups if not trace.summed.issuperset(group)}
+    sums = {name for group in groups for name in group if name in trace.summed}
+    for batch, rows in enumerate(batches(*original.shape[:2])):
+
+        def keep_input(name: str, value: torch.Tensor, batch: int = batch) -> None:
+            if name in inputs:
+                captures.write(batch, f"input {name}", _as_rows(value))
+
+        def keep_sum(name: str, value: torch.Tensor, batch: int = batch) -> None:
+            if name in sums:
+                captures.write(batch, f"sum {name}", _as_rows(value))
+
+        output = pair.decoder.run_capturing(pair.index, pair.original, original[rows], keep_input, keep_sum)
+        assert output is not None
+        original[rows] = output
+
+
+def _accumulate(
+    pair: BlockPair, trace: Trace, groups: list[tuple[str, ...]], rounded: torch.Tensor, captures: Captures | None
+) -> dict[str, GramMatrices]:
+    """The Gram matrices of some inputs of a block over the calibration text, by the first linear of each.
+
+    Args:
+        rounded: hidden states before the block of the model quantized so far.
+        captures: what `_capture_original` kept; None where no target is corrected.
+    """
+    slot_of = pair.slot_of
+    is_dense = slot_of[groups[0][0]].expert is None
+    corrected = captures is not None and is_dense
+    first_of = {name: group[0] for group in groups for name in group}
+    summed = {name for name in first_of if corrected and name in trace.summed}
+    with_drift = {group[0] for group in groups if corrected and not summed.issuperset(group)}
+    grams = {
+        group[0]: GramMatrices(
+            slot_of[group[0]].in_features,
+            group[0] in with_drift,
+            {name: slot_of[name].out_features for name in group if name in summed},
+        )
+        for group in groups
+    }
+    # Which experts a batch reaches is not known before its end.
+    awaited = {("input", first) for first in grams} | {("sum", name) for name in summed} if is_dense else set()
+    for batch, rows in enumerate(batches(*rounded.shape[:2])):
+        inputs: dict[str, torch.Tensor] = {}
+
+        def add(name: str, value: torch.Tensor, batch: int = batch, inputs: dict[str, torch.Tensor] = inputs) -> None:
+            if name in grams:
+                inputs[name] = _as_rows(value)
+                original = captures.read(batch, f"input {name}") if captures and name in with_drift else None
+                grams[name].add(inputs[name], original)
+
+        def add_sum(
+            name: str, value: torch.Tensor, batch: int = batch, inputs: dict[str, torch.Tensor] = inputs
+        ) -> None:
+            if captures and name in summed:
+                first = first_of[name]
+                grams[first].add_output(name, inputs[first], captures.read(batch, f"sum {name}") - _as_rows(value))
+
+        pair.decoder.run_capturing(pair.index, pair.rounded, rounded[rows], add, add_sum, frozenset(awaited))
+    return grams
+
+
+def _as_rows(value: torch.Tensor) -> torch.Tensor:
+    """[..., K] as [T, K]."""
+    return value.reshape(-1, value.shape[-1])
+
+
+def _quantized_names(group: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
+    return tuple(name for name in group if plan.linears[name].bits < 16)
+
+
+def _parts_in_memory(groups: list[tuple[str, ...]], slot_of: dict[str, LinearSlot]) -> list[list[tuple[str, ...]]]:
+    """Cut a step's groups so that the Gram matrices of each part fit into GRAM_BYTES (one group always does)."""
+    parts: list[list[tuple[str, ...]]] = []
+    used = GRAM_BYTES
+    for group in groups:
+        size = 2 * 4 * slot_of[group[0]].in_features ** 2
+        if used + size > GRAM_BYTES:
+            parts.append([])
+            used = 0
+        parts[-1].append(group)
+        used += size
+    return parts
