@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from accullm_cli.console import Console, duration, plain, render, report_text, size, table, to_json
+from accullm_cli.console import Console, plain, render, report_text, table, to_json
 from accullm_cli.measure.result import Clause, Estimate, Fidelity, Report
 from accullm_cli.progress import Event
 from accullm_cli.run import UP_TO_DATE, Reason
@@ -261,31 +261,6 @@ def test_what_is_not_a_result_is_refused():
 
 def test_a_table_is_as_wide_as_its_cells():
     assert table([["a", "b" * 300], ["cc", "d"]]).splitlines() == ["a   " + "b" * 300, "cc  d"]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 bytes"),
-        (999, "999 bytes"),
-        (1000, "1 kB"),
-        (1_234_567, "1.23 MB"),
-        (269_000_000, "269 MB"),
-        (999_900_000, "1000 MB"),
-        (13_500_000_000, "13.5 GB"),
-        (7_000_000_000_000_000, "7000 TB"),
-    ],
-)
-def test_sizes_are_decimal(count, text):
-    assert size(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")],
-)
-def test_durations_are_said_as_people_do(seconds, text):
-    assert duration(seconds) == text
 
 
 # -- JSON --------------------------------------------------------------------------------------------------
