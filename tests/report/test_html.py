@@ -11,7 +11,7 @@ import pytest
 from accullm_cli.errors import EXIT_MACHINE, MachineError
 from accullm_cli.report import to_json, write_report
 from accullm_cli.report.html import nats, render
-from tests.report.samples import FIDELITY, MET, MISSED, a_report, linear
+from tests.samples import FIDELITY, MET, MISSED, a_report, linear
 
 
 class Page(HTMLParser):

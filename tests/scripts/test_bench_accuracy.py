@@ -13,8 +13,8 @@ import pytest
 
 from accullm_cli.console import plain
 from accullm_cli.measure.result import StageSummary
+from tests.samples import report_of
 from tests.scripts.test_prepare_demo_model import SCRIPT as SIBLING
-from tests.support import sample_report
 
 SCRIPT = SIBLING.with_name("bench_accuracy.py")
 
@@ -42,7 +42,7 @@ def report(mean_kl: float = 0.05) -> dict[str, Any]:
         StageSummary("quantize", "new", True, 9.0, 500_000_000),
         StageSummary("validate accullm", "new", True, 3.0, 700_000_000),
     )
-    return plain(dataclasses.replace(sample_report(mean_kl), stages=stages))
+    return plain(dataclasses.replace(report_of(mean_kl), stages=stages))
 
 
 def options(tmp_path: Path, *arguments: str) -> Any:
