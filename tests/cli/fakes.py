@@ -6,7 +6,7 @@ import types
 from dataclasses import dataclass
 from pathlib import Path
 
-from accullm_cli.measure.result import Clause, StageSummary
+from accullm_cli.measure.result import Clause
 from accullm_cli.progress import Event
 from tests.samples import a_report
 
@@ -25,9 +25,16 @@ class StageResult:
 
 
 @dataclass(frozen=True)
+class PlannedStage:
+    name: str
+    reason: str
+    runs: bool
+
+
+@dataclass(frozen=True)
 class DryRun:
     model: str
-    stages: tuple[StageSummary, ...]
+    stages: tuple[PlannedStage, ...]
     bits_per_weight: float
     artifact_bytes: int
     peak_bytes: int
@@ -55,13 +62,13 @@ class Pipeline(types.ModuleType):
         reports = self.reports if name == "validate" else ()
         return StageResult(name, "work/m.run", ("out-a", "out-b"), 1.0, reports)
 
-    def dry_run(self, config):
-        self.calls.append(("dry_run", config))
-        stages = (StageSummary("calibrate", "new", True, 61.0, 1_500_000_000),)
+    def dry_run(self, config, progress, fresh=False, only=None):
+        self.calls.append(("dry_run", config, fresh, only))
+        stages = (PlannedStage("calibrate", "new", True), PlannedStage("validate accullm", "up to date", False))
         return DryRun(config.model, stages, 4.4, 130_000_000, 2_000_000_000, 3700.0)
 
-    def validate_artifact(self, artifact, config, progress):
-        self.calls.append(("validate_artifact", artifact, config))
+    def validate_artifact(self, artifact, config, progress, fresh=False):
+        self.calls.append(("validate_artifact", artifact, config, fresh))
         return self.reports[0]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from accullm_cli.config import config_schema
 from tests.cli.fakes import (
+    CONVERTING,
     MISSED,
     ROOT,
     Check,
@@ -69,9 +70,17 @@ def test_dry_run_prints_a_table_and_runs_nothing(accullm, pipeline):
         "seconds          1 h 01 min",
         "",
         "stages:",
-        "  name       reason  ran  seconds     peak bytes",
-        "  calibrate  new     yes  1 min 01 s  1.5 GB",
+        "  name              reason      runs",
+        "  calibrate         new         yes",
+        "  validate accullm  up to date  no",
     ]
+
+
+@pytest.mark.parametrize("command", CONVERTING)
+def test_a_dry_run_is_of_the_command_that_was_typed(accullm, pipeline, command):
+    assert accullm(command, "m", "--dry-run", "--fresh")[0] == 0
+    only = None if command == "convert" else command
+    assert [(name, fresh, stage) for name, _, fresh, stage in pipeline.calls] == [("dry_run", True, only)]
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "profile", "quantize"])
@@ -109,9 +118,25 @@ def test_validate_of_an_artifact_measures_that_artifact(accullm, pipeline, tmp_p
     pipeline.reports = (a_report((MISSED,), artifact="work/m-int4"),)
     extra = ["--original", original] if original else []
     assert accullm("validate", str(tmp_path), "--validation-windows", "3", *extra)[0] == 3
-    [(name, artifact, config)] = pipeline.calls
-    assert (name, artifact) == ("validate_artifact", tmp_path)
+    [(name, artifact, config, fresh)] = pipeline.calls
+    assert (name, artifact, fresh) == ("validate_artifact", tmp_path, False)
     assert (config.model, config.validation.windows) == (original or str(tmp_path), 3)
+
+
+def test_an_artifact_is_measured_again_where_that_is_asked_for(accullm, pipeline, tmp_path):
+    (tmp_path / "accullm.json").write_text("{}")
+    assert accullm("validate", str(tmp_path), "--fresh")[0] == 0
+    assert pipeline.calls[0][3] is True
+
+
+def test_a_dry_run_measures_no_artifact(accullm, pipeline, tmp_path):
+    (tmp_path / "accullm.json").write_text("{}")
+    assert accullm("validate", str(tmp_path), "--dry-run") == (
+        2,
+        "",
+        f"error: {tmp_path}: is an artifact, which a dry run does not measure; leave out --dry-run, or give a model\n",
+    )
+    assert pipeline.calls == []
 
 
 def test_original_without_an_artifact_is_refused(accullm, pipeline):
