@@ -23,6 +23,7 @@ from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, LinearSummary, Rep
 from accullm_cli.model.alias import aliases
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.source import open_source
+from accullm_cli.model.text import check_text
 from accullm_cli.progress import Progress, silent
 from accullm_cli.report import write_report
 from accullm_cli.run import Reason, RunDirectory, key_of, write_text
@@ -177,6 +178,7 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
     with tempfile.TemporaryDirectory() as scratch, _threads(run, config):
         source = open_source(config.model, Path(scratch), progress)
         job = Job(config, run, source, progress, only)
+        _check_positions(job)
         decoder = _preflight(job)
         stages = tuple(PlannedStage(name, str(why), why.runs) for name, why in _decide_stages(job, fresh).items())
         plan = make_plan(job, decoder)
@@ -255,6 +257,7 @@ def _open_job(
     with directory.locked(), directory.removed_if_refused(), _threads(directory, config) as threads:
         source = open_source(config.model, directory.path, progress)
         job = Job(config, directory, source, progress, only)
+        _check_positions(job)
         if checks_output:
             _preflight(job)
         resolved = config.model_dump(mode="json")
@@ -276,6 +279,8 @@ def _check_config(config: Config, run: RunDirectory, foreign: str) -> None:
         raise AccullmError(
             f"{config.machine.device} is not supported: this version computes on the CPU", "--device", "give cpu"
         )
+    for text in (config.calibration.text, config.validation.text):
+        check_text(text)
     run.check()
     if foreign in run.stages():
         what = "holds a conversion" if foreign == "calibrate" else "holds the validation of a finished artifact"
@@ -296,6 +301,18 @@ def _threads(run: RunDirectory, config: Config) -> Iterator[int]:
         yield count
     finally:
         torch.set_num_threads(before)
+
+
+def _check_positions(job: Job) -> None:
+    """Refuse windows that are longer than what the model was made to read."""
+    text = job.source.config.get("text_config", job.source.config)
+    positions = text.get("max_position_embeddings", text.get("n_positions"))
+    if positions is not None and job.config.calibration.seq_len > positions:
+        raise AccullmError(
+            f"{job.config.calibration.seq_len} is more than the model's {positions} positions",
+            "--seq-len",
+            f"give {positions} or less",
+        )
 
 
 def _preflight(job: Job) -> Decoder:

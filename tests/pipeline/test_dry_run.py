@@ -198,6 +198,18 @@ def test_a_dry_run_of_one_stage_ends_with_it_or_refuses_as_it_would(stage: str, 
             "accullm",
         ),
         (
+            {"calibration__text": "{tmp}/corpus.txt"},
+            "{tmp}/corpus.txt: no such file; check its spelling",
+        ),
+        (
+            {"validation__text": "{tmp}/mine"},
+            "{tmp}/mine: cannot be read (Is a directory)",
+        ),
+        (
+            {"calibration__seq_len": 257},
+            "--seq-len: 257 is more than the model's 256 positions; give 256 or less",
+        ),
+        (
             {"machine__device": "cuda:0"},
             "--device: cuda:0 is not supported: this version computes on the CPU; give cpu",
         ),

@@ -92,3 +92,13 @@ def test_a_conversion_does_not_go_on_in_a_validations_directory(llama: Path, art
     line = f"{run}: holds the validation of a finished artifact; give another directory with --run"
     config = config.model_copy(update={"export": config.export.model_copy(update={"out": tmp_path / "out"})})
     assert refusal(lambda: convert(config)) == refusal(lambda: dry_run(config)) == line
+
+
+def test_windows_longer_than_the_model_reads_are_refused(tmp_path: Path) -> None:
+    """GPT-2 has no position beyond its last one; other models compute nonsense there."""
+    source = make_checkpoint("gpt2", tmp_path / "model")
+    convert(fast_config(source, tmp_path / "out"))
+    line = "--seq-len: 300 is more than the model's 256 positions; give 256 or less"
+    longer = fast_config(source, tmp_path / "out", calibration__seq_len=300)
+    assert refusal(lambda: validate_artifact(tmp_path / "out", longer)) == line
+    assert refusal(lambda: convert(longer)) == line

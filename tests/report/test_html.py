@@ -202,7 +202,7 @@ def test_place_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(MachineError) as error:
         write_report(a_report(), tmp_path / "report")
     assert error.value.line() == (
-        f"{tmp_path}/report/report.json: cannot be written (File exists); run the same command again to resume"
+        f"{tmp_path}/report/report.json: cannot be written (File exists); give another path with --out or --run"
     )
     assert error.value.exit_code == EXIT_MACHINE
 
