@@ -62,7 +62,7 @@ def test_recorded_fidelity_is_shown(tmp_path: Path) -> None:
     found = inspect(directory)
     assert found.validated
     assert Fact("mean_kl", "0.05 (0.045 to 0.055)") in found.fidelity
-    assert Fact("kl_max", "2.5") in found.fidelity
+    assert Fact("kl_max", "2.25") in found.fidelity
     assert {fact.name for fact in found.fidelity}.isdisjoint({"kl_of_window", "kl_histogram", "contract"})
 
 
