@@ -156,7 +156,7 @@ def _convert(call: Call) -> Outcome:
     from accullm_cli import pipeline
 
     if call.dry_run:
-        return _result(call.as_json, "dry_run", pipeline.dry_run(config))
+        return _result(call.as_json, "dry_run", pipeline.dry_run(config, call.console.progress, call.fresh))
     reports = pipeline.convert_all(config, progress=call.console.progress, fresh=call.fresh)
     return _reports(call, reports)
 
@@ -167,7 +167,7 @@ def _stage(name: str) -> Callable[[Call], Outcome]:
         from accullm_cli import pipeline
 
         if call.dry_run:
-            return _result(call.as_json, "dry_run", pipeline.dry_run(config))
+            return _result(call.as_json, "dry_run", pipeline.dry_run(config, call.console.progress, call.fresh, name))
         result = pipeline.run_stage(name, config, progress=call.console.progress, fresh=call.fresh)
         if result.reports:
             return _reports(call, result.reports)
@@ -187,10 +187,14 @@ def _validate(call: Call) -> Outcome:
             )
         return _stage("validate")(call)
 
+    if call.dry_run:
+        raise AccullmError(
+            "is an artifact, which a dry run does not measure", artifact, "leave out --dry-run, or give a model"
+        )
     config = call.config(model=call.original or str(artifact))
     from accullm_cli import pipeline
 
-    report = pipeline.validate_artifact(artifact, config, progress=call.console.progress)
+    report = pipeline.validate_artifact(artifact, config, progress=call.console.progress, fresh=call.fresh)
     return _reports(call, (report,))
 
 

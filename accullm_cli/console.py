@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from accullm_cli.progress import Event
+from accullm_cli.units import duration, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -269,28 +270,6 @@ def _cell(name: str, value: object) -> str:
     if isinstance(value, (tuple, list)):
         return ", ".join(_cell("", item) for item in value)
     return str(value)
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units: "274 MB"."""
-    amount, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if amount < 1000:
-            break
-        amount, unit = amount / 1000, larger
-    return f"{count} bytes" if unit == "bytes" else f"{amount:.3g} {unit}" if amount < 999.5 else f"{amount:.0f} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: "0.4 s", "12 s", "3 min 05 s", "2 h 07 min"."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 # -- JSON --------------------------------------------------------------------------------------------------

@@ -23,16 +23,24 @@ from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, LinearSummary, Rep
 from accullm_cli.model.alias import aliases
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.source import open_source
+from accullm_cli.model.text import check_text
 from accullm_cli.progress import Progress, silent
 from accullm_cli.report import write_report
 from accullm_cli.run import Reason, RunDirectory, key_of, write_text
 from accullm_cli.stages.calibrate import calibrate, calibrate_inputs, make_reference, open_decoder
 from accullm_cli.stages.estimate import estimate
-from accullm_cli.stages.export import artifact_directories, check_output, export, export_inputs
-from accullm_cli.stages.job import Job, StageOutcome, versions
+from accullm_cli.stages.export import artifact_directories, check_output, export, export_inputs, known_files
+from accullm_cli.stages.job import Job, StageOutcome, decide, versions
 from accullm_cli.stages.profile import make_plan, profile, profile_inputs, refuse_impossible
 from accullm_cli.stages.quantize import load_block_record, quantize, quantize_inputs
-from accullm_cli.stages.validate import artifact_sha256, load_fidelity, validate
+from accullm_cli.stages.validate import (
+    artifact_sha256,
+    hash_of_files,
+    load_fidelity,
+    stage_name,
+    validate,
+    validate_inputs,
+)
 
 STAGES = ("calibrate", "profile", "quantize", "export", "validate")
 
@@ -49,9 +57,20 @@ class StageResult:
 
 
 @dataclass(frozen=True)
+class PlannedStage:
+    """One stage: whether it would run, and why or why not."""
+
+    name: str
+    reason: str
+    runs: bool
+
+
+@dataclass(frozen=True)
 class DryRun:
     """What a conversion would do. Nothing was written.
 
+    stages: as the run would find them, but that of an artifact made of changed inputs nothing is known, so that it
+    counts as changed; a stage asked for alone is the last one.
     peak_bytes and seconds are estimates. bits_per_weight is exact for the native format; artifact_bytes are its
     tensors and the tokenizer files, to which a few kilobytes of JSON and headers come.
     """
@@ -59,7 +78,7 @@ class DryRun:
     model: str
     run: str
     artifact: str
-    stages: tuple[StageSummary, ...]
+    stages: tuple[PlannedStage, ...]
     bits_per_weight: float
     artifact_bytes: int
     peak_bytes: int
@@ -144,8 +163,12 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
         return _finish_report(job, manifest.format, artifact, [reference, validated])
 
 
-def dry_run(config: Config, progress: Progress = silent) -> DryRun:
+def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, only: str | None = None) -> DryRun:
     """The plan of a conversion, its size, and estimates of memory and time. Writes nothing.
+
+    Args:
+        fresh: as for `convert`.
+        only: one of STAGES, where `run_stage` is what would be called.
 
     Raises:
         AccullmError: whatever would stop the conversion before its first forward pass.
@@ -154,11 +177,12 @@ def dry_run(config: Config, progress: Progress = silent) -> DryRun:
     _check_config(config, run, "reference")
     with tempfile.TemporaryDirectory() as scratch, _threads(run, config):
         source = open_source(config.model, Path(scratch), progress)
-        job = Job(config, run, source, progress)
+        job = Job(config, run, source, progress, only)
+        _check_positions(job)
         decoder = _preflight(job)
+        stages = tuple(PlannedStage(name, str(why), why.runs) for name, why in _decide_stages(job, fresh).items())
         plan = make_plan(job, decoder)
         estimated = estimate(job, decoder, plan)
-        stages = tuple(StageSummary(name, str(why), why.runs, 0.0, 0) for name, why in _decide_stages(job).items())
         return DryRun(
             model=source.origin,
             run=str(run.path),
@@ -171,14 +195,27 @@ def dry_run(config: Config, progress: Progress = silent) -> DryRun:
         )
 
 
-def _decide_stages(job: Job) -> dict[str, Reason]:
-    """Why each stage up to export would run, or not: what the conversion itself will find."""
+def _decide_stages(job: Job, fresh: bool) -> dict[str, Reason]:
+    """Why each stage would run, or not: what the conversion itself will find."""
     calibrating = calibrate_inputs(job)
     profiling = profile_inputs(job, key_of(calibrating))
     quantizing = quantize_inputs(job, key_of(calibrating), key_of(profiling))
     exporting = export_inputs(job, artifact_path(job.config), key_of(quantizing))
     inputs = {"calibrate": calibrating, "profile": profiling, "quantize": quantizing, "export": exporting}
-    return {name: job.run.decide(name, of_stage) for name, of_stage in inputs.items()}
+    reasons: dict[str, Reason] = {}
+    for name, of_stage in inputs.items():
+        reasons[name] = decide(job, name, of_stage, fresh)
+        if name == job.only:
+            return reasons
+    for format_name, directory in artifact_directories(job, artifact_path(job.config)).items():
+        if not reasons["export"].runs:
+            artifact = artifact_sha256(directory)
+        else:
+            files = known_files(job, exporting, format_name)
+            artifact = hash_of_files(files) if files else "not known before it is written"
+        name = stage_name(format_name)
+        reasons[name] = decide(job, name, validate_inputs(job, artifact, key_of(calibrating)), fresh)
+    return reasons
 
 
 def artifact_path(config: Config) -> Path:
@@ -220,6 +257,7 @@ def _open_job(
     with directory.locked(), directory.removed_if_refused(), _threads(directory, config) as threads:
         source = open_source(config.model, directory.path, progress)
         job = Job(config, directory, source, progress, only)
+        _check_positions(job)
         if checks_output:
             _preflight(job)
         resolved = config.model_dump(mode="json")
@@ -241,6 +279,8 @@ def _check_config(config: Config, run: RunDirectory, foreign: str) -> None:
         raise AccullmError(
             f"{config.machine.device} is not supported: this version computes on the CPU", "--device", "give cpu"
         )
+    for text in (config.calibration.text, config.validation.text):
+        check_text(text)
     run.check()
     if foreign in run.stages():
         what = "holds a conversion" if foreign == "calibrate" else "holds the validation of a finished artifact"
@@ -261,6 +301,18 @@ def _threads(run: RunDirectory, config: Config) -> Iterator[int]:
         yield count
     finally:
         torch.set_num_threads(before)
+
+
+def _check_positions(job: Job) -> None:
+    """Refuse windows that are longer than what the model was made to read."""
+    text = job.source.config.get("text_config", job.source.config)
+    positions = text.get("max_position_embeddings", text.get("n_positions"))
+    if positions is not None and job.config.calibration.seq_len > positions:
+        raise AccullmError(
+            f"{job.config.calibration.seq_len} is more than the model's {positions} positions",
+            "--seq-len",
+            f"give {positions} or less",
+        )
 
 
 def _preflight(job: Job) -> Decoder:

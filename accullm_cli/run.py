@@ -234,6 +234,9 @@ def machine_error(error: OSError, path: Path) -> MachineError:
         return MachineError(
             f"no space left on the disk ({free / 1e6:,.0f} MB free)", path, "free some and run the same command again"
         )
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG):
+        what = os.strerror(error.errno)
+        return MachineError(f"cannot be written ({what})", path, "give another path with --out or --run")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return MachineError(
             f"cannot be written ({os.strerror(error.errno).lower()})", path, "give a writable path with --out or --run"

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from accullm_cli.console import duration, size
 from accullm_cli.errors import AccullmError
 from accullm_cli.run import write_text
+from accullm_cli.units import duration, size
 
 STAGES = ("calibrate", "profile", "quantize", "export", "validate")
 

@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accullm_cli.console import duration, size
 from accullm_cli.errors import AccullmError, MachineError
 from accullm_cli.run import existing_parent, write_text
+from accullm_cli.units import duration, size
 
 # Of the resident memory of a whole conversion; the reason for streaming.
 TARGET_BYTES = 2_500_000_000

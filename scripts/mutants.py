@@ -92,8 +92,8 @@ MUTANTS = (
     Mutant(
         "the target moves the wrong way",
         ROUNDING,
-        "target[:, reverse] += pull.T",
-        "target[:, reverse] -= pull.T",
+        "rows[:, reverse] += torch.linalg",
+        "rows[:, reverse] -= torch.linalg",
         ("tests/quant/test_rounding.py",),
     ),
     Mutant(

@@ -25,6 +25,7 @@ from accullm_cli.stages.quantize import quantize
 from accullm_cli.stages.validate import validate
 from tests.tiny import tiny_config
 
+FAST = {"rounding__method": "nearest", "rounding__grid": "minmax", "calibration__samples": 1}
 WORDS = "the a of to in is and with or if not grid scale block input row weight error".split()
 
 
@@ -59,6 +60,11 @@ def short_config(model: Path, out: Path, **settings: object) -> Config:
         "validation__text": write_text(model.with_name("validation.txt"), 2),
     }
     return tiny_config(model, out, **(texts | settings))
+
+
+def fast_config(model: Path, out: Path, **settings: object) -> Config:
+    """As `short_config`, rounded in the fastest way: where it does not matter how well."""
+    return short_config(model, out, **(FAST | settings))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"stages"}),
     frozenset({"measure", "report", "formats", "kernels", "model", "hf", "vllm"}),
     frozenset({"quant"}),
-    frozenset({"config", "config_file", "resources", "run", "progress", "errors"}),
+    frozenset({"config", "config_file", "resources", "run", "progress", "units", "errors"}),
 )
 MAX_LINES = 450
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "matplotlib", "huggingface_hub", "gguf"}

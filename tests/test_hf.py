@@ -17,7 +17,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 import accullm_cli.hf
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
-from tests.support import Made, empty, make_parts, tiny_gpt2, tiny_llama, tiny_mixtral, tokens
+from tests.artifacts import Made, empty, make_parts
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_mixtral, tokens
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 MODELS: dict[str, Callable[[], nn.Module]] = {

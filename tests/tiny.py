@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of many architectures, each with a tokenizer, as a user would have them on disk."""
+"""Tiny random models: checkpoints with a tokenizer, as a user would have them on disk, and models in memory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -86,6 +87,49 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         shared_expert_intermediate_size=48,
     ),
 }
+
+
+# A model that stays in memory needs no tokenizer, and fewer tokens.
+_SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def tiny_llama(tied: bool = False, dtype: torch.dtype = torch.float32, hidden: int = 64) -> PreTrainedModel:
+    """With a bias at each linear of the attention."""
+    shape = {**_SHAPE, **_SMALL, "hidden_size": hidden}
+    return _in_memory(LlamaConfig(**shape, tie_word_embeddings=tied, attention_bias=True), dtype)
+
+
+def tiny_gpt2() -> PreTrainedModel:
+    """Conv1D layers, each with a bias."""
+    return _in_memory(GPT2Config(**_SMALL, n_embd=48, n_layer=2, n_head=4))
+
+
+def tiny_mixtral() -> PreTrainedModel:
+    """Four experts, of widths that are no multiple of 32."""
+    shape = {**_SHAPE, **_SMALL, "hidden_size": 48, "intermediate_size": 40}
+    return _in_memory(MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2))
+
+
+def _in_memory(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config.dtype = dtype
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero at first, where a lost one would not show
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype).eval()
+
+
+def tokens(batch: int = 2, length: int = 11) -> torch.Tensor:
+    """Ids for the models in memory."""
+    return torch.randint(0, _SMALL["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 def make_checkpoint(name: str, directory: Path, dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB") -> Path:

@@ -56,6 +56,10 @@ class Weights(Protocol):
         """Put every parameter outside the given blocks into the model."""
         ...
 
+    def warm(self, prefix: str) -> None:
+        """A hint that `load` will be asked for this module next."""
+        ...
+
     def release(self, prefix: str) -> None:
         """Take the parameters of one module out of the model."""
         ...
@@ -109,8 +113,10 @@ class Decoder:
             setattr(self.model.get_submodule(module_name), attribute, parameter)
 
     def load_block(self, index: int) -> nn.Module:
-        """Read one block, in float32 (which holds every 16-bit value exactly)."""
+        """Read one block, in float32 (which holds every 16-bit value exactly), and begin to fetch the next one."""
         self.weights.load([self.block_names[index]])
+        if index + 1 < len(self.block_names):
+            self.weights.warm(self.block_names[index + 1])
         return self._block(index).float()
 
     def release_block(self, index: int) -> None:

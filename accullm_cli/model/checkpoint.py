@@ -6,6 +6,7 @@ one): transformers' own conversion rules translate them, here for a few tensors 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.model.source import ModelSource, check_finite, check_shapes
+from accullm_cli.model.source import ModelSource, TensorInfo, check_finite, check_shapes
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -82,6 +83,25 @@ class Checkpoint:
         """Read every parameter that lies outside the given blocks."""
         prefixes = tuple(f"{block}." for block in blocks)
         self._load({name for name in self._sources if not name.startswith(prefixes)})
+
+    def warm(self, prefix: str) -> None:
+        """Have the system read what `load` of this module will want into its page cache, while the caller goes on.
+
+        This process holds none of it. Where the system knows no such request (macOS), nothing happens.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        parts = [part for name, stored in self._sources.items() if name.startswith(f"{prefix}.") for part in stored]
+        for file, infos in _by_file(self.source.tensors[part] for part in parts).items():
+            try:
+                descriptor = os.open(file, os.O_RDONLY)
+            except OSError:
+                return  # `load` will say what is wrong with it
+            try:
+                for info in infos:
+                    os.posix_fadvise(descriptor, info.begin, info.end - info.begin, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
     def release(self, prefix: str) -> None:
         """Drop the weights of one module."""
@@ -204,3 +224,10 @@ class Checkpoint:
             )
         if info.error_msgs:
             raise AccullmError(f"cannot be read ({' '.join(info.error_msgs[0].split())})", self.source.directory, hint)
+
+
+def _by_file(infos: Iterable[TensorInfo]) -> dict[Path, list[TensorInfo]]:
+    found: dict[Path, list[TensorInfo]] = {}
+    for info in infos:
+        found.setdefault(info.file, []).append(info)
+    return found

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,11 +27,14 @@ class TensorInfo:
     """Where a stored tensor is and what it looks like.
 
     dtype: safetensors' name ("BF16").
+    begin, end: its bytes in the file; the last one excluded.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -51,7 +55,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise AccullmError(f"cannot be read ({error.strerror or error})", path) from None
     header.pop("__metadata__", None)
-    tensors = {name: TensorInfo(path, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    tensors = {name: _tensor_info(path, 8 + length, entry) for name, entry in header.items()}
     for name, tensor in tensors.items():
         if tensor.dtype not in WEIGHT_DTYPES + BUFFER_DTYPES:
             raise AccullmError(
@@ -60,6 +64,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 "convert it to bfloat16 first",
             )
     return tensors
+
+
+def _tensor_info(path: Path, data: int, entry: Mapping[str, Any]) -> TensorInfo:
+    """One entry of a header; its offsets count from the header's end at byte `data`."""
+    begin, end = entry["data_offsets"]
+    return TensorInfo(path, entry["dtype"], tuple(entry["shape"]), data + begin, data + end)
 
 
 def _diagnose(path: Path, reason: str) -> str:

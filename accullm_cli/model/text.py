@@ -99,6 +99,16 @@ def validation_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: i
     return _from_file(cutter, text, windows, rng)
 
 
+def check_text(text: str) -> None:
+    """Refuse a file that cannot be read, before anything is computed. What is no file is no concern here.
+
+    Raises:
+        AccullmError: no such file, not UTF-8.
+    """
+    if text not in ("default", "self") and not text.startswith("hub:"):
+        _read_file(Path(text).expanduser())
+
+
 class _Cutter:
     """Turns documents into windows of exactly `seq_len` tokens for one tokenizer.
 

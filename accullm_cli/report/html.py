@@ -11,6 +11,7 @@ from accullm_cli.report import plots
 from accullm_cli.report.page import bullets, collapsed, figure, page, paragraph, section, table
 from accullm_cli.report.schema import to_json
 from accullm_cli.run import write_text
+from accullm_cli.units import duration, size
 
 # More records than this are shown on a click: an MoE model can have thousands.
 _RECORDS_SHOWN = 20
@@ -230,24 +231,6 @@ def _provenance(report: Report) -> str:
 def nats(value: float) -> str:
     """Three significant digits, small values in scientific form: 0.0664, 3.40e-05."""
     return "0" if value == 0 else f"{value:.2e}" if abs(value) < 1e-3 else f"{value:#.3g}".rstrip(".")
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units: 112.3 MB."""
-    value, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{count} bytes" if unit == "bytes" else f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """3.2 s, 4 min 05 s, 2 h 10 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _estimate(estimate: Estimate, form: str = "") -> tuple[str, str]:

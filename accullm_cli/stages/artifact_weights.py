@@ -49,6 +49,9 @@ class ArtifactWeights:
             if self.model.get_parameter(name).device.type == "meta":
                 raise AccullmError(f"tensor {name} is missing", self.artifact.path, "copy the artifact again")
 
+    def warm(self, prefix: str) -> None:
+        """Nothing: an artifact was written or hashed a moment ago, so that its files are in the page cache."""
+
     def release(self, prefix: str) -> None:
         for name, _ in list(self.model.get_submodule(prefix).named_parameters()):
             self._set(f"{prefix}.{name}", self._meta[f"{prefix}.{name}"])

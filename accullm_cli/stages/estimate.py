@@ -12,9 +12,20 @@ from accullm_cli.quant.plan import Plan
 from accullm_cli.stages.job import Job
 
 FLOAT = 4
-# Quantize runs the original and the rounded block once for each distinct input (four in a Llama block), up to that
-# input; that adds up to some 2.5 whole passes for either stream.
-PASSES_IN_QUANTIZE = 5.0
+# Passes through the blocks in quantize. A Llama block has four distinct inputs, and comes up to each of them once: to
+# 0, 0.16, 0.25 and 0.75 of its products. The original's stream goes on to the end from the last one; the rounded
+# one's goes through the block once more, when all of it is rounded.
+PASSES_OF_THE_ORIGINAL = 1.4
+PASSES_OF_THE_ROUNDED = 2.2
+# Of a large matrix product's speed (110 GFLOP/s a core), what is left between attention, norms and a block's products.
+# With it calibrate, quantize and validate of a Llama of 135M parameters and 64 windows of 512 tokens are said to take
+# 73, 278 and 22 s on two cores; they took 78, 290 and 24 s.
+SHARE_OF_FULL_SPEED = 0.65
+# What rounding takes for each weight, in operations at that speed: the search for scales and the loop over columns wait
+# for memory rather than for arithmetic. One core takes 21 s for that Llama's 106 million weights (16 s without search).
+OPERATIONS_PER_WEIGHT = 14_000
+# Logits of a window that validate holds at once: of original, artifact and noise floor, and one's softmax.
+LOGITS_HELD = 4
 # The interpreter, torch and transformers before any weight is read.
 BASE_BYTES = 600_000_000
 
@@ -34,10 +45,8 @@ class Estimated:
 
 def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     """Size, peak memory and time of converting with `plan`."""
-    calibration, validation = job.config.calibration, job.config.validation
+    calibration = job.config.calibration
     tokens = calibration.samples * calibration.seq_len
-    held_out = validation.windows * calibration.seq_len
-    linear_weights = sum(linear.weights for linear in plan.linears.values())
     tied = set(decoder.model.all_tied_weights_keys)
     parameters = {name: value for name, value in decoder.model.named_parameters() if name not in tied}
     all_weights = sum(parameter.numel() for parameter in parameters.values())
@@ -51,22 +60,38 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     stored = unquantized + sum(linear.stored_bytes for linear in plan.linears.values())
     stored += sum(path.stat().st_size for path in job.source.companions)
     widest = max(linear.in_features for linear in plan.linears.values())
-    hidden = decoder.model.get_input_embeddings().weight.shape[1]
+    vocabulary, hidden = decoder.model.get_input_embeddings().weight.shape
+    logits = LOGITS_HELD * calibration.seq_len * vocabulary
     streams = 2 * tokens * hidden
-    # A block and its stored form, together with what surrounds the blocks, or with its rounded copy and the Hessian
-    # that is being factored (three [K, K]; while Gram matrices grow, two of them and a few activations).
+    # What surrounds the blocks, together with a block and its stored form or with logits; or the block with its rounded
+    # copy and the Hessian that is being factored (three [K, K]; while Gram matrices grow, two and a few activations).
     block = max(in_blocks)
-    peak = BASE_BYTES + FLOAT * (max(outside + 1.5 * block, 1.5 * block + 3 * widest**2) + streams)
+    largest = max(outside + 1.5 * block, outside + logits, 1.5 * block + 3 * widest**2)
+    peak = BASE_BYTES + FLOAT * (largest + streams)
     peak += FLOAT * 4 * TOKENS_PER_BATCH * widest
 
-    forward = 2.0 * linear_weights
-    passes = tokens * (1 + PASSES_IN_QUANTIZE) + 3 * held_out
-    rounding = sum(2.0 * linear.weights * linear.in_features for linear in plan.linears.values())
-    inputs = {(name.rpartition(".")[0], linear.in_features) for name, linear in plan.linears.items()}
-    grams = sum(4.0 * tokens * features**2 for _, features in inputs)
-    head = 2.0 * decoder.model.get_input_embeddings().weight.numel() * 4 * held_out
-    seconds = (forward * passes + rounding + grams + head) / _operations_per_second()
+    seconds = _operations(job, plan, vocabulary * hidden) / (SHARE_OF_FULL_SPEED * _operations_per_second())
     return Estimated(stored, int(peak), round(seconds, 1))
+
+
+def _operations(job: Job, plan: Plan, head_weights: int) -> float:
+    """Multiplications and additions of all stages."""
+    calibration, rounding = job.config.calibration, job.config.rounding
+    tokens = calibration.samples * calibration.seq_len
+    held_out = job.config.validation.windows * calibration.seq_len
+    weights = sum(linear.weights for linear in plan.linears.values())
+    # Calibrate runs the held-out text and its noise floor, validate the artifact.
+    passes = tokens + 3 * held_out
+    grams = 0
+    if rounding.method != "nearest":
+        corrected = rounding.target == "corrected"
+        passes += tokens * (PASSES_OF_THE_ROUNDED + corrected * PASSES_OF_THE_ORIGINAL)
+        # The Hessian of each distinct input, and as large a matrix of its drift from the original's.
+        inputs = {(name.rpartition(".")[0], linear.in_features) for name, linear in plan.linears.items()}
+        grams = 2 * (1 + corrected) * tokens * sum(features**2 for _, features in inputs)
+    # Calibrate's likelihoods, and in validate the original, the artifact and the noise floor.
+    head = 2 * head_weights * 4 * held_out
+    return 2 * weights * passes + grams + OPERATIONS_PER_WEIGHT * weights + head
 
 
 def _operations_per_second() -> float:

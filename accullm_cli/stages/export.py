@@ -21,6 +21,8 @@ from accullm_cli.stages.profile import load_plan, model_shape
 from accullm_cli.stages.quantize import load_block_record, shard_path
 
 VERSION = 1
+# The input that says where the artifact of a format goes.
+_PLACE = "config:export.out ({})"
 
 
 def export(job: Job, out: Path, quantize_key: str, force: bool = False) -> StageOutcome:
@@ -45,10 +47,30 @@ def export_inputs(job: Job, out: Path, quantize_key: str) -> dict[str, str]:
     return {
         "input:quantize": quantize_key,
         "version:export": str(VERSION),
-        **{
-            f"config:export.out ({name})": str(path.absolute()) for name, path in artifact_directories(job, out).items()
-        },
+        **{_PLACE.format(name): str(path.absolute()) for name, path in artifact_directories(job, out).items()},
     }
+
+
+def known_files(job: Job, inputs: Mapping[str, str], name: str) -> dict[str, str] | None:
+    """The files (SHA-256 by relative name) that the artifact of a format will have, where an earlier export tells.
+
+    The same inputs give the same bytes, wherever they are written to. None where these inputs are new.
+    """
+    place = _PLACE.format(name)
+    record = job.run.stages().get("export")
+    if record is None or place not in record.inputs or _but_places(record.inputs) != _but_places(inputs):
+        return None
+    directory = Path(record.inputs[place])
+    paths = {job.run.file(output).absolute(): digest for output, digest in record.outputs.items()}
+    return {
+        path.relative_to(directory).as_posix(): digest
+        for path, digest in paths.items()
+        if path.is_relative_to(directory)
+    }
+
+
+def _but_places(inputs: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in inputs.items() if not name.startswith(_PLACE.format("")[:-1])}
 
 
 def artifact_directories(job: Job, out: Path) -> dict[str, Path]:

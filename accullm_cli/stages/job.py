@@ -70,13 +70,10 @@ def run_stage(
     Raises:
         AccullmError: it would have to run, but another stage was asked for.
     """
-    reason = job.run.decide(name, inputs, force and job.may_run(name))
+    reason = decide(job, name, inputs, force)
     if not reason.runs:
         job.progress(Event(name, "skip", reason=reason))
         return StageOutcome(name, reason, job.run.stages()[name])
-    if not job.may_run(name):
-        state = "has not run" if reason.code == "new" else f"is not up to date: {reason}"
-        raise AccullmError(f"{name} {state}", job.run.path, f"run accullm {name} with the same options first")
     job.progress(Event(name, "start", reason=reason))
     reset_peak_memory()
     started = time.monotonic()
@@ -94,6 +91,19 @@ def run_stage(
     job.run.finish(name, record)
     job.progress(Event(name, "end"))
     return StageOutcome(name, reason, record)
+
+
+def decide(job: Job, name: str, inputs: Mapping[str, str], force: bool) -> Reason:
+    """Why a stage runs or is skipped, for a run and a dry run alike.
+
+    Raises:
+        AccullmError: it would have to run, but another stage was asked for.
+    """
+    reason = job.run.decide(name, inputs, force and job.may_run(name))
+    if reason.runs and not job.may_run(name):
+        state = "has not run" if reason.code == "new" else f"is not up to date: {reason}"
+        raise AccullmError(f"{name} {state}", job.run.path, f"run accullm {name} with the same options first")
+    return reason
 
 
 def section_inputs(section: str, values: Section, *fields: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ hidden states, which the output head turns into its exact logits.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
-from accullm_cli.formats.manifest import CARD_NAME, read_manifest
+from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from accullm_cli.measure.divergence import Divergence
 from accullm_cli.measure.result import Estimate, Fidelity
 from accullm_cli.model.blocks import Decoder, batches
@@ -35,14 +36,8 @@ HEAD_TOLERANCE = 1e-3
 
 def validate(job: Job, artifact: Path, format_name: str, calibrate_key: str, force: bool = False) -> StageOutcome:
     """Measure how far the artifact's next-token distributions are from the original's."""
-    inputs = {
-        "input:artifact": artifact_sha256(artifact),
-        "input:calibrate": calibrate_key,
-        "config:machine.seed": str(job.config.machine.seed),
-        "version:validate": str(VERSION),
-        **machine_inputs(),
-    }
-    name = f"validate {format_name}"
+    name = stage_name(format_name)
+    inputs = validate_inputs(job, artifact_sha256(artifact), calibrate_key)
 
     def work(reason: Reason) -> Work:
         fidelity = _measure(job, name, artifact, key_of(inputs))
@@ -51,6 +46,22 @@ def validate(job: Job, artifact: Path, format_name: str, calibrate_key: str, for
         return Work((path,))
 
     return run_stage(job, name, inputs, force, work)
+
+
+def stage_name(format_name: str) -> str:
+    """Each format's artifact is measured by a stage of its own."""
+    return f"validate {format_name}"
+
+
+def validate_inputs(job: Job, artifact_hash: str, calibrate_key: str) -> dict[str, str]:
+    """What the figures depend on."""
+    return {
+        "input:artifact": artifact_hash,
+        "input:calibrate": calibrate_key,
+        "config:machine.seed": str(job.config.machine.seed),
+        "version:validate": str(VERSION),
+        **machine_inputs(),
+    }
 
 
 def fidelity_path(job: Job, format_name: str) -> Path:
@@ -70,8 +81,12 @@ def load_fidelity(job: Job, format_name: str) -> Fidelity:
 
 def artifact_sha256(directory: Path) -> str:
     """One hash over every file of an artifact but its model card and manifest, which validation writes to."""
-    names = sorted(read_manifest(directory).files)
-    return key_of({name: file_sha256(directory / name) for name in names if name != CARD_NAME})
+    return hash_of_files({name: file_sha256(directory / name) for name in read_manifest(directory).files})
+
+
+def hash_of_files(files: Mapping[str, str]) -> str:
+    """As `artifact_sha256`, where the SHA-256 of each file is known by its relative name."""
+    return key_of({name: digest for name, digest in files.items() if name not in (CARD_NAME, MANIFEST_NAME)})
 
 
 def _measure(job: Job, stage: str, directory: Path, key: str) -> Fidelity:

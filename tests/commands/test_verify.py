@@ -16,7 +16,9 @@ from accullm_cli.commands.verify import Verification, verify
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
 from accullm_cli.formats.accullm import record_fidelity
-from tests.support import empty, make_parts, sample_report, tiny_llama
+from tests.artifacts import empty, make_parts
+from tests.samples import report_of
+from tests.tiny import tiny_llama
 
 UP_PROJ = "model.layers.0.mlp.up_proj"
 BLOCK = "model-00001-of-00003.safetensors"
@@ -59,7 +61,7 @@ def test_an_intact_artifact_has_no_problems(format: str, tmp_path: Path) -> None
 
 def test_a_validated_artifact_has_no_problems(tmp_path: Path) -> None:
     directory = export(tmp_path)
-    record_fidelity(directory, sample_report())
+    record_fidelity(directory, report_of())
     assert verify(directory).problems == ()
 
 

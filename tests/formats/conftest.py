@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from accullm_cli.formats import FORMATS
-from tests.support import Made, empty, make_parts, tiny_llama
+from tests.artifacts import Made, empty, make_parts
+from tests.tiny import tiny_llama
 
 
 @pytest.fixture

@@ -22,7 +22,9 @@ from accullm_cli.formats.assemble import assemble
 from accullm_cli.formats.base import ModelShape
 from accullm_cli.formats.shards import link_or_copy
 from accullm_cli.quant.plan import LinearPlan, Plan
-from tests.support import Made, empty, make_parts, sample_report, tiny_llama, tiny_mixtral
+from tests.artifacts import Made, empty, make_parts
+from tests.samples import report_of
+from tests.tiny import tiny_llama, tiny_mixtral
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 UP_PROJ = "model.layers.1.mlp.up_proj"
@@ -160,7 +162,7 @@ def test_a_companion_must_not_replace_a_file_of_the_artifact(tmp_path: Path) -> 
 
 def test_fidelity_is_recorded_in_manifest_and_card(artifact: Path) -> None:
     assert "Not validated yet." in (artifact / "README.md").read_text()
-    record_fidelity(artifact, sample_report())
+    record_fidelity(artifact, report_of())
     manifest = json.loads((artifact / "accullm.json").read_text())
     assert manifest["fidelity"]["mean_kl"]["value"] == 0.05
     assert manifest["fidelity"]["contract_met"] is False
@@ -173,8 +175,8 @@ def test_fidelity_is_recorded_in_manifest_and_card(artifact: Path) -> None:
 
 
 def test_recording_twice_replaces_the_first_figures(artifact: Path) -> None:
-    record_fidelity(artifact, sample_report(0.9))
-    record_fidelity(artifact, sample_report(0.05))
+    record_fidelity(artifact, report_of(0.9))
+    record_fidelity(artifact, report_of(0.05))
     once = (artifact / "README.md").read_text()
     assert "0.9 |" not in once
     assert once.count("<!-- fidelity -->") == 1

@@ -25,7 +25,8 @@ from accullm_cli.formats.compressed_tensors import (
     quantization_config,
 )
 from accullm_cli.quant.plan import LinearPlan, Plan
-from tests.support import Made, empty, make_parts, quantize_nearest, tiny_llama, tokens
+from tests.artifacts import Made, empty, make_parts, quantize_nearest
+from tests.tiny import tiny_llama, tokens
 
 UP_PROJ = "model.layers.1.mlp.up_proj"
 Variant = tuple[int, int, bool]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,50 @@ def test_loading_a_block_reads_nothing_else(tmp_path: Path) -> None:
         (directory / shard).unlink()
     decoder.load_block(1)
     assert real_parameters(decoder) == {name for name in shard_of if name.startswith("model.layers.1.")}
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no such request on this system")
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_while_a_block_is_worked_on_just_the_bytes_of_the_next_one_are_fetched(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_checkpoint(name, tmp_path / "model", shard_size="60KB")
+    decoder = streamed(directory, tmp_path)
+    fetched: list[bytes] = []
+
+    def note(descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        fetched.append(os.pread(descriptor, length, offset))
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    decoder.load_block(0)
+    stored = {key: value for path in directory.glob("*.safetensors") for key, value in load_file(path).items()}
+    wanted = [value for key, value in stored.items() if key.startswith("model.layers.1.")]
+    assert len(wanted) > 5
+    assert sorted(fetched) == sorted(value.view(torch.uint8).numpy().tobytes() for value in wanted)
+    fetched.clear()
+    decoder.load_block(1)
+    assert fetched == []
+
+
+def test_the_next_block_need_not_be_there_yet(tmp_path: Path) -> None:
+    directory = make_checkpoint("llama", tmp_path / "model", shard_size="40KB")
+    decoder = streamed(directory, tmp_path)
+    stored = checkpoint_of(decoder).source.tensors.items()
+    first, second = ({info.file for name, info in stored if f"layers.{index}." in name} for index in range(2))
+    assert second - first
+    for shard in second - first:
+        shard.unlink()
+    decoder.load_block(0)
+    with pytest.raises(FileNotFoundError):
+        decoder.load_block(1)
+
+
+def test_nothing_is_fetched_where_the_system_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = streamed(make_checkpoint("llama", tmp_path / "model"), tmp_path)
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    decoder.load_block(0)
+    assert real_parameters(decoder) == {name for name in real_parameters(decoder) if "layers.0." in name} != set()
 
 
 def test_block_1_is_not_taken_for_block_10(tmp_path: Path) -> None:

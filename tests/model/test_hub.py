@@ -17,7 +17,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.model import hub
 from accullm_cli.model.hub import HubId, download, is_cached, parse_hub_id
 from accullm_cli.model.source import open_source
-from tests.model.test_source import CONFIG, tensors
+from tests.model.checkpoints import CONFIG, tensors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER_COMMIT = "f" * 40

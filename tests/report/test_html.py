@@ -10,8 +10,8 @@ import pytest
 
 from accullm_cli.errors import EXIT_MACHINE, MachineError
 from accullm_cli.report import to_json, write_report
-from accullm_cli.report.html import duration, nats, render, size
-from tests.report.samples import FIDELITY, MET, MISSED, a_report, linear
+from accullm_cli.report.html import nats, render
+from tests.samples import FIDELITY, MET, MISSED, a_report, linear
 
 
 class Page(HTMLParser):
@@ -202,24 +202,9 @@ def test_place_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(MachineError) as error:
         write_report(a_report(), tmp_path / "report")
     assert error.value.line() == (
-        f"{tmp_path}/report/report.json: cannot be written (File exists); run the same command again to resume"
+        f"{tmp_path}/report/report.json: cannot be written (File exists); give another path with --out or --run"
     )
     assert error.value.exit_code == EXIT_MACHINE
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (123_456, "123 kB"), (1_340_000_000, "1.34 GB")],
-)
-def test_size(count, text):
-    assert size(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(3.21, "3.2 s"), (61, "1 min 01 s"), (245, "4 min 05 s"), (7800, "2 h 10 min")]
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from accullm_cli.report.outlier_map import _pool, _prepare, draw_outlier_map
-from tests.report.samples import STRONG_FEATURE, inputs, plan_of
 from tests.report.test_html import Page
+from tests.samples import STRONG_FEATURE, inputs, plan_of
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from accullm_cli.report.plots import (
     draw_kl_histogram,
     draw_relative_errors,
 )
-from tests.report.samples import FIDELITY, linear
+from tests.samples import FIDELITY, linear
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from accullm_cli.errors import AccullmError
 from accullm_cli.report import from_json, to_json
 from accullm_cli.report.schema import json_schema
-from tests.report.samples import a_report, linear
+from tests.samples import a_report, linear
 
 DOCUMENTED = Path(__file__).resolve().parents[2] / "docs" / "report.schema.json"
 

@@ -13,8 +13,8 @@ import pytest
 
 from accullm_cli.console import plain
 from accullm_cli.measure.result import StageSummary
+from tests.samples import report_of
 from tests.scripts.test_prepare_demo_model import SCRIPT as SIBLING
-from tests.support import sample_report
 
 SCRIPT = SIBLING.with_name("bench_accuracy.py")
 
@@ -42,7 +42,7 @@ def report(mean_kl: float = 0.05) -> dict[str, Any]:
         StageSummary("quantize", "new", True, 9.0, 500_000_000),
         StageSummary("validate accullm", "new", True, 3.0, 700_000_000),
     )
-    return plain(dataclasses.replace(sample_report(mean_kl), stages=stages))
+    return plain(dataclasses.replace(report_of(mean_kl), stages=stages))
 
 
 def options(tmp_path: Path, *arguments: str) -> Any:
@@ -89,8 +89,8 @@ def test_a_report_becomes_a_line_of_the_table(tmp_path: Path) -> None:
     assert script.fidelity_table([result]).splitlines() == [
         "| rounding | group | bits/weight | perplexity | mean KL (nats) | p99 KL | top-1 agreement | size |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| error feedback, 0.5% outliers untouched | 64 | 4.500 | 11.00 [9.90, 12.10] | 0.0500 [0.0450, 0.0550] "
-        "| 0.500 [0.450, 0.550] | 87.50% [78.75%, 96.25%] | 1 kB |",
+        "| error feedback, 0.5% outliers untouched | 64 | 4.402 | 16.40 [14.90, 18.10] | 0.0500 [0.0450, 0.0550] "
+        "| 0.610 [0.500, 0.720] | 84.59% [81.27%, 87.40%] | 113 MB |",
     ]
 
 
@@ -103,10 +103,10 @@ def test_the_cost_of_every_stage_is_shown_and_a_missing_one_as_a_dash() -> None:
 
 def test_the_text_above_says_on_what_it_was_measured() -> None:
     lines = script.render([script.result_of(NEAREST, 128, report(), ("accullm", "convert", "a b"))]).splitlines()
-    assert lines[0] == "Measured on 300 tokens in 3 windows of held-out text, 95% confidence intervals in brackets."
+    assert lines[0] == "Measured on 1,536 tokens in 3 windows of held-out text, 95% confidence intervals in brackets."
     assert lines[1] == (
-        "The original's perplexity is 10.00 [9.00, 11.00]; the noise floor of the KL (one bfloat16 rounding per block) "
-        "is 4.0e-04 nats."
+        "The original's perplexity is 15.61 [14.00, 17.00]; the noise floor of the KL (one bfloat16 rounding per "
+        "block) is 3.3e-05 nats."
     )
     assert lines[-1] == "    accullm convert 'a b'"
 

@@ -16,18 +16,16 @@ from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.stages.artifact_weights import ArtifactWeights
 from accullm_cli.stages.export import export
 from accullm_cli.stages.quantize import quantize
+from tests.stages.quantized import edit_plan
 from tests.stages.references import set_weight
-from tests.stages.test_quantize import edit_plan
-from tests.streaming import opened, random_ids, reference_model, run_to, short_config
+from tests.streaming import fast_config, opened, random_ids, reference_model, run_to
 from tests.tiny import make_checkpoint
-
-FAST = {"rounding__method": "nearest", "rounding__grid": "minmax", "calibration__samples": 1}
 
 
 def make_artifact(name: str, place: Path, **bits: int) -> tuple[Path, Path]:
     """Source and artifact; `bits` of linears by the end of their names."""
     source = make_checkpoint(name, place / "model")
-    with opened(short_config(source, place / "out", **FAST)) as job:
+    with opened(fast_config(source, place / "out")) as job:
         done = run_to(job, "profile")
         if bits:
             edit_plan(job.run.path, **bits)

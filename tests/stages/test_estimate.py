@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from accullm_cli.run import peak_memory, reset_peak_memory
+from accullm_cli.stages import estimate as stage
 from accullm_cli.stages.calibrate import open_decoder
 from accullm_cli.stages.estimate import Estimated, estimate
 from accullm_cli.stages.profile import make_plan
-from tests.streaming import opened, run_to, short_config
+from tests.streaming import FAST, opened, run_to, short_config
 from tests.tiny import make_checkpoint, make_tokenizer
 
 
@@ -81,3 +83,34 @@ def test_more_text_takes_more_time_and_memory(tmp_path: Path) -> None:
     # Both streams, in float32.
     assert much.peak_bytes - little.peak_bytes == 9_999 * 48 * 64 * 4 * 2
     assert much.artifact_bytes == little.artifact_bytes
+
+
+def test_nearest_rounding_runs_no_block_in_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the time of a conversion on much text is the passes of error feedback."""
+    monkeypatch.setattr(stage, "_operations_per_second", lambda: 1e9)
+    source = make_checkpoint("llama", tmp_path / "model")
+    much = {"calibration__samples": 10_000, "validation__windows": 2}
+    nearest = estimated(source, tmp_path / "out", rounding__method="nearest", **much).seconds
+    original = estimated(source, tmp_path / "out", rounding__target="original", **much).seconds
+    corrected = estimated(source, tmp_path / "out", **much).seconds
+    assert 2 * nearest < original < corrected < 1.9 * original
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak of a part of a process here")
+def test_a_large_vocabulary_takes_the_memory_of_its_logits(tmp_path: Path) -> None:
+    """Validation holds those of one window: here some 200 MB, beside which the model is nothing."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 100_000}
+    config = LlamaConfig(num_hidden_layers=1, **shape)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    settings = {"calibration__seq_len": 128, "calibration__samples": 1, "validation__windows": 2, **FAST}
+    with opened(short_config(tmp_path / "model", tmp_path / "out", **settings)) as job:
+        decoder = open_decoder(job)
+        expected = estimate(job, decoder, make_plan(job, decoder)).peak_bytes - stage.BASE_BYTES
+        run_to(job, "export")
+        reset_peak_memory()
+        before = peak_memory()
+        found = run_to(job, "validate")["validate"].record.peak_bytes - before
+    assert 150e6 < found < 1.5 * expected
+    assert expected < 2 * found

@@ -14,10 +14,8 @@ from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.formats.accullm import AccullmFormat
 from accullm_cli.run import Reason
 from accullm_cli.stages.export import artifact_directories, check_output, export
-from tests.streaming import opened, run_to, short_config
+from tests.streaming import fast_config, opened, run_to
 from tests.tiny import make_checkpoint
-
-FAST = {"rounding__method": "nearest", "rounding__grid": "minmax", "calibration__samples": 1}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory in which everything up to export is done."""
     place = tmp_path_factory.mktemp("finished")
-    with opened(short_config(llama, place / "out", **FAST)) as job:
+    with opened(fast_config(llama, place / "out")) as job:
         run_to(job, "export")
     return place / "out.run"
 
@@ -42,7 +40,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def export_to(llama: Path, run: Path, out: Path, force: bool = False, **settings: object) -> Reason:
-    with opened(short_config(llama, out, machine__run=run, **(FAST | settings))) as job:
+    with opened(fast_config(llama, out, machine__run=run, **settings)) as job:
         return export(job, out, job.run.stages()["quantize"].key, force).reason
 
 
@@ -82,7 +80,7 @@ def test_nothing_of_the_machine_is_in_the_artifact(llama: Path, finished: Path) 
 
 def test_several_formats_get_a_directory_each(llama: Path, tmp_path: Path) -> None:
     settings = {"export__format": "[accullm,compressed-tensors]", "plan__outliers": 0}
-    with opened(short_config(llama, tmp_path / "out", **FAST, **settings)) as job:
+    with opened(fast_config(llama, tmp_path / "out", **settings)) as job:
         assert artifact_directories(job, tmp_path / "out") == {
             "accullm": tmp_path / "out" / "accullm",
             "compressed-tensors": tmp_path / "out" / "compressed-tensors",
@@ -94,7 +92,7 @@ def test_several_formats_get_a_directory_each(llama: Path, tmp_path: Path) -> No
 
 
 def test_one_format_gets_the_directory_itself(llama: Path, tmp_path: Path) -> None:
-    with opened(short_config(llama, tmp_path / "out")) as job:
+    with opened(fast_config(llama, tmp_path / "out")) as job:
         assert artifact_directories(job, tmp_path / "out") == {"accullm": tmp_path / "out"}
 
 
@@ -184,11 +182,11 @@ def test_an_artifact_that_lost_a_file_is_made_again(
 def test_a_later_run_does_not_change_an_exported_artifact(llama: Path, tmp_path: Path) -> None:
     """Blocks are linked, not copied; what quantize writes next is another file."""
     run = tmp_path / "run"
-    with opened(short_config(llama, tmp_path / "first", machine__run=run, **FAST)) as job:
+    with opened(fast_config(llama, tmp_path / "first", machine__run=run)) as job:
         run_to(job, "export")
     before = contents(tmp_path / "first")
     assert (run / "quantize" / "block-00000.safetensors").stat().st_nlink == 2
-    with opened(short_config(llama, tmp_path / "second", machine__run=run, plan__bits=3, **FAST)) as job:
+    with opened(fast_config(llama, tmp_path / "second", machine__run=run, plan__bits=3)) as job:
         run_to(job, "export")
     assert contents(tmp_path / "first") == before
     assert contents(tmp_path / "second") != before
@@ -248,7 +246,7 @@ def test_where_an_artifact_may_go(
     (tmp_path / "artifact" / "accullm.json").write_text("{}")
     before = sorted(path for path in tmp_path.rglob("*"))
     out = Path(place.format(source=llama, tmp=tmp_path))
-    with opened(short_config(llama, out, machine__run=tmp_path_factory.mktemp("run"))) as job:
+    with opened(fast_config(llama, out, machine__run=tmp_path_factory.mktemp("run"))) as job:
         if line is None:
             check_output(job, out)
         else:

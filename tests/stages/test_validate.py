@@ -25,11 +25,9 @@ from accullm_cli.stages.export import export
 from accullm_cli.stages.job import StageOutcome
 from accullm_cli.stages.quantize import quantize
 from accullm_cli.stages.validate import artifact_sha256, fidelity_path, load_fidelity, validate
-from tests.stages.test_quantize import edit_plan
-from tests.streaming import opened, reference_model, run_to, short_config
+from tests.stages.quantized import edit_plan
+from tests.streaming import fast_config, opened, reference_model, run_to
 from tests.tiny import make_checkpoint
-
-FAST = {"rounding__method": "nearest", "rounding__grid": "minmax", "calibration__samples": 1}
 
 
 @pytest.fixture(scope="module", params=["llama", "llama-tied"])
@@ -37,13 +35,13 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """Source and artifact (whose run directory lies beside it)."""
     place = tmp_path_factory.mktemp(request.param)
     source = make_checkpoint(request.param, place / "model")
-    with opened(short_config(source, place / "out", **FAST)) as job:
+    with opened(fast_config(source, place / "out")) as job:
         run_to(job, "export")
     return source, place / "out"
 
 
 def measure(source: Path, out: Path, artifact: Path | None = None) -> tuple[StageOutcome, Fidelity]:
-    with opened(short_config(source, out, **FAST)) as job:
+    with opened(fast_config(source, out)) as job:
         outcome = validate(job, artifact or out, "accullm", job.run.stages()["calibrate"].key)
         return outcome, load_fidelity(job, "accullm")
 
@@ -80,7 +78,7 @@ def test_perplexities_are_those_of_transformers(exported: tuple[Path, Path]) -> 
 
 def test_an_artifact_of_16_bits_is_its_original(tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
-    with opened(short_config(source, tmp_path / "out", **FAST)) as job:
+    with opened(fast_config(source, tmp_path / "out")) as job:
         done = run_to(job, "profile")
         edit_plan(job.run.path, _proj=16)
         done["quantize"] = quantize(job, done["calibrate"].record.key, done["profile"].record.key)
@@ -100,14 +98,14 @@ def test_the_originals_weights_are_not_read(exported: tuple[Path, Path], monkeyp
         raise AssertionError("the original was read")
 
     monkeypatch.setattr(Checkpoint, "__init__", refuse)
-    with opened(short_config(source, out, **FAST)) as job:
+    with opened(fast_config(source, out)) as job:
         validate(job, out, "accullm", job.run.stages()["calibrate"].key, force=True)
 
 
 def test_what_was_measured_reads_back(exported: tuple[Path, Path]) -> None:
     source, out = exported
     measure(source, out)
-    with opened(short_config(source, out, **FAST)) as job:
+    with opened(fast_config(source, out)) as job:
         fidelity = load_fidelity(job, "accullm")
         content = json.loads(fidelity_path(job, "accullm").read_text())
     assert json.loads(json.dumps(asdict(fidelity))) == content
@@ -161,7 +159,7 @@ def test_it_goes_on_behind_the_last_stored_block(exported: tuple[Path, Path], mo
         if event.label == "block 1/2":
             raise InterruptedRunError
 
-    with opened(short_config(source, out, **FAST), stop) as job, pytest.raises(InterruptedRunError):
+    with opened(fast_config(source, out), stop) as job, pytest.raises(InterruptedRunError):
         validate(job, out, "accullm", job.run.stages()["calibrate"].key, force=True)
     stored = out.with_name("out.run") / "validate-accullm-stream.safetensors"
     assert stored.exists()
@@ -169,7 +167,7 @@ def test_it_goes_on_behind_the_last_stored_block(exported: tuple[Path, Path], mo
     run = Decoder.run
     monkeypatch.setattr(Decoder, "run", lambda self, index, *rest: calls.append(index) or run(self, index, *rest))
     labels: list[str] = []
-    with opened(short_config(source, out, **FAST), lambda event: labels.append(event.label)) as job:
+    with opened(fast_config(source, out), lambda event: labels.append(event.label)) as job:
         validate(job, out, "accullm", job.run.stages()["calibrate"].key, force=True)
         assert load_fidelity(job, "accullm") == expected
     assert calls == [1]

@@ -1,4 +1,4 @@
-"""Tiny random models, and artifacts of them by plain nearest rounding: what tests of formats and loaders start from."""
+"""Artifacts of tiny models by plain nearest rounding: what tests of formats and loaders start from."""
 
 from __future__ import annotations
 
@@ -9,79 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from accullm_cli.formats.base import ModelShape, Parts
-from accullm_cli.measure.result import Clause, Estimate, Fidelity, Report
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
-
-VOCABULARY = 96
-
-
-def tiny_llama(tied: bool = False, dtype: torch.dtype = torch.float32, hidden: int = 64) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        attention_bias=True,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-        dtype=dtype,
-    )
-    return _with_biases(LlamaForCausalLM(config).to(dtype).eval())
-
-
-def tiny_gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=48,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-        dtype=torch.float32,
-    )
-    return _with_biases(GPT2LMHeadModel(config).eval())
-
-
-def tiny_mixtral() -> nn.Module:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-        dtype=torch.float32,
-    )
-    return MixtralForCausalLM(config).eval()
-
-
-def _with_biases(model: nn.Module) -> nn.Module:
-    """Biases are initialized to zero, where a lost one would not show."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def quantize_nearest(
@@ -217,51 +149,6 @@ def _slices(parameter: str, kind: str, stored: torch.Tensor, target: torch.Tenso
     return [(name, stored, target)]
 
 
-def tokens(batch: int = 2, length: int = 11) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
 def empty(directory: Path) -> Path:
     directory.mkdir(parents=True)
     return directory
-
-
-def sample_report(mean_kl: float = 0.05, windows: tuple[float, ...] = (0.04, 0.05, 0.06)) -> Report:
-    """What validation might have measured."""
-
-    def near(value: float) -> Estimate:
-        return Estimate(value, value * 0.9, value * 1.1)
-
-    fidelity = Fidelity(
-        text="/home/somebody/held-out.txt",
-        windows=len(windows),
-        tokens=300,
-        perplexity_original=near(10.0),
-        perplexity=near(11.0),
-        mean_kl=near(mean_kl),
-        kl_p99=near(0.5),
-        kl_p999=near(1.5),
-        kl_max=2.5,
-        top1_agreement=near(0.875),
-        mean_kl_floor=near(0.0004),
-        kl_of_window=windows,
-        kl_histogram=((0.1, 200), (1.0, 100)),
-    )
-    return Report(
-        schema_version=1,
-        model="tiny",
-        source_sha256="0" * 64,
-        artifact="/home/somebody/tiny-int4",
-        format="accullm",
-        artifact_sha256="1" * 64,
-        bits_per_weight=4.5,
-        artifact_bytes=1000,
-        source_bytes=4000,
-        fidelity=fidelity,
-        contract=(Clause("mean_kl<=0.02", "mean_kl", "<=", 0.02, mean_kl, mean_kl <= 0.02),),
-        contract_met=mean_kl <= 0.02,
-        records=(),
-        stages=(),
-        linears=(),
-        versions={"torch": "2"},
-    )

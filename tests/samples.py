@@ -1,6 +1,8 @@
-"""A report with something in every section, and calibration statistics with one strong feature."""
+"""What tests of output start from: a report with something in every section, and statistics with a strong feature."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -40,12 +42,14 @@ def linear(name: str, bits: int = 4, relative_error: float | None = 0.08, reason
     return LinearSummary(name, 96, 64, bits, 64, 2, bits + 0.4, relative_error, reason)
 
 
-def a_report(contract: tuple[Clause, ...] = (MET, MISSED), records: tuple[str, ...] = ()) -> Report:
+def a_report(
+    contract: tuple[Clause, ...] = (MET, MISSED), records: tuple[str, ...] = (), artifact: str = "out/name-int4"
+) -> Report:
     return Report(
         schema_version=REPORT_SCHEMA_VERSION,
         model="owner/name",
         source_sha256="3f" * 32,
-        artifact="out/name-int4",
+        artifact=artifact,
         format="accullm",
         artifact_sha256="ab" * 32,
         bits_per_weight=4.4021,
@@ -68,6 +72,19 @@ def a_report(contract: tuple[Clause, ...] = (MET, MISSED), records: tuple[str, .
         ),
         versions={"torch": "2.13.0", "accullm": "0.1.0"},
     )
+
+
+def report_of(mean_kl: float = 0.05, windows: tuple[float, ...] = (0.04, 0.05, 0.06)) -> Report:
+    """A report of this mean KL, held against 0.02 nats, whose paths are nobody else's concern."""
+    fidelity = replace(
+        FIDELITY,
+        text="/home/somebody/held-out.txt",
+        windows=len(windows),
+        mean_kl=Estimate(mean_kl, mean_kl * 0.9, mean_kl * 1.1),
+        kl_of_window=windows,
+    )
+    contract = (Clause("mean_kl<=0.02", "mean_kl", "<=", 0.02, mean_kl, mean_kl <= 0.02),)
+    return replace(a_report(contract, artifact="/home/somebody/name-int4"), fidelity=fidelity)
 
 
 STRONG_FEATURE = 5

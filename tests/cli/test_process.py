@@ -1,0 +1,121 @@
+"""The command as a process: how fast it answers, completion, signals, pipes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.cli.fakes import (
+    ROOT,
+)
+
+LIGHT = (
+    "import sys\n"
+    "from accullm_cli.cli import main\n"
+    "try: main()\n"
+    "finally:\n"
+    "    heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'safetensors', 'huggingface_hub'}\n"
+    "    print('HEAVY', sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+)
+
+
+def child(*arguments: str, **settings) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accullm_cli", *arguments]
+    environment = {**os.environ, **settings.pop("env", {})}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60, **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (["--help"], {}),
+        (["convert", "--help"], {}),
+        (["convert", "m", "--bits", "9"], {}),
+        (["convert", "m", "--bist", "9"], {}),
+        (["schema"], {}),
+        ([], {"_ACCULLM_COMPLETE": "complete_bash", "COMP_WORDS": "accullm convert ", "COMP_CWORD": "2"}),
+    ],
+)
+def test_help_usage_errors_and_completion_import_nothing_heavy(arguments, environment):
+    result = subprocess.run(
+        [sys.executable, "-c", LIGHT, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    assert result.stderr.splitlines()[-1] == "HEAVY []"
+
+
+def completions(words: str) -> list[str]:
+    position = str(len(words.split(" ")) - 1)
+    result = child(env={"_ACCULLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": position})
+    return result.stdout.split()
+
+
+def test_completion_knows_commands_flags_choices_presets_keys_and_aliases():
+    assert completions("accullm conv") == ["convert"]
+    assert completions("accullm convert m --outlier") == ["--outliers", "--outlier-mode"]
+    assert completions("accullm convert m --rounding s") == ["stochastic"]
+    assert completions("accullm convert m --config g") == ["golden"]
+    assert completions("accullm convert m --set plan.b") == ["plan.bits="]
+    aliases = sorted(path.stem for path in (ROOT / "configs" / "models").glob("ll*.yaml"))
+    assert completions("accullm convert ll") == aliases
+    assert completions("accullm convert test") == ["tests/"]
+
+
+SLOW = (
+    "import sys, time, types\n"
+    "fake = types.ModuleType('accullm_cli.pipeline')\n"
+    "def convert_all(config, progress, fresh=False):\n"
+    "    print('working', flush=True)\n"
+    "    time.sleep(30)\n"
+    "fake.convert_all = convert_all\n"
+    "sys.modules['accullm_cli.pipeline'] = fake\n"
+    "import accullm_cli; accullm_cli.pipeline = fake\n"
+    "from accullm_cli.cli import main\n"
+    "main(['convert', 'm'])\n"
+)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_is_one_line_and_can_be_resumed(number, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "working\n"
+    began = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (code, "", "interrupted; run the same command again to resume\n")
+    assert time.monotonic() - began < 10
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "accullm_cli", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=20) == 0
+
+
+def test_the_module_is_the_command():
+    result = child("--version")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("accullm ")
+
+
+def test_the_public_names_come_from_the_package():
+    import accullm_cli
+    from accullm_cli.config import Config
+
+    assert accullm_cli.Config is Config
+    assert {"Config", "convert", "Report", "AccullmError"} <= set(accullm_cli.__all__)
+    with pytest.raises(AttributeError, match="module 'accullm_cli' has no attribute 'nothing'"):
+        accullm_cli.nothing  # noqa: B018

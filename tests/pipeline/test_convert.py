@@ -1,0 +1,234 @@
+"""Stages alone and together, what the report says, and the thread count of a run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from accullm_cli.commands.inspect import inspect
+from accullm_cli.config import Config
+from accullm_cli.pipeline import (
+    STAGES,
+    convert,
+    convert_all,
+    dry_run,
+    run_stage,
+)
+from accullm_cli.progress import Event
+from accullm_cli.run import RunDirectory
+from tests.pipeline.observe import refusal, snapshot
+from tests.streaming import fast_config
+from tests.tiny import make_checkpoint
+
+# -- one stage alone ---------------------------------------------------------------------------------------
+
+
+def test_stages_alone_end_where_a_conversion_ends(llama: Path, finished: Path, tmp_path: Path) -> None:
+    config = fast_config(llama, tmp_path / "out")
+    for number, stage in enumerate(STAGES):
+        result = run_stage(stage, config)
+        assert (result.stage, result.run) == (stage, str(tmp_path / "out.run"))
+        assert result.outputs
+        assert all(Path(output).exists() for output in result.outputs)
+        done = [name.split()[0] for name in RunDirectory(tmp_path / "out.run").stages()]
+        assert done == sorted(STAGES[: number + 1])  # the manifest's order is by name
+        assert [report.format for report in result.reports] == (["accullm"] if stage == "validate" else [])
+    assert (tmp_path / "out/accullm.json").read_bytes() == (finished / "accullm.json").read_bytes()
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_a_stage_alone_needs_the_one_before_it(stage: str, llama: Path, tmp_path: Path) -> None:
+    config = fast_config(llama, tmp_path / "out")
+    before = STAGES[: STAGES.index(stage) - 1]
+    for earlier in before:
+        run_stage(earlier, config)
+    missing = STAGES[STAGES.index(stage) - 1]
+    assert refusal(lambda: run_stage(stage, config)) == (
+        f"{tmp_path}/out.run: {missing} has not run; run accullm {missing} with the same options first"
+    )
+    assert (tmp_path / "out.run").exists() == bool(before)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "outdated", "why"),
+    [
+        ("profile", {"calibration__samples": 2}, "calibrate", "config changed (calibration.samples)"),
+        ("quantize", {"plan__bits": 3}, "profile", "config changed (plan.bits)"),
+        ("validate", {"machine__seed": 4}, "calibrate", "config changed (machine.seed)"),
+        ("export", {"rounding__damping": 0.5}, "quantize", "config changed (rounding.damping)"),
+    ],
+)
+def test_a_stage_alone_refuses_what_is_out_of_date(
+    stage: str, settings: dict[str, object], outdated: str, why: str, llama: Path, finished: Path
+) -> None:
+    run = finished.with_name("out.run")
+    before = snapshot(finished)
+    assert refusal(lambda: run_stage(stage, fast_config(llama, finished, **settings))) == (
+        f"{run}: {outdated} is not up to date: {why}; run accullm {outdated} with the same options first"
+    )
+    assert snapshot(finished) == before
+
+
+def test_a_stage_alone_runs_and_none_after_it(llama: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.with_name("out.run"), tmp_path / "run")
+    seen: list[tuple[str, str]] = []
+    config = fast_config(llama, tmp_path / "out", machine__run=tmp_path / "run", plan__outliers=0.1)
+    run_stage("profile", config, lambda event: seen.append((event.stage, event.kind)))
+    assert [stage for stage, kind in seen if kind == "skip"] == ["calibrate"]
+    assert {stage for stage, kind in seen if kind == "start"} == {"profile"}
+
+
+def test_fresh_runs_the_stage_that_is_asked_for_again(llama: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.with_name("out.run"), tmp_path / "run")
+    events: list[Event] = []
+    config = fast_config(llama, tmp_path / "out", machine__run=tmp_path / "run")
+    run_stage("quantize", config, events.append, fresh=True)
+    started = [(event.stage, str(event.reason)) for event in events if event.kind == "start"]
+    assert started == [("quantize", "forced")]
+    blocks = [str(event.reason) for event in events if event.stage == "quantize" and event.kind == "step"]
+    assert blocks == ["forced", "forced"]
+
+
+def test_fresh_converts_everything_again(llama: Path, tmp_path: Path) -> None:
+    config = fast_config(llama, tmp_path / "out")
+    first = convert(config)
+    second = convert(config, fresh=True)
+    assert [stage.reason for stage in second.stages] == ["forced"] * 5
+    assert second.artifact_sha256 == first.artifact_sha256
+
+
+# -- the report --------------------------------------------------------------------------------------------
+
+
+def test_a_contract_that_is_not_met_is_reported_not_raised(llama: Path, finished: Path) -> None:
+    config = fast_config(llama, finished, validation__require="[mean_kl<=1e-9,bits_per_weight<=8]")
+    report = convert(config)
+    assert not report.contract_met
+    assert [(clause.text, clause.met) for clause in report.contract] == [
+        ("mean_kl<=1e-9", False),
+        ("bits_per_weight<=8", True),
+    ]
+    assert report.contract[0].measured == report.fidelity.mean_kl.value
+    assert report.contract[1].measured == report.bits_per_weight
+
+
+def test_a_contract_that_cannot_be_read_is_refused_before_any_work(llama: Path, tmp_path: Path) -> None:
+    config = fast_config(llama, tmp_path / "out")
+    config = config.model_copy(update={"validation": config.validation.model_copy(update={"require": ["mean_k<=1"]})})
+    line = "--require: unknown metric 'mean_k' in 'mean_k<=1'; did you mean mean_kl?"
+    assert refusal(lambda: convert(config)) == refusal(lambda: dry_run(config)) == line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_says_what_is_stored(llama: Path, finished: Path) -> None:
+    report = convert(fast_config(llama, finished))
+    found = inspect(finished)
+    assert report.bits_per_weight == found.bits_per_weight
+    assert [linear.bits_per_weight for linear in report.linears] == [row.bits_per_weight for row in found.linears]
+    files = [path for path in finished.rglob("*") if path.is_file() and path.name != "accullm.json"]
+    # The card grew by what was measured after the report was made.
+    card = (finished / "README.md").stat().st_size
+    assert abs(report.artifact_bytes - sum(path.stat().st_size for path in files)) < card
+    assert report.source_bytes == (llama / "model.safetensors").stat().st_size
+    assert [linear.name for linear in report.linears][:2] == [f"model.layers.0.self_attn.{n}_proj" for n in "qk"]
+    assert (Path(report.directory) / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "formats", "settings"),
+    [
+        (torch.float32, "[accullm]", {}),
+        (torch.bfloat16, "[compressed-tensors]", {"plan__outliers": 0}),
+    ],
+)
+def test_bits_per_weight_count_what_lies_on_disk(
+    dtype: torch.dtype, formats: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    source = make_checkpoint("llama", tmp_path / "model", dtype)
+    report = convert(fast_config(source, tmp_path / "out", export__format=formats, **settings))
+    assert report.bits_per_weight == inspect(tmp_path / "out").bits_per_weight
+
+
+def test_convert_makes_one_artifact(llama: Path, tmp_path: Path) -> None:
+    config = fast_config(llama, tmp_path / "out", export__format="[accullm,compressed-tensors]", plan__outliers=0)
+    assert refusal(lambda: convert(config)) == (
+        "export.format: convert makes one artifact; use convert_all for several formats"
+    )
+    reports = convert_all(config)
+    assert [Path(report.artifact) for report in reports] == [tmp_path / f"out/{r.format}" for r in reports]
+    assert [Path(report.directory).name for report in reports] == ["accullm", "compressed-tensors"]
+
+
+# -- threads -----------------------------------------------------------------------------------------------
+
+
+def threads_of(run: Path) -> int:
+    count: int = yaml.safe_load((run / "run.yaml").read_text())["machine"]["threads"]
+    return count
+
+
+def without_threads(config: Config) -> Config:
+    return config.model_copy(update={"machine": config.machine.model_copy(update={"threads": None})})
+
+
+def test_a_resume_keeps_the_thread_count_it_began_with(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many the machine has by then: sums differ with the number of threads."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
+    before = torch.get_num_threads()
+    config = without_threads(fast_config(llama, tmp_path / "out"))
+    first = convert(config)
+    assert threads_of(tmp_path / "out.run") == 2
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2})
+    seen: list[int] = []
+    second = convert(config, lambda event: seen.append(torch.get_num_threads()))
+    assert set(seen) == {2}
+    assert threads_of(tmp_path / "out.run") == 2
+    assert [stage.ran for stage in second.stages] == [False] * 5
+    assert second.artifact_sha256 == first.artifact_sha256
+    assert torch.get_num_threads() == before
+
+
+def test_another_thread_count_is_a_reason_to_run_again(llama: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.with_name("out.run"), tmp_path / "run")
+    config = fast_config(llama, tmp_path / "out", machine__run=tmp_path / "run", machine__threads=2)
+    assert str(dry_run(config).stages[0].reason) == "machine changed (threads)"
+
+
+# -- from Python -------------------------------------------------------------------------------------------
+
+
+def test_the_public_names_convert_a_model(llama: Path, tmp_path: Path) -> None:
+    """As README shows it, in a process of its own; and importing the package alone loads no torch."""
+    program = (
+        "import sys\n"
+        "from accullm_cli import Config\n"
+        "assert 'torch' not in sys.modules\n"
+        "from accullm_cli import AccullmError, Event, Report, convert, load_config\n"
+        "config = Config(model=sys.argv[1], export={'out': sys.argv[2]}, machine={'threads': 1},\n"
+        "                calibration={'text': sys.argv[3], 'samples': 1, 'seq_len': 48},\n"
+        "                validation={'text': sys.argv[3], 'windows': 2}, rounding={'method': 'nearest'})\n"
+        "report = convert(config)\n"
+        "assert isinstance(report, Report)\n"
+        "print(report.artifact, report.contract_met)\n"
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("one two three " * 40)
+    arguments = [sys.executable, "-c", program, str(llama), str(tmp_path / "out"), str(text)]
+    ended = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
+    assert (ended.returncode, ended.stdout) == (0, f"{tmp_path / 'out'} True\n"), ended.stderr
+
+
+def test_reports_are_values(llama: Path, finished: Path) -> None:
+    """Nothing in a report of a finished conversion depends on when it is asked for, but whether stages ran."""
+    config = fast_config(llama, finished)
+    first, second = convert(config), convert(config)
+    assert replace(first, stages=(), artifact_bytes=0) == replace(second, stages=(), artifact_bytes=0)

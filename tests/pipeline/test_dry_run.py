@@ -1,0 +1,235 @@
+"""Dry runs: they write nothing, and say what the run will do and why."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from accullm_cli.config import Config
+from accullm_cli.pipeline import (
+    STAGES,
+    PlannedStage,
+    convert,
+    convert_all,
+    dry_run,
+    run_stage,
+)
+from tests.pipeline.observe import refusal, snapshot
+from tests.streaming import fast_config
+from tests.tiny import make_checkpoint
+
+
+def test_a_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    config = fast_config(llama, place / "out")
+    before = snapshot(llama.parent)
+    planned = dry_run(config)
+    assert list(place.iterdir()) == []
+    assert snapshot(llama.parent) == before
+    assert (planned.run, planned.artifact) == (str(place / "out.run"), str(place / "out"))
+    assert planned.stages == tuple(PlannedStage(name, "new", True) for name in (*STAGES[:-1], "validate accullm"))
+    assert planned.peak_bytes > 100_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {}),
+        ("llama-tied", {"plan__group_size": 128, "plan__bits": 3, "plan__outliers": 0}),
+        ("mixtral", {"plan__symmetric": True, "plan__group_size": -1}),
+    ],
+)
+def test_a_dry_runs_bits_per_weight_are_the_artifacts(name: str, settings: dict[str, object], tmp_path: Path) -> None:
+    source = make_checkpoint(name, tmp_path / "model")
+    config = fast_config(source, tmp_path / "out", **settings)
+    planned = dry_run(config)
+    assert convert(config).bits_per_weight == planned.bits_per_weight
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A finished artifact and its run directory, which a test may change: they are where their manifest says."""
+    shutil.copytree(finished, tmp_path / "out")
+    shutil.copytree(finished.with_name("out.run"), tmp_path / "out.run")
+    manifest = tmp_path / "out.run" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(finished), str(tmp_path / "out")))
+    return tmp_path / "out"
+
+
+def planned_and_done(config: Config) -> tuple[list[PlannedStage], list[PlannedStage]]:
+    """The stages as a dry run foresees them, and as the conversion after it finds them."""
+    planned = list(dry_run(config).stages)
+    done = {stage.name: stage for report in convert_all(config) for stage in report.stages}
+    return planned, [PlannedStage(stage.name, stage.reason, stage.ran) for stage in done.values()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reasons"),
+    [
+        ({}, ["up to date"] * 5),
+        ({"validation__require": "[mean_kl<=1]"}, ["up to date"] * 5),
+        (
+            {"plan__outliers": 0.1},
+            [
+                "up to date",
+                "config changed (plan.outliers)",
+                "input changed (profile)",
+                "input changed (quantize)",
+                "input changed (artifact)",
+            ],
+        ),
+        (
+            {"rounding__grid": "search"},
+            [
+                "up to date",
+                "up to date",
+                "config changed (rounding.grid)",
+                "input changed (quantize)",
+                "input changed (artifact)",
+            ],
+        ),
+        (
+            {"machine__seed": 3},
+            [
+                "config changed (machine.seed)",
+                "input changed (calibrate)",
+                "config changed (machine.seed)",
+                "input changed (quantize)",
+                "config changed (machine.seed)",
+            ],
+        ),
+    ],
+)
+def test_a_dry_run_gives_the_reasons_of_the_run(
+    settings: dict[str, object], reasons: list[str], llama: Path, copied: Path
+) -> None:
+    planned, done = planned_and_done(fast_config(llama, copied, **settings))
+    assert [stage.reason for stage in planned] == reasons
+    assert planned == done
+
+
+@pytest.mark.parametrize(
+    ("settings", "foreseen", "found"),
+    [
+        ({"rounding__damping": 0.5}, "input changed (artifact)", PlannedStage("validate accullm", "up to date", False)),
+        (
+            {"validation__windows": 2},
+            "input changed (artifact, calibrate)",
+            PlannedStage("validate accullm", "input changed (calibrate)", True),
+        ),
+    ],
+)
+def test_a_dry_run_supposes_that_what_is_rounded_again_comes_out_different(
+    settings: dict[str, object], foreseen: str, found: PlannedStage, llama: Path, copied: Path
+) -> None:
+    """Nearest rounding knows no damping, and no validation text: here the artifact is the one from before."""
+    planned, done = planned_and_done(fast_config(llama, copied, **settings))
+    assert planned[:4] == done[:4]
+    assert planned[3].reason == "input changed (quantize)"
+    assert planned[4].reason == foreseen
+    assert done[4] == found
+
+
+def test_an_artifact_that_is_written_again_need_not_be_measured_again(llama: Path, copied: Path) -> None:
+    shutil.rmtree(copied)
+    planned, done = planned_and_done(fast_config(llama, copied))
+    assert planned[3].reason == f"output missing ({copied}/README.md)"
+    assert planned[4] == PlannedStage("validate accullm", "up to date", False)
+    assert planned == done
+
+
+def test_an_artifact_that_is_written_elsewhere_need_not_be_measured_again(llama: Path, copied: Path) -> None:
+    run = copied.with_name("out.run")
+    planned, done = planned_and_done(fast_config(llama, copied.with_name("other"), machine__run=run))
+    assert [stage.reason for stage in planned[3:]] == ["config changed (export.out (accullm))", "up to date"]
+    assert planned == done
+
+
+def test_an_artifact_that_was_changed_is_measured_again(llama: Path, copied: Path) -> None:
+    tokenizer = copied / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    assert dry_run(fast_config(llama, copied)).stages[4] == PlannedStage(
+        "validate accullm", "input changed (artifact)", True
+    )
+
+
+def test_a_dry_run_has_a_line_for_the_validation_of_each_format(llama: Path, tmp_path: Path) -> None:
+    config = fast_config(llama, tmp_path / "out", plan__outliers=0)
+    convert(config)
+    formats = ["accullm", "compressed-tensors"]
+    config = config.model_copy(update={"export": config.export.model_copy(update={"format": formats})})
+    planned, done = planned_and_done(config)
+    assert [(stage.name, stage.reason) for stage in planned[4:]] == [
+        ("validate accullm", "input changed (artifact)"),
+        ("validate compressed-tensors", "new"),
+    ]
+    assert planned == done
+
+
+def test_a_fresh_dry_run_forces_what_a_fresh_run_would(llama: Path, finished: Path) -> None:
+    config = fast_config(llama, finished)
+    assert [stage.reason for stage in dry_run(config, fresh=True).stages] == ["forced"] * 5
+    alone = dry_run(config, fresh=True, only="quantize").stages
+    assert [stage.reason for stage in alone] == ["up to date", "up to date", "forced"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_of_one_stage_ends_with_it_or_refuses_as_it_would(stage: str, llama: Path, finished: Path) -> None:
+    named = [planned.name.split()[0] for planned in dry_run(fast_config(llama, finished), only=stage).stages]
+    assert named == list(STAGES[: STAGES.index(stage) + 1])
+    config = fast_config(llama, finished, machine__seed=3)
+    if stage == "calibrate":
+        assert dry_run(config, only=stage).stages == (PlannedStage("calibrate", "config changed (machine.seed)", True),)
+        return
+    assert refusal(lambda: dry_run(config, only=stage)) == refusal(lambda: run_stage(stage, config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            {"export__format": "[compressed-tensors]", "plan__outliers": 0, "plan__bits": 5},
+            "--format compressed-tensors: compressed-tensors holds 4 or 8 bits, and "
+            "model.layers.0.self_attn.q_proj has 5 (and 13 more); use --bits 4 or --bits 8, or export to the format "
+            "accullm",
+        ),
+        (
+            {"calibration__text": "{tmp}/corpus.txt"},
+            "{tmp}/corpus.txt: no such file; check its spelling",
+        ),
+        (
+            {"validation__text": "{tmp}/mine"},
+            "{tmp}/mine: cannot be read (Is a directory)",
+        ),
+        (
+            {"calibration__seq_len": 257},
+            "--seq-len: 257 is more than the model's 256 positions; give 256 or less",
+        ),
+        (
+            {"machine__device": "cuda:0"},
+            "--device: cuda:0 is not supported: this version computes on the CPU; give cpu",
+        ),
+        (
+            {"machine__run": "{tmp}/mine"},
+            "{tmp}/mine: holds something else than a run; give another directory with --run",
+        ),
+        (
+            {"export__out": "{tmp}/mine"},
+            "{tmp}/mine: holds something else than an artifact; give an empty or new directory with --out",
+        ),
+    ],
+)
+@pytest.mark.parametrize("call", [dry_run, convert])
+def test_a_dry_run_refuses_what_the_run_would(
+    call: Callable[[Config], object], settings: dict[str, object], line: str, llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    settings = {key: str(value).replace("{tmp}", str(tmp_path)) for key, value in settings.items()}
+    config = fast_config(llama, tmp_path / "out", **settings)
+    assert refusal(lambda: call(config)) == line.replace("{tmp}", str(tmp_path))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "thesis.txt"]
