@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 
 import pytest
 import torch
 
-from accullm_cli.quant import grid, rounding
-from accullm_cli.quant.rounding import RoundingOptions, round_linears
+from accullm_cli.quant import grid
 from accullm_cli.quant.stats import GramMatrices
-from tests.quant.references import correlated_problem, plan_of
+from tests.quant.references import correlated_problem
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7])

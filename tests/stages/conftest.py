@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from accullm_cli.quant.rounding import round_linears
-from accullm_cli.stages import quantize as stage
+from accullm_cli.stages import block_rounding
 from tests.stages.quantized import Call
 from tests.streaming import opened, run_to, short_config
 from tests.tiny import make_checkpoint
@@ -20,12 +20,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     def copy(matrix: torch.Tensor | None) -> torch.Tensor | None:
         return None if matrix is None else matrix.double().clone()
 
-    def spy(weights, plans, options, dtype, hessian=None, drift=None, importance=None):  # type: ignore[no-untyped-def]
+    def spy(weights, plans, options, dtype, hessian=None, pulls=None, importance=None):  # type: ignore[no-untyped-def]
         assert weights.keys() == plans.keys()
-        made.append(Call(tuple(weights), copy(hessian), copy(drift), copy(importance), options.seed, dtype))
-        return round_linears(weights, plans, options, dtype, hessian, drift, importance)
+        own = {name: pull.double().clone() for name, pull in (pulls or {}).items()}
+        made.append(Call(tuple(weights), copy(hessian), own, copy(importance), options.seed, dtype))
+        return round_linears(weights, plans, options, dtype, hessian, pulls, importance)
 
-    monkeypatch.setattr(stage, "round_linears", spy)
+    monkeypatch.setattr(block_rounding, "round_linears", spy)
     return made
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import Plan
 from accullm_cli.stages.profile import load_plan
+from tests.stages.references import Seen
 
 LLAMA_ORDER = [
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -29,7 +30,7 @@ class Call:
 
     names: tuple[str, ...]
     hessian: torch.Tensor | None
-    drift: torch.Tensor | None
+    pulls: dict[str, torch.Tensor]
     importance: torch.Tensor | None
     seed: int
     source_dtype: torch.dtype
@@ -66,12 +67,14 @@ def close(found: torch.Tensor | None, expected: torch.Tensor) -> None:
     np.testing.assert_allclose(found, expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
 
 
-def check_drift(found: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Against Y^T (X - Y) / T. X and Y are near each other, so float32 leaves fewer digits than for the Hessian."""
-    expected = y.T @ (x - y) / len(y)
-    assert expected.abs().max() > 1e-3
-    assert found is not None
-    np.testing.assert_allclose(found, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
+def check_pulls(call: Call, original: Seen, rounded: Seen) -> None:
+    """Against Y^T (O - P) / T. O and P are near each other, so float32 leaves fewer digits than for the Hessian."""
+    y = rounded.inputs[call.names[0]]
+    assert call.pulls.keys() == set(call.names)
+    for name, found in call.pulls.items():
+        expected = y.T @ (original.outputs[name] - rounded.outputs[name]) / len(y)
+        assert expected.abs().max() > 1e-3
+        np.testing.assert_allclose(found, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
 
 
 def edit_plan(run: Path, **bits: int) -> None:

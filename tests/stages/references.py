@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,35 +10,62 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+# Where the sum of the residual stream and a linear's output can be seen: as the input of this module of the block, or
+# as the block's own output.
+SUM_READERS = {"self_attn.o_proj": "post_attention_layernorm", "attn.c_proj": "ln_2"}
+LAST_WRITERS = ("mlp.down_proj", "mlp.c_proj")
 
-@contextmanager
-def seen_inputs(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
-    """The rows [T, K] in float64 that every linear of the model reads, by its name."""
-    rows: dict[str, torch.Tensor] = {}
+
+@dataclass(frozen=True)
+class Seen:
+    """What every linear of a model reads and makes in one forward pass, by its name, as rows in float64.
+
+    outputs: of a linear that writes to the residual stream, what this becomes; of others their own.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+
+
+def rows_of(value: torch.Tensor) -> torch.Tensor:
+    return value.reshape(-1, value.shape[-1]).double().clone()
+
+
+def seen(model: PreTrainedModel, ids: torch.Tensor) -> Seen:
+    """One forward pass, observed by hooks."""
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    read: dict[str, torch.Tensor] = {}
+    made: dict[str, torch.Tensor] = {}
 
     def hook(name: str):  # type: ignore[no-untyped-def]
-        def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            rows[name] = args[0].reshape(-1, args[0].shape[-1]).double().clone()
+        def note(module: nn.Module, args: tuple[torch.Tensor, ...], result: object) -> None:
+            if isinstance(module, nn.Linear | Conv1D):
+                inputs[name], outputs[name] = rows_of(args[0]), rows_of(result)  # type: ignore[arg-type]
+            elif isinstance(result, torch.Tensor):
+                made[name] = result
+                if args:
+                    read[name] = args[0]
 
         return note
 
-    handles = [
-        module.register_forward_pre_hook(hook(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]
-    try:
-        yield rows
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    with torch.no_grad():
+        model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    for name in outputs:
+        block, own = ".".join(name.split(".")[:3]), ".".join(name.split(".")[3:])
+        if own in SUM_READERS:
+            outputs[name] = rows_of(read[f"{block}.{SUM_READERS[own]}"])
+        elif own in LAST_WRITERS:
+            outputs[name] = rows_of(made[block])
+    return Seen(inputs, outputs)
 
 
 def inputs_of(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The inputs of one forward pass: see `seen_inputs`."""
-    with seen_inputs(model) as rows, torch.no_grad():
-        model(input_ids=ids)
-    return rows
+    """The rows [T, K] in float64 that every linear of the model reads, by its name."""
+    return seen(model, ids).inputs
 
 
 def weight_of(model: PreTrainedModel, name: str) -> torch.Tensor:

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.progress import Event
-from accullm_cli.stages import quantize as stage
+from accullm_cli.stages import block_rounding
 from accullm_cli.stages.calibrate import calibrate
 from accullm_cli.stages.profile import load_plan, profile
 from accullm_cli.stages.quantize import quantize
 from tests.stages.quantized import (
     LLAMA_ORDER,
     Call,
-    check_drift,
+    check_pulls,
     close,
     edit_plan,
     linear_of,
@@ -27,7 +27,7 @@ from tests.stages.quantized import (
     shard,
     weights_of,
 )
-from tests.stages.references import inputs_of, set_weight, weight_of
+from tests.stages.references import inputs_of, seen, set_weight, weight_of
 from tests.streaming import opened, reference_model, run_to, short_config
 from tests.tiny import make_checkpoint
 
@@ -48,7 +48,7 @@ GPT2_ORDER = [("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)
 def test_each_input_is_that_of_the_model_rounded_so_far(
     name: str, prefix: str, order: list[tuple[str, ...]], calls: list[Call], tmp_path: Path
 ) -> None:
-    """Hessian Y^T Y / T and drift Y^T (X - Y) / T, from transformers' model with all earlier linears replaced."""
+    """Hessian and pulls (see quant.rounding), from transformers' model with all earlier linears replaced."""
     source = make_checkpoint(name, tmp_path / "model")
     with opened(short_config(source, tmp_path / "out")) as job:
         run_to(job, "quantize")
@@ -58,26 +58,27 @@ def test_each_input_is_that_of_the_model_rounded_so_far(
     ]
     ids = load_file(run / "tokens.safetensors")["calibration"]
     rounded = weights_of(run)
-    original = inputs_of(reference_model(source), ids)
+    original = seen(reference_model(source), ids)
     model = reference_model(source)
     for number, call in enumerate(calls):
-        x, y = original[call.names[0]], inputs_of(model, ids)[call.names[0]]
+        now = seen(model, ids)
+        y = now.inputs[call.names[0]]
         close(call.hessian, y.T @ y / len(y))
         if number == 0:  # nothing was lost yet
-            assert call.drift is None or not bool(call.drift.any())
+            assert not any(bool(pull.any()) for pull in call.pulls.values())
         else:
-            check_drift(call.drift, x, y)
+            check_pulls(call, original, now)
         for linear in call.names:
             set_weight(model, linear, rounded(linear))
 
 
-def test_towards_the_original_weights_there_is_no_drift(calls: list[Call], tmp_path: Path) -> None:
+def test_towards_the_original_weights_nothing_pulls(calls: list[Call], tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
     with opened(short_config(source, tmp_path / "out", rounding__target="original", machine__seed=5)) as job:
         run_to(job, "quantize")
     run = tmp_path / "out.run"
     assert len(calls) == 8
-    assert all(call.drift is None for call in calls)
+    assert all(call.pulls == {} for call in calls)
     assert {(call.seed, call.source_dtype) for call in calls} == {(5, torch.bfloat16)}
     rounded, model = weights_of(run), reference_model(source)
     for call in calls[:-1]:
@@ -115,18 +116,18 @@ def test_experts_get_the_rows_that_are_routed_to_them(calls: list[Call], tmp_pat
     ]
     ids = load_file(run / "tokens.safetensors")["calibration"]
     rounded, model = weights_of(run), reference_model(source)
-    original = inputs_of(reference_model(source), ids)
+    original = seen(reference_model(source), ids)
     for call in calls:
         (name, *_) = call.names
         parts = name.split(".")
         if "experts" not in parts:
             if call is not calls[0]:
-                check_drift(call.drift, original[name], inputs_of(model, ids)[name])
+                check_pulls(call, original, seen(model, ids))
             for linear in call.names:
                 set_weight(model, linear, rounded(linear))
             continue
         layer, which, expert = int(parts[2]), parts[-2], int(parts[-1])
-        assert call.drift is None
+        assert call.pulls == {}
         y = expert_rows(model, ids, layer, expert)[which == "down_proj"]
         assert 0 < len(y) < 288
         close(call.hessian, y.T @ y / len(y))
@@ -157,7 +158,7 @@ def test_nearest_runs_no_block(tmp_path: Path, calls: list[Call], monkeypatch: p
         # No weight is further from its value than half a step, but where the last code is a rounding short of it.
         assert bool((error <= half * 1.02).all())
         assert bool((error > half * 0.8).any())
-    assert all(call.hessian is None and call.drift is None for call in calls)
+    assert all(call.hessian is None and call.pulls == {} for call in calls)
     rows = inputs_of(model, load_file(run / "tokens.safetensors")["calibration"])
     for call in calls:
         close(call.importance, rows[call.names[0]].square().mean(0))
@@ -211,18 +212,18 @@ def test_a_changed_plan_of_the_first_block_runs_all_that_follow(tmp_path: Path) 
 
 def test_groups_are_cut_so_that_their_matrices_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two float32 matrices of K x K for each group: 8 K^2 bytes."""
-    monkeypatch.setattr(stage, "GRAM_BYTES", 3 * 8 * 10**2)
+    monkeypatch.setattr(block_rounding, "GRAM_BYTES", 3 * 8 * 10**2)
     widths = {"a": 10, "b": 10, "c": 10, "d": 10, "huge": 1000, "e": 10, "f": 17}
     slot_of = {name: LinearSlot(name, name, "linear", 1, width) for name, width in widths.items()}
-    parts = stage._parts_in_memory([(name,) for name in widths], slot_of)
+    parts = block_rounding._parts_in_memory([(name,) for name in widths], slot_of)
     assert parts == [[("a",), ("b",), ("c",)], [("d",)], [("huge",)], [("e",)], [("f",)]]
-    assert stage._parts_in_memory([], slot_of) == []
+    assert block_rounding._parts_in_memory([], slot_of) == []
 
 
 def test_parts_make_no_difference(finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part for each expert, instead of one for all of them."""
     source, run = finished
-    monkeypatch.setattr(stage, "GRAM_BYTES", 1)
+    monkeypatch.setattr(block_rounding, "GRAM_BYTES", 1)
     with opened(short_config(source, tmp_path / "out")) as job:
         run_to(job, "quantize")
     for index in range(2):

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from accullm_cli.quant.rounding import RoundedLinear, round_linears
-from accullm_cli.stages import quantize as stage
+from accullm_cli.stages import block_rounding
 from accullm_cli.stages.profile import load_plan
 from accullm_cli.stages.quantize import quantize
 from tests.stages.quantized import (
     LLAMA_ORDER,
     Call,
-    check_drift,
+    check_pulls,
     close,
     edit_plan,
     linear_of,
@@ -24,7 +24,7 @@ from tests.stages.quantized import (
     shard,
     weights_of,
 )
-from tests.stages.references import inputs_of, set_weight, weight_of
+from tests.stages.references import inputs_of, seen, set_weight, weight_of
 from tests.streaming import opened, reference_model, run_to, short_config
 from tests.tiny import make_checkpoint
 
@@ -121,7 +121,7 @@ def test_round_linears_returns_what_the_shard_stores(tmp_path: Path, monkeypatch
         results.update(found)
         return found
 
-    monkeypatch.setattr(stage, "round_linears", spy)
+    monkeypatch.setattr(block_rounding, "round_linears", spy)
     source = make_checkpoint("llama", tmp_path / "model")
     with opened(short_config(source, tmp_path / "out", plan__symmetric=True)) as job:
         run_to(job, "quantize")
@@ -169,9 +169,10 @@ def test_the_streams_go_through_blocks_that_end_in_16_bits(calls: list[Call], tm
     rounded, model = weights_of(run), reference_model(source)
     for name in calls[0].names:
         set_weight(model, name, rounded(name))
-    x, y = (inputs_of(m, ids)["model.layers.1.self_attn.q_proj"] for m in (reference_model(source), model))
+    now = seen(model, ids)
+    y = now.inputs["model.layers.1.self_attn.q_proj"]
     close(calls[1].hessian, y.T @ y / len(y))
-    check_drift(calls[1].drift, x, y)
+    check_pulls(calls[1], seen(reference_model(source), ids), now)
 
 
 def test_a_block_of_16_bits_alone_loses_nothing(calls: list[Call], tmp_path: Path) -> None:
@@ -185,8 +186,8 @@ def test_a_block_of_16_bits_alone_loses_nothing(calls: list[Call], tmp_path: Pat
     assert first.names[0] == "model.layers.1.self_attn.q_proj"
     y = inputs_of(reference_model(source), load_file(tmp_path / "out.run" / "tokens.safetensors")["calibration"])
     close(first.hessian, y[first.names[0]].T @ y[first.names[0]] / 288)
-    assert first.drift is not None
-    assert not bool(first.drift.any())
+    assert first.pulls.keys() == set(first.names)
+    assert not any(bool(pull.any()) for pull in first.pulls.values())
 
 
 def test_one_expert_of_a_stack_may_stay_in_16_bits(tmp_path: Path) -> None:
