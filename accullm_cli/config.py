@@ -144,9 +144,10 @@ class Rounding(Section):
         "'corrected' moves each linear's target to make up for what earlier layers lost (Qronos); 'original' rounds "
         "towards the weights themselves (GPTQ).",
     )
-    grid: Literal["search", "minmax"] = option(
-        "search",
-        "'search' picks each group's scale for the least activation-weighted error; 'minmax' spans the group's range.",
+    grid: Literal["fit", "search", "minmax"] = option(
+        "fit",
+        "'minmax' spans each group's range; 'search' picks the scale of least activation-weighted error; 'fit' goes on "
+        "from there: it rounds with feedback, fits the scales to the codes by least squares, and does both again.",
     )
     damping: float = option(
         0.1, "Added to the Hessian's diagonal, as a fraction of its mean.", gt=0, le=1, example="0.01"

@@ -106,6 +106,45 @@ def searched_grid(
     return Grid(scale, zero, bits, parts[0].columns_per_group, symmetric)
 
 
+def fitted_scales(
+    scale: torch.Tensor,
+    error: torch.Tensor,
+    steps: torch.Tensor,
+    hessian: torch.Tensor,
+    ridge: float,
+    columns_per_group: int,
+    scale_dtype: str = "float16",
+) -> torch.Tensor:
+    """Scales of less Hessian-weighted error for given codes: [N, G].
+
+    A row's weights are linear in its scales, so with the codes fixed its loss e (H + ridge) e^T is quadratic in them.
+    One group after the other is put at its minimum, rounded as it is stored, and left as it was where that is no gain.
+
+    Args:
+        scale: [N, G].
+        error: [N, K], W* - Q as it is with these scales.
+        steps: [N, K], code - zero point; 0 in columns that the grid does not hold.
+        hessian: [K, K].
+    """
+    scale, error = scale.clone(), error.clone()
+    gradient = error @ hessian + ridge * error
+    for group in range(scale.shape[1]):
+        columns = slice(group * columns_per_group, (group + 1) * columns_per_group)
+        own = steps[:, columns]
+        # What one unit of the scale changes: the weights by `own`, the gradient by this.
+        change = own @ hessian[columns]
+        change[:, columns] += ridge * own
+        slope = (gradient[:, columns] * own).sum(1)
+        curvature = (change[:, columns] * own).sum(1)
+        wanted = scale[:, group] + slope / curvature.clamp(min=torch.finfo(scale.dtype).tiny)
+        difference = round_scale(wanted, scale_dtype) - scale[:, group]
+        gains = difference * (difference * curvature - 2 * slope) < 0
+        difference = torch.where(gains, difference, 0)
+        scale[:, group] += difference
+        gradient -= difference[:, None] * change
+    return scale
+
+
 def _search_rows(
     weight: torch.Tensor,
     column_weight: torch.Tensor,

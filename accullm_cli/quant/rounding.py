@@ -35,7 +35,7 @@ from typing import Literal
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.quant.grid import Grid, minmax_grid, searched_grid
+from accullm_cli.quant.grid import Grid, fitted_scales, minmax_grid, searched_grid
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.philox import uniform
 from accullm_cli.quant.plan import LinearPlan
@@ -58,7 +58,7 @@ class RoundingOptions:
     method: Literal["nearest", "feedback", "stochastic"] = "feedback"
     outlier_mode: Literal["untouched", "compensating"] = "untouched"
     target: Literal["corrected", "original"] = "corrected"
-    grid: Literal["search", "minmax"] = "search"
+    grid: Literal["fit", "search", "minmax"] = "fit"
     damping: float = 0.01
     seed: int = 0
     scale_dtype: str = "float16"
@@ -84,11 +84,13 @@ class Factor:
     order: int64 [M], the features in the order they are rounded.
     cholesky: [M, M], the lower Cholesky factor of the damped H in this order, reversed. U is this with rows and
         columns reversed and divided by its diagonal.
+    damping: what was added to H's diagonal, as a fraction of its mean; ridge: the same as a number.
     """
 
     order: torch.Tensor
     cholesky: torch.Tensor
     damping: float
+    ridge: float
 
     def feedback(self, start: int, end: int) -> torch.Tensor:
         """Columns `start` to `end` of U down to row `end`, below which they are zero: [end, end - start]."""
@@ -148,7 +150,7 @@ def round_linears(
             factor = factor_hessian(hessian, outliers, options)
         for name in names:
             linears[name], own_records = _round_one(
-                weights[name], pulls.pop(name, None), plans[name], options, source_dtype, importance, factor
+                weights[name], pulls.pop(name, None), plans[name], options, source_dtype, importance, hessian, factor
             )
             records[name] = without_data + own_records
         del factor  # before the errors are measured, which takes room for whole weights
@@ -191,7 +193,7 @@ def factor_hessian(hessian: torch.Tensor, outliers: tuple[int, ...], options: Ro
         if damping >= 1.0:
             raise AccullmError("the Hessian cannot be factored at any damping up to its mean", hint="use more samples")
         damping = min(max(damping, SMALLEST_DAMPING) * DAMPING_STEP, 1.0)
-    return Factor(order, cholesky, damping)
+    return Factor(order, cholesky, damping, damping * mean)
 
 
 def corrected_target(weight: torch.Tensor, pull: torch.Tensor, factor: Factor) -> torch.Tensor:
@@ -278,6 +280,7 @@ def _round_one(
     options: RoundingOptions,
     source_dtype: torch.dtype,
     importance: torch.Tensor | None,
+    hessian: torch.Tensor | None,
     factor: Factor | None,
 ) -> tuple[QuantizedLinear, tuple[str, ...]]:
     """Round one linear of weight [N, K]; with what was treated differently from the plan.
@@ -296,18 +299,22 @@ def _round_one(
     is_outlier[outliers] = True
     grid = _grid(target, torch.ones(weight.shape[1]) if importance is None else importance, plan, options, is_outlier)
     kept = weight[:, outliers].to(source_dtype)
-    if factor is None:
+    if factor is None or hessian is None:
         codes = grid.round_to_nearest(target).to(torch.uint8)
     else:
         stochastic = options.method == "stochastic"
         generator = (options.seed, zlib.crc32(plan.name.encode())) if stochastic else None
+        fits = options.grid == "fit" and not stochastic
         rounded_features = weight.shape[1] - len(outliers)
-        columns, compensating, clamped = round_with_feedback(
-            target, grid, factor, rounded_features, source_dtype, generator
-        )
-        codes = columns.T.contiguous()
-        if len(compensating):
-            kept = compensating.T[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)
+        for _ in range(2 if fits else 1):
+            columns, compensating, clamped = round_with_feedback(
+                target, grid, factor, rounded_features, source_dtype, generator
+            )
+            codes = columns.T.contiguous()
+            if len(compensating):
+                kept = compensating.T[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)
+            if fits:
+                grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge, options.scale_dtype)
         if clamped:
             records += (f"{clamped} weights lie outside the grid of stochastic rounding and were clamped",)
     codes[:, outliers] = grid.zero[:, outliers // grid.columns_per_group].to(torch.uint8)
@@ -332,12 +339,40 @@ def _grid(
 ) -> Grid:
     """The grid for a linear's target; that of stochastic rounding holds the whole range, whatever its zero point."""
     stochastic = options.method == "stochastic"
-    if options.grid == "minmax" or stochastic:
+    if options.grid == "minmax" or stochastic:  # "fit" begins with what the search finds
         margin = 0.5 if stochastic else 0
         return minmax_grid(target, plan.bits, plan.group_size, plan.symmetric, options.scale_dtype, is_outlier, margin)
     return searched_grid(
         target, importance, plan.bits, plan.group_size, plan.symmetric, options.scale_dtype, is_outlier
     )
+
+
+def _fitted(
+    grid: Grid,
+    target: torch.Tensor,
+    codes: torch.Tensor,
+    outliers: torch.Tensor,
+    kept: torch.Tensor,
+    hessian: torch.Tensor,
+    ridge: float,
+    scale_dtype: str,
+) -> Grid:
+    """The grid with its scales fitted to the codes, some rows at a time.
+
+    Args:
+        codes: uint8 [N, K]; kept: [N, n], the weights of the outlier columns.
+    """
+    fitted = []
+    for start in range(0, len(target), ROWS_TOGETHER):
+        part = slice(start, start + ROWS_TOGETHER)
+        own = Grid(grid.scale[part], grid.zero[part], grid.bits, grid.columns_per_group, grid.symmetric)
+        scale, zero = own.per_column(target.shape[1])
+        steps = codes[part].to(target.dtype) - zero
+        steps[:, outliers] = 0
+        error = target[part] - steps * scale
+        error[:, outliers] -= kept[part].to(target.dtype)
+        fitted.append(fitted_scales(own.scale, error, steps, hessian, ridge, grid.columns_per_group, scale_dtype))
+    return replace(grid, scale=torch.cat(fitted))
 
 
 def relative_error(weight: torch.Tensor, linear: QuantizedLinear, hessian: torch.Tensor | None) -> float | None:

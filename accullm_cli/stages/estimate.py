@@ -13,9 +13,9 @@ from accullm_cli.stages.job import Job
 
 FLOAT = 4
 # Passes through the blocks in quantize. A Llama block has four distinct inputs, and comes up to each of them once: to
-# 0, 0.16, 0.25 and 0.75 of its products. The original's stream goes on to the end from the last one; the rounded
-# one's goes through the block once more, when all of it is rounded.
-PASSES_OF_THE_ORIGINAL = 1.4
+# 0, 0.16, 0.25 and 0.75 of its products; the rounded stream does, and then goes through the whole block, when all of
+# it is rounded. The original goes through once.
+PASSES_OF_THE_ORIGINAL = 1.0
 PASSES_OF_THE_ROUNDED = 2.2
 # Of a large matrix product's speed (110 GFLOP/s a core), what is left between attention, norms and a block's products.
 # With it calibrate, quantize and validate of a Llama of 135M parameters and 64 windows of 512 tokens are said to take
@@ -81,8 +81,8 @@ def _operations(job: Job, plan: Plan, head_weights: int) -> float:
     held_out = job.config.validation.windows * calibration.seq_len
     weights = sum(linear.weights for linear in plan.linears.values())
     # Calibrate runs the held-out text and its noise floor, validate the artifact.
-    passes = tokens + 3 * held_out
-    grams = 0
+    passes: float = tokens + 3 * held_out
+    grams = 0.0
     if rounding.method != "nearest":
         corrected = rounding.target == "corrected"
         passes += tokens * (PASSES_OF_THE_ROUNDED + corrected * PASSES_OF_THE_ORIGINAL)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, minmax_grid, round_scale, searched_grid
+from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, fitted_scales, minmax_grid, round_scale, searched_grid
 
 SHAPES = [(2, 4, -1), (3, 10, 4), (1, 1, 8), (4, 33, 16), (2, 6, 1)]
 
@@ -245,3 +245,38 @@ def test_scales_of_tiny_and_huge_weights_can_be_stored(exponent, seed, bits, sym
         assert codes.isfinite().all()
         assert codes.min() >= 0
         assert codes.max() <= grid.largest_code
+
+
+# -- fitted ------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**31), st.sampled_from([1, 3, 8, 20]), st.sampled_from(["float16", "bfloat16"]))
+def test_a_fitted_scale_never_costs_anything_and_can_be_stored(seed, size, scale_dtype):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(30, 20, generator=generator, dtype=torch.float64)
+    hessian = rows.T @ rows
+    weight = normal(3, 20, seed)
+    grid = minmax_grid(weight, 3, size, False, scale_dtype)
+    codes = torch.randint(0, 8, (3, 20), generator=generator).double()
+    steps = codes - grid.per_column(20)[1]
+
+    def loss(scale: torch.Tensor) -> torch.Tensor:
+        error = weight - steps * scale.repeat_interleave(size, 1)[:, :20]
+        return ((error @ hessian + 2.5 * error) * error).sum(1)
+
+    error = weight - grid.values(codes)
+    before = grid.scale.clone()
+    fitted = fitted_scales(grid.scale, error, steps, hessian, 2.5, size, scale_dtype)
+    assert torch.equal(grid.scale, before)
+    assert (loss(fitted) <= loss(grid.scale) * (1 + 1e-12)).all()
+    assert torch.equal(round_scale(fitted, scale_dtype), fitted)
+
+
+def test_a_group_whose_codes_are_all_zero_keeps_its_scale():
+    scale = torch.tensor([[0.5, 0.25]])
+    steps = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    error = torch.tensor([[0.3, 0.1, 0.2, 0.2]])
+    fitted = fitted_scales(scale, error, steps, torch.eye(4), 0.0, 2)
+    assert fitted[0, 0] == 0.5
+    assert fitted[0, 1] == pytest.approx(0.45, rel=1e-3)

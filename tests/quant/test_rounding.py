@@ -29,7 +29,8 @@ from tests.quant.references import (
     textbook_gptq,
 )
 
-ORIGINAL = RoundingOptions(target="original")
+# Codes are compared on a grid that is not changed after rounding; "fit" has tests of its own.
+ORIGINAL = RoundingOptions(target="original", grid="search")
 # The order by size of the outliers below differs from their order by index: feature 2 is the largest, 11 the smallest.
 OUTLIERS = (2, 5, 7, 11)
 
@@ -88,7 +89,7 @@ def test_feedback_equals_textbook_gptq(rows, columns, bits, group_size, symmetri
 @pytest.mark.parametrize("damping", [0.001, 0.1, 1.0])
 def test_damping_is_a_fraction_of_the_mean_diagonal(damping):
     problem = correlated_problem(6, 40, 30, seed=1)
-    linear = rounded(problem, RoundingOptions(target="original", damping=damping), group_size=16)
+    linear = rounded(problem, RoundingOptions(target="original", grid="search", damping=damping), group_size=16)
     codes, _ = textbook_gptq(problem.weight.numpy(), problem.hessian.numpy(), *scale_and_zero(linear), 4, damping)
     assert_codes_equal(linear, codes)
 
@@ -107,7 +108,7 @@ def test_untouched_outliers_leave_the_rest_to_its_own_hessian(columns):
 @pytest.mark.parametrize("columns", [40, 300])
 def test_compensating_outliers_take_the_rest_of_the_update(columns):
     problem = with_outliers(correlated_problem(6, columns, 2 * columns, seed=3))
-    options = RoundingOptions(target="original", outlier_mode="compensating")
+    options = RoundingOptions(target="original", grid="search", outlier_mode="compensating")
     linear = rounded(problem, options, group_size=16, outliers=OUTLIERS)
     codes, kept = textbook_gptq(
         problem.weight.numpy(), problem.hessian.numpy(), *scale_and_zero(linear), 4, 0.01, OUTLIERS, True
@@ -123,7 +124,7 @@ def test_compensating_outliers_take_the_rest_of_the_update(columns):
 @pytest.mark.parametrize("mode", ["untouched", "compensating"])
 def test_corrected_rounding_equals_gptq_of_the_least_squares_target(mode):
     problem = with_outliers(correlated_problem(5, 140, 300, seed=4))
-    options = RoundingOptions(outlier_mode=mode)
+    options = RoundingOptions(outlier_mode=mode, grid="search")
     linear = rounded(problem, options, pull=problem.pull, group_size=32, outliers=OUTLIERS)
     last = mode == "compensating"
     target = least_squares_target(problem, options.damping, () if last else OUTLIERS)
@@ -241,12 +242,90 @@ def test_an_error_moves_into_the_next_column():
     # (0, 1) loses 0.4^2 + 0.6^2 - 2*0.9*0.4*0.6 = 0.088; nearest's (0, 0) loses 0.608; no other pair is below 0.088.
     grid = Grid(torch.ones(1, 1).double(), torch.zeros(1, 1).double(), 2, 2, False)
     feedback = torch.tensor([[1.0, 0.9], [0.0, 1.0]], dtype=torch.float64)
-    factor = Factor(torch.tensor([0, 1]), feedback.flip(0, 1), 0.01)  # the Cholesky factor of S = 1
+    factor = Factor(torch.tensor([0, 1]), feedback.flip(0, 1), 0.01, 0.0)  # the Cholesky factor of S = 1
     target = torch.tensor([[0.4, 0.4]], dtype=torch.float64)
     codes, kept, clamped = round_with_feedback(target, grid, factor, 2, torch.float32)
     assert codes.T.tolist() == [[0, 1]]
     assert kept.shape == (0, 1)
     assert clamped == 0
+
+
+# -- fitted scales -----------------------------------------------------------------------------------------
+
+
+def fitted_by_hand(
+    target: np.ndarray,
+    rounded: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    codes: np.ndarray,
+    size: int,
+    outliers: tuple[int, ...],
+    hessian: np.ndarray,
+) -> np.ndarray:
+    """Each row's scales in turn at the minimum of the loss, by a fit of the whole loss at three points: [N, K]."""
+    scale = scale.copy()
+    for row in range(len(target)):
+        for start in range(0, target.shape[1], size):
+            columns = [c for c in range(start, min(start + size, target.shape[1])) if c not in outliers]
+
+            def loss(value: float, row: int = row, columns: list[int] = columns) -> float:
+                weights = rounded[row].copy()
+                every = [c for c in range(target.shape[1]) if c not in outliers]
+                weights[every] = (codes[row, every] - zero[row, every]) * scale[row, every]
+                weights[columns] = (codes[row, columns] - zero[row, columns]) * value
+                error = target[row] - weights
+                return float(error @ hessian @ error)
+
+            now = scale[row, columns[0]]
+            step = 0.1 * now
+            curve, slope, _ = np.polyfit([-step, 0.0, step], [loss(now - step), loss(now), loss(now + step)], 2)
+            best = float(np.float16(now - slope / (2 * curve)))
+            if loss(best) < loss(now):
+                scale[row, start : start + size] = best
+    return scale
+
+
+@pytest.mark.parametrize("mode", ["untouched", "compensating"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_fitted_scales_are_least_squares_between_two_roundings(mode, symmetric):
+    problem = with_outliers(correlated_problem(5, 44, 120, seed=11))
+    size, damping = 16, 0.05
+    options = {"target": "original", "outlier_mode": mode, "damping": damping}
+    plan = {"group_size": size, "outliers": OUTLIERS, "symmetric": symmetric}
+    searched = rounded(problem, RoundingOptions(grid="search", **options), **plan)
+    scale, zero = scale_and_zero(searched)
+    weight, last = problem.weight.numpy(), mode == "compensating"
+    taking_part = [c for c in range(44) if last or c not in OUTLIERS]
+    ridge = damping * float(problem.hessian.diagonal()[taking_part].mean())
+    damped = problem.hessian.numpy() + ridge * np.eye(44)
+    for _ in range(2):
+        codes, kept = textbook_gptq(weight, problem.hessian.numpy(), scale, zero, 4, damping, OUTLIERS, last)
+        values = weight.copy()
+        values[:, list(OUTLIERS)] = kept if last else weight[:, list(OUTLIERS)]
+        scale = fitted_by_hand(weight, values, scale, zero, codes, size, OUTLIERS, damped)
+    linear = rounded(problem, RoundingOptions(grid="fit", **options), source_dtype=torch.float64, **plan)
+    if last:  # the reference keeps them in bfloat16
+        linear = rounded(problem, RoundingOptions(grid="fit", **options), **plan)
+    assert_codes_equal(linear, codes, OUTLIERS)
+    found, zeros = scale_and_zero(linear)
+    assert found.tolist() == scale.tolist()
+    assert zeros.tolist() == zero.tolist()
+    assert (found != scale_and_zero(searched)[0]).mean() > 0.5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fitted_scales_lose_less_than_searched_ones(seed):
+    problem = correlated_problem(12, 140, 300, seed=seed)
+    searched, fitted = (
+        output_loss(
+            problem.weight,
+            rounded(problem, RoundingOptions(target="original", grid=grid), group_size=32).dequantize(),
+            problem.hessian,
+        )
+        for grid in ("search", "fit")
+    )
+    assert fitted < 0.97 * searched
 
 
 # -- what is measured and shared ---------------------------------------------------------------------------
