@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
 
+from accullm_cli.errors import MachineError
 from accullm_cli.stages import streams
-from accullm_cli.stages.streams import StreamStore
+from accullm_cli.stages.streams import Captures, StreamStore
 
 STATES = {"original": torch.arange(6.0).view(1, 2, 3), "rounded": torch.ones(1, 2, 3)}
 
@@ -65,3 +67,52 @@ def test_removed_streams_are_gone_and_may_be_removed_twice(tmp_path: Path) -> No
     store.remove()
     store.remove()
     assert not store.path.exists()
+
+
+# -- captures ----------------------------------------------------------------------------------------------
+
+
+def test_captures_come_back_by_batch_and_name(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    kept = {
+        (batch, name): torch.randn(5 + batch, width, generator=generator)
+        for batch in range(3)
+        for name, width in (("input a", 7), ("sum b", 1))
+    }
+    with Captures(tmp_path) as captures:
+        for (batch, name), value in kept.items():
+            captures.write(batch, name, value)
+        for (batch, name), value in reversed(kept.items()):
+            assert torch.equal(captures.read(batch, name), value)
+
+
+def test_a_capture_keeps_what_was_there_when_it_was_written(tmp_path: Path) -> None:
+    rows = torch.arange(6.0).view(2, 3)
+    with Captures(tmp_path) as captures:
+        captures.write(0, "transposed", rows.T)
+        rows.zero_()
+        assert captures.read(0, "transposed").tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+
+
+def test_captures_leave_no_file_behind(tmp_path: Path) -> None:
+    with Captures(tmp_path) as captures:
+        captures.write(0, "a", torch.ones(1000))
+        assert list(tmp_path.iterdir()) == []  # no name even while it is open
+
+
+def test_a_full_disk_is_a_refusal_that_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Captures(tmp_path) as captures:
+
+        class Full:
+            def seek(self, place: int) -> None:
+                pass
+
+            def write(self, content: memoryview) -> int:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            def close(self) -> None:
+                pass
+
+        monkeypatch.setattr(captures, "_file", Full())
+        with pytest.raises(MachineError, match=r"no space left on the disk"):
+            captures.write(0, "a", torch.ones(3))
