@@ -126,22 +126,23 @@ def fitted_scales(
         steps: [N, K], code - zero point; 0 in columns that the grid does not hold.
         hessian: [K, K].
     """
-    scale, error = scale.clone(), error.clone()
+    scale = scale.clone()
     gradient = error @ hessian + ridge * error
     for group in range(scale.shape[1]):
-        columns = slice(group * columns_per_group, (group + 1) * columns_per_group)
+        start = group * columns_per_group
+        columns = slice(start, start + columns_per_group)
         own = steps[:, columns]
-        # What one unit of the scale changes: the weights by `own`, the gradient by this.
-        change = own @ hessian[columns]
-        change[:, columns] += ridge * own
+        # What one unit of the scale changes: the weights by `own`, and by this the gradient of this and later groups.
+        change = own @ hessian[columns, start:]
+        change[:, : own.shape[1]] += ridge * own
         slope = (gradient[:, columns] * own).sum(1)
-        curvature = (change[:, columns] * own).sum(1)
+        curvature = (change[:, : own.shape[1]] * own).sum(1)
         wanted = scale[:, group] + slope / curvature.clamp(min=torch.finfo(scale.dtype).tiny)
         difference = round_scale(wanted, scale_dtype) - scale[:, group]
         gains = difference * (difference * curvature - 2 * slope) < 0
         difference = torch.where(gains, difference, 0)
         scale[:, group] += difference
-        gradient -= difference[:, None] * change
+        gradient[:, start:] -= difference[:, None] * change
     return scale
 
 
