@@ -81,7 +81,7 @@ def _operations(job: Job, plan: Plan, head_weights: int) -> float:
     held_out = job.config.validation.windows * calibration.seq_len
     weights = sum(linear.weights for linear in plan.linears.values())
     # Calibrate runs the held-out text and its noise floor, validate the artifact.
-    passes = tokens + 3 * held_out
+    passes = 1.0 * tokens + 3 * held_out
     grams = 0
     if rounding.method != "nearest":
         corrected = rounding.target == "corrected"
