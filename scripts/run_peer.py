@@ -110,7 +110,7 @@ def main() -> None:
         "bits_per_weight": bits_per_weight(quantized),
         **asdict(quantized.cost),
         "versions": {name: version(name) for name in (*runner.packages, "transformers", "torch")},
-        "settings": {**quantized.settings, "calibration": list(calibration.shape), "threads": torch.get_num_threads()},
+        "settings": {**quantized.settings, "threads": torch.get_num_threads()},
     }
     (options.out / "peer.json").write_text(json.dumps(content, indent=1) + "\n")
 
@@ -169,27 +169,23 @@ def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
 # -- the format of GPTQ, which AutoRound and GPTQModel save ------------------------------------------------------
 
 
-def gptq_weights(stored: Mapping[str, torch.Tensor], zero_offset: int) -> dict[str, torch.Tensor]:
-    """Dequantize every linear stored as qweight, qzeros, scales and perhaps g_idx.
+def gptq_weights(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every linear's weight in the first version of the format of GPTQ, float32 [N, K] by the linear's name."""
+    suffix = ".qweight"
+    names = [name.removesuffix(suffix) for name in stored if name.endswith(suffix)]
+    return {name: gptq_weight(stored, name) for name in names}
 
-    qweight int32 [K / 8, N] holds 8 codes of one column, low bits first; qzeros int32 [groups, N / 8] those of 8
-    neighbouring columns; scales [groups, N]; g_idx int32 [K], the group of each input feature.
 
-    Args:
-        zero_offset: what the format takes from a zero point before it stores it: 1 in its first version, or 0.
+def gptq_weight(stored: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """One linear's weight, float32 [N, K].
+
+    qweight int32 [K / 8, N] holds 8 codes of one output feature, low bits first; qzeros int32 [groups, N / 8] the zero
+    points, less 1, of 8 neighbouring ones; scales [groups, N]; g_idx int32 [K], where there is one, the group of each
+    input feature.
     """
-    return {
-        name.removesuffix(".qweight"): gptq_weight(stored, name.removesuffix(".qweight"), zero_offset)
-        for name in stored
-        if name.endswith(".qweight")
-    }
-
-
-def gptq_weight(stored: Mapping[str, torch.Tensor], name: str, zero_offset: int) -> torch.Tensor:
-    """One linear's weight, float32 [N, K]."""
     codes = unpack(stored[f"{name}.qweight"].T)  # [N, K]
-    # A zero point of 0 less 1 is stored as the largest code.
-    zeros = (unpack(stored[f"{name}.qzeros"]).T + zero_offset) & (2**BITS - 1)  # [N, groups]
+    # A zero point of 0, less 1, is stored as 15.
+    zeros = (unpack(stored[f"{name}.qzeros"]).T + 1) & (2**BITS - 1)  # [N, groups]
     scales = stored[f"{name}.scales"].float().T  # [N, groups]
     features = codes.shape[1]
     group = stored.get(f"{name}.g_idx", torch.arange(features) // (features // scales.shape[1])).long()
@@ -227,12 +223,12 @@ def auto_round(task: Task) -> Quantized:
     tool = AutoRound(model, tokenizer, dataset=windows, device_map="cpu", **settings)
     tool.quantize()
     in_memory = {name: weight.clone() for name, weight in linear_weights(tool.model).items()}
-    # The packing of GPTQ without its index; what AutoRound chooses by itself for zero points cannot be saved in 0.16.1.
+    # GPTQ's packing without its index. AutoRound's own choice takes the same bits, but 0.16.1 fails to save it.
     packing = "auto_round:auto_gptq"
     tool.save_quantized(str(task.artifact), format=packing, inplace=True)
     cost = task.cost()
     stored = stored_tensors(task.artifact)
-    return Quantized(cost, stored, gptq_weights(stored, 1), in_memory, {**settings, "format": packing})
+    return Quantized(cost, stored, gptq_weights(stored), in_memory, {**settings, "format": packing})
 
 
 def hqq(task: Task) -> Quantized:
@@ -331,7 +327,7 @@ def gptqmodel(task: Task) -> Quantized:
     in_memory = {
         name: module.dequantize_weight().T for name, module in loaded.named_modules() if hasattr(module, "qweight")
     }
-    return Quantized(cost, stored, gptq_weights(stored, 1), in_memory, settings)
+    return Quantized(cost, stored, gptq_weights(stored), in_memory, settings)
 
 
 @dataclass(frozen=True)
