@@ -1,0 +1,358 @@
+"""Measure other quantizers as we measure ourselves: same original, same calibration tokens, same held-out text.
+
+Each tool runs in the Python where it is installed; `run_peer.py` has the settings. Tokens and the original's hidden
+states are those of a run of ours, whose calibrate stage must be done. Weights are compared as dequantized, in float32;
+everything but the linears in the blocks is the original's.
+
+    accullm calibrate work/smollm2-135m --run work/bench/accuracy.run
+    python scripts/bench_peers.py --peer hqq=venvs/hqq/bin/python --peer auto-round=venvs/auto-round/bin/python
+    python scripts/bench_peers.py --rows auto-round --peer auto-round=venvs/auto-round/bin/python
+
+A result that is already there and was made of the same original, tokens and settings is measured again, not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from accullm_cli.console import duration, size
+from accullm_cli.errors import AccullmError
+from accullm_cli.measure.divergence import Divergence
+from accullm_cli.measure.result import Estimate, Fidelity
+from accullm_cli.model.blocks import Decoder, batches
+from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
+from accullm_cli.model.slots import find_slots
+from accullm_cli.model.source import ModelSource, open_source
+from accullm_cli.progress import silent
+from accullm_cli.run import file_sha256, key_of, write_text
+
+RUNNER = Path(__file__).resolve().with_name("run_peer.py")
+# Of resampling the windows for the confidence intervals.
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A line of the table: a tool with these flags of run_peer.py.
+
+    package: what must be importable in the tool's Python.
+    """
+
+    name: str
+    label: str
+    tool: str
+    package: str
+    flags: tuple[str, ...] = ()
+
+
+PEERS = (
+    Peer("auto-round", "AutoRound, asymmetric, 200 iterations (default)", "auto-round", "auto_round"),
+    Peer("auto-round-50", "AutoRound, asymmetric, 50 iterations", "auto-round", "auto_round", ("--iterations", "50")),
+    Peer("llm-compressor", "llm-compressor GPTQ, asymmetric", "llm-compressor", "llmcompressor"),
+    Peer(
+        "llm-compressor-symmetric",
+        "llm-compressor GPTQ, symmetric (preset W4A16)",
+        "llm-compressor",
+        "llmcompressor",
+        ("--symmetric",),
+    ),
+    Peer("gptqmodel", "GPTQModel, symmetric (default)", "gptqmodel", "gptqmodel", ("--symmetric",)),
+    Peer("hqq", "HQQ", "hqq", "hqq"),
+)
+
+
+@dataclass(frozen=True)
+class PeerResult:
+    """One measured line; fields that bench_accuracy.Result has too mean the same.
+
+    bits_per_weight: everything the tool stored for the linear weights.
+    seconds, peak_bytes: of the tool, from loading the model to the end of saving.
+    settings: what the tool was told.
+    """
+
+    name: str
+    label: str
+    group_size: int
+    bits_per_weight: float
+    perplexity_original: Estimate
+    perplexity: Estimate
+    mean_kl: Estimate
+    mean_kl_floor: Estimate
+    kl_p99: Estimate
+    top1_agreement: Estimate
+    windows: int
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    versions: Mapping[str, str]
+    settings: Mapping[str, Any]
+    command: tuple[str, ...]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run and measure every tool that is installed; returns the exit code."""
+    options = parse(arguments)
+    results: list[PeerResult] = []
+    try:
+        reference = Reference.open(options.model, options.run)
+        for peer in (peer for peer in PEERS if peer.name in options.rows):
+            if (reason := missing(peer, options.peer)) is not None:
+                print(f"{peer.name} is left out: {reason}", file=sys.stderr)
+                continue
+            print(f"== {peer.label}", file=sys.stderr, flush=True)
+            results.append(measure(peer, options, reference))
+            write_results(options.out, results)
+    except AccullmError as error:
+        print(f"error: {error.line()}", file=sys.stderr)
+        return error.exit_code
+    if results:
+        print(render(results))
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    names = [peer.name for peer in PEERS]
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=Path("work/smollm2-135m"), help="the original")
+    parser.add_argument(
+        "--run", type=Path, default=Path("work/bench/accuracy.run"), help="run directory of accullm calibrate"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("work/bench/peers"), help="path of the results, without .md and .json"
+    )
+    parser.add_argument(
+        "--peer",
+        metavar="TOOL=PYTHON",
+        type=interpreter,
+        action="append",
+        default=[],
+        help=f"the Python where a tool is installed ({', '.join(sorted({peer.tool for peer in PEERS}))})",
+    )
+    parser.add_argument("--rows", nargs="+", choices=names, default=names, help="rows to measure")
+    parser.add_argument("--group-size", type=int, default=64, help="group size")
+    options = parser.parse_args(arguments)
+    options.peer = dict(options.peer)
+    return options
+
+
+def interpreter(text: str) -> tuple[str, str]:
+    """The value of --peer."""
+    tool, equals, python = text.partition("=")
+    if not equals or tool not in {peer.tool for peer in PEERS}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOOL=PYTHON")
+    return tool, python
+
+
+def missing(peer: Peer, interpreters: Mapping[str, str]) -> str | None:
+    """Why a tool cannot be run; None where it can."""
+    python = interpreters.get(peer.tool)
+    if python is None:
+        return f"no --peer {peer.tool}=PYTHON was given"
+    if shutil.which(python) is None:
+        return f"{python} is no program"
+    find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({peer.package!r}) is None)"
+    if subprocess.run([python, "-c", find], capture_output=True, check=False).returncode != 0:
+        return f"{python} has no package {peer.package}"
+    return None
+
+
+def measure(peer: Peer, options: argparse.Namespace, reference: Reference) -> PeerResult:
+    """Make one tool's weights where they are not there yet, and measure them.
+
+    Raises:
+        AccullmError: the tool failed, or did not quantize what it should.
+    """
+    out = options.out.with_name(f"{options.out.name}-weights") / f"{peer.name}-{options.group_size}"
+    command = (options.peer[peer.tool], str(RUNNER), peer.tool, "--model", str(options.model))
+    command += ("--tokens", str(reference.tokens), "--group-size", str(options.group_size), *peer.flags)
+    command += ("--out", str(out))
+    make(command, out, key_of({"source": reference.source.sha256, "tokens": file_sha256(reference.tokens)}))
+    made = json.loads((out / "peer.json").read_text())
+    fidelity = compare(reference, out / "weights.safetensors")
+    return PeerResult(
+        name=peer.name,
+        label=peer.label,
+        group_size=options.group_size,
+        bits_per_weight=made["bits_per_weight"],
+        perplexity_original=fidelity.perplexity_original,
+        perplexity=fidelity.perplexity,
+        mean_kl=fidelity.mean_kl,
+        mean_kl_floor=fidelity.mean_kl_floor,
+        kl_p99=fidelity.kl_p99,
+        top1_agreement=fidelity.top1_agreement,
+        windows=fidelity.windows,
+        tokens=fidelity.tokens,
+        seconds=made["seconds"],
+        peak_bytes=made["peak_bytes"],
+        versions=made["versions"],
+        settings=made["settings"],
+        command=command,
+    )
+
+
+def make(command: Sequence[str], out: Path, inputs: str) -> None:
+    """Run a tool, unless `out` holds what the same command made of the same inputs.
+
+    Raises:
+        AccullmError: it failed; its output is in `out`/log.txt.
+    """
+    key = key_of({"inputs": inputs, "command": shlex.join(command)})
+    marker = out / "made-by.txt"
+    if marker.exists() and marker.read_text() == key:
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    log = out / "log.txt"
+    with log.open("w") as stream:
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)
+    if done.returncode != 0:
+        raise AccullmError(f"ended with exit code {done.returncode}", shlex.join(command), f"read {log}")
+    write_text(marker, key)
+
+
+# -- measuring -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The original, and what its calibrate stage left in a run directory.
+
+    tokens: file with "calibration" and "validation" ids.
+    text: what the validation ids were cut from.
+    ids: validation, int64 [V, T].
+    hidden: the last block's output on them, float32 [V, T, hidden].
+    floor: the same with one bfloat16 rounding per block.
+    """
+
+    source: ModelSource
+    tokens: Path
+    text: str
+    ids: torch.Tensor
+    hidden: torch.Tensor
+    floor: torch.Tensor
+
+    @staticmethod
+    def open(model: Path, run: Path) -> Reference:
+        """Read them.
+
+        Raises:
+            AccullmError: calibrate has not run there.
+        """
+        tokens, states = run / "tokens.safetensors", run / "reference.safetensors"
+        if not tokens.exists() or not states.exists():
+            raise AccullmError("calibrate has not run", run, f"run accullm calibrate {model} --run {run}")
+        with safe_open(tokens, framework="pt") as file:
+            text = json.loads(file.metadata()["texts"])["validation"]
+        stored = load_file(states)
+        source = open_source(str(model), run, silent)
+        return Reference(source, tokens, text, load_file(tokens)["validation"], stored["hidden"], stored["floor"])
+
+
+class PeerWeights(Checkpoint):
+    """The original's weights with a tool's in place of the linears in the blocks."""
+
+    def __init__(self, source: ModelSource, model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(source, model)
+        self._replacements = weights
+
+    def load(self, prefixes: Iterable[str]) -> None:
+        """Put every parameter under these module names into the model, linears dequantized to float32.
+
+        Raises:
+            AccullmError: a linear is missing or has another shape.
+        """
+        for prefix in prefixes:
+            super().load([prefix])
+            block = self.model.get_submodule(prefix).float()
+            for slot in find_slots(block, prefix):
+                weight = self._replacements.get(slot.name)
+                if weight is None or weight.shape != (slot.out_features, slot.in_features):
+                    raise AccullmError("was not quantized, or has another shape", slot.name)
+                slot.write(block, weight)
+
+
+@torch.no_grad()
+def compare(reference: Reference, weights: Path) -> Fidelity:
+    """How far the original with these weights is from the original, on the validation ids."""
+    model = build_skeleton(reference.source.directory)
+    decoder = Decoder(model, PeerWeights(reference.source, model, load_file(weights)))
+    decoder.load_outside()
+    rows = batches(*reference.ids.shape)
+    hidden = torch.cat([decoder.embed(reference.ids[batch]) for batch in rows])
+    for index in range(len(decoder.block_names)):
+        block = decoder.load_block(index)
+        for batch in rows:
+            hidden[batch] = decoder.run(index, block, hidden[batch])
+        decoder.release_block(index)
+    divergence = Divergence()
+    for window, ids in enumerate(reference.ids):
+        original, peer, floor = (
+            decoder.logits(states[window : window + 1])[0] for states in (reference.hidden, hidden, reference.floor)
+        )
+        divergence.add(original, peer, ids, floor)
+    return divergence.finish(reference.text, SEED)
+
+
+# -- the table -----------------------------------------------------------------------------------------------
+
+
+def write_results(out: Path, results: Sequence[PeerResult]) -> None:
+    """OUT.md and OUT.json."""
+    write_text(out.with_name(f"{out.name}.md"), render(results) + "\n")
+    content = {"schema_version": 1, "results": [asdict(result) for result in results]}
+    write_text(out.with_name(f"{out.name}.json"), json.dumps(content, indent=1) + "\n")
+
+
+def render(results: Sequence[PeerResult]) -> str:
+    """A Markdown table with what it was measured on, the versions and the commands."""
+    first = results[0]
+    header = ("method", "bits/weight", "perplexity", "mean KL (nats)", "p99 KL", "top-1 agreement", "time", "peak")
+    rows = [
+        (
+            result.label,
+            f"{result.bits_per_weight:.3f}",
+            interval(result.perplexity, ".2f"),
+            interval(result.mean_kl, ".4f"),
+            interval(result.kl_p99, ".3f"),
+            interval(result.top1_agreement, ".2%"),
+            duration(result.seconds),
+            size(result.peak_bytes),
+        )
+        for result in results
+    ]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows))
+    runs = "\n".join(f"    {shlex.join(result.command)}  # {versions(result)}" for result in results)
+    return (
+        f"Measured on {first.tokens:,} tokens in {first.windows} windows of held-out text, 95% confidence intervals "
+        f"in brackets.\nThe original's perplexity is {interval(first.perplexity_original, '.2f')}.\n\n"
+        f"{table}\n\nThe commands:\n\n{runs}"
+    )
+
+
+def versions(result: PeerResult) -> str:
+    """ "hqq 0.2.8, torch 2.13.0"."""
+    return ", ".join(f"{name} {number}" for name, number in result.versions.items())
+
+
+def interval(estimate: Estimate, form: str) -> str:
+    """A figure and its interval: "0.0660 [0.0600, 0.0720]"."""
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
