@@ -28,7 +28,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from accullm_cli.console import duration, size
 from accullm_cli.errors import AccullmError
 from accullm_cli.measure.divergence import Divergence
 from accullm_cli.measure.result import Estimate, Fidelity
@@ -38,6 +37,7 @@ from accullm_cli.model.slots import find_slots
 from accullm_cli.model.source import ModelSource, open_source
 from accullm_cli.progress import silent
 from accullm_cli.run import file_sha256, key_of, write_text
+from accullm_cli.units import duration, size
 
 RUNNER = Path(__file__).resolve().with_name("run_peer.py")
 # Of resampling the windows for the confidence intervals.
