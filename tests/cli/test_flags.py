@@ -72,9 +72,10 @@ def test_every_command_has_help_an_example_of_itself_and_help_for_each_parameter
 
 
 @pytest.mark.parametrize("example", [line for _, examples in cli.HELP.values() for line in examples])
-def test_every_example_parses(accullm, pipeline, answer, example):
+def test_every_example_parses(accullm, pipeline, answer, example, tmp_path, monkeypatch):
     import shlex
 
+    monkeypatch.chdir(tmp_path)  # where no artifact lies
     for name, value in {
         "inspect": Verification((), ()),
         "compare": Comparison(0.0, ()),
@@ -86,7 +87,7 @@ def test_every_example_parses(accullm, pipeline, answer, example):
     words = shlex.split(example.removeprefix("art=$(").removesuffix(")").partition(" > ")[0])
     assert words[0] == "accullm"
     code, _, err = accullm(*words[1:])
-    # The demo's artifact is not there in a test, so that --original has none to go with.
+    # So --original has none to go with.
     assert (code, "not an artifact" in err) == ((2, True) if "--original" in words else (0, False))
 
 
