@@ -50,38 +50,62 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
     const int all = weight.tiles_k + weight.outlier_steps;
     const int share = (all + gridDim.z - 1) / gridDim.z;
     const int begin = min(static_cast<int>(blockIdx.z) * share, all), end = min(begin + share, all);
-    const int first_outlier = max(begin, weight.tiles_k);
+    const int end_of_tiles = min(end, weight.tiles_k), first_outlier = max(begin, weight.tiles_k);
 
-    auto fetch = [&](int tile, u8* stage) {
-        const bool is_tile = tile < weight.tiles_k;
-        if (tile < end) {
+    // The tile that is fetched next, with what this lane fetches of it.
+    int coming = begin, coming_k = kept(begin * TILE_K + 16 * t);
+    const u8* codes[WARP_STRIPS];
+    const u32* scales[WARP_STRIPS];
+    const u8* zeros[WARP_STRIPS];
+    bool strip_there[WARP_STRIPS];
+#pragma unroll
+    for (int i = 0; i < WARP_STRIPS; i++) {
+        const int strip = first_strip + warp * WARP_STRIPS + i;
+        strip_there[i] = strip < strips;
+        const u64 safe = strip_there[i] ? strip : 0;
+        codes[i] = kept(weight.tiles + (safe * weight.tiles_k + begin) * TILE_BYTES + 16 * lane);
+        scales[i] = kept(weight.scales + safe * weight.groups * 8 + row);
+        zeros[i] = kept(weight.zeros + safe * weight.groups * 8 + (row & 4));
+    }
+    // Activations come in pieces of 8: a thread fetches the same piece of every 16th token.
+    constexpr int X_COPIES = TOKENS * 8 / (WARPS * LANES), X_TOKENS = WARPS * LANES / 8;
+    const int x_token = threadIdx.x / 8, x_k = 8 * (threadIdx.x % 8);
+    const u16* x_source = kept(product.x + (first_token + x_token) * product.x_stride + begin * TILE_K + x_k);
+    const u64 x_step = X_TOKENS * product.x_stride;
+    const int own_at = kept((warp * WARP_STRIPS * LANES + lane) * 4);
+    const int x_at = kept(ACTIVATIONS_AT + x_token * X_ROW + 2 * x_k);
+
+    auto fetch = [&](u8* stage) {
+        if (coming < end_of_tiles) {
+            const u32 group = static_cast<u32>(coming_k) >> weight.group_shift;
 #pragma unroll
             for (int i = 0; i < WARP_STRIPS; i++) {
-                const int own = warp * WARP_STRIPS + i, strip = first_strip + own;
-                const bool there = strip < strips;
-                const u64 safe = there ? strip : 0;
-                const u8* source = is_tile ? weight.tiles + (safe * weight.tiles_k + tile) * TILE_BYTES
-                                           : weight.outlier_tiles + (safe * weight.outlier_steps + tile -
-                                                                     weight.tiles_k) * TILE_BYTES;
-                copy_async_16(stage + own * TILE_BYTES + 16 * lane, source + 16 * lane, there);
-                if (!is_tile) continue;
-                const int group = (tile * TILE_K + 16 * t) >> weight.group_shift;
-                const u64 entry = (safe * weight.groups + group) * 8;
-                copy_async_4(stage + SCALES_AT + (own * LANES + lane) * 4, weight.scales + entry + row, there);
-                if (asymmetric)
-                    copy_async_4(stage + ZEROS_AT + (own * LANES + lane) * 4, weight.zeros + entry + (row & 4), there);
+                u8* const own = stage + own_at + i * LANES * 4;
+                copy_async_16(stage + 4 * own_at + i * TILE_BYTES, codes[i], strip_there[i]);
+                copy_async_4(own + SCALES_AT, scales[i] + 8 * group, strip_there[i]);
+                if (asymmetric) copy_async_4(own + ZEROS_AT, zeros[i] + 8 * group, strip_there[i]);
+                codes[i] += TILE_BYTES;
             }
-            if (is_tile) {
-                // 8 pieces of 8 activations per token; rows beyond the last token get zeros.
-                for (int i = threadIdx.x; i < TOKENS * 8; i += WARPS * LANES) {
-                    const int token = i / 8, piece = i % 8;
-                    u8* const target = stage + ACTIVATIONS_AT + token * X_ROW + 16 * piece;
-                    const int k = token < tokens ? tile * TILE_K + 8 * piece : weight.in_features;
-                    fetch_activations(target, product, token < tokens ? first_token + token : 0, k, weight.in_features);
-                }
+            const bool k_there = coming * TILE_K + x_k < weight.in_features;
+            const u16* source = x_source;
+#pragma unroll
+            for (int i = 0; i < X_COPIES; i++, source += x_step) {
+                const bool there = k_there && x_token + i * X_TOKENS < tokens;
+                copy_async_16(stage + x_at + i * X_TOKENS * X_ROW, there ? source : product.x, there);
+            }
+            x_source += TILE_K;
+        } else if (coming < end) {
+#pragma unroll
+            for (int i = 0; i < WARP_STRIPS; i++) {
+                const u64 safe = strip_there[i] ? first_strip + warp * WARP_STRIPS + i : 0;
+                const u64 place = safe * weight.outlier_steps + coming - weight.tiles_k;
+                copy_async_16(stage + 4 * own_at + i * TILE_BYTES, weight.outlier_tiles + place * TILE_BYTES + 16 * lane,
+                              strip_there[i]);
             }
         }
         commit_copies();
+        coming++;
+        coming_k += TILE_K;
     };
 
     auto gather = [&](int tile) {
@@ -91,48 +115,32 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
 
     float sums[WARP_STRIPS][TOKEN_TILES][4] = {};
 #pragma unroll 1
-    for (int i = 0; i < STAGES - 1; i++) fetch(begin + i, shared + i * STAGE_BYTES);
+    for (int i = 0; i < STAGES - 1; i++) fetch(shared + i * STAGE_BYTES);
     if (first_outlier < end) gather(first_outlier);  // while the first stages are on their way
 
-    int slot = 0;
-    for (int tile = begin; tile < end; tile++, slot = (slot + 1) % STAGES) {
-        if (tile > first_outlier && (tile - first_outlier) % GATHERED_STEPS == 0) {
-            __syncthreads();  // all are done with the outliers gathered before
-            gather(tile);
-        }
+    int at = 0, before = (STAGES - 1) * STAGE_BYTES;  // of this iteration's stage and of the one that becomes free
+    auto turn = [&] {
+        before = at;
+        at = at == (STAGES - 1) * STAGE_BYTES ? 0 : at + STAGE_BYTES;
+    };
+    int tile = begin;
+#pragma unroll 1
+    for (; tile < end_of_tiles; tile++, turn()) {
         wait_for_copies<STAGES - 2>();
         __syncthreads();
-        fetch(tile + STAGES - 1, shared + (slot + STAGES - 1) % STAGES * STAGE_BYTES);
-        const u8* const stage = shared + slot * STAGE_BYTES;
-        const u8* const own_tiles = stage + warp * WARP_STRIPS * TILE_BYTES + 16 * lane;
-
-        if (tile >= weight.tiles_k) {
-            const int column = (tile - first_outlier) % GATHERED_STEPS * STEP_K + 4 * t;
-            u32 a[WARP_STRIPS][4];
-#pragma unroll
-            for (int i = 0; i < WARP_STRIPS; i++) {
-                const uint4 numbers = *reinterpret_cast<const uint4*>(own_tiles + i * TILE_BYTES);
-                a[i][0] = numbers.x, a[i][1] = numbers.y, a[i][2] = numbers.z, a[i][3] = numbers.w;
-            }
-#pragma unroll
-            for (int part = 0; part < TOKEN_TILES; part++) {
-                const uint2 x = *reinterpret_cast<const uint2*>(gathered + (8 * part + row) * X_ROW + 2 * column);
-#pragma unroll
-                for (int i = 0; i < WARP_STRIPS; i++) multiply_accumulate(sums[i][part], a[i], x.x, x.y);
-            }
-            continue;
-        }
+        fetch(shared + before);
+        const u8* const stage = shared + at;
 
         RowPair pairs[WARP_STRIPS];
         u32 words[WARP_STRIPS][4];
 #pragma unroll
         for (int i = 0; i < WARP_STRIPS; i++) {
-            const int place = ((warp * WARP_STRIPS + i) * LANES + lane) * 4;
+            const int place = own_at + i * LANES * 4;
             u32 zero_pair = weight.symmetric_zero * 0x11;
             if (asymmetric)
                 zero_pair = *reinterpret_cast<const u32*>(stage + ZEROS_AT + place) >> 8 * (row & 3) & 0xFF;
             pairs[i] = row_pair(*reinterpret_cast<const u32*>(stage + SCALES_AT + place), zero_pair);
-            const uint4 codes = *reinterpret_cast<const uint4*>(own_tiles + i * TILE_BYTES);
+            const uint4 codes = *reinterpret_cast<const uint4*>(stage + 4 * own_at + i * TILE_BYTES);
             words[i][0] = codes.x, words[i][1] = codes.y, words[i][2] = codes.z, words[i][3] = codes.w;
         }
         const u8* const x_rows = stage + ACTIVATIONS_AT + row * X_ROW + 32 * t;
@@ -152,6 +160,29 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
 #pragma unroll
                 for (int i = 0; i < WARP_STRIPS; i++) multiply_accumulate(sums[i][part], a[i][1], x.z, x.w);
             }
+        }
+    }
+#pragma unroll 1
+    for (; tile < end; tile++, turn()) {
+        if (tile > first_outlier && (tile - first_outlier) % GATHERED_STEPS == 0) {
+            __syncthreads();  // all are done with the outliers gathered before
+            gather(tile);
+        }
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();
+        fetch(shared + before);
+        const int column = (tile - first_outlier) % GATHERED_STEPS * STEP_K + 4 * t;
+        u32 a[WARP_STRIPS][4];
+#pragma unroll
+        for (int i = 0; i < WARP_STRIPS; i++) {
+            const uint4 numbers = *reinterpret_cast<const uint4*>(shared + at + 4 * own_at + i * TILE_BYTES);
+            a[i][0] = numbers.x, a[i][1] = numbers.y, a[i][2] = numbers.z, a[i][3] = numbers.w;
+        }
+#pragma unroll
+        for (int part = 0; part < TOKEN_TILES; part++) {
+            const uint2 x = *reinterpret_cast<const uint2*>(gathered + (8 * part + row) * X_ROW + 2 * column);
+#pragma unroll
+            for (int i = 0; i < WARP_STRIPS; i++) multiply_accumulate(sums[i][part], a[i], x.x, x.y);
         }
     }
 

@@ -1,4 +1,4 @@
-// What hybrid_gemv.cu and hybrid_gemm.cu share: fetching activations, and writing sums that may come from several blocks.
+// What hybrid_gemv.cu and hybrid_gemm.cu share: gathering outliers, and writing sums that may come from several blocks.
 #pragma once
 #include <layout.cuh>
 
@@ -13,17 +13,11 @@ struct Product {
     int tokens;        // M
 };
 
-// Fetches 8 activations x[token][k .. k+7], k a multiple of 8; zeros from K on. They have surely landed only after
-// their group was waited for.
-__device__ __forceinline__ void fetch_activations(void* shared, const Product& product, int token, int k, int count) {
-    const u16* source = product.x + token * product.x_stride + k;
-    copy_async_16(shared, k < count ? source : product.x, k < count);
-}
-
 // Fetches the activations of outlier slots `first` to `first + count - 1` of `tokens` rows: [tokens, stride].
 // The threads of a block share the work; __syncthreads() makes it visible.
 __device__ __forceinline__ void gather_outliers(u16* shared, int stride, const Product& product, const Weight& weight,
                                                 int first_token, int tokens, int first, int count) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < tokens * count; i += blockDim.x) {
         const int token = i / count, slot = i % count;
         const int feature = weight.outlier_index[first + slot];

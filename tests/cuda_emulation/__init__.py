@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -52,22 +52,29 @@ def run(launch: Launch, buffers: Iterable[torch.Tensor | None], order: int = FOR
     Raises:
         AssertionError: what the emulation found wrong, or a strip around a buffer was written to.
     """
-    buffers = [tensor for tensor in buffers if tensor is not None]
-    built, complaint = _build(launch.source, launch.defines)
-    assert built.exists(), complaint
-    library = ctypes.CDLL(str(built))
-    emulate = getattr(library, f"emulate_{launch.kernel}")
-    emulate.restype = ctypes.c_char_p
-    bounds = [(start := tensor.data_ptr(), start + tensor.nbytes) for tensor in buffers]
-    flat = (ctypes.c_uint64 * (2 * len(bounds)))(*(edge for pair in bounds for edge in pair))
-    pointers = (ctypes.c_void_p * len(launch.arguments))(*(ctypes.addressof(value) for value in launch.arguments))
-    grid = (ctypes.c_int * 3)(*launch.grid)
-    found = emulate(pointers, grid, launch.threads, launch.shared_bytes, order, flat, len(bounds)).decode()
-    assert not found, f"{launch.kernel}: {found}"
-    for number, tensor in enumerate(buffers):
+    inside = [tensor for tensor in buffers if tensor is not None]
+    emulate(launch, [(start := tensor.data_ptr(), start + tensor.nbytes) for tensor in inside], order)
+    for number, tensor in enumerate(inside):
         room = torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
         for strip in (room[:GUARD_BYTES], room[GUARD_BYTES + tensor.nbytes :]):
             assert bool((strip == NOT_A_NUMBER).all()), f"{launch.kernel}: wrote beside buffer {number}"
+
+
+def emulate(launch: Launch, bounds: Sequence[tuple[int, int]] = ((0, 2**64 - 1),), order: int = FORWARDS) -> None:
+    """Launch a kernel on the CPU, which may touch only addresses within `bounds`.
+
+    Raises:
+        AssertionError: what the emulation found wrong.
+    """
+    built, complaint = _build(launch.source, launch.defines)
+    assert built.exists(), complaint
+    function = getattr(ctypes.CDLL(str(built)), f"emulate_{launch.kernel}")
+    function.restype = ctypes.c_char_p
+    flat = (ctypes.c_uint64 * (2 * len(bounds)))(*(edge for pair in bounds for edge in pair))
+    pointers = (ctypes.c_void_p * len(launch.arguments))(*(ctypes.addressof(value) for value in launch.arguments))
+    grid = (ctypes.c_int * 3)(*launch.grid)
+    found = function(pointers, grid, launch.threads, launch.shared_bytes, order, flat, len(bounds)).decode()
+    assert not found, f"{launch.kernel}: {found}"
 
 
 @cache
