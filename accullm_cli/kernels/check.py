@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from accullm_cli.kernels.compile import compile_kernels
-from accullm_cli.kernels.launch import defines
+from accullm_cli.kernels.launch import GEMV_TOKENS, defines
 from accullm_cli.kernels.layout import tile
-from accullm_cli.kernels.matmul import FUSED_TOKENS, GEMV_TOKENS, engine, hybrid_matmul
+from accullm_cli.kernels.matmul import FUSED_TOKENS, engine, hybrid_matmul
 from accullm_cli.quant.linear import QuantizedLinear
 
 SOURCES = ("hybrid_gemv.cu", "hybrid_gemm.cu", "repack.cu")
