@@ -4,9 +4,10 @@
 // meets others: at a barrier, or in an instruction of the whole warp. In which order they run is up to the caller
 // (forwards, backwards, or a seeded shuffle anew at every round), as a missing barrier shows in some orders only.
 //
-// Made to be worse than the hardware: shared memory starts as NaN, asynchronous copies land at the last moment their
-// thread allows, copies and checked loads outside the caller's buffers or not aligned are errors, as are a barrier or
-// a warp's instruction that not all of its threads reach, or that they reach at different lines.
+// Made to be worse than the hardware: shared memory starts as NaN, and asynchronous copies land at the last moment their
+// thread allows (forwards), at once (backwards: over what others still read, if they come too early) or now so, now so
+// (shuffled). Copies and checked loads outside the caller's buffers or not aligned are errors, as are a barrier or a
+// warp's instruction that not all of its threads reach, or that they reach at different lines.
 //
 // Not covered: blocks at the same time, the memory model, time.
 #pragma once
@@ -147,6 +148,8 @@ static std::vector<unsigned char> shared_room;
 static unsigned char* shared_memory;
 static int shared_bytes;
 static std::string error;
+static int thread_order;
+static std::mt19937 landing;
 static Index thread_index, block_index, block_dimension, grid_dimension;
 static void (*body)(void*);
 static void* body_arguments;
@@ -191,6 +194,14 @@ static void land(const std::vector<Copy>& group) {
         else
             std::memset(copy.target, 0, copy.bytes);
     }
+}
+
+// A copy that starts now.
+static void begin_copy(const Copy& copy) {
+    if (thread_order == 1 || (thread_order > 1 && landing() % 2))
+        land({copy});
+    else
+        current->open.push_back(copy);
 }
 
 static void run_thread() {
@@ -281,6 +292,8 @@ const char* launch(const int* grid, int block, int dynamic_shared, int order, co
                    Call call) {
     error.clear();
     regions.clear();
+    thread_order = order;
+    landing.seed(order);
     for (int i = 0; i < count; i++) regions.push_back({uintptr_t(bounds[2 * i]), uintptr_t(bounds[2 * i + 1])});
     thread_count = block;
     if (static_cast<int>(threads.size()) < block) threads.resize(block);

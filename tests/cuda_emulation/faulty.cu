@@ -34,6 +34,20 @@ extern "C" __global__ void without_wait(const float* in, float* out) {
     out[threadIdx.x] = 2 * numbers[threadIdx.x];
 }
 
+// The second copy goes where the first warp still reads the first one's numbers.
+extern "C" __global__ void copied_too_early(const float* in, float* out) {
+    DYNAMIC_SHARED(shared);
+    float* const numbers = reinterpret_cast<float*>(shared);
+    copy_async_4(numbers + threadIdx.x, in + threadIdx.x, true);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    copy_async_4(numbers + threadIdx.x, in, true);
+    commit_copies();
+    const int other = 63 - threadIdx.x;
+    out[other] = 2 * numbers[other];
+}
+
 extern "C" __global__ void beside_the_input(const float* in, float* out) {
     DYNAMIC_SHARED(shared);
     copy_async_4(shared + 4 * threadIdx.x, in + threadIdx.x + 1, true);

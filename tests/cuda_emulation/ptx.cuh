@@ -20,7 +20,7 @@ static inline void copy_async(void* shared, const void* global, int bytes, bool 
     // The hardware wants an aligned source also where it does not read it.
     if (reinterpret_cast<uintptr_t>(global) % bytes) emulation::fail("copy: source is not aligned");
     if (valid) emulation::check_global(global, bytes, "copy");
-    emulation::current->open.push_back({shared, global, bytes, valid});
+    emulation::begin_copy({shared, global, bytes, valid});
 }
 static inline void copy_async_16(void* shared, const void* global, bool valid) { copy_async(shared, global, 16, valid); }
 static inline void copy_async_4(void* shared, const void* global, bool valid) { copy_async(shared, global, 4, valid); }
