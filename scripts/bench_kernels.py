@@ -79,17 +79,23 @@ def random_linear(rows: int, columns: int, outliers: int, dtype: torch.dtype, de
 # -- time ------------------------------------------------------------------------------------------------------------
 
 
+def cpu_clock() -> Callable[[], float]:
+    """With one thread the process's own time, in which other programs' share of the core does not count."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> float:
     """The median over `repeats` passes through `calls`, per call."""
     for call in calls[:2]:
         call()  # compiles and loads
     if device.type == "cpu":
+        clock = cpu_clock()
         passes = []
         for _ in range(repeats):
-            begin = time.perf_counter()
+            begin = clock()
             for call in calls:
                 call()
-            passes.append((time.perf_counter() - begin) / len(calls))
+            passes.append((clock() - begin) / len(calls))
         return statistics.median(passes)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
@@ -238,7 +244,10 @@ def table(rows: Sequence[Row]) -> str:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    clock = "processor time" if cpu_clock() is time.process_time else "time on the clock"
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} with {capability}, {threads} thread{'s' if threads > 1 else ''}, {clock}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
