@@ -95,6 +95,7 @@ fewer = settings(few, max_examples=20)
 @few
 @given(shapes(70, 700), st.integers(1, 16), dtypes, devices, orders, st.integers(0, 999))
 @example(Shape(40, 520, 128, False, 16), 1, torch.float16, Device(4, LARGE), BACKWARDS, 0)
+@example(Shape(40, 520, 128, False, 16), 9, torch.float16, Device(4, LARGE), FORWARDS, 1)
 def test_few_tokens_exactly(
     shape: Shape, tokens: int, dtype: torch.dtype, device: Device, order: int, seed: int
 ) -> None:
@@ -114,7 +115,7 @@ def test_few_tokens_within_rounding(
 @fewer
 @given(shapes(300, 400), st.integers(17, 150), dtypes, devices, orders, st.integers(0, 999))
 @example(Shape(130, 400, 64, False, 100), 33, torch.bfloat16, Device(4, LARGE), BACKWARDS, 0)
-@example(Shape(20, 330, 32, False, 170), 129, torch.float16, Device(4, LARGE), FORWARDS, 1)
+@example(Shape(16, 330, 32, False, 170), 129, torch.float16, Device(4, LARGE), BACKWARDS, 1)
 def test_many_tokens_exactly(
     shape: Shape, tokens: int, dtype: torch.dtype, device: Device, order: int, seed: int
 ) -> None:
