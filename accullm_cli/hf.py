@@ -28,7 +28,8 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats.accullm import LOADER_GUARD, SCHEME_KEYS, SUFFIXES, linear_schema
 from accullm_cli.formats.manifest import check_version
 from accullm_cli.formats.shards import TensorInfo, dtype_name, read_header
-from accullm_cli.kernels.matmul import hybrid_matmul
+from accullm_cli.kernels.layout import TiledLinear, tile, why_not_tiled
+from accullm_cli.kernels.matmul import hybrid_matmul, why_no_kernels
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan
 
@@ -55,6 +56,7 @@ class HybridWeight(nn.Module):
             wanted = schema.get(f"{plan.name}.{suffix}")
             empty = None if wanted is None else torch.empty(wanted.shape, dtype=wanted.dtype, device="meta")
             self.register_buffer(suffix, empty)
+        self._tiled: TiledLinear | None = None
 
     def quantized(self) -> QuantizedLinear:
         """The codes, unpacked."""
@@ -65,8 +67,18 @@ class HybridWeight(nn.Module):
         """The weight [N, K] in `dtype`."""
         return self.quantized().dequantize(dtype)
 
+    def operand(self, x: torch.Tensor) -> QuantizedLinear | TiledLinear:
+        """What to multiply x by: where the CUDA kernels can run, re-ordered for them at the first product."""
+        if self._tiled is not None and (self._tiled.dtype, self._tiled.tiles.device) == (x.dtype, x.device):
+            return self._tiled
+        if why_no_kernels(x.device, x.dtype) or why_not_tiled(self.bits, self.group_size, x.dtype):
+            return self.quantized()
+        self._tiled = tile(self.quantized(), x.dtype)
+        return self._tiled
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> HybridWeight:
         """`model.to(dtype)` and its like change the dtype of what is computed, not of what is stored."""
+        self._tiled = None
         before = {name: self._buffers[name] for name in _FLOAT_BUFFERS}
         super()._apply(fn, recurse)
         for name, stored in before.items():
@@ -90,7 +102,7 @@ class HybridLinear(HybridWeight):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N] in x's dtype."""
-        return hybrid_matmul(x, self.quantized(), self.bias)
+        return hybrid_matmul(x, self.operand(x), self.bias)
 
 
 class KeptWeight(nn.Module):

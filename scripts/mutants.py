@@ -44,6 +44,9 @@ PACKING = "accullm_cli/quant/packing.py"
 RUN = "accullm_cli/run.py"
 QUANTIZE = "accullm_cli/stages/quantize.py"
 RESUME = "tests/end_to_end/test_resume.py"
+GEMV = "cuda/hybrid_gemv.cu"
+GEMM = "cuda/hybrid_gemm.cu"
+PRODUCTS = ("tests/kernels/test_launch.py",)
 
 MUTANTS = (
     # -- rounding ------------------------------------------------------------------------------------------
@@ -302,6 +305,84 @@ MUTANTS = (
         'if Path(file).name != file or file in ("", ".", ".."):',
         'if file in ("", ".", ".."):',
         ("tests/formats/test_accullm.py",),
+    ),
+    # -- CUDA kernels, run on the CPU ------------------------------------------------------------------------
+    Mutant(
+        "a tile's third register is made of the first nibbles again",
+        "cuda/layout.cuh",
+        "a[2] = subtract_half2(and_or<0x000F000F, 0x64006400>(next), pair.zero_low);",
+        "a[2] = subtract_half2(and_or<0x000F000F, 0x64006400>(word), pair.zero_low);",
+        PRODUCTS,
+    ),
+    Mutant(
+        "bfloat16 weights are made of scales rounded to bfloat16",
+        "cuda/layout.cuh",
+        "a[i] = fma_bfloat2(q, upper ? pair.scale_high : pair.scale_low, rest);",
+        "a[i] = fma_bfloat2(q, upper ? pair.scale_high : pair.scale_low, MINUS_ZERO);",
+        (f"{PRODUCTS[0]}::test_every_code_zero_point_and_scale_becomes_the_weight_of_the_format",),
+    ),
+    Mutant(
+        "a tile is read before it has landed",
+        GEMV,
+        "        wait_for_copies<STAGES - 2>();\n        const u8* const stage",
+        "        wait_for_copies<STAGES>();\n        const u8* const stage",
+        PRODUCTS,
+    ),
+    Mutant(
+        "warps do not wait for each other's sums",
+        GEMV,
+        "    }\n    __syncthreads();\n    u32* const flag",
+        "    }\n    u32* const flag",
+        PRODUCTS,
+    ),
+    Mutant(
+        "a stage is filled while other warps still read it",
+        GEMM,
+        "        __syncthreads();\n        fetch(shared + before);\n        const u8* const stage",
+        "        fetch(shared + before);\n        __syncthreads();\n        const u8* const stage",
+        PRODUCTS,
+    ),
+    Mutant(
+        "outliers are gathered over those that are still multiplied",
+        GEMM,
+        "            __syncthreads();  // all are done with the outliers gathered before\n",
+        "",
+        PRODUCTS,
+    ),
+    Mutant(
+        "the last of several parts of K is not added",
+        "cuda/pieces.cuh",
+        "for (int split = 0; split < splits; split++) value +=",
+        "for (int split = 0; split < splits - 1; split++) value +=",
+        PRODUCTS,
+    ),
+    Mutant(
+        "the counter of arrivals is left as it is",
+        "cuda/pieces.cuh",
+        "        if (threadIdx.x == 0) *arrived = 0;  // for the next launch\n",
+        "",
+        PRODUCTS,
+    ),
+    Mutant(
+        "outlier columns are not written over what their codes stand for",
+        "cuda/repack.cu",
+        "out[static_cast<u64>(feature) * weight.in_features + k] = outliers[place];",
+        "",
+        ("tests/kernels/test_repack.py",),
+    ),
+    Mutant(
+        "the next column of a block is not told the error",
+        "cuda/feedback_round.cu",
+        "if (column > k && column < block.columns)",
+        "if (column > k + 1 && column < block.columns)",
+        ("tests/kernels/test_feedback.py::test_the_codes_are_those_of_the_cpu",),
+    ),
+    Mutant(
+        "the kernel draws another row's random number",
+        "cuda/philox.cuh",
+        "const u32 which = row % 4;",
+        "const u32 which = (row + 1) % 4;",
+        ("tests/kernels/test_feedback.py::test_the_codes_are_those_of_the_cpu",),
     ),
 )
 

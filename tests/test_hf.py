@@ -17,7 +17,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 import accullm_cli.hf
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
+from accullm_cli.kernels import device, matmul
+from accullm_cli.kernels.launch import Device
+from accullm_cli.kernels.layout import TiledLinear, tile
+from accullm_cli.quant.linear import QuantizedLinear
 from tests.artifacts import Made, empty, make_parts
+from tests.cuda_emulation import emulate, needs_compiler
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mixtral, tokens
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -145,6 +150,36 @@ def test_no_dequantized_weight_is_kept(tmp_path: Path) -> None:
     logits(model)
     weights = {name for name, tensor in model.state_dict().items() if tensor.dim() == 2 and tensor.is_floating_point()}
     assert {name for name in weights if not name.endswith(".scales")} == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@needs_compiler
+def test_where_kernels_can_run_linears_are_tiled_once_and_anew_after_a_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels run on the CPU here; in whole forward passes they round as dequantized weights do."""
+    made = make_parts(tiny_llama(), tmp_path / "run", 4, 32, False, (3, 17))
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, made), dtype=torch.bfloat16)
+    wanted = logits(model).float()
+    tiled: list[torch.dtype] = []
+
+    def counted(linear: QuantizedLinear, dtype: torch.dtype) -> TiledLinear:
+        tiled.append(dtype)
+        return tile(linear, dtype)
+
+    for part in (accullm_cli.hf, matmul):
+        monkeypatch.setattr(part, "why_no_kernels", lambda *_: None)
+    monkeypatch.setattr(accullm_cli.hf, "tile", counted)
+    monkeypatch.setattr(device, "launch", lambda launch, where: emulate(launch))
+    monkeypatch.setattr(device, "describe", lambda index: Device(4, 99 * 1024))
+    found = logits(model).float()
+    logits(model)
+    linears = sum(isinstance(module, accullm_cli.hf.HybridLinear) for module in model.modules())
+    assert linears == 14
+    assert tiled == [torch.bfloat16] * linears
+    # Sums in another order move some results to the next number of the format, in every layer.
+    assert float((found - wanted).abs().max()) <= 0.03 * float(wanted.abs().max())
+    logits(model.to(torch.float16))
+    assert tiled == [torch.bfloat16] * linears + [torch.float16] * linears
 
 
 def test_experts_run_one_at_a_time_whatever_is_asked_for(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def doctor() -> Diagnosis:
         _cupy,
         _matmul_engine,
         _self_test,
+        _kernels,
         _disk,
         _memory,
     )
@@ -182,9 +183,39 @@ def _is_installed(name: str) -> bool:
 def _matmul_engine() -> Check:
     if _import("torch")[0] is None:
         return Check("matmul engine", False, True, "none: torch is missing", "install torch")
-    from accullm_cli.kernels.matmul import ENGINE
+    import torch
 
+    from accullm_cli.kernels.matmul import ENGINE, why_no_kernels
+
+    if torch.cuda.is_available():
+        reason = why_no_kernels(torch.device("cuda", 0), torch.float16)
+        on_gpu = "hybrid CUDA kernels" if reason is None else f"{ENGINE} ({reason})"
+        return Check("matmul engine", True, True, f"CPU: {ENGINE}; GPU: {on_gpu}")
     return Check("matmul engine", True, True, ENGINE)
+
+
+def _kernels() -> Check:
+    """Do the CUDA kernels compile, and (on a GPU) agree with plain dequantization? Only a disagreement fails doctor."""
+    name = "cuda kernels"
+    if _import("torch")[0] is None:
+        return Check(name, False, False, "not compiled: torch is missing", "install torch")
+    import torch
+
+    from accullm_cli.kernels.check import compile_all, largest_disagreement
+
+    gpu = torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability(0) if gpu else (9, 0)
+    architecture = 10 * capability[0] + capability[1]
+    try:
+        count = compile_all(architecture)
+        if not gpu:
+            return Check(name, True, False, f"{count} compile for sm_{architecture}; no GPU to run them on")
+        error = largest_disagreement(torch.device("cuda", 0))
+    except AccullmError as refused:
+        return Check(name, False, False, f"not run: {refused.what}", refused.hint or "see docs/kernels.md")
+    if error is not None:
+        return Check(name, False, True, f"disagree with float64: {error}", "please report it with this output")
+    return Check(name, True, False, f"{count} compile for sm_{architecture} and agree with float64")
 
 
 def _self_test() -> Check:

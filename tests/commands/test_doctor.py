@@ -13,9 +13,17 @@ import torch
 
 from accullm_cli.commands import doctor as module
 from accullm_cli.commands.doctor import Check, decode_by_hand, doctor
+from accullm_cli.errors import AccullmError
+from accullm_cli.kernels import check, matmul
 from accullm_cli.quant import linear, rounding
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels compile to is tested elsewhere, and takes seconds."""
+    monkeypatch.setattr(check, "compile_all", lambda architecture: 7)
 
 
 def found(name: str) -> Check:
@@ -54,7 +62,7 @@ def test_finds_nothing_wrong_here() -> None:
     checks = doctor().checks
     assert [check.name for check in checks] == [
         "python", "torch", "transformers", "safetensors", "compressed-tensors", "gpu", "cupy", "matmul engine",
-        "self-test", "disk", "memory",
+        "self-test", "cuda kernels", "disk", "memory",
     ]  # fmt: skip
     assert [check.name for check in checks if check.required and not check.ok] == []
 
@@ -129,7 +137,7 @@ def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
         name, total_memory, major, minor = "Some GPU", 24_000_000_000, 8, 9
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    answering(monkeypatch, gpu=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     one = "Some GPU (24.0 GB, compute capability 8.9)"
@@ -185,6 +193,63 @@ def test_a_factorization_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", fail)
     assert found("self-test").detail == "failed (LAPACK is missing)"
+
+
+# -- the CUDA kernels --------------------------------------------------------------------------------------
+
+
+def answering(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, disagreement: str | None = None, error: AccullmError | None = None
+) -> list[int]:
+    """As if the kernels compiled (or raised) and gave this answer; the architectures they were compiled for."""
+    asked: list[int] = []
+
+    def compile_all(architecture: int) -> int:
+        asked.append(architecture)
+        if error is not None:
+            raise error
+        return 7
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(check, "compile_all", compile_all)
+    monkeypatch.setattr(check, "largest_disagreement", lambda device: disagreement)
+    return asked
+
+
+def test_kernels_are_compiled_where_no_gpu_can_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answering(monkeypatch, gpu=False) == []
+    assert found("cuda kernels") == Check("cuda kernels", True, False, "7 compile for sm_90; no GPU to run them on")
+
+
+def test_kernels_are_compared_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = answering(monkeypatch, gpu=True)
+    assert module._kernels() == Check("cuda kernels", True, False, "7 compile for sm_89 and agree with float64")
+    assert asked == [89]
+
+
+def test_a_kernel_that_disagrees_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, gpu=True, disagreement="CUDA: hybrid_gemv with 1 tokens is off by 3 in whole numbers")
+    assert module._kernels() == Check(
+        "cuda kernels",
+        False,
+        True,
+        "disagree with float64: CUDA: hybrid_gemv with 1 tokens is off by 3 in whole numbers",
+        "please report it with this output",
+    )
+
+
+def test_kernels_that_cannot_be_compiled_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, gpu=False, error=AccullmError("CuPy is missing", hint="pip install it"))
+    assert found("cuda kernels") == Check("cuda kernels", False, False, "not run: CuPy is missing", "pip install it")
+
+
+def test_the_engine_of_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(matmul, "why_no_kernels", lambda device, dtype: None)
+    assert module._matmul_engine().detail == "CPU: torch: dequantize, then multiply; GPU: hybrid CUDA kernels"
+    monkeypatch.setattr(matmul, "why_no_kernels", lambda device, dtype: "CuPy is missing")
+    assert module._matmul_engine().detail.endswith("; GPU: torch: dequantize, then multiply (CuPy is missing)")
 
 
 # -- room --------------------------------------------------------------------------------------------------

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
-from accullm_cli.kernels.matmul import hybrid_matmul
+from accullm_cli.errors import AccullmError
+from accullm_cli.kernels import device, matmul
+from accullm_cli.kernels.check import largest_disagreement
+from accullm_cli.kernels.launch import Device, Launch
+from accullm_cli.kernels.layout import tile
+from accullm_cli.kernels.matmul import aligned_rows, engine, hybrid_matmul, why_no_kernels
 from accullm_cli.quant.linear import QuantizedLinear
+from tests.cuda_emulation import emulate, needs_compiler
+from tests.kernels.linears import Shape, exact_weight, random_linear
 
 
 def small_linear() -> QuantizedLinear:
@@ -36,3 +45,124 @@ def test_leading_dimensions_and_bias() -> None:
     x = torch.tensor([[[1.0, 2.0, 4.0, -1.0, 0.5]]])
     found = hybrid_matmul(x, small_linear(), torch.tensor([100.0, 200.0]))
     assert found.tolist() == [[[100 + 1.5 - 4 + 1 - 10 - 2, 200 + 3 + 8 - 12 + 20]]]
+
+
+# -- tiled linears: the kernels, launched on the CPU -------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As if the CPU were a GPU with kernels; the names of those that were launched."""
+    names: list[str] = []
+
+    def launch(what: Launch, where: torch.device) -> None:
+        names.append(what.kernel)
+        emulate(what)
+
+    monkeypatch.setattr(matmul, "why_no_kernels", lambda *_: None)
+    monkeypatch.setattr(device, "launch", launch)
+    monkeypatch.setattr(device, "describe", lambda index: Device(multiprocessors=4, shared_bytes=99 * 1024))
+    return names
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("tokens", "kernel", "name"),
+    [
+        (1, "hybrid_gemv_8", "CUDA: hybrid_gemv"),
+        (16, "hybrid_gemv_16", "CUDA: hybrid_gemv"),
+        (17, "hybrid_gemm_32", "CUDA: hybrid_gemm"),
+        (128, "hybrid_gemm_128", "CUDA: hybrid_gemm"),
+        (129, "dequantize_tiles", "CUDA: dequantize_tiles, then torch"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_number_of_tokens_chooses_the_kernel(
+    tokens: int, kernel: str, name: str, dtype: torch.dtype, launches: list[str]
+) -> None:
+    linear = random_linear(Shape(24, 203, 64, False, outliers=3), dtype, seed=1, exact=True)
+    tiled = tile(linear, dtype)
+    x = torch.randint(-2, 3, (tokens, 203), generator=torch.Generator().manual_seed(2)).to(dtype)
+    bias = torch.arange(24).to(dtype)
+    found = hybrid_matmul(x.view(tokens, 1, 203), tiled, bias)
+    wanted = x.double() @ exact_weight(linear, dtype).T + bias.double()
+    assert torch.equal(found, wanted.to(dtype).view(tokens, 1, 24))
+    assert launches == [kernel]
+    assert engine(tiled, tokens) == name
+
+
+@needs_compiler
+def test_the_check_of_doctor_finds_no_disagreement_and_a_wrong_scale(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert largest_disagreement(torch.device("cpu")) is None
+    assert set(launches) == {
+        "hybrid_gemv_8", "hybrid_gemv_16", "hybrid_gemm_32", "hybrid_gemm_64", "hybrid_gemm_128", "dequantize_tiles",
+    }  # fmt: skip
+    from accullm_cli.kernels import check
+
+    def wrong(linear: QuantizedLinear, dtype: torch.dtype) -> object:
+        linear.scales[7] = 2
+        return tile(linear, dtype)
+
+    monkeypatch.setattr(check, "tile", wrong)
+    found = largest_disagreement(torch.device("cpu"))
+    assert found is not None
+    assert re.fullmatch(r"CUDA: hybrid_gemv with 1 tokens is off by \d+ in whole numbers", found)
+
+
+def test_no_tokens_make_no_launch(launches: list[str]) -> None:
+    tiled = tile(random_linear(Shape(24, 64), torch.float16, seed=0), torch.float16)
+    assert hybrid_matmul(torch.zeros(2, 0, 64, dtype=torch.float16), tiled).shape == (2, 0, 24)
+    assert launches == []
+
+
+def test_other_activations_than_those_tiled_for_are_refused(launches: list[str]) -> None:
+    tiled = tile(random_linear(Shape(24, 64), torch.float16, seed=0), torch.float16)
+    with pytest.raises(AccullmError) as caught:
+        hybrid_matmul(torch.zeros(1, 64, dtype=torch.bfloat16), tiled)
+    assert caught.value.line() == "activations are torch.bfloat16, but the linear was tiled for torch.float16"
+
+
+def test_a_tiled_linear_on_the_cpu_is_refused() -> None:
+    tiled = tile(random_linear(Shape(24, 64), torch.float16, seed=0), torch.float16)
+    with pytest.raises(AccullmError) as caught:
+        hybrid_matmul(torch.zeros(1, 64, dtype=torch.float16), tiled)
+    assert caught.value.line() == "no CUDA kernel for device cpu: the kernels need a GPU of NVIDIA"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((9, 0), torch.bfloat16, None),
+        ((7, 5), torch.float16, None),
+        ((7, 0), torch.float16, "compute capability 7.0: the kernels need 7.5 or newer"),
+        ((7, 5), torch.bfloat16, "compute capability 7.5 multiplies no bfloat16: load the model in float16"),
+    ],
+)
+def test_which_gpus_have_kernels(
+    capability: tuple[int, int], dtype: torch.dtype, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(matmul.importlib.util, "find_spec", lambda name: object())
+    assert why_no_kernels(torch.device("cuda", 0), dtype) == reason
+
+
+def test_without_cupy_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul.importlib.util, "find_spec", lambda name: None)
+    reason = why_no_kernels(torch.device("cuda", 0), torch.float16)
+    wanted = "CuPy is missing: pip install 'accullm[cuda12]' or 'accullm[cuda13]', as the driver's version"
+    assert reason == wanted
+
+
+def test_rows_are_copied_only_where_loads_of_16_bytes_need_it() -> None:
+    x = torch.arange(48, dtype=torch.float16).view(3, 16)
+    assert aligned_rows(x).data_ptr() == x.data_ptr()
+    assert aligned_rows(x[:, :8]).stride(0) == 16
+    for odd in (x[:, 1:9], x[:, :13], x.T):
+        rows = aligned_rows(odd)
+        assert torch.equal(rows, odd)
+        assert rows.stride(0) % 8 == 0
+        assert rows.data_ptr() % 16 == 0
+    padded = aligned_rows(x[:, :13])
+    assert torch.as_strided(padded, (3, 16), (16, 1))[:, 13:].tolist() == [[0.0] * 3] * 3

@@ -1,0 +1,68 @@
+"""Do the kernels compile, and do they agree with float64? What `accullm doctor` asks."""
+
+from __future__ import annotations
+
+import torch
+
+from accullm_cli.kernels.compile import compile_kernels
+from accullm_cli.kernels.launch import GEMV_TOKENS, defines
+from accullm_cli.kernels.layout import tile
+from accullm_cli.kernels.matmul import FUSED_TOKENS, engine, hybrid_matmul
+from accullm_cli.quant.linear import QuantizedLinear
+
+SOURCES = ("hybrid_gemv.cu", "hybrid_gemm.cu", "repack.cu")
+# One for each kernel and each of its sizes.
+TOKENS = (1, GEMV_TOKENS, GEMV_TOKENS + 1, FUSED_TOKENS // 2, FUSED_TOKENS, FUSED_TOKENS + 1)
+
+
+def compile_all(architecture: int) -> int:
+    """Compile everything that one architecture runs; how many files that were.
+
+    Raises:
+        AccullmError: CuPy or NVRTC is missing, or something does not compile.
+    """
+    builds = [(source, defines(torch.float16)) for source in SOURCES]
+    if architecture >= 80:  # tensor cores before know no bfloat16
+        builds += [(source, defines(torch.bfloat16)) for source in SOURCES]
+    builds.append(("feedback_round.cu", ("REAL=float",)))
+    for source, define in builds:
+        compile_kernels(source, define, architecture)
+    return len(builds)
+
+
+def largest_disagreement(device: torch.device) -> str | None:
+    """Multiply by a small linear with every kernel, in whole numbers whose sums no format rounds; None where all agree.
+
+    Raises:
+        AccullmError: the device has no kernels.
+    """
+    draw = torch.Generator().manual_seed(0)
+    rows, columns, size, outliers = 200, 456, 128, 5  # no multiples of the tiles, a last short group
+    group = torch.arange(columns) // size
+    zeros = torch.randint(0, 16, (rows, 4), generator=draw, dtype=torch.uint8)
+    codes = torch.randint(0, 16, (rows, columns), generator=draw, dtype=torch.uint8)
+    index = torch.randperm(columns, generator=draw)[:outliers].sort().values
+    codes[:, index] = zeros[:, group[index]]
+    outlier_weight = torch.randint(-4, 5, (rows, outliers), generator=draw).to(torch.float16)
+    weight = codes.double() - zeros[:, group].double()
+    weight[:, index] = outlier_weight.double()
+    linear = QuantizedLinear(
+        codes.to(device),
+        torch.ones(rows, 4, dtype=torch.float16, device=device),
+        zeros.to(device),
+        index.to(torch.int32).to(device),
+        outlier_weight.to(device),
+        bits=4,
+        group_size=size,
+    )
+    tiled = tile(linear, torch.float16)
+    for tokens in TOKENS:
+        # Few are not 0, so that sums stay below 2048, up to which float16 holds every whole number.
+        x = torch.randint(-1, 2, (tokens, columns), generator=draw)
+        x *= torch.rand(tokens, columns, generator=draw) < 0.2
+        wanted = x.double() @ weight.T
+        found = hybrid_matmul(x.to(device, torch.float16), tiled).double().cpu()
+        error = float((found - wanted).abs().max())
+        if error != 0:
+            return f"{engine(tiled, tokens)} with {tokens} tokens is off by {error:g} in whole numbers"
+    return None

@@ -1,0 +1,139 @@
+"""The order in which the CUDA kernels read a quantized linear: made once when a layer is loaded, and undone exactly.
+
+cuda/layout.cuh draws it and says why it is so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.quant.linear import QuantizedLinear
+
+STRIP = 16  # output features of a tile
+TILE_K = 64  # input features of a tile
+STEP_K = 16  # outlier features of a step
+# A lane's 16 input features must lie in one group.
+SMALLEST_GROUP = 16
+ONE_GROUP_SHIFT = 31  # k >> 31 is 0: a row's only group
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TiledLinear:
+    """A quantized linear [N, K] for the kernels: S = ceil(N / 16) strips, T = ceil(K / 64) tiles, G groups, O steps."""
+
+    tiles: torch.Tensor  # uint8 [S, T, 32, 16]: by lane
+    scales: torch.Tensor  # float16 [S, G, 8, 2]
+    zeros: torch.Tensor | None  # uint8 [S, G, 8], two nibbles each; None where symmetric
+    outlier_tiles: torch.Tensor  # compute dtype [S, O, 32, 8]: by lane
+    outlier_index: torch.Tensor  # int32 [O * 16], -1 where unused
+    arrived: torch.Tensor  # int32 [S], zeros: counters of the kernels, which leave them 0
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int  # -1: one group per row
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations must be."""
+        return self.outlier_tiles.dtype
+
+    @property
+    def group_shift(self) -> int:
+        return ONE_GROUP_SHIFT if self.group_size == -1 else self.group_size.bit_length() - 1
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that a product reads, activations aside."""
+        parts = (self.tiles, self.scales, self.zeros, self.outlier_tiles, self.outlier_index)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+def why_not_tiled(bits: int, group_size: int, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot multiply by such a linear; None where they can."""
+    if bits > 4:
+        return f"{bits} bits: the kernels read codes of at most 4 bits"
+    power_of_two = group_size > 0 and group_size & (group_size - 1) == 0
+    if group_size != -1 and not (power_of_two and group_size >= SMALLEST_GROUP):
+        return f"group size {group_size}: the kernels know powers of two from {SMALLEST_GROUP} on, and -1"
+    if dtype not in COMPUTE_DTYPES:
+        return f"{dtype} activations: the kernels compute in float16 or bfloat16"
+    return None
+
+
+def tile(linear: QuantizedLinear, dtype: torch.dtype) -> TiledLinear:
+    """Re-order a linear, on the device it is on.
+
+    Args:
+        dtype: float16 or bfloat16, that of the activations; outlier weights are rounded to it.
+
+    Raises:
+        AccullmError: more than 4 bits, a group size that is no power of two or below 16, or another dtype.
+    """
+    reason = why_not_tiled(linear.bits, linear.group_size, dtype)
+    if reason is not None:
+        raise AccullmError(f"no CUDA kernel for {reason}")
+    rows, columns = linear.codes.shape
+    strips, tiles = -(-rows // STRIP), -(-columns // TILE_K)
+    groups = 1 if linear.group_size == -1 else -(-tiles * TILE_K // linear.group_size)
+    # A feature's place is strip, half, row | tile, t, step, pair, element: the names of cuda/layout.cuh.
+    codes = _padded(linear.codes, strips * STRIP, tiles * TILE_K).view(strips, 2, 8, tiles, 4, 4, 2, 2)
+    nibbles = codes[:, 0] | codes[:, 1] << 4
+    zeros = None
+    if linear.zeros is not None:
+        by_half = _padded(linear.zeros, strips * STRIP, groups).view(strips, 2, 8, groups)
+        zeros = (by_half[:, 0] | by_half[:, 1] << 4).transpose(1, 2).contiguous()
+    scales = _padded(linear.scales, strips * STRIP, groups).view(strips, 2, 8, groups)
+    steps = -(-len(linear.outlier_index) // STEP_K)
+    outliers = _padded(linear.outlier_weight.to(dtype), strips * STRIP, steps * STEP_K)
+    index = torch.full((steps * STEP_K,), -1, dtype=torch.int32, device=linear.codes.device)
+    index[: len(linear.outlier_index)] = linear.outlier_index
+    return TiledLinear(
+        tiles=nibbles.permute(0, 2, 1, 3, 4, 6, 5).reshape(strips, tiles, 32, 16),
+        scales=scales.permute(0, 3, 2, 1).contiguous(),
+        zeros=zeros,
+        outlier_tiles=outliers.view(strips, 2, 8, steps, 4, 2, 2)
+        .permute(0, 3, 2, 4, 5, 1, 6)
+        .reshape(strips, steps, 32, 8),
+        outlier_index=index,
+        arrived=torch.zeros(strips, dtype=torch.int32, device=linear.codes.device),
+        out_features=rows,
+        in_features=columns,
+        bits=linear.bits,
+        group_size=linear.group_size,
+    )
+
+
+def untile(tiled: TiledLinear) -> QuantizedLinear:
+    """The linear that was re-ordered, its outlier weights in the compute dtype."""
+    strips, tiles = tiled.tiles.shape[:2]
+    rows, columns = tiled.out_features, tiled.in_features
+    groups = 1 if tiled.group_size == -1 else -(-columns // tiled.group_size)
+    nibbles = tiled.tiles.view(strips, tiles, 8, 4, 4, 2, 2).permute(0, 2, 1, 3, 4, 6, 5)
+    codes = torch.stack((nibbles & 15, nibbles >> 4), dim=1).reshape(strips * STRIP, tiles * TILE_K)
+    zeros = None
+    if tiled.zeros is not None:
+        pairs = tiled.zeros.transpose(1, 2)
+        zeros = torch.stack((pairs & 15, pairs >> 4), dim=1).reshape(strips * STRIP, -1)[:rows, :groups].contiguous()
+    steps = tiled.outlier_tiles.shape[1]
+    outliers = tiled.outlier_tiles.view(strips, steps, 8, 4, 2, 2, 2).permute(0, 5, 2, 1, 3, 4, 6)
+    count = int((tiled.outlier_index >= 0).sum())
+    return QuantizedLinear(
+        codes=codes[:rows, :columns].contiguous(),
+        scales=tiled.scales.permute(0, 3, 2, 1).reshape(strips * STRIP, -1)[:rows, :groups].contiguous(),
+        zeros=zeros,
+        outlier_index=tiled.outlier_index[:count].clone(),
+        outlier_weight=outliers.reshape(strips * STRIP, steps * STEP_K)[:rows, :count].contiguous(),
+        bits=tiled.bits,
+        group_size=tiled.group_size,
+    )
+
+
+def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`matrix` in the upper left corner of [rows, columns] zeros."""
+    padded = matrix.new_zeros(rows, columns)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return padded

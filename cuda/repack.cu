@@ -1,0 +1,106 @@
+// Into and out of the order of layout.cuh: codes to tiles, tiles to codes, and tiles to 16-bit weights.
+//
+// The first two run once per layer. The third serves products of many tokens, which a dense product computes faster
+// than fused kernels do, from a weight that was written in the compute format: its limit is writing 2 bytes per weight.
+#include <layout.cuh>
+
+// One thread per word of a tile: (strip, tile, lane, step). codes: [rows, columns], each below 16.
+__device__ __forceinline__ void place_of(u64 word, int tiles_k, int& row, int& column) {
+    const int step = word % 4, lane = word / 4 % LANES;
+    const u64 tile = word / (4 * LANES);
+    row = static_cast<int>(tile / tiles_k) * STRIP + lane / 4;
+    column = static_cast<int>(tile % tiles_k) * TILE_K + 16 * (lane % 4) + 4 * step;
+}
+
+// The nibble of (row + 8 half, column + 2 pair + element) starts at this bit.
+__device__ __forceinline__ int bit_of(int half, int pair, int element) { return 4 * half + 8 * pair + 16 * element; }
+
+extern "C" __global__ void __launch_bounds__(256)
+    pack_tiles(const u8* codes, u32* tiles, int rows, int columns, int tiles_k, u64 words) {
+    const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (index >= words) return;
+    int row, column;
+    place_of(index, tiles_k, row, column);
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int half = i & 1, pair = i >> 1 & 1, element = i >> 2;
+        const int r = row + 8 * half, c = column + 2 * pair + element;
+        const u32 code = r < rows && c < columns ? codes[static_cast<u64>(r) * columns + c] : 0;
+        word |= code << bit_of(half, pair, element);
+    }
+    tiles[index] = word;
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    unpack_tiles(const u32* tiles, u8* codes, int rows, int columns, int tiles_k, u64 words) {
+    const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (index >= words) return;
+    int row, column;
+    place_of(index, tiles_k, row, column);
+    const u32 word = tiles[index];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int half = i & 1, pair = i >> 1 & 1, element = i >> 2;
+        const int r = row + 8 * half, c = column + 2 * pair + element;
+        if (r < rows && c < columns) codes[static_cast<u64>(r) * columns + c] = word >> bit_of(half, pair, element) & 15;
+    }
+}
+
+// out: [N, K] in the compute format. grid: x strips, y parts of K; a warp takes a tile at a time. The outlier features of
+// the block's part of K are written after it, in place of what their codes stand for.
+extern "C" __global__ void __launch_bounds__(256) dequantize_tiles(Weight weight, u16* out) {
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
+    const int row = lane / 4, t = lane % 4, strip = blockIdx.x;
+    const int share = (weight.tiles_k + gridDim.y - 1) / gridDim.y;
+    const int begin = min(static_cast<int>(blockIdx.y) * share, weight.tiles_k);
+    const int end = min(begin + share, weight.tiles_k);
+    const bool vectors = weight.in_features % 8 == 0;  // then every row of `out` starts at a multiple of 16 bytes
+    for (int tile = begin + warp; tile < end; tile += warps) {
+        const u64 place = static_cast<u64>(strip) * weight.tiles_k + tile;
+        const uint4 codes = load_16(weight.tiles + place * TILE_BYTES + 16 * lane, true);
+        const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+        const int k = tile * TILE_K + 16 * t;
+        const u64 entry = (static_cast<u64>(strip) * weight.groups + (k >> weight.group_shift)) * 8 + row;
+        const u32 zeros = weight.zeros == nullptr ? weight.symmetric_zero * 0x11 : weight.zeros[entry];
+        const RowPair pair = row_pair(weight.scales[entry], zeros);
+        u32 values[2][8];  // of `row` and `row + 8`: pairs of neighbouring features
+#pragma unroll
+        for (int step = 0; step < 4; step++) {
+            u32 a[4];
+            dequantize(words[step], pair, a);
+            values[0][2 * step] = a[0], values[0][2 * step + 1] = a[2];
+            values[1][2 * step] = a[1], values[1][2 * step + 1] = a[3];
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int feature = strip * STRIP + row + 8 * half;
+            if (feature >= weight.out_features) continue;
+            u16* const target = out + static_cast<u64>(feature) * weight.in_features + k;
+#pragma unroll
+            for (int i = 0; i < 8; i += 4) {
+                if (vectors) {
+                    const uint4 four =
+                        make_uint4(values[half][i], values[half][i + 1], values[half][i + 2], values[half][i + 3]);
+                    if (k + 2 * i < weight.in_features) *reinterpret_cast<uint4*>(target + 2 * i) = four;
+                    continue;
+                }
+#pragma unroll
+                for (int j = 2 * i; j < 2 * i + 8; j++)
+                    if (k + j < weight.in_features) target[j] = static_cast<u16>(values[half][j / 2] >> 16 * (j % 2));
+            }
+        }
+    }
+    __syncthreads();
+    // An outlier step holds its slots as a lane's registers: slot 4t + 2 pair + element, row + 8 half.
+    const u16* const outliers =
+        reinterpret_cast<const u16*>(weight.outlier_tiles + static_cast<u64>(strip) * weight.outlier_steps * TILE_BYTES);
+    for (int i = threadIdx.x; i < weight.outlier_steps * STEP_K * STRIP; i += blockDim.x) {
+        const int slot = i / STRIP, r = i % STRIP;
+        const int k = weight.outlier_index[slot], feature = strip * STRIP + r;
+        if (k < begin * TILE_K || k >= end * TILE_K || feature >= weight.out_features) continue;
+        const int owner = r % 8 * 4 + slot % STEP_K / 4, half = r / 8, pair = slot / 2 % 2, element = slot % 2;
+        const int place = (slot / STEP_K * LANES + owner) * 8 + 4 * pair + 2 * half + element;
+        out[static_cast<u64>(feature) * weight.in_features + k] = outliers[place];
+    }
+}

@@ -1,0 +1,64 @@
+"""Quantized linears for the tests of the kernels, and what they stand for in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from accullm_cli.quant.linear import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel's path depends on."""
+
+    out_features: int
+    in_features: int
+    group_size: int = 128
+    symmetric: bool = False
+    outliers: int = 0
+    bits: int = 4
+
+
+def random_linear(shape: Shape, dtype: torch.dtype, seed: int, exact: bool = False) -> QuantizedLinear:
+    """A linear with random codes; with `exact`, sums of small whole activations and its weights have no rounding."""
+    draw = torch.Generator().manual_seed(seed)
+    rows, columns = shape.out_features, shape.in_features
+    size = columns if shape.group_size == -1 else shape.group_size
+    groups = -(-columns // size)
+    most = 2**shape.bits
+    codes = torch.randint(0, most, (rows, columns), generator=draw, dtype=torch.uint8)
+    zeros = torch.randint(0, most, (rows, groups), generator=draw, dtype=torch.uint8)
+    if shape.symmetric:
+        zeros.fill_(most // 2)
+    if exact:
+        scales = 2.0 ** torch.randint(-2, 2, (rows, groups), generator=draw)
+        outlier_weight = torch.randint(-8, 9, (rows, shape.outliers), generator=draw).float()
+    else:
+        scales = torch.rand(rows, groups, generator=draw) * 0.01 + 0.001
+        outlier_weight = torch.randn(rows, shape.outliers, generator=draw)
+    index = torch.randperm(columns, generator=draw)[: shape.outliers].sort().values
+    codes[:, index] = zeros[:, index // size]
+    return QuantizedLinear(
+        codes=codes,
+        scales=scales.to(torch.float16),
+        zeros=None if shape.symmetric else zeros,
+        outlier_index=index.to(torch.int32),
+        outlier_weight=outlier_weight.to(dtype),
+        bits=shape.bits,
+        group_size=shape.group_size,
+    )
+
+
+def exact_weight(linear: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] as float64 numbers that `dtype` holds, by the formula of docs/format.md."""
+    rows, columns = linear.codes.shape
+    size = columns if linear.group_size == -1 else linear.group_size
+    group = torch.arange(columns) // size
+    zero = torch.full((rows, columns), 2 ** (linear.bits - 1)) if linear.zeros is None else linear.zeros[:, group]
+    weight = (linear.codes.double() - zero.double()) * linear.scales[:, group].double()
+    weight = weight.to(dtype).double()
+    for position, column in enumerate(linear.outlier_index.tolist()):
+        weight[:, column] = linear.outlier_weight[:, position].to(dtype).double()
+    return weight

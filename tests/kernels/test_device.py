@@ -1,0 +1,154 @@
+"""The kernels on a GPU: what the other tests check on the CPU, real layers, repeated runs, CUDA graphs."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from accullm_cli.kernels.check import largest_disagreement
+from accullm_cli.kernels.device import describe, launch
+from accullm_cli.kernels.feedback import feedback_launch
+from accullm_cli.kernels.layout import TiledLinear, tile
+from accullm_cli.kernels.matmul import hybrid_matmul
+from accullm_cli.kernels.repack import dequantize_launch, pack_launch, unpack_launch
+from tests.kernels.linears import Shape, exact_weight, random_linear
+from tests.kernels.test_feedback import check_against_exact_numbers, random_block
+from tests.kernels.test_launch import UNIT
+
+
+def why_not() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None if importlib.util.find_spec("cupy") else "CuPy is missing"
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
+GPU = torch.device("cuda", 0)
+DTYPES = [torch.float16, torch.bfloat16]
+
+# (out, in) features of the linears of Llama-7B, 13B and 70B, Qwen2.5-7B and Mixtral-8x7B, once each.
+LAYERS = [
+    (4096, 4096), (11008, 4096), (4096, 11008),
+    (5120, 5120), (13824, 5120), (5120, 13824),
+    (8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672),
+    (3584, 3584), (512, 3584), (18944, 3584), (3584, 18944),
+    (1024, 4096), (14336, 4096), (4096, 14336),
+]  # fmt: skip
+
+
+def on_gpu(tiled: TiledLinear) -> TiledLinear:
+    parts = vars(tiled).items()
+    return TiledLinear(**{name: v.to(GPU) if isinstance(v, torch.Tensor) else v for name, v in parts})
+
+
+def check(x: torch.Tensor, weight: torch.Tensor, found: torch.Tensor) -> None:
+    """Each result is within one rounding to its dtype of float64, and that of the float32 sums."""
+    wanted = x.double() @ weight.T
+    additions = x.shape[1] / 16 + 64
+    # Tensor cores cut off, where float32 rounds: twice the unit.
+    allowed = UNIT[x.dtype] * wanted.abs() * 1.001 + additions * 2.0**-23 * (x.double().abs() @ weight.abs().T)
+    beyond = (found.double() - wanted).abs() - allowed - 2.0**-25
+    assert bool((beyond <= 0).all()), float(beyond.max())
+
+
+def test_the_check_of_doctor_passes() -> None:
+    assert largest_disagreement(GPU) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 7, 16, 17, 32, 64, 128, 129])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(40, 333, 32, False, 3),
+        Shape(300, 520, 64, True, 17),
+        Shape(130, 576, 128, False, 6),
+        Shape(70, 700, -1, False, 20),
+        Shape(17, 64, 16, True, 0, bits=2),
+    ],
+)
+def test_odd_shapes_exactly(shape: Shape, tokens: int, dtype: torch.dtype) -> None:
+    linear = random_linear(shape, dtype, seed=tokens, exact=True)
+    x = torch.randint(-3, 4, (tokens, shape.in_features)).to(dtype)
+    bias = torch.randint(-9, 10, (shape.out_features,)).to(dtype)
+    found = hybrid_matmul(x.to(GPU), on_gpu(tile(linear, dtype)), bias.to(GPU)).cpu()
+    assert torch.equal(found, (x.double() @ exact_weight(linear, dtype).T + bias.double()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), LAYERS)
+def test_every_layer_of_known_models(rows: int, columns: int, dtype: torch.dtype) -> None:
+    shape = Shape(rows, columns, 128, False, columns // 200)
+    linear = random_linear(shape, dtype, seed=rows)
+    weight = exact_weight(linear, dtype).to(GPU)
+    tiled = on_gpu(tile(linear, dtype))
+    for tokens in (1, 5, 16, 32, 100, 300):
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(GPU, dtype)
+        found = hybrid_matmul(x, tiled)
+        check(x, weight, found)
+        # Twenty runs in a row, each while the one before may still be under way.
+        again = [hybrid_matmul(x, tiled) for _ in range(20)]
+        assert all(torch.equal(found, other) for other in again), f"{tokens} tokens: runs differ"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packing_and_dequantizing_exactly(dtype: torch.dtype) -> None:
+    linear = random_linear(Shape(1000, 2100, 64, False, 30), dtype, seed=1)
+    tiled = on_gpu(tile(linear, dtype))
+    codes, tiles = linear.codes.to(GPU), torch.full_like(tiled.tiles, 255)
+    launch(pack_launch(codes, tiles), GPU)
+    assert torch.equal(tiles, tiled.tiles)
+    back = torch.full_like(codes, 255)
+    launch(unpack_launch(tiles, back), GPU)
+    assert torch.equal(back, codes)
+    weight = torch.full((1000, 2100), torch.nan, dtype=dtype, device=GPU)
+    launch(dequantize_launch(tiled, weight, describe(0)), GPU)
+    assert torch.equal(weight.double().cpu(), exact_weight(linear, dtype))
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_feedback_rounding(dtype: torch.dtype, stochastic: bool) -> None:
+    from dataclasses import replace
+
+    block = random_block(100, 50, 90, dtype, seed=2, stochastic=stochastic)
+    moved = {name: part.to(GPU) for name, part in vars(block).items() if isinstance(part, torch.Tensor)}
+    there = replace(block, **moved)  # type: ignore[arg-type]
+    launch(feedback_launch(there), GPU)
+    back = {name: part.cpu() for name, part in vars(there).items() if isinstance(part, torch.Tensor)}
+    check_against_exact_numbers(replace(block, **back), slack=1e-3 if dtype == torch.float32 else 1e-9)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_cuda_graph_captures_a_product(tokens: int) -> None:
+    linear = random_linear(Shape(256, 4096, 128, False, 20), torch.float16, seed=3)  # few strips: K is split
+    tiled = on_gpu(tile(linear, torch.float16))
+    x = torch.randn(tokens, 4096, device=GPU, dtype=torch.float16)
+    hybrid_matmul(x, tiled)  # compiles and loads
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = hybrid_matmul(x, tiled)
+    for seed in range(5):
+        x.copy_(torch.randn(tokens, 4096, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, hybrid_matmul(x, tiled))
+
+
+def test_a_product_runs_in_the_current_stream() -> None:
+    linear = random_linear(Shape(512, 2048), torch.float16, seed=4)
+    tiled = on_gpu(tile(linear, torch.float16))
+    x = torch.randn(4, 2048, device=GPU, dtype=torch.float16)
+    wanted = hybrid_matmul(x, tiled)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(x)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # cycles, some 50 ms: a product in another stream would read zeros
+        late.copy_(x)
+        found = hybrid_matmul(late, tiled)
+    stream.synchronize()
+    assert torch.equal(found, wanted)

@@ -1,0 +1,95 @@
+"""The order of the kernels: undone exactly, and as cuda/layout.cuh draws it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.kernels.layout import tile, untile
+from tests.kernels.linears import Shape, random_linear
+
+shapes = st.builds(
+    Shape,
+    out_features=st.integers(1, 70),
+    in_features=st.integers(20, 300),
+    group_size=st.sampled_from([16, 32, 64, 128, 256, -1]),
+    symmetric=st.booleans(),
+    outliers=st.integers(0, 20),
+    bits=st.integers(2, 4),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, st.sampled_from([torch.float16, torch.bfloat16]), st.integers(0, 1000))
+def test_the_order_is_undone_exactly(shape: Shape, dtype: torch.dtype, seed: int) -> None:
+    linear = random_linear(shape, dtype, seed)
+    back = untile(tile(linear, dtype))
+    assert (back.bits, back.group_size) == (linear.bits, linear.group_size)
+    for name in ("codes", "scales", "zeros", "outlier_index", "outlier_weight"):
+        wanted, found = getattr(linear, name), getattr(back, name)
+        if wanted is None:
+            assert found is None
+        else:
+            assert found.dtype == wanted.dtype
+            assert torch.equal(found, wanted), name
+
+
+def test_a_code_lies_where_the_drawing_says() -> None:
+    linear = random_linear(Shape(32, 128, 64, False, outliers=20), torch.float16, seed=1)
+    tiled = tile(linear, torch.float16)
+    words = tiled.tiles.view(torch.int32).long() & 0xFFFFFFFF  # [strip, tile, lane, step]
+    for row, column in [(0, 0), (3, 1), (8, 2), (15, 3), (16, 4), (25, 63), (31, 127), (7, 80)]:
+        strip, tile_k, lane = row // 16, column // 64, row % 8 * 4 + column % 64 // 16
+        j = column % 4
+        bit = 4 * (row % 16 // 8) + {0: 0, 1: 16, 2: 8, 3: 24}[j]
+        word = int(words[strip, tile_k, lane, column % 16 // 4])
+        assert word >> bit & 15 == int(linear.codes[row, column])
+    assert linear.zeros is not None
+    assert tiled.zeros is not None
+    assert tiled.scales[1, 1, 2].tolist() == [linear.scales[18, 1], linear.scales[26, 1]]
+    assert int(tiled.zeros[1, 1, 2]) == int(linear.zeros[18, 1]) + 16 * int(linear.zeros[26, 1])
+    # Slot 19 is slot 3 of step 1: lane 4 row, the upper half of a register pair's second.
+    assert tiled.outlier_tiles[0, 1, 20].tolist()[5::2] == [linear.outlier_weight[5, 19], linear.outlier_weight[13, 19]]
+    assert tiled.outlier_index.tolist() == [*linear.outlier_index.tolist(), *[-1] * 12]
+
+
+def test_padding_is_zero() -> None:
+    linear = random_linear(Shape(17, 70, 32, False, outliers=1), torch.float16, seed=2)
+    tiled = tile(linear, torch.float16)
+    assert tiled.tiles.shape == (2, 2, 32, 16)
+    assert tiled.scales.shape == (2, 4, 8, 2)
+    # Row 17 on is padding: rows 1 to 7 of the second strip, and all rows + 8.
+    assert not tiled.tiles[1, :, 4:].any()
+    assert not tiled.scales[1, :, 1:].any()
+    assert not tiled.scales[:, 3].any()
+    assert not tiled.outlier_tiles[1, :, 4:].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "line"),
+    [
+        (Shape(4, 64, bits=5), torch.float16, "no CUDA kernel for 5 bits: the kernels read codes of at most 4 bits"),
+        (
+            Shape(4, 64, 48),
+            torch.float16,
+            "no CUDA kernel for group size 48: the kernels know powers of two from 16 on, and -1",
+        ),
+        (
+            Shape(4, 64, 8),
+            torch.float16,
+            "no CUDA kernel for group size 8: the kernels know powers of two from 16 on, and -1",
+        ),
+        (
+            Shape(4, 64),
+            torch.float32,
+            "no CUDA kernel for torch.float32 activations: the kernels compute in float16 or bfloat16",
+        ),
+    ],
+)
+def test_what_the_kernels_do_not_know_is_refused_by_name(shape: Shape, dtype: torch.dtype, line: str) -> None:
+    with pytest.raises(AccullmError) as caught:
+        tile(random_linear(shape, torch.float16, seed=0), dtype)
+    assert caught.value.line() == line

@@ -1,0 +1,126 @@
+"""The kernels' benchmark: a real run on the CPU, and the arithmetic of its columns."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for the types of their fields
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script("bench_kernels")
+check = load_script("gpu_check")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "ROTATED_BYTES", 100_000)
+    monkeypatch.setattr(script, "measure_limits", lambda *_: script.Limits(1e9, 1e12))
+
+
+@pytest.mark.usefixtures("small")
+def test_every_engine_of_the_cpu_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--device", "cpu", "--shape", "64x256", "--tokens", "1", "3", "--repeats", "1", "--json"]
+    assert script.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["torch"] == torch.__version__
+    rows = found["rows"]
+    assert {(row["out_features"], row["in_features"]) for row in rows} == {(64, 256)}
+    assert {row["tokens"] for row in rows} == {1, 3}
+    names = [(row["engine"], row["outliers"]) for row in rows if row["tokens"] == 3]
+    assert names[:4] == [
+        ("torch bfloat16", 0),
+        ("torch: dequantize, then multiply", 0),
+        ("torch: dequantize, then multiply", 1),
+        ("torch float32", 0),
+    ]
+    assert all(row["microseconds"] > 0 for row in rows)
+    assert [row["over_dense"] for row in rows if row["engine"] == "torch bfloat16"] == [1.0, 1.0]
+
+
+def test_a_row_compares_with_the_nearer_limit() -> None:
+    limits = script.Limits(bytes_per_second=1e9, operations_per_second=1e12)
+    # 1,000,000 bytes of weight and 2 * 1 * 3000 of activations at 1 GB/s: 1.006 ms; took 2.012.
+    row = script.make_row(limits, (1000, 2000, 1), 4.024e-3, "engine", 2.012e-3, 1_000_000, 7)
+    assert row.of_limit == pytest.approx(0.5)
+    assert row.over_dense == pytest.approx(2.0)
+    assert (row.microseconds, row.outliers) == (pytest.approx(2012), 7)
+    # With 1000 tokens 4e9 operations take 4 ms, and 7,000,000 bytes 7 ms, unless they are fast.
+    many = script.make_row(limits, (1000, 2000, 1000), 1.0, "engine", 14e-3, 1_000_000)
+    assert many.of_limit == pytest.approx(7e-3 / 14e-3)
+    fast = script.make_row(script.Limits(1e12, 1e12), (1000, 2000, 1000), 1.0, "engine", 8e-3, 1_000_000)
+    assert fast.of_limit == pytest.approx(4e-3 / 8e-3)
+
+
+def test_torch_int4_is_given_the_same_weight() -> None:
+    """Where this torch has that product for the CPU, it multiplies by (code - 8) * scale."""
+    linear = script.random_linear(32, 256, 0, torch.bfloat16, torch.device("cpu"))
+    x = torch.eye(8, 256, dtype=torch.bfloat16)
+    try:
+        (call,) = script.torch_int4_calls([linear], x)
+    except RuntimeError as error:
+        pytest.skip(f"no 4-bit product on this CPU: {error}")
+    scale = torch.tensor(0.01, dtype=torch.float16).to(torch.bfloat16).double()
+    wanted = (linear.codes[:, :8].double() - 8).T * scale
+    torch.testing.assert_close(call().double(), wanted, rtol=2.0**-8, atol=1e-6)
+
+
+def test_the_table_has_a_line_for_each_row() -> None:
+    row = script.Row("CUDA: hybrid_gemv", 4096, 2048, 1, 10, 12.345, 0.875, 3.5)
+    assert script.table([row]).splitlines()[2] == ("| 4096 x 2048 | 1 | CUDA: hybrid_gemv | 10 | 12.3 | 88% | 3.50 |")
+
+
+# -- scripts/gpu_check.py ----------------------------------------------------------------------------------
+
+
+def test_everything_is_run_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    ran: list[tuple[str, ...]] = []
+
+    class Finished:
+        returncode = 0
+
+    def run(command: tuple[str, ...], **kwargs: Any) -> Finished:
+        ran.append(command)
+        result = Finished()
+        result.returncode = 3 if command[-1] == "doctor" else 0
+        return result
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(check.shutil, "which", lambda name: "/opt/compute-sanitizer")
+    monkeypatch.setattr(check.subprocess, "run", run)
+    assert check.main([str(tmp_path / "out")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"Some GPU, torch {torch.__version__}; output in {tmp_path / 'out'}"
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        "doctor", "tests", "machine_code", "bench", "bench_bfloat16", "memcheck", "racecheck",
+    ]  # fmt: skip
+    assert lines[1].startswith("doctor: FAILED with 3 in ")
+    assert ran[2][-1] == "90"
+    assert ran[5][:3] == ("/opt/compute-sanitizer", "--tool", "memcheck")
+    for command in ran:
+        for part in command:
+            assert not part.startswith("scripts/") or (ROOT / part).is_file()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: Any) -> None:
+    assert check.main([]) == 1
+    assert capsys.readouterr().err == "error: torch sees no GPU; accullm doctor says why\n"
