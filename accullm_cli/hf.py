@@ -28,6 +28,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats.accullm import LOADER_GUARD, SCHEME_KEYS, SUFFIXES, linear_schema
 from accullm_cli.formats.manifest import check_version
 from accullm_cli.formats.shards import TensorInfo, dtype_name, read_header
+from accullm_cli.kernels.check import require_agreement
 from accullm_cli.kernels.layout import TiledLinear, tile, why_not_tiled
 from accullm_cli.kernels.matmul import hybrid_matmul, why_no_kernels
 from accullm_cli.quant.linear import QuantizedLinear
@@ -73,6 +74,7 @@ class HybridWeight(nn.Module):
             return self._tiled
         if why_no_kernels(x.device, x.dtype) or why_not_tiled(self.bits, self.group_size, x.dtype):
             return self.quantized()
+        require_agreement(x.device)
         self._tiled = tile(self.quantized(), x.dtype)
         return self._tiled
 

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import accullm_cli.hf
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
-from accullm_cli.kernels import device, matmul
+from accullm_cli.kernels import check, device, matmul
 from accullm_cli.kernels.launch import Device
 from accullm_cli.kernels.layout import TiledLinear, tile
 from accullm_cli.quant.linear import QuantizedLinear
@@ -171,6 +171,7 @@ def test_where_kernels_can_run_linears_are_tiled_once_and_anew_after_a_move(
     monkeypatch.setattr(accullm_cli.hf, "tile", counted)
     monkeypatch.setattr(device, "launch", lambda launch, where: emulate(launch))
     monkeypatch.setattr(device, "describe", lambda index: Device(4, 99 * 1024))
+    check.require_agreement.cache_clear()
     found = logits(model).float()
     logits(model)
     linears = sum(isinstance(module, accullm_cli.hf.HybridLinear) for module in model.modules())
@@ -180,6 +181,20 @@ def test_where_kernels_can_run_linears_are_tiled_once_and_anew_after_a_move(
     assert float((found - wanted).abs().max()) <= 0.03 * float(wanted.abs().max())
     logits(model.to(torch.float16))
     assert tiled == [torch.bfloat16] * linears + [torch.float16] * linears
+
+
+def test_kernels_that_are_wrong_on_a_device_multiply_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run", 4, 32, False, (3, 17))
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, made), dtype=torch.bfloat16)
+    monkeypatch.setattr(accullm_cli.hf, "why_no_kernels", lambda *_: None)
+    monkeypatch.setattr(check, "largest_disagreement", lambda where: "hybrid_gemv with 1 tokens is off by 2")
+    check.require_agreement.cache_clear()
+    with pytest.raises(AccullmError) as refusal:
+        logits(model)
+    assert refusal.value.line() == (
+        "cpu: the CUDA kernels disagree with float64: hybrid_gemv with 1 tokens is off by 2; run the model on the CPU, "
+        "and please report this with the output of accullm doctor"
+    )
 
 
 def test_experts_run_one_at_a_time_whatever_is_asked_for(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
+from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.compile import compile_kernels
 from accullm_cli.kernels.launch import GEMV_TOKENS, defines
 from accullm_cli.kernels.layout import tile
@@ -28,6 +31,22 @@ def compile_all(architecture: int) -> int:
     for source, define in builds:
         compile_kernels(source, define, architecture)
     return len(builds)
+
+
+@cache
+def require_agreement(device: torch.device) -> None:
+    """Let no model be multiplied by kernels that are wrong on this device; asked once for each.
+
+    Raises:
+        AccullmError: a product differs from float64, or the device has no kernels.
+    """
+    error = largest_disagreement(device)
+    if error is not None:
+        raise AccullmError(
+            f"the CUDA kernels disagree with float64: {error}",
+            str(device),
+            "run the model on the CPU, and please report this with the output of accullm doctor",
+        )
 
 
 def largest_disagreement(device: torch.device) -> str | None:
