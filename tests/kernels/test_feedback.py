@@ -158,7 +158,7 @@ def test_the_codes_are_those_of_the_cpu(generator: tuple[int, int] | None) -> No
     hessian = inputs.T @ inputs / 400
     order = torch.randperm(features, generator=draw)
     reverse = order.flip(0)
-    factor = Factor(order, torch.linalg.cholesky(hessian[reverse[:, None], reverse]), 0.0)
+    factor = Factor(order, torch.linalg.cholesky(hessian[reverse[:, None], reverse]), 0.0, 0.0)
     groups = -(-features // GROUP_SIZE)
     grid = Grid(
         torch.rand(rows, groups, generator=draw).half().double() / 8 + 0.25,
