@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def compare(a: Path, b: Path, max_mean_kl: float | None = None) -> Comparison:
     kinds: dict[str, str] = {}
     for artifact in artifacts:
         kinds |= artifact.manifest.kinds if artifact.manifest else {}
-    left, right = _Weights(first, kinds), _Weights(second, kinds)
+    left, right = _Weights(a, first, kinds), _Weights(b, second, kinds)
     differences = {name: _difference(name, left, right) for name in sizes}
     fidelity_a, fidelity_b = _fidelity(first), _fidelity(second)
     exceeded: list[str] = []
@@ -110,8 +112,9 @@ def _open(path: Path) -> StoredArtifact | TensorFiles:
 class _Weights:
     """The linear weights of either kind of directory, by the linears' names."""
 
-    def __init__(self, source: StoredArtifact | TensorFiles, kinds: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, source: StoredArtifact | TensorFiles, kinds: Mapping[str, str]) -> None:
         self.artifact = source if isinstance(source, StoredArtifact) else None
+        self._path = path
         self.files = source.files if isinstance(source, StoredArtifact) else source
         self._kinds = kinds
 
@@ -121,7 +124,7 @@ class _Weights:
             return self.artifact.linear(name).dequantize()
         stored = self._stored_name(name)
         if stored is None:
-            return None
+            return self._converted.weight(name) if self._converted else None
         tensor = self.files.tensor(stored).float()
         if not stored.endswith(".weight"):
             tensor = tensor[int(name.rpartition(".")[2])]
@@ -131,7 +134,16 @@ class _Weights:
         if self.artifact is not None and name in self.artifact.plan.linears:
             return 8 * self.artifact.linear_bytes(name) / self.artifact.plan.linears[name].weights
         stored = self._stored_name(name)
-        return None if stored is None else 8.0 * self.files.infos[stored].dtype.itemsize
+        if stored is None:
+            return self._converted.bits_per_weight(name) if self._converted else None
+        return 8.0 * self.files.infos[stored].dtype.itemsize
+
+    @cached_property
+    def _converted(self) -> _Converted | None:
+        """The checkpoint by the model's names; None for an artifact, and for weights without a configuration."""
+        if self.artifact is not None or not (self._path / "config.json").exists():
+            return None
+        return _Converted(self._path)
 
     def _stored_name(self, name: str) -> str | None:
         """NAME.weight or the parameter that stacks experts; a checkpoint of a base model lacks the first part."""
@@ -141,6 +153,47 @@ class _Weights:
                 if stored in self.files.infos:
                     return stored
         return None
+
+
+class _Converted:
+    """A checkpoint that names its linears otherwise than the model does, as most with experts do.
+
+    Read a block at a time: the linears of one block are best asked for together.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
+        from accullm_cli.model.slots import find_blocks, find_slots
+        from accullm_cli.model.source import open_source
+
+        with tempfile.TemporaryDirectory() as cache:
+            source = open_source(str(directory), Path(cache))
+        self._model = build_skeleton(source.directory)
+        self._checkpoint = Checkpoint(source, self._model)
+        self._slots = {
+            slot.name: (block, slot)
+            for block in find_blocks(self._model)
+            for slot in find_slots(self._model.get_submodule(block), block)
+        }
+        self._loaded: str | None = None
+
+    def weight(self, name: str) -> torch.Tensor | None:
+        """[N, K] in float32, or None where there is none of that name."""
+        if name not in self._slots:
+            return None
+        block, slot = self._slots[name]
+        if self._loaded != block:
+            if self._loaded is not None:
+                self._checkpoint.release(self._loaded)
+            self._checkpoint.load([block])
+            self._loaded = block
+        return slot.read(self._model.get_submodule(block)).float()
+
+    def bits_per_weight(self, name: str) -> float | None:
+        if name not in self._slots:
+            return None
+        block, slot = self._slots[name]
+        return 8.0 * self._checkpoint.dtype(f"{block}.{slot.parameter}").itemsize
 
 
 def _difference(name: str, left: _Weights, right: _Weights) -> LinearDifference | None:

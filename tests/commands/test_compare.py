@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from accullm_cli.commands.compare import compare
@@ -61,6 +62,26 @@ def test_an_artifact_with_its_original(tmp_path: Path) -> None:
     assert 0.02 < wanted < 0.2
     assert rows["model.layers.0.self_attn.o_proj"].relative_difference == 0
     assert (found.b.format, found.b.bits_per_weight, found.b.mean_kl) == ("checkpoint", 32, None)
+
+
+def test_experts_that_the_original_stores_one_by_one(tmp_path: Path) -> None:
+    model = tiny_mixtral()
+    made = export(tmp_path / "a", model, keep=("down_proj.2",))
+    model.save_pretrained(tmp_path / "b")
+    assert any(".w2." in name for name in load_file(tmp_path / "b" / "model.safetensors"))
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert found.unmatched == ()
+    assert [row.name for row in found.linears] == list(made.parts.plan.linears)
+    for row in found.linears:
+        stack, _, number = row.name.rpartition(".")
+        weight = (
+            model.get_parameter(stack)[int(number)] if number.isdigit() else model.get_parameter(f"{row.name}.weight")
+        )
+        kept = row.name.endswith("down_proj.2")
+        wanted = 0 if kept else relative(made.linears[row.name].dequantize(), weight)
+        assert row.relative_difference == pytest.approx(wanted, rel=1e-5)
+        assert row.bits_per_weight_b == 32
+        assert kept or 0.02 < wanted < 0.3
 
 
 def test_a_square_conv1d_of_a_base_checkpoint(tmp_path: Path) -> None:
