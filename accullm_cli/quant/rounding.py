@@ -304,17 +304,12 @@ def _round_one(
     else:
         stochastic = options.method == "stochastic"
         generator = (options.seed, zlib.crc32(plan.name.encode())) if stochastic else None
-        fits = options.grid == "fit" and not stochastic
-        rounded_features = weight.shape[1] - len(outliers)
-        for _ in range(2 if fits else 1):
-            columns, compensating, clamped = round_with_feedback(
-                target, grid, factor, rounded_features, source_dtype, generator
-            )
-            codes = columns.T.contiguous()
-            if len(compensating):
-                kept = compensating.T[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)
-            if fits:
-                grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge, options.scale_dtype)
+        codes, kept, clamped = _round_columns(target, grid, factor, kept, source_dtype, generator)
+        if options.grid == "fit" and not stochastic:
+            grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge, options.scale_dtype)
+            del codes  # they weigh as much as the artifact's, beside the next ones
+            codes, kept, _ = _round_columns(target, grid, factor, kept, source_dtype, None)
+            grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge, options.scale_dtype)
         if clamped:
             records += (f"{clamped} weights lie outside the grid of stochastic rounding and were clamped",)
     codes[:, outliers] = grid.zero[:, outliers // grid.columns_per_group].to(torch.uint8)
@@ -328,6 +323,28 @@ def _round_one(
         group_size=plan.group_size,
     )
     return linear, records
+
+
+def _round_columns(
+    target: torch.Tensor,
+    grid: Grid,
+    factor: Factor,
+    kept: torch.Tensor,
+    source_dtype: torch.dtype,
+    generator: tuple[int, int] | None,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """`round_with_feedback` with codes uint8 [N, K], and the outlier weights [N, n] in the order of their features.
+
+    Args:
+        kept: outlier weights as the source has them; what compensating ones become is returned in their place.
+    """
+    rounded_features = target.shape[1] - kept.shape[1]
+    columns, compensating, clamped = round_with_feedback(
+        target, grid, factor, rounded_features, source_dtype, generator
+    )
+    if len(compensating):
+        kept = compensating.T[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)
+    return columns.T.contiguous(), kept, clamped
 
 
 def _grid(
