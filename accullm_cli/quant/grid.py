@@ -122,27 +122,23 @@ def fitted_scales(
 
     Args:
         scale: [N, G].
-        error: [N, K], W* - Q as it is with these scales.
+        error: [N, K], W* - Q as it is with these scales; at the end, in place, as it is with the new ones.
         steps: [N, K], code - zero point; 0 in columns that the grid does not hold.
         hessian: [K, K].
     """
     scale = scale.clone()
-    gradient = error @ hessian + ridge * error
     for group in range(scale.shape[1]):
-        start = group * columns_per_group
-        columns = slice(start, start + columns_per_group)
+        columns = slice(group * columns_per_group, (group + 1) * columns_per_group)
         own = steps[:, columns]
-        # What one unit of the scale changes: the weights by `own`, and by this the gradient of this and later groups.
-        change = own @ hessian[columns, start:]
-        change[:, : own.shape[1]] += ridge * own
-        slope = (gradient[:, columns] * own).sum(1)
-        curvature = (change[:, : own.shape[1]] * own).sum(1)
+        # Of e (H + ridge) e^T along this scale; H is symmetric, and its rows lie together.
+        slope = ((error @ hessian[columns].T + ridge * error[:, columns]) * own).sum(1)
+        curvature = ((own @ hessian[columns, columns] + ridge * own) * own).sum(1)
         wanted = scale[:, group] + slope / curvature.clamp(min=torch.finfo(scale.dtype).tiny)
         difference = round_scale(wanted, scale_dtype) - scale[:, group]
         gains = difference * (difference * curvature - 2 * slope) < 0
         difference = torch.where(gains, difference, 0)
         scale[:, group] += difference
-        gradient[:, start:] -= difference[:, None] * change
+        error[:, columns] -= difference[:, None] * own
     return scale
 
 

@@ -183,11 +183,12 @@ def factor_hessian(hessian: torch.Tensor, outliers: tuple[int, ...], options: Ro
     damping = options.damping
     reverse = order.flip(0)
     while True:
-        # H = R R^T with R upper triangular is the Cholesky factorization of H with rows and columns reversed.
-        reversed_hessian = hessian[reverse[:, None], reverse]
-        reversed_hessian.diagonal().add_(damping * mean)
-        cholesky, failed = torch.linalg.cholesky_ex(reversed_hessian)
-        del reversed_hessian
+        # H = R R^T with R upper triangular is the Cholesky factorization of H with rows and columns reversed. It takes
+        # the place of its argument, laid out by columns (which H, being symmetric, is as well).
+        cholesky = hessian[reverse[:, None], reverse].T
+        cholesky.diagonal().add_(damping * mean)
+        failed = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(cholesky, out=(cholesky, failed))
         if not failed:
             break
         if damping >= 1.0:

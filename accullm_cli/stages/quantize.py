@@ -32,7 +32,7 @@ from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_
 from accullm_cli.stages.profile import load_plan
 from accullm_cli.stages.streams import StreamStore
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
