@@ -102,6 +102,13 @@ class Calibration(Section):
     )
     samples: int = option(128, "Number of calibration windows.", ge=1)
     seq_len: int = option(512, "Tokens in a window, for calibration and validation.", ge=16)
+    gradient_samples: int = option(
+        0,
+        "Of the calibration windows, how many give gradients, too. With gradients rounding carries errors from one "
+        "output row into the next as well (YAQA); 0 does without.",
+        ge=0,
+        example="64",
+    )
 
 
 class PlanOptions(Section):

@@ -279,6 +279,12 @@ def _check_config(config: Config, run: RunDirectory, foreign: str) -> None:
         raise AccullmError(
             f"{config.machine.device} is not supported: this version computes on the CPU", "--device", "give cpu"
         )
+    if config.calibration.gradient_samples > config.calibration.samples:
+        raise AccullmError(
+            f"{config.calibration.gradient_samples} is more than the {config.calibration.samples} calibration windows",
+            "--gradient-samples",
+            f"give {config.calibration.samples} or less, or more --samples",
+        )
     for text in (config.calibration.text, config.validation.text):
         check_text(text)
     run.check()

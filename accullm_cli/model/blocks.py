@@ -104,6 +104,7 @@ class Decoder:
         for parameter in self.model.parameters():
             if parameter.device.type != "meta":
                 parameter.data = parameter.data.float()
+                parameter.requires_grad_(False)
         self.model.tie_weights()
 
     def release_outside(self) -> None:
@@ -117,7 +118,7 @@ class Decoder:
         self.weights.load([self.block_names[index]])
         if index + 1 < len(self.block_names):
             self.weights.warm(self.block_names[index + 1])
-        return self._block(index).float()
+        return self._block(index).float().requires_grad_(False)
 
     def release_block(self, index: int) -> None:
         self.weights.release(self.block_names[index])
@@ -149,11 +150,11 @@ class Decoder:
             )
         return first[0].detach().clone()
 
-    @torch.no_grad()
     def run(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The output of block `index` with the weights of `block`."""
+        """The output of block `index` with the weights of `block`; with gradients if `hidden` asks for them."""
         call = self._calls[hidden.shape[0], hidden.shape[1]][index]
-        output = block(hidden, *call.args, **call.kwargs)
+        with torch.set_grad_enabled(hidden.requires_grad):
+            output = block(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def run_capturing(
@@ -164,11 +165,13 @@ class Decoder:
         on_input: Callable[[str, torch.Tensor], None],
         on_sum: Callable[[str, torch.Tensor], None] | None = None,
         last: frozenset[tuple[str, str]] = frozenset(),
+        on_output: Callable[[str, torch.Tensor], None] | None = None,
     ) -> torch.Tensor | None:
         """As `run`, calling `on_input(name, x [..., K])` for each product of an input with a linear's weight.
 
         Args:
             on_sum: is called with (name, sum [..., N]) where a linear's output is added to a tensor of its shape.
+            on_output: is called with (name, y [..., N]), the product itself.
             last: pairs of "input" or "sum" and a linear's name; stop as soon as all of these were seen. The result is
                 then None.
         """
@@ -186,19 +189,19 @@ class Decoder:
 
         try:
             on_sum = None if on_sum is None else watched("sum", on_sum)
-            with CaptureInputs(block, self.slots[index], watched("input", on_input), on_sum):
+            with CaptureInputs(block, self.slots[index], watched("input", on_input), on_sum, on_output):
                 return self.run(index, block, hidden)
         except _EnoughError:
             return None
 
-    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [windows, tokens, vocabulary] for the last block's output."""
+        """Logits [windows, tokens, vocabulary] for the last block's output; with gradients if it asks for them."""
 
         def substitute(index: int, ignored: torch.Tensor, call: _Call) -> torch.Tensor:
             return hidden
 
-        output = self._run_shell(torch.zeros(hidden.shape[:2], dtype=torch.int64), substitute)
+        with torch.set_grad_enabled(hidden.requires_grad):
+            output = self._run_shell(torch.zeros(hidden.shape[:2], dtype=torch.int64), substitute)
         assert output is not None
         return output.logits
 

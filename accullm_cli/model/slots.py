@@ -128,7 +128,8 @@ class CaptureInputs(TorchFunctionMode):
 
     x is the input as the model passed it, [..., K]. One mechanism serves modules and stacked experts: the product is
     recognized by the address of its weight. Where all that becomes of a product is that it is added to a tensor of its
-    own shape, the residual stream as a rule, `on_sum(name, sum)` is called with the sum, [..., N].
+    own shape, the residual stream as a rule, `on_sum(name, sum)` is called with the sum, [..., N]. `on_output(name, y)`
+    is called with each product itself, [..., N].
     """
 
     def __init__(
@@ -137,11 +138,13 @@ class CaptureInputs(TorchFunctionMode):
         slots: list[LinearSlot],
         on_input: Callable[[str, torch.Tensor], None],
         on_sum: Callable[[str, torch.Tensor], None] | None = None,
+        on_output: Callable[[str, torch.Tensor], None] | None = None,
     ):
         super().__init__()
         self._name_of = {slot.read(block).data_ptr(): slot.name for slot in slots}
         self._on_input = on_input
         self._on_sum = on_sum
+        self._on_output = on_output
         # By address, and kept alive, so that no address is used twice.
         self._products: dict[int, tuple[str, torch.Tensor]] = {}
 
@@ -155,6 +158,8 @@ class CaptureInputs(TorchFunctionMode):
             if name is not None:
                 self._on_input(name, value)
         result = func(*args, **kwargs)
+        if name is not None and self._on_output is not None:
+            self._on_output(name, result)
         if self._on_sum is not None and isinstance(result, torch.Tensor):
             for used in self._take_used(func, args, result):
                 self._on_sum(used, result)

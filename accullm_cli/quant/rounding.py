@@ -21,6 +21,16 @@ and going through the columns in order, each term is as small as it can be if co
 This is GPTQ (arXiv 2210.17323), in the form that needs one Cholesky factorization and no inverse (LDLQ; QuIP, arXiv
 2307.13304, theorem 6 shows that both give the same result).
 
+Rows. A change of the outputs by d [T, N] costs about tr(d G d^T) / 2 nats, where G [N, N] is the Fisher matrix of the
+outputs, the second moment of the loss's gradient with respect to them. The loss is then tr(G (W* - Q) H (W* - Q)^T) (a
+Kronecker-factored quadratic form: K-FAC, arXiv 1503.05671), of the same W*. With G = V R V^T, V unit upper triangular,
+
+    tr(G e H e^T) = sum_n sum_k R_nn S_kk (V^T e U)_nk^2
+
+and going through rows and columns in order, each term is as small as it can be if weight (n, k) is rounded from
+
+    w*_nk + a_nk + sum_{m<n} V_mn (e_mk + a_mk),      a_nk = sum_{i<k} e_ni U_ik      (YAQA, arXiv 2505.22988).
+
 Outlier features. Untouched, they carry no error: the sums run over the rest, whose H is the sub-matrix of the rest.
 Compensating, they come last in the order and are "rounded" to the source's dtype, so they take up what is left.
 """
@@ -35,20 +45,10 @@ from typing import Literal
 import torch
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.quant.feedback import ROWS_TOGETHER, Factor, corrected_target, factor_hessian, round_with_feedback
 from accullm_cli.quant.grid import Grid, fitted_scales, minmax_grid, searched_grid
 from accullm_cli.quant.linear import QuantizedLinear
-from accullm_cli.quant.philox import uniform
 from accullm_cli.quant.plan import LinearPlan
-from accullm_cli.quant.stochastic import feedback_share, stochastic_codes
-
-# Columns whose mutual feedback is applied one by one; that of all earlier columns comes as one matrix product.
-COLUMN_BLOCK = 128
-# Rows of a weight that meet a Hessian or its factor at once: enough for full speed, a fraction of a weight's memory.
-ROWS_TOGETHER = 512
-# Where a Hessian is not positive definite at the configured damping, it grows by this factor, and a record says so.
-DAMPING_STEP = 10.0
-# From where it grows if none was asked for.
-SMALLEST_DAMPING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -77,28 +77,6 @@ class RoundedLinear:
     records: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Factor:
-    """H = U S U^T for the columns in `order`, U unit upper triangular.
-
-    order: int64 [M], the features in the order they are rounded.
-    cholesky: [M, M], the lower Cholesky factor of the damped H in this order, reversed. U is this with rows and
-        columns reversed and divided by its diagonal.
-    damping: what was added to H's diagonal, as a fraction of its mean; ridge: the same as a number.
-    """
-
-    order: torch.Tensor
-    cholesky: torch.Tensor
-    damping: float
-    ridge: float
-
-    def feedback(self, start: int, end: int) -> torch.Tensor:
-        """Columns `start` to `end` of U down to row `end`, below which they are zero: [end, end - start]."""
-        count = len(self.order)
-        reversed_columns = self.cholesky[count - end :, count - end : count - start].flip(0, 1)
-        return reversed_columns / self.cholesky.diagonal().flip(0)[start:end]
-
-
 def round_linears(
     weights: dict[str, torch.Tensor],
     plans: dict[str, LinearPlan],
@@ -107,6 +85,7 @@ def round_linears(
     hessian: torch.Tensor | None = None,
     pulls: Mapping[str, torch.Tensor] | None = None,
     importance: torch.Tensor | None = None,
+    fishers: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, RoundedLinear]:
     """Round the linears that read one input.
 
@@ -117,19 +96,20 @@ def round_linears(
         hessian: Y^T Y / T, [K, K] in the working dtype; None where calibration reached no row: nearest rounding then.
         pulls: C = Y^T O / T of each linear, [K, N]; a linear without one is rounded towards its own weight.
         importance: [K], weight of a column's squared error for the choice of grids; default: the Hessian's diagonal.
+        fishers: G of each linear, [N, N]; in one that has none, rows do not feed each other.
 
     Returns:
         For each linear the quantized weight and records. One factorization is made for each distinct set of outlier
         features, however many linears share it.
 
     Raises:
-        AccullmError: Hessian or pull holds NaN or Inf, or the Hessian cannot be factored at any damping up to its
-            own mean.
+        AccullmError: a matrix holds NaN or Inf, or the Hessian cannot be factored at any damping up to its own mean.
     """
-    pulls = dict(pulls or {})
+    pulls, fishers = dict(pulls or {}), fishers or {}
     for name, what, matrix in (
         (next(iter(weights)), "Hessian", hessian),
         *((name, "pull of earlier errors", pull) for name, pull in pulls.items()),
+        *((name, "Fisher matrix", fisher) for name, fisher in fishers.items()),
     ):
         if matrix is not None and not bool(torch.isfinite(matrix).all()):
             raise AccullmError(f"the {what} holds NaN or Inf", name, "check the calibration text and model")
@@ -147,131 +127,18 @@ def round_linears(
         names = [name for name in weights if plans[name].outlier_index == outliers]
         factor = None
         if hessian is not None and options.method != "nearest":
-            factor = factor_hessian(hessian, outliers, options)
+            factor = factor_hessian(hessian, options.damping, outliers, options.outlier_mode == "compensating")
         for name in names:
             linears[name], own_records = _round_one(
-                weights[name], pulls.pop(name, None), plans[name], options, source_dtype, importance, hessian, factor
-            )
+                weights[name], pulls.pop(name, None), plans[name], options, source_dtype, importance, hessian, factor,
+                fishers.get(name),
+            )  # fmt: skip
             records[name] = without_data + own_records
         del factor  # before the errors are measured, which takes room for whole weights
     return {
         name: RoundedLinear(linears[name], relative_error(weight, linears[name], hessian), records[name])
         for name, weight in weights.items()
     }
-
-
-def factor_hessian(hessian: torch.Tensor, outliers: tuple[int, ...], options: RoundingOptions) -> Factor:
-    """Order the columns, the largest input first, and factor the damped Hessian in that order.
-
-    Rounding the features with the largest second moment first leaves the most columns to make up for their errors
-    (GPTQ's activation order). Untouched outliers are left out; compensating ones come last.
-
-    Raises:
-        AccullmError: not positive definite even with damping equal to the mean of the diagonal.
-    """
-    diagonal = hessian.diagonal()
-    is_outlier = torch.zeros(len(diagonal), dtype=torch.bool)
-    is_outlier[list(outliers)] = True
-    by_size = torch.argsort(diagonal, descending=True, stable=True)
-    order = by_size[~is_outlier[by_size]]
-    if options.outlier_mode == "compensating":
-        order = torch.cat([order, by_size[is_outlier[by_size]]])
-    # Of the columns that take part alone: an untouched outlier a thousand times as large would drown the others.
-    mean = float(diagonal[order].mean())
-    # A dead input (all features always zero) makes every rounding equally good; any positive number will do.
-    mean = mean if mean > 0 else 1.0
-    damping = options.damping
-    reverse = order.flip(0)
-    while True:
-        # H = R R^T with R upper triangular is the Cholesky factorization of H with rows and columns reversed. It takes
-        # the place of its argument, laid out by columns (which H, being symmetric, is as well).
-        cholesky = hessian[reverse[:, None], reverse].T
-        cholesky.diagonal().add_(damping * mean)
-        failed = torch.empty((), dtype=torch.int32)
-        torch.linalg.cholesky_ex(cholesky, out=(cholesky, failed))
-        if not failed:
-            break
-        if damping >= 1.0:
-            raise AccullmError("the Hessian cannot be factored at any damping up to its mean", hint="use more samples")
-        damping = min(max(damping, SMALLEST_DAMPING) * DAMPING_STEP, 1.0)
-    return Factor(order, cholesky, damping, damping * mean)
-
-
-def corrected_target(weight: torch.Tensor, pull: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """W* = W + C^T H^-1 on the columns in `factor.order` (others as they are); [N, K].
-
-    Args:
-        pull: C, [K, N].
-    """
-    reverse = factor.order.flip(0)
-    target = weight.clone()
-    for rows, pull_of_rows in zip(target.split(ROWS_TOGETHER), pull.split(ROWS_TOGETHER, dim=1), strict=True):
-        # Two triangular solves, as torch.cholesky_solve copies the factor first.
-        half = torch.linalg.solve_triangular(factor.cholesky, pull_of_rows[reverse], upper=False)
-        rows[:, reverse] += torch.linalg.solve_triangular(factor.cholesky.T, half, upper=True).T
-    return target
-
-
-def round_with_feedback(
-    target: torch.Tensor,
-    grid: Grid,
-    factor: Factor,
-    rounded_features: int,
-    source_dtype: torch.dtype,
-    generator: tuple[int, int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Round the columns of `target` in order, each from its value plus the errors fed forward to it.
-
-    Args:
-        target: [N, K], in the working dtype.
-        factor: of the Hessian of M columns.
-        rounded_features: the first so many in the order go to the grid; those after them (compensating outliers) are
-            rounded to `source_dtype`.
-        generator: (seed, stream) of stochastic rounding; None for nearest.
-
-    Returns:
-        Codes as uint8 [K, N] (transposed; columns not in the order hold 0), the compensating columns' values
-        [M - rounded_features, N], and how many targets stochastic rounding found outside the grid and clamped.
-    """
-    order = factor.order
-    count, rows = len(order), target.shape[0]
-    # Transposed, so that one column of the weight is one contiguous row.
-    wanted = target.T[order].contiguous()
-    scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
-    group = (order // grid.columns_per_group).tolist()
-    error = torch.empty_like(wanted)
-    codes = torch.zeros(target.shape[1], rows, dtype=torch.uint8)
-    kept = torch.empty(count - rounded_features, rows, dtype=target.dtype)
-    clamped = 0
-    if generator is not None:
-        gridded = slice(0, rounded_features)
-        spread_scale = scale[group[gridded]]
-        position = wanted[gridded] / spread_scale + zero[group[gridded]]
-        share = feedback_share(position, spread_scale, factor.feedback(0, rounded_features), grid.largest_code)
-        clamped = int(((position < 0) | (position > grid.largest_code)).sum())
-    for start in range(0, count, COLUMN_BLOCK):
-        end = min(start + COLUMN_BLOCK, count)
-        feedback = factor.feedback(start, end)
-        fed = torch.addmm(wanted[start:end], feedback[:start].T, error[:start])
-        if generator is not None:
-            noise = uniform(*generator, order[start:end], rows).to(target.dtype)
-        for k in range(start, end):
-            value = fed[k - start]
-            if k > start:
-                value = torch.addmv(value, error[start:k].T, feedback[start:k, k - start])
-            if k >= rounded_features:
-                kept[k - rounded_features] = value.to(source_dtype)
-                error[k] = wanted[k] - kept[k - rounded_features]
-                continue
-            column_scale, column_zero = scale[group[k]], zero[group[k]]
-            if generator is None:
-                code = (value / column_scale + column_zero).round_().clamp_(0, grid.largest_code)
-            else:
-                fed_codes = (value - wanted[k]) / column_scale
-                code = stochastic_codes(position[k], fed_codes, share[k], noise[k - start], grid.largest_code)
-            codes[order[k]] = code
-            error[k] = wanted[k] - (code - column_zero) * column_scale
-    return codes, kept, clamped
 
 
 def _round_one(
@@ -283,12 +150,14 @@ def _round_one(
     importance: torch.Tensor | None,
     hessian: torch.Tensor | None,
     factor: Factor | None,
+    fisher: torch.Tensor | None,
 ) -> tuple[QuantizedLinear, tuple[str, ...]]:
     """Round one linear of weight [N, K]; with what was treated differently from the plan.
 
     Args:
         pull: [K, N], for the corrected target; None where the target is the weight.
         factor: None for nearest rounding.
+        fisher: [N, N]; None where rows do not feed each other.
     """
     records: tuple[str, ...] = ()
     if factor is not None and factor.damping > options.damping:
@@ -305,12 +174,17 @@ def _round_one(
     else:
         stochastic = options.method == "stochastic"
         generator = (options.seed, zlib.crc32(plan.name.encode())) if stochastic else None
-        codes, kept, clamped = _round_columns(target, grid, factor, kept, source_dtype, generator)
-        if options.grid == "fit" and not stochastic:
+        rows = None if fisher is None or stochastic else factor_hessian(fisher, options.damping)
+        fits = options.grid == "fit" and not stochastic
+        codes, kept, clamped = _round_columns(
+            target, grid, factor, kept, source_dtype, generator, None if fits else rows
+        )
+        if fits:
             grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge, options.scale_dtype)
             del codes  # they weigh as much as the artifact's, beside the next ones
-            codes, kept, _ = _round_columns(target, grid, factor, kept, source_dtype, None)
-            grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge, options.scale_dtype)
+            codes, kept, _ = _round_columns(target, grid, factor, kept, source_dtype, None, rows)
+            if rows is None:
+                grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge, options.scale_dtype)
         if clamped:
             records += (f"{clamped} weights lie outside the grid of stochastic rounding and were clamped",)
     codes[:, outliers] = grid.zero[:, outliers // grid.columns_per_group].to(torch.uint8)
@@ -333,19 +207,20 @@ def _round_columns(
     kept: torch.Tensor,
     source_dtype: torch.dtype,
     generator: tuple[int, int] | None,
+    rows: Factor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """`round_with_feedback` with codes uint8 [N, K], and the outlier weights [N, n] in the order of their features.
+    """`round_with_feedback` with the outlier weights [N, n] in the order of their features.
 
     Args:
         kept: outlier weights as the source has them; what compensating ones become is returned in their place.
     """
     rounded_features = target.shape[1] - kept.shape[1]
-    columns, compensating, clamped = round_with_feedback(
-        target, grid, factor, rounded_features, source_dtype, generator
+    codes, compensating, clamped = round_with_feedback(
+        target, grid, factor, rounded_features, source_dtype, generator, rows
     )
-    if len(compensating):
-        kept = compensating.T[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)
-    return columns.T.contiguous(), kept, clamped
+    if compensating.shape[1]:
+        kept = compensating[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)
+    return codes, kept, clamped
 
 
 def _grid(

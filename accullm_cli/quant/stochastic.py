@@ -35,22 +35,6 @@ def feedback_share(
     return (room(position, largest_code) / (DEVIATIONS * deviation).clamp_(min=1e-30)).clamp_(0, 1)
 
 
-def stochastic_codes(
-    position: torch.Tensor, fed: torch.Tensor, share: torch.Tensor, noise: torch.Tensor, largest_code: int
-) -> torch.Tensor:
-    """Codes of one column, whole numbers [N].
-
-    Args:
-        position: [N], the targets in codes, without feedback.
-        fed: [N], the feedback in codes.
-        share: [N], from `feedback_share`.
-        noise: [N], uniform in [0, 1).
-    """
-    # Beyond the tails that the share allows for, the feedback is cut on both sides alike, which leaves its mean.
-    limit = room(position, largest_code)
-    return (position + torch.clamp(fed * share, -limit, limit)).add_(noise).floor_().clamp_(0, largest_code)
-
-
 def room(position: torch.Tensor, largest_code: int) -> torch.Tensor:
     """Distance to the nearer end of the grid, in codes; 0 outside."""
     return torch.minimum(position, largest_code - position).clamp_(min=0)

@@ -17,6 +17,7 @@ from accullm_cli.quant.plan import Plan
 from accullm_cli.quant.rounding import RoundedLinear, RoundingOptions, round_linears
 from accullm_cli.quant.stats import GramMatrices
 from accullm_cli.stages.calibrate import PROBE_TOKENS, load_block_stats, stats_path
+from accullm_cli.stages.gradients import load_gradient
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.streams import Captures
 
@@ -46,7 +47,7 @@ def round_with_streams(
 
     Args:
         original: the original's hidden states before the block [S, T, hidden]; at the end, in place, those behind it.
-            None where no target is corrected for the past.
+            None where no target is corrected for the past, and there are no gradients.
         rounded: those of the model quantized so far, before the block; left as they are.
     """
     decoder, index, slot_of = pair.decoder, pair.index, pair.slot_of
@@ -56,11 +57,16 @@ def round_with_streams(
         quantized = [names for group in step if (names := _quantized_names(group, plan))]
         parts += _parts_in_memory(quantized, slot_of)
     results: dict[str, RoundedLinear] = {}
+    corrected = job.config.rounding.target == "corrected"
+    fishers: dict[str, torch.Tensor] = {}
     with Captures(job.run.path) as captures:
         if original is not None:
-            _capture_original(pair, trace, parts, original, captures)
+            dense = [group for part in parts for group in part if slot_of[group[0]].expert is None]
+            wanted = _Wanted.of(trace, dense) if corrected else _Wanted()
+            gradient = load_gradient(job, index) if job.config.rounding.method == "feedback" else None
+            fishers = _run_original(pair, original, dense, wanted, captures, gradient)
         for part in parts:
-            grams = _accumulate(pair, trace, part, rounded, None if original is None else captures)
+            grams = _accumulate(pair, trace, part, rounded, captures if corrected else None)
             for group in part:
                 gram = grams.pop(group[0])
                 weights = {name: slot_of[name].read(pair.original) for name in group}
@@ -71,6 +77,7 @@ def round_with_streams(
                     stored_dtype(decoder, index, slot_of[group[0]]),
                     gram.take_hessian(),
                     gram.take_pulls(weights),
+                    fishers={name: fishers.pop(name) for name in group if name in fishers},
                 )
                 for name, result in found.items():
                     slot_of[name].write(pair.rounded, result.linear.dequantize(torch.float32))
@@ -111,30 +118,67 @@ def rounding_options(job: Job, plan: Plan) -> RoundingOptions:
 # -- the two passes ----------------------------------------------------------------------------------------
 
 
-def _capture_original(
-    pair: BlockPair, trace: Trace, parts: list[list[tuple[str, ...]]], original: torch.Tensor, captures: Captures
-) -> None:
-    """Run the original's stream through its block, in place, and keep what pulls need of it.
+@dataclass(frozen=True)
+class _Wanted:
+    """What pulls need of the original's block: inputs and sums, by the name of a linear.
 
     That is the input of each group with a linear whose output enters no sum, and the sums that other outputs enter.
-    Experts are left out: routing differs between the streams, so the rows of their two inputs do not correspond.
     """
-    groups = [group for part in parts for group in part if pair.slot_of[group[0]].expert is None]
-    inputs = {group[0] for group in groups if not trace.summed.issuperset(group)}
-    sums = {name for group in groups for name in group if name in trace.summed}
+
+    inputs: frozenset[str] = frozenset()
+    sums: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of(trace: Trace, groups: list[tuple[str, ...]]) -> _Wanted:
+        inputs = frozenset(group[0] for group in groups if not trace.summed.issuperset(group))
+        return _Wanted(inputs, trace.summed.intersection(name for group in groups for name in group))
+
+
+def _run_original(
+    pair: BlockPair,
+    original: torch.Tensor,
+    groups: list[tuple[str, ...]],
+    wanted: _Wanted,
+    captures: Captures,
+    gradient: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """Run the original's stream through its block, in place, and keep what rounding needs of it.
+
+    Args:
+        groups: the linears to be rounded, but for experts: routing differs between the streams, so the rows of their
+            two inputs do not correspond.
+        wanted: goes to `captures`.
+        gradient: of the loss with respect to the block's output, for the first windows; or None.
+
+    Returns:
+        For each linear of the groups the Fisher matrix of its outputs, [N, N]; empty without a gradient.
+    """
+    names = [name for group in groups for name in group] if gradient is not None else []
+    grams = {name: GramMatrices(pair.slot_of[name].out_features) for name in names}
     for batch, rows in enumerate(batches(*original.shape[:2])):
 
         def keep_input(name: str, value: torch.Tensor, batch: int = batch) -> None:
-            if name in inputs:
-                captures.write(batch, f"input {name}", _as_rows(value))
+            if name in wanted.inputs:
+                captures.write(batch, f"input {name}", _as_rows(value.detach()))
 
         def keep_sum(name: str, value: torch.Tensor, batch: int = batch) -> None:
-            if name in sums:
-                captures.write(batch, f"sum {name}", _as_rows(value))
+            if name in wanted.sums:
+                captures.write(batch, f"sum {name}", _as_rows(value.detach()))
 
-        output = pair.decoder.run_capturing(pair.index, pair.original, original[rows], keep_input, keep_sum)
+        def watch(name: str, value: torch.Tensor) -> None:
+            if name in grams and value.requires_grad:
+                value.register_hook(lambda of_output: grams[name].add(_as_rows(of_output)))
+
+        # The last batch with a gradient may have it for some of its windows only.
+        own = None if gradient is None else gradient[rows]
+        hidden = original[rows].clone().requires_grad_(own is not None and len(own) > 0)
+        output = pair.decoder.run_capturing(pair.index, pair.original, hidden, keep_input, keep_sum, on_output=watch)
         assert output is not None
-        original[rows] = output
+        if own is not None and len(own):
+            output[: len(own)].backward(own.float())
+        original[rows] = output.detach()
+    found = {name: gram.take_hessian() for name, gram in grams.items()}
+    return {name: fisher for name, fisher in found.items() if fisher is not None}
 
 
 def _accumulate(

@@ -6,6 +6,7 @@ It leaves in the run directory
     reference.safetensors               the last block's output on the validation ids, float32 [V, T, hidden], the same
                                         with one bfloat16 rounding per block (the noise floor), and the original's
                                         negative log-likelihood of each next token
+    calibrate/gradient-00000.safetensors  where gradients are asked for; see stages.gradients
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from accullm_cli.progress import Event
 from accullm_cli.quant.grid import minmax_grid, row_chunks
 from accullm_cli.quant.stats import FeatureMoments, InputStats
 from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
+from accullm_cli.stages.gradients import keep_input, run_backward
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
 from accullm_cli.stages.streams import StreamStore
 
@@ -158,9 +160,14 @@ def _run_original(job: Job, stage: str, key: str, calibration: Windows, validati
     else:
         start, streams = restored[0], _Streams(**restored[1])
         _embed(decoder, calibration.ids, validation.ids)  # the decoder learns what its blocks are called with
+    with_gradient = min(job.config.calibration.gradient_samples, len(calibration.ids))
+    for rows in batches(with_gradient, calibration.ids.shape[1]):
+        decoder.embed(calibration.ids[rows])  # likewise, for as few windows
     decoder.release_outside()
     total = len(keys)
     for index in range(start, total):
+        if with_gradient:
+            keep_input(job, index, streams.calibration[:with_gradient])
         block = decoder.load_block(index)
         if index >= finished and len(calibration.ids):
             stats = _measure_and_advance(decoder, index, block, streams.calibration)
@@ -184,10 +191,14 @@ def _run_original(job: Job, stage: str, key: str, calibration: Windows, validati
     }
     reference_path = job.run.file("reference.safetensors")
     write_file(reference_path, lambda path: save_file(reference, path))
+    gradients: tuple[Path, ...] = ()
+    if with_gradient:
+        decoder.release_outside()
+        gradients = run_backward(job, decoder, stage, key, streams.calibration[:with_gradient])
     store.remove()
     if not len(calibration.ids):
         return Work((tokens_path, reference_path), job.source.records)
-    outputs = (tokens_path, reference_path, *(stats_path(job, index) for index in range(total)))
+    outputs = (tokens_path, reference_path, *(stats_path(job, index) for index in range(total)), *gradients)
     return Work(outputs, (*job.source.records, *_unreached(job, total)))
 
 

@@ -17,6 +17,8 @@ FLOAT = 4
 # it is rounded. The original goes through once.
 PASSES_OF_THE_ORIGINAL = 1.0
 PASSES_OF_THE_ROUNDED = 2.2
+# Windows with gradients go through each block once more in calibrate, and back through it there and in quantize.
+PASSES_OF_GRADIENTS = 3.0
 # Of a large matrix product's speed (110 GFLOP/s a core), what is left between attention, norms and a block's products.
 # With it calibrate, quantize and validate of a Llama of 135M parameters and 64 windows of 512 tokens are said to take
 # 73, 278 and 22 s on two cores; they took 78, 290 and 24 s.
@@ -80,8 +82,9 @@ def _operations(job: Job, plan: Plan, head_weights: int) -> float:
     tokens = calibration.samples * calibration.seq_len
     held_out = job.config.validation.windows * calibration.seq_len
     weights = sum(linear.weights for linear in plan.linears.values())
+    with_gradient = calibration.gradient_samples * calibration.seq_len
     # Calibrate runs the held-out text and its noise floor, validate the artifact.
-    passes: float = tokens + 3 * held_out
+    passes = tokens + 3 * held_out + PASSES_OF_GRADIENTS * with_gradient
     grams = 0.0
     if rounding.method != "nearest":
         corrected = rounding.target == "corrected"
@@ -89,6 +92,7 @@ def _operations(job: Job, plan: Plan, head_weights: int) -> float:
         # The Hessian of each distinct input, and as large a matrix of its drift from the original's.
         inputs = {(name.rpartition(".")[0], linear.in_features) for name, linear in plan.linears.items()}
         grams = 2 * (1 + corrected) * tokens * sum(features**2 for _, features in inputs)
+        grams += 2 * with_gradient * sum(linear.out_features**2 for linear in plan.linears.values())
     # Calibrate's likelihoods, and in validate the original, the artifact and the noise floor.
     head = 2 * head_weights * 4 * held_out
     return 2 * weights * passes + grams + OPERATIONS_PER_WEIGHT * weights + head

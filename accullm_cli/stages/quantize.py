@@ -196,7 +196,7 @@ def _block_tensors(
 class _Streams:
     """The hidden states [S, T, hidden] of the original and of the model quantized so far, behind `position` blocks.
 
-    `original` is None where no target is corrected for the past: nobody reads it then.
+    `original` is None where nobody reads it: no target is corrected for the past, and there are no gradients.
     """
 
     def __init__(self, job: Job, decoder: Decoder, restored: tuple[int, dict[str, torch.Tensor]] | None) -> None:
@@ -207,11 +207,11 @@ class _Streams:
         decoder.embed(ids[:1, :PROBE_TOKENS])
         embedded = torch.cat([decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
         decoder.release_outside()
-        corrected = job.config.rounding.target == "corrected"
+        reads_original = job.config.rounding.target == "corrected" or job.config.calibration.gradient_samples > 0
         self.original: torch.Tensor | None = None
         if restored is None:
             self.position, self.rounded = 0, embedded
-            self.original = embedded.clone() if corrected else None
+            self.original = embedded.clone() if reads_original else None
         else:
             self.position, self.rounded = restored[0], restored[1]["rounded"]
             self.original = restored[1].get("original")

@@ -188,7 +188,7 @@ def test_feedback_that_loses_to_nearest_fails_the_self_test(monkeypatch: pytest.
 
 
 def test_a_factorization_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **named: object) -> None:
         raise RuntimeError("LAPACK is missing.\nStack trace")
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", fail)

@@ -20,11 +20,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     def copy(matrix: torch.Tensor | None) -> torch.Tensor | None:
         return None if matrix is None else matrix.double().clone()
 
-    def spy(weights, plans, options, dtype, hessian=None, pulls=None, importance=None):  # type: ignore[no-untyped-def]
+    def spy(weights, plans, options, dtype, hessian=None, pulls=None, importance=None, fishers=None):  # type: ignore[no-untyped-def]
         assert weights.keys() == plans.keys()
         own = {name: pull.double().clone() for name, pull in (pulls or {}).items()}
-        made.append(Call(tuple(weights), copy(hessian), own, copy(importance), options.seed, dtype))
-        return round_linears(weights, plans, options, dtype, hessian, pulls, importance)
+        fisher = {name: matrix.double().clone() for name, matrix in (fishers or {}).items()}
+        made.append(Call(tuple(weights), copy(hessian), own, copy(importance), options.seed, dtype, fisher))
+        return round_linears(weights, plans, options, dtype, hessian, pulls, importance, fishers)
 
     monkeypatch.setattr(block_rounding, "round_linears", spy)
     return made

@@ -34,6 +34,7 @@ class Call:
     importance: torch.Tensor | None
     seed: int
     source_dtype: torch.dtype
+    fishers: dict[str, torch.Tensor]
 
 
 def shard(run: Path, index: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,193 @@
+"""Feedback in itself: factors of the quadratic form, the corrected target, and the rounding of all columns in order.
+
+The mathematics is in `accullm_cli.quant.rounding`, and on one page in docs/rounding.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.quant.compiled import round_tile
+from accullm_cli.quant.grid import Grid
+from accullm_cli.quant.philox import uniform
+from accullm_cli.quant.stochastic import feedback_share
+
+# Columns whose mutual feedback is applied one by one; that of all earlier columns comes as one matrix product.
+COLUMN_BLOCK = 128
+# The same for rows, where rows feed each other.
+ROW_BLOCK = 256
+# Rows of a weight that meet a Hessian or its factor at once: enough for full speed, a fraction of a weight's memory.
+ROWS_TOGETHER = 512
+# Where a Hessian is not positive definite at the configured damping, it grows by this factor, and a record says so.
+DAMPING_STEP = 10.0
+# From where it grows if none was asked for.
+SMALLEST_DAMPING = 1e-6
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H = U S U^T for the columns in `order`, U unit upper triangular.
+
+    order: int64 [M], the features in the order they are rounded.
+    cholesky: [M, M], the lower Cholesky factor of the damped H in this order, reversed. U is this with rows and
+        columns reversed and divided by its diagonal.
+    damping: what was added to H's diagonal, as a fraction of its mean; ridge: the same as a number.
+    """
+
+    order: torch.Tensor
+    cholesky: torch.Tensor
+    damping: float
+    ridge: float
+
+    def feedback(self, start: int, end: int) -> torch.Tensor:
+        """Columns `start` to `end` of U down to row `end`, below which they are zero: [end, end - start]."""
+        count = len(self.order)
+        reversed_columns = self.cholesky[count - end :, count - end : count - start].flip(0, 1)
+        return reversed_columns / self.cholesky.diagonal().flip(0)[start:end]
+
+
+def factor_hessian(
+    hessian: torch.Tensor, damping: float, outliers: tuple[int, ...] = (), compensating: bool = False
+) -> Factor:
+    """Order the columns, the largest input first, and factor the damped Hessian in that order.
+
+    Rounding the features with the largest second moment first leaves the most columns to make up for their errors
+    (GPTQ's activation order). Untouched outliers are left out; compensating ones come last.
+
+    Raises:
+        AccullmError: not positive definite even with damping equal to the mean of the diagonal.
+    """
+    diagonal = hessian.diagonal()
+    is_outlier = torch.zeros(len(diagonal), dtype=torch.bool)
+    is_outlier[list(outliers)] = True
+    by_size = torch.argsort(diagonal, descending=True, stable=True)
+    order = by_size[~is_outlier[by_size]]
+    if compensating:
+        order = torch.cat([order, by_size[is_outlier[by_size]]])
+    # Of the columns that take part alone: an untouched outlier a thousand times as large would drown the others.
+    mean = float(diagonal[order].mean())
+    # A dead input (all features always zero) makes every rounding equally good; any positive number will do.
+    mean = mean if mean > 0 else 1.0
+    reverse = order.flip(0)
+    while True:
+        # H = R R^T with R upper triangular is the Cholesky factorization of H with rows and columns reversed. It takes
+        # the place of its argument, laid out by columns (which H, being symmetric, is as well).
+        cholesky = hessian[reverse[:, None], reverse].T
+        cholesky.diagonal().add_(damping * mean)
+        failed = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(cholesky, out=(cholesky, failed))
+        if not failed:
+            break
+        if damping >= 1.0:
+            raise AccullmError("the Hessian cannot be factored at any damping up to its mean", hint="use more samples")
+        damping = min(max(damping, SMALLEST_DAMPING) * DAMPING_STEP, 1.0)
+    return Factor(order, cholesky, damping, damping * mean)
+
+
+def corrected_target(weight: torch.Tensor, pull: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """W* = W + C^T H^-1 on the columns in `factor.order` (others as they are); [N, K].
+
+    Args:
+        pull: C, [K, N].
+    """
+    reverse = factor.order.flip(0)
+    target = weight.clone()
+    for rows, pull_of_rows in zip(target.split(ROWS_TOGETHER), pull.split(ROWS_TOGETHER, dim=1), strict=True):
+        # Two triangular solves, as torch.cholesky_solve copies the factor first.
+        half = torch.linalg.solve_triangular(factor.cholesky, pull_of_rows[reverse], upper=False)
+        rows[:, reverse] += torch.linalg.solve_triangular(factor.cholesky.T, half, upper=True).T
+    return target
+
+
+def round_with_feedback(
+    target: torch.Tensor,
+    grid: Grid,
+    factor: Factor,
+    rounded_features: int,
+    source_dtype: torch.dtype,
+    generator: tuple[int, int] | None = None,
+    rows: Factor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Round the columns of `target` in order, each from its value plus the errors fed forward to it.
+
+    Args:
+        target: [N, K], in the working dtype.
+        factor: of the Hessian of M columns.
+        rounded_features: the first so many in the order go to the grid; those after them (compensating outliers) are
+            rounded to `source_dtype`.
+        generator: (seed, stream) of stochastic rounding; None for nearest.
+        rows: of the outputs' Fisher matrix [N, N], for feedback from row to row as well; not with a generator.
+
+    Returns:
+        Codes as uint8 [N, K] (columns not on the grid hold 0), the compensating columns' values
+        [N, M - rounded_features], and how many targets stochastic rounding found outside the grid and clamped.
+    """
+    assert generator is None or rows is None, "rows do not feed each other at random"
+    order, count = factor.order, len(target)
+    row_order = torch.arange(count) if rows is None else rows.order
+    row_block = count if rows is None else ROW_BLOCK
+    group = order // grid.columns_per_group
+    wanted = target[:, order] if rows is None else target[row_order[:, None], order]
+    scale, zero = grid.scale[row_order], grid.zero[row_order]
+    error = torch.empty_like(wanted)
+    # The errors with all that their row fed to them: what a row passes on to those below it.
+    carried = torch.empty_like(wanted) if rows is not None else wanted[:0]
+    codes = torch.zeros(target.shape, dtype=torch.uint8)
+    clamped, share, gridded = 0, None, slice(0, rounded_features)
+    if generator is not None:
+        own_scale = scale[:, group[gridded]]
+        position = wanted[:, gridded] / own_scale + zero[:, group[gridded]]
+        clamped = int(((position < 0) | (position > grid.largest_code)).sum())
+        whole = factor.feedback(0, rounded_features)
+        share = feedback_share(position.T, own_scale.T, whole, grid.largest_code).T
+        del own_scale, position, whole
+    for top in range(0, count, row_block):
+        part = slice(top, min(top + row_block, count))
+        down = None if rows is None else rows.feedback(top, part.stop)
+        for start in range(0, rounded_features, COLUMN_BLOCK):
+            columns = slice(start, min(start + COLUMN_BLOCK, rounded_features))
+            feedback = factor.feedback(start, columns.stop)
+            fed = error[part, :start] @ feedback[:start]
+            from_above, chance = None, None
+            if down is not None:
+                from_above = (down[:top].T @ carried[:top, columns], down[top:])
+            if generator is not None and share is not None:
+                noise = uniform(*generator, order[columns], count).to(target.dtype)
+                chance = (share[:, columns], noise.T)
+            own_codes, error[part, columns] = round_tile(
+                wanted[part, columns], fed, feedback[start:], scale[part], zero[part], group[columns],
+                grid.largest_code, from_above, chance,
+            )  # fmt: skip
+            codes[row_order[part, None], order[columns]] = own_codes
+            if rows is not None:
+                carried[part, columns] = error[part, columns] + fed
+    kept = _round_to_source(wanted, error, factor, rounded_features, source_dtype)
+    unordered = torch.empty_like(kept)
+    unordered[row_order] = kept
+    return codes, unordered, clamped
+
+
+def _round_to_source(
+    wanted: torch.Tensor, error: torch.Tensor, factor: Factor, rounded_features: int, source_dtype: torch.dtype
+) -> torch.Tensor:
+    """The compensating columns, last in the order, take up what the others feed to them: [N, M - rounded_features].
+
+    What they leave is a rounding error of 16 bits, so rows have next to nothing to pass on here.
+
+    Args:
+        error: [N, M]; those of these columns are written.
+    """
+    count = len(factor.order)
+    kept = wanted[:, rounded_features:].clone()
+    for start in range(rounded_features, count, COLUMN_BLOCK):
+        end = min(start + COLUMN_BLOCK, count)
+        feedback = factor.feedback(start, end)
+        fed = torch.addmm(wanted[:, start:end], error[:, :start], feedback[:start])
+        for k in range(start, end):
+            value = torch.addmv(fed[:, k - start], error[:, start:k], feedback[start:k, k - start])
+            kept[:, k - rounded_features] = value.to(source_dtype)
+            error[:, k] = wanted[:, k] - kept[:, k - rounded_features]
+    return kept

@@ -1,0 +1,53 @@
+"""The compiled inner loop: the same in parts as in one, and on any number of threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accullm_cli.quant import compiled
+from accullm_cli.quant.compiled import round_tile, stochastic_code
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threads_share_the_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    wanted, fed = (torch.randn(70, 12, generator=draw).to(dtype) for _ in range(2))
+    upper = torch.randn(12, 12, generator=draw).to(dtype).triu(1)
+    scale, zero = torch.rand(70, 3, generator=draw).to(dtype) + 0.1, torch.randint(0, 16, (70, 3)).to(dtype)
+    group = torch.arange(12) // 4
+    monkeypatch.setattr(compiled, "ROWS_PER_TASK", 9)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(compiled.os, "cpu_count", lambda: 8)
+        own = fed.clone()
+        found.append((*round_tile(wanted, own, upper, scale, zero, group, 15), own))
+    for one, three in zip(*found, strict=True):
+        assert torch.equal(one, three)
+    codes, error, _ = found[0]
+    values = (codes.to(dtype) - zero[:, group]) * scale[:, group]
+    assert torch.equal(error, wanted - values)
+
+
+@settings(deadline=None)
+@given(
+    st.floats(-3, 18, width=32), st.floats(-20, 20, width=32), st.floats(0, 1, width=32),
+    st.integers(0, 2**24 - 1), st.sampled_from([3.0, 15.0]),
+)  # fmt: skip
+def test_a_random_code_is_the_floor_of_the_position_with_noise(position, fed, share, draw, largest) -> None:
+    noise = draw * 2.0**-24
+    code = stochastic_code(position, fed, share, noise, largest)
+    room = max(min(position, largest - position), 0.0)
+    expected = np.clip(np.floor(position + np.clip(fed * share, -room, room) + noise), 0, largest)
+    assert code == expected
+
+
+def test_float32_stays_float32() -> None:
+    """0.1 is no float32: a sum in float64 would lie elsewhere."""
+    code = stochastic_code(*(np.float32(value) for value in (0.1, 0.0, 1.0, 0.9, 15.0)))
+    assert code == np.floor(np.float32(0.1) + np.float32(0.9))
+    assert isinstance(code, float | np.float32)

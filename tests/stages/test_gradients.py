@@ -1,0 +1,157 @@
+"""Gradients of the loss, and the Fisher matrices made of them, are those of transformers' own backward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from accullm_cli.model.blocks import Decoder
+from accullm_cli.progress import Event
+from accullm_cli.stages import gradients
+from accullm_cli.stages.calibrate import calibrate
+from tests.stages.quantized import Call
+from tests.stages.references import rows_of
+from tests.streaming import opened, reference_model, run_to, short_config
+from tests.tiny import make_checkpoint
+
+WINDOWS = 2
+LINEARS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "c_attn", "c_proj")
+
+
+def whole_backward(source: Path, ids: torch.Tensor, seed: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """One backward pass: the gradient of each block's output [S, T, hidden], and of each linear's output as rows."""
+    model = reference_model(source)
+    blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
+    made: list[torch.Tensor] = []
+    outputs: dict[str, torch.Tensor] = {}
+
+    def note(name: str):  # type: ignore[no-untyped-def]
+        return lambda module, args, result: outputs.update({name: result})
+
+    for name, module in model.named_modules():
+        if name.endswith(LINEARS):
+            module.register_forward_hook(note(name))
+    for block in blocks:
+        block.register_forward_hook(
+            lambda module, args, result: made.append(result[0] if isinstance(result, tuple) else result)
+        )
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, args, result: result.requires_grad_())
+    generator = torch.Generator().manual_seed(seed)
+    logits = model(input_ids=ids).logits
+    drawn = torch.stack(
+        [torch.multinomial(torch.softmax(own.detach(), -1), 1, generator=generator).squeeze(1) for own in logits]
+    )
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum")
+    found = torch.autograd.grad(loss, [*made, *outputs.values()])
+    of_linears = zip(outputs, found[len(made) :], strict=True)
+    return list(found[: len(made)]), {name: rows_of(gradient) for name, gradient in of_linears}
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, digits: float) -> None:
+    scale = float(expected.abs().max())
+    assert scale > 0
+    np.testing.assert_allclose(found.double(), expected.double(), atol=digits * scale, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_gradients_are_those_of_one_backward_pass(name: str, tmp_path: Path) -> None:
+    source = make_checkpoint(name, tmp_path / "model")
+    config = short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS, machine__seed=3)
+    with opened(config) as job:
+        outcome = calibrate(job)
+        found = [gradients.load_gradient(job, index) for index in range(2)]
+    run = tmp_path / "out.run"
+    ids = load_file(run / "tokens.safetensors")["calibration"][:WINDOWS]
+    expected, _ = whole_backward(source, ids, seed=3)
+    for own, reference in zip(found, expected, strict=True):
+        assert own is not None
+        assert own.dtype == torch.bfloat16
+        near(own, reference, 0.02)  # bfloat16 keeps 8 bits, twice
+    assert not list((run / "calibrate").glob("input-*"))
+    assert {f"calibrate/gradient-0000{index}.safetensors" for index in range(2)} <= set(outcome.record.outputs)
+
+
+@pytest.mark.parametrize(("name", "linears"), [("llama", 4), ("gpt2", 2)])
+@pytest.mark.parametrize("target", ["corrected", "original"])
+def test_fisher_matrices_are_the_second_moments_of_output_gradients(
+    name: str, linears: int, target: str, calls: list[Call], tmp_path: Path
+) -> None:
+    source = make_checkpoint(name, tmp_path / "model")
+    settings = {"calibration__gradient_samples": WINDOWS, "rounding__target": target}
+    with opened(short_config(source, tmp_path / "out", **settings)) as job:
+        run_to(job, "quantize")
+    ids = load_file(tmp_path / "out.run" / "tokens.safetensors")["calibration"][:WINDOWS]
+    _, expected = whole_backward(source, ids, seed=0)
+    checked = 0
+    for call in calls:
+        assert call.fishers.keys() == set(call.names)
+        for linear, fisher in call.fishers.items():
+            if linear in expected:
+                gradient = expected[linear]
+                wanted = gradient.T @ gradient
+                near(fisher / fisher.diagonal().mean(), wanted / wanted.diagonal().mean(), 0.03)
+                checked += 1
+    assert checked >= 2 * linears
+
+
+def test_experts_have_none(calls: list[Call], tmp_path: Path) -> None:
+    source = make_checkpoint("mixtral", tmp_path / "model")
+    with opened(short_config(source, tmp_path / "out", calibration__gradient_samples=1)) as job:
+        run_to(job, "quantize")
+    for call in calls:
+        assert call.fishers.keys() == (set() if "experts" in call.names[0] else set(call.names))
+
+
+def test_without_gradients_nothing_is_kept(calls: list[Call], tmp_path: Path) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    with opened(short_config(source, tmp_path / "out")) as job:
+        run_to(job, "quantize")
+        assert gradients.load_gradient(job, 0) is None
+    assert not list((tmp_path / "out.run" / "calibrate").glob("*t-*"))
+    assert all(call.fishers == {} for call in calls)
+
+
+def test_a_broken_off_backward_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    whole = short_config(source, tmp_path / "whole", calibration__gradient_samples=WINDOWS)
+    with opened(whole) as job:
+        calibrate(job)
+    config = short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS)
+    through = gradients._through_block
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gradients, "_through_block", stop)
+    with pytest.raises(KeyboardInterrupt), opened(config) as job:
+        calibrate(job)
+    monkeypatch.setattr(gradients, "_through_block", through)
+    of_the_loss: list[Decoder] = []
+    monkeypatch.setattr(gradients, "_of_the_loss", lambda decoder, *rest: of_the_loss.append(decoder))
+    seen: list[Event] = []
+    with opened(config, seen.append) as job:
+        calibrate(job)
+    assert of_the_loss == []
+    names = ("gradient-00000.safetensors", "gradient-00001.safetensors")
+    for file in names:
+        one, other = ((tmp_path / f"{run}.run" / "calibrate" / file).read_bytes() for run in ("whole", "out"))
+        assert one == other
+    steps = [(event.label, event.reason.runs) for event in seen if event.label.startswith("gradient") and event.reason]
+    assert steps == [("gradient 1/2", False), ("gradient 2/2", True)]
+
+
+def test_gradients_of_other_draws_are_made_anew(tmp_path: Path) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    for out, seed in (("out", 1), ("out", 2), ("fresh", 2)):
+        settings = {"calibration__gradient_samples": WINDOWS, "machine__seed": seed}
+        with opened(short_config(source, tmp_path / out, **settings)) as job:
+            calibrate(job)
+    for index in range(2):
+        file = f"calibrate/gradient-0000{index}.safetensors"
+        assert (tmp_path / "out.run" / file).read_bytes() == (tmp_path / "fresh.run" / file).read_bytes()
