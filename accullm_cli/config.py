@@ -63,6 +63,11 @@ def check_group_size(value: int) -> int:
     return value
 
 
+def whole_as_integer(value: float) -> float:
+    """4.0 and 4 are the same setting."""
+    return int(value) if value == int(value) else value
+
+
 def check_distinct(values: list[str]) -> list[str]:
     repeated = next((value for index, value in enumerate(values) if value in values[:index]), None)
     if repeated is not None:
@@ -72,6 +77,7 @@ def check_distinct(values: list[str]) -> list[str]:
 
 PercentText = Annotated[str, StringConstraints(pattern=r"^\s*[0-9]*\.?[0-9]+\s*%\s*$")]
 Fraction = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | PercentText)]
+Bits = Annotated[float, AfterValidator(whole_as_integer)]
 GroupSize = Annotated[int, AfterValidator(check_group_size), Field(json_schema_extra={"not": {"const": 0}})]
 FormatName = Literal["accullm", "compressed-tensors"]
 
@@ -114,7 +120,19 @@ class Calibration(Section):
 class PlanOptions(Section):
     """How the linears are to be stored."""
 
-    bits: int = option(4, "Bits of a weight.", ge=2, le=8)
+    bits: Bits = option(
+        4,
+        "Bits of a weight. With an average such as 4.4, everything stored counted, bits and outliers of each linear "
+        "are chosen for the least loss (needs --gradient-samples).",
+        example="4.4",
+        ge=2,
+        le=8,
+    )
+    spend: Literal["widths", "outliers"] = option(
+        "widths",
+        "What an average for --bits is spent on: 'widths' gives each linear 3, 4, 5, 6 or 8 bits, and outliers; "
+        "'outliers' gives all of them 4 bits, which GPUs multiply by fastest, and chooses outliers alone.",
+    )
     group_size: GroupSize = option(
         64,
         "Input features that share a scale; -1 for one scale per output row.",
@@ -125,7 +143,8 @@ class PlanOptions(Section):
     symmetric: bool = option(False, "Fix the zero point in the middle of the grid, so that none is stored.")
     outliers: Fraction = option(
         0.005,
-        "Fraction of each linear's input features that stay in the source's dtype: 0.005 or 0.5%.",
+        "Fraction of each linear's input features that stay in the source's dtype: 0.005 or 0.5%. Where --bits is an "
+        "average, the plan chooses them, too, up to 3% in any linear; 0 still means none.",
         example="0.5%",
         ge=0,
         le=0.5,

@@ -231,7 +231,7 @@ def artifact_path(config: Config) -> Path:
             raise AccullmError("is no place for an artifact", named, "give another directory with --out")
         return named
     name = Path(config.model.rstrip("/").partition("@")[0]).name.removesuffix(".gguf")
-    return Path(f"{name or 'model'}-int{config.plan.bits}")
+    return Path(f"{name or 'model'}-int{config.plan.bits:g}")
 
 
 def run_path(config: Config) -> Path:
@@ -285,6 +285,13 @@ def _check_config(config: Config, run: RunDirectory, foreign: str) -> None:
             "--gradient-samples",
             f"give {config.calibration.samples} or less, or more --samples",
         )
+    if isinstance(config.plan.bits, float):
+        if not config.calibration.gradient_samples:
+            what = f"an average of {config.plan.bits:g} needs gradients, which tell what each linear matters"
+            raise AccullmError(what, "--bits", "give --gradient-samples 32 as well, or whole bits")
+        if "compressed-tensors" in config.export.format:
+            what = "compressed-tensors holds linears of one width and no outliers, not an average"
+            raise AccullmError(what, "--bits", "give 4 or 8, and --outliers 0")
     for text in (config.calibration.text, config.validation.text):
         check_text(text)
     run.check()

@@ -140,7 +140,7 @@ def test_yaml_written_is_read_back_equal(tmp_path_factory, bits, group_size, out
         ("plans:\n  bits: 4\n", "conf.yaml:1: plans: unknown key; did you mean plan?"),
         (
             "plan:\n  colour: red\n",
-            "conf.yaml:2: plan.colour: unknown key; the keys of plan are bits, group_size, symmetric, outliers",
+            "conf.yaml:2: plan.colour: unknown key; the keys of plan are bits, spend, group_size, symmetric, outliers",
         ),
         (
             "zzz: 1\n",
@@ -149,15 +149,18 @@ def test_yaml_written_is_read_back_equal(tmp_path_factory, bits, group_size, out
         ),
         ("model: m\nplan:\n  bits: 9\n", "conf.yaml:3: plan.bits: 9 is above 8; give 2 to 8"),
         ("plan:\n  bits: 1\n", "conf.yaml:2: plan.bits: 1 is below 2; give 2 to 8"),
-        ("plan:\n  bits: 4.5\n", "conf.yaml:2: plan.bits: 4.5 is not a whole number; give 2 to 8"),
-        ("plan:\n  bits: four\n", "conf.yaml:2: plan.bits: 'four' is not a whole number; give 2 to 8"),
-        ("plan:\n  bits:\n", "conf.yaml:2: plan.bits: null is not a whole number; give 2 to 8"),
+        (
+            "calibration:\n  samples: 4.5\n",
+            "conf.yaml:2: calibration.samples: 4.5 is not a whole number; give 1 or more",
+        ),
+        ("plan:\n  bits: four\n", "conf.yaml:2: plan.bits: 'four' is not a number; give 2 to 8"),
+        ("plan:\n  bits:\n", "conf.yaml:2: plan.bits: null is not a number; give 2 to 8"),
         (
             "plan:\n  bits: on\n",
             "conf.yaml:2: plan.bits: true and false are not values of this key "
             "(YAML reads yes, no, on and off as these); give 2 to 8",
         ),
-        ("plan:\n  bits: {a: 1}\n", "conf.yaml:2: plan.bits: a mapping is not a whole number; give 2 to 8"),
+        ("plan:\n  bits: {a: 1}\n", "conf.yaml:2: plan.bits: a mapping is not a number; give 2 to 8"),
         (
             "plan:\n  group_size: 0\n",
             "conf.yaml:2: plan.group_size: 0 is not a group size; give -1 (one scale per output row), or 1 or more",
@@ -253,7 +256,7 @@ def test_a_directory_is_refused(tmp_path):
         ("plan.bits", "--set plan.bits: no value given; write --set plan.bits=VALUE"),
         ("plan=4", "--set plan: this is a section; name one of its keys, as in --set plan.bits=VALUE"),
         ("export.format=[a", "--set export.format: '[a' is not a YAML list; write it as [one, two]"),
-        ("plan.bits=", "--set plan.bits: '' is not a whole number; give 2 to 8"),
+        ("plan.bits=", "--set plan.bits: '' is not a number; give 2 to 8"),
     ],
 )
 def test_a_mistake_in_set_names_the_key(text, line):
@@ -278,7 +281,7 @@ def test_no_model_at_all_is_refused():
 
 def test_every_option_has_a_flag_of_its_own_a_help_and_an_example():
     declared = list(options())
-    assert len({option.flag for option in declared}) == len(declared) == 21
+    assert len({option.flag for option in declared}) == len(declared) == 23
     for option in declared:
         assert option.flag.startswith("--")
         assert "_" not in option.flag

@@ -5,8 +5,10 @@ model's own predictions, so that the gradients' second moment is the Fisher matr
 of the text's tokens (Martens, arXiv 1412.1193, section 5). Quantize makes of them the Fisher matrix of each linear's
 outputs, by which rounding carries errors from row to row.
 
-It leaves calibrate/gradient-00000.safetensors, bfloat16 [windows, tokens, hidden], for every block. While it is under
-way, calibrate/input-00000.safetensors holds what went into each block.
+It leaves for every block
+    calibrate/gradient-00000.safetensors        the gradient, bfloat16 [windows, tokens, hidden]
+    calibrate/sensitivity-00000.safetensors     for each linear one number, see `load_sensitivities`
+While it is under way, calibrate/input-00000.safetensors holds what went into each block.
 """
 
 from __future__ import annotations
@@ -29,6 +31,11 @@ def gradient_path(job: Job, index: int) -> Path:
     return job.run.file(f"calibrate/gradient-{index:05d}.safetensors")
 
 
+def sensitivity_path(job: Job, index: int) -> Path:
+    """Where the sensitivities of the linears of block `index` lie."""
+    return job.run.file(f"calibrate/sensitivity-{index:05d}.safetensors")
+
+
 def load_gradient(job: Job, index: int) -> torch.Tensor | None:
     """The gradient with respect to a block's output, bfloat16 [windows, tokens, hidden]; None if none was asked for."""
     if not job.config.calibration.gradient_samples:
@@ -42,8 +49,22 @@ def keep_input(job: Job, index: int, hidden: torch.Tensor) -> None:
     write_file(_input_path(job, index), lambda path: save_file(tensors, path))
 
 
+def load_sensitivities(job: Job, blocks: int) -> dict[str, float]:
+    """How much the loss depends on each linear's outputs; empty without gradients.
+
+    That is the mean square of the gradient with respect to one output, the sum over the tokens that reach the linear
+    divided by all tokens, so that an expert counts as often as it is used.
+    """
+    if not job.config.calibration.gradient_samples:
+        return {}
+    found: dict[str, float] = {}
+    for index in range(blocks):
+        found |= {name: float(value) for name, value in load_file(sensitivity_path(job, index)).items()}
+    return found
+
+
 def run_backward(job: Job, decoder: Decoder, stage: str, key: str, last: torch.Tensor) -> tuple[Path, ...]:
-    """Write the gradients of all blocks; those that are there for this key already are kept.
+    """Take the loss back through all blocks; those that were passed for this key already are left out.
 
     Args:
         key: of what the gradients depend on.
@@ -51,20 +72,22 @@ def run_backward(job: Job, decoder: Decoder, stage: str, key: str, last: torch.T
     """
     total = len(decoder.block_names)
     keys = [key_of({"stage": key, "gradient": str(index)}) for index in range(total)]
+    if _key(gradient_path(job, total - 1)) != keys[-1]:
+        gradient = _of_the_loss(decoder, last, job.config.machine.seed)
+        _store(gradient_path(job, total - 1), keys[-1], {"gradient": gradient.to(torch.bfloat16)})
     for index in reversed(range(total)):
-        path = gradient_path(job, index)
         reason = UP_TO_DATE
-        if _key(path) != keys[index]:
+        passed = _key(sensitivity_path(job, index)) == keys[index]
+        if not passed or (index and _key(gradient_path(job, index - 1)) != keys[index - 1]):
             reason = Reason("new")
-            if index == total - 1:
-                gradient = _of_the_loss(decoder, last, job.config.machine.seed)
-            else:
-                gradient = _through_block(job, decoder, index + 1)
-            _store(path, keys[index], gradient)
+            gradient, sensitivities = _through_block(job, decoder, index)
+            if index:
+                _store(gradient_path(job, index - 1), keys[index - 1], {"gradient": gradient.to(torch.bfloat16)})
+            _store(sensitivity_path(job, index), keys[index], sensitivities)
         job.progress(Event(stage, "step", f"gradient {total - index}/{total}", reason, total - index, total))
     for index in range(total):
         _input_path(job, index).unlink(missing_ok=True)
-    return tuple(gradient_path(job, index) for index in range(total))
+    return tuple(path(job, index) for index in range(total) for path in (gradient_path, sensitivity_path))
 
 
 def _of_the_loss(decoder: Decoder, hidden: torch.Tensor, seed: int) -> torch.Tensor:
@@ -82,22 +105,33 @@ def _of_the_loss(decoder: Decoder, hidden: torch.Tensor, seed: int) -> torch.Ten
     return torch.cat(gradients)
 
 
-def _through_block(job: Job, decoder: Decoder, index: int) -> torch.Tensor:
-    """The gradient with respect to a block's input, from the one with respect to its output."""
+def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """From the gradient with respect to a block's output the one with respect to its input, and sensitivities."""
     hidden = load_file(_input_path(job, index))["hidden"]
     gradient = load_file(gradient_path(job, index))["gradient"]
     block = decoder.load_block(index)
+    sums = {slot.name: torch.zeros((), dtype=torch.float64) for slot in decoder.slots[index]}
+
+    def watch(name: str, value: torch.Tensor) -> None:
+        def add(of_output: torch.Tensor) -> None:
+            sums[name] += of_output.square().sum(dtype=torch.float64)
+
+        if value.requires_grad:
+            value.register_hook(add)
+
     found = []
     for rows in batches(*hidden.shape[:2]):
         inputs = hidden[rows].float().requires_grad_()
-        output = decoder.run(index, block, inputs)
+        output = decoder.run_capturing(index, block, inputs, lambda name, value: None, on_output=watch)
+        assert output is not None
         found.append(torch.autograd.grad(output, inputs, gradient[rows].float())[0])
     decoder.release_block(index)
-    return torch.cat(found)
+    tokens = hidden.shape[0] * hidden.shape[1]
+    outputs = {slot.name: slot.out_features for slot in decoder.slots[index]}
+    return torch.cat(found), {name: (total / (tokens * outputs[name])).float() for name, total in sums.items()}
 
 
-def _store(path: Path, key: str, gradient: torch.Tensor) -> None:
-    tensors = {"gradient": gradient.to(torch.bfloat16)}
+def _store(path: Path, key: str, tensors: dict[str, torch.Tensor]) -> None:
     write_file(path, lambda temporary: save_file(tensors, temporary, metadata={"key": key}))
 
 

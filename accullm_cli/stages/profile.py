@@ -18,15 +18,22 @@ from accullm_cli.formats.shards import dtype_name
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import DTYPES
 from accullm_cli.progress import Event
+from accullm_cli.quant.budget import MEASURED_BITS, plan_within
 from accullm_cli.quant.outliers import choose_outliers, expected_loss
 from accullm_cli.quant.plan import LinearPlan, Plan
 from accullm_cli.quant.stats import InputStats
 from accullm_cli.report.outlier_map import draw_outlier_map
 from accullm_cli.run import Reason, write_text
 from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, open_decoder, stats_path
+from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.job import Job, StageOutcome, Work, run_stage, section_inputs
 
 VERSION = 1
+# What a linear may get where --bits is an average. On a grid of 2 bits rounding is no longer the small change that
+# losses are measured for.
+WIDTHS = {"widths": (3, 4, 5, 6, 8), "outliers": (4,)}
+# What the kernels are made for.
+LARGEST_OUTLIER_FRACTION = 0.03
 
 
 def profile(job: Job, calibrate_key: str, force: bool = False) -> StageOutcome:
@@ -60,8 +67,9 @@ def profile_inputs(job: Job, calibrate_key: str) -> dict[str, str]:
 
 
 def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Plan:
-    """The plan of the configuration; without statistics (before calibration) its outliers are placeholders."""
+    """The plan of the configuration; without statistics (before calibration) what it chooses is a placeholder."""
     options = job.config.plan
+    average = isinstance(options.bits, float)
     loss_of: dict[str, torch.Tensor] = {}
     for entry in stats or ():
         for name in entry.linears:
@@ -75,12 +83,22 @@ def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None)
                 name=slot.name,
                 out_features=slot.out_features,
                 in_features=slot.in_features,
-                bits=options.bits,
+                bits=MEASURED_BITS if average else int(options.bits),
                 group_size=options.group_size,
                 symmetric=options.symmetric,
-                outlier_index=choose_outliers(loss, options.outliers),
+                outlier_index=() if average else choose_outliers(loss, options.outliers),
                 source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
             )
+    if average:
+        if stats is None:
+            losses = {name: torch.ones(plan.in_features) for name, plan in linears.items()}
+        else:
+            # An expert that no token reached has no loss, and keeps its bits.
+            reached = {name for entry in stats if entry.tokens for name in entry.linears}
+            sensitivity_of = load_sensitivities(job, len(decoder.block_names))
+            losses = {name: sensitivity_of[name] * loss_of[name] for name in linears if name in reached}
+        fraction = LARGEST_OUTLIER_FRACTION if options.outliers else 0.0
+        linears = plan_within(linears, losses, options.bits, WIDTHS[options.spend], fraction)
     return Plan(linears, scale_dtype(job))
 
 

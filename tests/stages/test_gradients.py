@@ -14,6 +14,7 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.progress import Event
 from accullm_cli.stages import gradients
 from accullm_cli.stages.calibrate import calibrate
+from accullm_cli.stages.job import Job
 from tests.stages.quantized import Call
 from tests.stages.references import rows_of
 from tests.streaming import opened, reference_model, run_to, short_config
@@ -74,7 +75,21 @@ def test_gradients_are_those_of_one_backward_pass(name: str, tmp_path: Path) -> 
         assert own.dtype == torch.bfloat16
         near(own, reference, 0.02)  # bfloat16 keeps 8 bits, twice
     assert not list((run / "calibrate").glob("input-*"))
-    assert {f"calibrate/gradient-0000{index}.safetensors" for index in range(2)} <= set(outcome.record.outputs)
+    kept = {f"calibrate/{kind}-0000{index}.safetensors" for index in range(2) for kind in ("gradient", "sensitivity")}
+    assert kept <= set(outcome.record.outputs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_sensitivities_are_mean_squares_of_output_gradients(name: str, tmp_path: Path) -> None:
+    source = make_checkpoint(name, tmp_path / "model")
+    with opened(short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS)) as job:
+        calibrate(job)
+        found = gradients.load_sensitivities(job, 2)
+    ids = load_file(tmp_path / "out.run" / "tokens.safetensors")["calibration"][:WINDOWS]
+    _, expected = whole_backward(source, ids, seed=0)
+    assert len(found) == {"llama": 14, "gpt2": 8}[name]
+    for linear, gradient in expected.items():
+        assert found[linear] == pytest.approx(float(gradient.square().mean()), rel=0.03)
 
 
 @pytest.mark.parametrize(("name", "linears"), [("llama", 4), ("gpt2", 2)])
@@ -125,8 +140,10 @@ def test_a_broken_off_backward_pass_goes_on(tmp_path: Path, monkeypatch: pytest.
     config = short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS)
     through = gradients._through_block
 
-    def stop(*arguments: object) -> None:
-        raise KeyboardInterrupt
+    def stop(job: Job, decoder: Decoder, index: int) -> object:
+        if index == 0:
+            raise KeyboardInterrupt
+        return through(job, decoder, index)
 
     monkeypatch.setattr(gradients, "_through_block", stop)
     with pytest.raises(KeyboardInterrupt), opened(config) as job:

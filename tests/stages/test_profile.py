@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.run import Reason
-from accullm_cli.stages.calibrate import open_decoder
+from accullm_cli.stages.calibrate import load_block_stats, open_decoder, stats_path
+from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.profile import load_plan, make_plan, profile, refuse_impossible, scale_dtype
 from tests.stages.references import inputs_of, rounding_damage, weight_of
 from tests.streaming import opened, reference_model, run_to, short_config
@@ -174,3 +176,57 @@ def test_another_budget_runs_profile_again_and_not_calibrate(llama: Path, tmp_pa
     assert done["profile"].reason == Reason("config changed", "plan.outliers")
     with opened(short_config(llama, tmp_path / "out", plan__outliers=0.1)) as job:
         assert profile(job, "another key").reason == Reason("input changed", "calibrate")
+
+
+# -- an average ----------------------------------------------------------------------------------------------
+
+AVERAGE = {"plan__bits": 5.5, "plan__group_size": 32, "calibration__gradient_samples": 2}
+
+
+def test_an_average_goes_where_the_loss_is(llama: Path, tmp_path: Path) -> None:
+    """The widths follow the loss per weight: a linear with more of it never has fewer bits by two."""
+    with opened(short_config(llama, tmp_path / "out", **AVERAGE, plan__outliers=0)) as job:
+        run_to(job, "profile")
+        plan, sensitivities = load_plan(job.run.file("plan.json")), load_sensitivities(job, 2)
+        ids = load_file(job.run.file("tokens.safetensors"))["calibration"]
+    assert 5.3 < plan.bits_per_weight <= 5.5
+    assert len({linear.bits for linear in plan.linears.values()}) > 1
+    model = reference_model(llama)
+    rows = inputs_of(model, ids)
+    per_weight = {}
+    for name, linear in plan.linears.items():
+        damage = rounding_damage(weight_of(model, name), 32)
+        loss = rows[name].square().mean(0).numpy() * damage * sensitivities[name]
+        per_weight[name] = loss.sum() / linear.weights
+    falling = sorted(plan.linears.values(), key=lambda linear: -per_weight[linear.name])
+    for earlier, later in itertools.pairwise(falling):
+        assert earlier.bits >= later.bits or per_weight[earlier.name] < 1.2 * per_weight[later.name]
+
+
+def test_an_average_may_be_spent_on_outliers_alone(llama: Path, tmp_path: Path) -> None:
+    settings = {**AVERAGE, "plan__bits": 4.8, "plan__spend": "outliers", "plan__group_size": 64}
+    with opened(short_config(llama, tmp_path / "out", **settings)) as job:
+        run_to(job, "profile")
+        plan = load_plan(job.run.file("plan.json"))
+    assert {linear.bits for linear in plan.linears.values()} == {4}
+    counts = [len(linear.outlier_index) for linear in plan.linears.values()]
+    assert 0 < sum(counts)
+    assert max(counts) <= 0.03 * 96
+    assert plan.bits_per_weight <= 4.8
+
+
+def test_an_expert_without_tokens_keeps_four_bits(tmp_path: Path) -> None:
+    source = make_checkpoint("mixtral", tmp_path / "model")
+    text = tmp_path / "a.txt"
+    text.write_text("a" * 100)
+    settings = {**AVERAGE, "calibration__text": text, "calibration__samples": 1, "calibration__gradient_samples": 1}
+    with opened(short_config(source, tmp_path / "out", **settings)) as job:
+        run_to(job, "profile")
+        plan = load_plan(job.run.file("plan.json"))
+        decoder = open_decoder(job)
+        stats = [entry for index in range(2) for entry in load_block_stats(stats_path(job, index))]
+        assert make_plan(job, decoder, stats) == plan
+    unreached = {name for entry in stats if not entry.tokens for name in entry.linears}
+    assert unreached
+    assert all((plan.linears[name].bits, plan.linears[name].outlier_index) == (4, ()) for name in unreached)
+    assert plan.bits_per_weight <= 5.5

@@ -1,0 +1,129 @@
+"""The plan under a budget against all plans there are, and what the field expects of one."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.quant.budget import plan_within
+from accullm_cli.quant.plan import LinearPlan, Plan
+
+WIDTHS = (3, 4, 5, 6, 8)
+
+
+def linear(name: str, rows: int = 32, columns: int = 64, **changes: object) -> LinearPlan:
+    return replace(LinearPlan(name, rows, columns, 4, 16, False), **changes)
+
+
+def loss_of(plan: LinearPlan, loss: torch.Tensor) -> float:
+    """What is left of the loss under a plan: outliers save theirs, and a step of half the size a quarter."""
+    rest = loss.clone().double()
+    rest[list(plan.outlier_index)] = 0
+    return float(rest.sum()) * (15 / (2**plan.bits - 1)) ** 2
+
+
+def random_losses(names: tuple[str, ...], columns: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.exp(2 * torch.randn(columns, generator=generator))
+        * 10.0 ** float(torch.randn(1, generator=generator))
+        for name in names
+    }
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 999), st.floats(4.6, 8), st.floats(0, 0.1))
+def test_no_plan_of_the_same_size_is_much_better(seed: int, budget: float, fraction: float) -> None:
+    """All widths of three linears, and all counts of the best outliers: 5^3 times 7^3 plans at most.
+
+    A price cannot reach every budget, so the best plan of all is compared at the size that was taken.
+    """
+    names = ("a", "b", "c")
+    plans = {name: linear(name) for name in names}
+    losses = random_losses(names, 64, seed)
+    found = plan_within(plans, losses, budget, WIDTHS, fraction)
+    used = Plan(found).bits_per_weight
+    assert used <= budget
+    reached = sum(loss_of(found[name], losses[name]) for name in names)
+    choices: dict[str, list[tuple[int, float]]] = {}
+    for name in names:
+        order = torch.argsort(losses[name], descending=True).tolist()
+        own = [
+            replace(plans[name], bits=bits, outlier_index=tuple(sorted(order[:count])))
+            for bits, count in itertools.product(WIDTHS, range(int(fraction * 64) + 1))
+        ]
+        choices[name] = [(plan.stored_bytes, loss_of(plan, losses[name])) for plan in own]
+    best = min(
+        sum(loss for _, loss in chosen)
+        for chosen in itertools.product(*choices.values())
+        if sum(size for size, _ in chosen) <= sum(plan.stored_bytes for plan in found.values())
+    )
+    assert reached <= best * (1 + 1e-9)
+
+
+def test_a_linear_that_matters_more_gets_more_bits() -> None:
+    plans = {name: linear(name) for name in "abc"}
+    losses = {"a": torch.ones(64), "b": 16 * torch.ones(64), "c": torch.ones(64) / 16}
+    found = plan_within(plans, losses, 5.4, WIDTHS, 0.0)
+    assert found["a"].bits < found["b"].bits
+    assert found["c"].bits < found["a"].bits
+    assert all(plan.outlier_index == () for plan in found.values())
+
+
+def test_a_feature_that_matters_a_thousand_times_more_is_an_outlier() -> None:
+    losses = {"a": torch.ones(64), "b": torch.ones(64)}
+    losses["a"][[5, 40]] = 1000.0
+    found = plan_within({"a": linear("a"), "b": linear("b")}, losses, 6.0, WIDTHS, 0.05)
+    assert found["a"].outlier_index == (5, 40)
+    assert found["b"].outlier_index == ()
+
+
+def test_a_linear_without_loss_gets_least() -> None:
+    found = plan_within(
+        {"a": linear("a"), "b": linear("b")}, {"a": torch.zeros(64), "b": torch.ones(64)}, 5.5, WIDTHS, 0.1
+    )
+    assert (found["a"].bits, found["a"].outlier_index) == (3, ())
+    assert found["b"].bits > 4
+
+
+def test_without_any_loss_the_plan_is_the_smallest() -> None:
+    found = plan_within({"a": linear("a")}, {"a": torch.zeros(64)}, 8.0, WIDTHS, 0.1)
+    assert found["a"].bits == 3
+
+
+def test_layout_and_name_are_kept() -> None:
+    plan = linear("a", group_size=-1, symmetric=True)
+    found = plan_within({"a": plan}, {"a": torch.ones(64)}, 7.0, WIDTHS, 0.0)["a"]
+    assert replace(found, bits=4) == plan
+
+
+def test_a_budget_that_no_plan_meets_is_refused() -> None:
+    with pytest.raises(AccullmError) as caught:
+        plan_within({"a": linear("a")}, {"a": torch.ones(64)}, 3.5, WIDTHS, 0.1)
+    # 3 bits, a 16-bit scale and a 3-bit zero point for each 16 weights, rows of zero points filled up to bytes.
+    assert caught.value.line() == (
+        "--bits: an average of 3.5 bits cannot be had: the smallest plan takes 4.250, scales included; "
+        "give more, or larger groups"
+    )
+
+
+def test_only_the_widths_asked_for_are_used() -> None:
+    losses = random_losses(("a", "b", "c"), 64, seed=1)
+    found = plan_within({name: linear(name) for name in "abc"}, losses, 5.6, (4,), 0.1)
+    assert {plan.bits for plan in found.values()} == {4}
+    assert sum(len(plan.outlier_index) for plan in found.values()) > 0
+
+
+def test_a_linear_of_unknown_loss_is_kept_and_counted() -> None:
+    kept = linear("b", bits=8)
+    found = plan_within({"a": linear("a"), "b": kept}, {"a": torch.ones(64)}, 7.4, WIDTHS, 0.0)
+    assert found["b"] == kept
+    assert list(found) == ["a", "b"]
+    assert Plan(found).bits_per_weight <= 7.4
+    assert found["a"].bits == 4
