@@ -1,7 +1,7 @@
 """Measure what each way of rounding brings on a real model: the table of the README.
 
 Every row is one conversion by `accullm convert` in a process of its own. All rows share one run directory, so that
-the original is run once: calibrate is up to date for every row but the first.
+the original is run twice: calibrate is up to date for every row but the first, and the first with gradients.
 
     python scripts/bench_accuracy.py
     python scripts/bench_accuracy.py --samples 4 --validation-windows 2 --rows nearest --group-sizes 64
@@ -10,6 +10,7 @@ the original is run once: calibrate is up to date for every row but the first.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import subprocess
@@ -17,8 +18,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from accullm_cli.config import Calibration
 from accullm_cli.errors import AccullmError
 from accullm_cli.run import write_text
 from accullm_cli.units import duration, size
@@ -70,27 +72,17 @@ class Result:
     command: tuple[str, ...]
 
 
-class Row(Protocol):
-    """A line of the table to be measured: one of our conversions, or another tool's."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def label(self) -> str: ...
-
-    def measure(self, options: argparse.Namespace, group_size: int) -> Result:
-        """Make the artifact and measure it against the same original on the same text."""
-        ...
-
-
 @dataclass(frozen=True)
 class Conversion:
-    """A row that `accullm convert` makes with these flags."""
+    """A row that `accullm convert` makes with these flags.
+
+    with_gradients: of all calibration windows.
+    """
 
     name: str
     label: str
     flags: tuple[str, ...]
+    with_gradients: bool = False
 
     def command(self, options: argparse.Namespace, group_size: int) -> tuple[str, ...]:
         """What to type for this row."""
@@ -100,6 +92,8 @@ class Conversion:
         for flag, value in (("--samples", options.samples), ("--validation-windows", options.validation_windows)):
             if value is not None:
                 command += [flag, str(value)]
+        if self.with_gradients:
+            command += ["--gradient-samples", str(options.samples or Calibration().samples)]
         return (*command, *options.passed_on, "--json")
 
     def measure(self, options: argparse.Namespace, group_size: int) -> Result:
@@ -117,7 +111,7 @@ class Conversion:
         return result_of(self, group_size, json.loads(done.stdout)["reports"][0], command)
 
 
-ROWS: tuple[Row, ...] = (
+ROWS: tuple[Conversion, ...] = (
     Conversion("nearest", "nearest", ("--rounding", "nearest", "--outliers", "0")),
     Conversion("feedback", "error feedback", ("--rounding", "feedback", "--outliers", "0")),
     Conversion(
@@ -130,6 +124,18 @@ ROWS: tuple[Row, ...] = (
         "error feedback, 0.5% outliers compensating",
         ("--rounding", "feedback", "--outliers", "0.5%", "--outlier-mode", "compensating"),
     ),
+    Conversion(
+        "rows",
+        "error feedback across columns and rows",
+        ("--rounding", "feedback", "--outliers", "0"),
+        with_gradients=True,
+    ),
+    Conversion(
+        "average",
+        "the same, an average of 4.4 bits planned",
+        ("--rounding", "feedback", "--bits", "4.4", "--outlier-mode", "compensating"),
+        with_gradients=True,
+    ),
 )
 GROUP_SIZES = (64, 128)
 
@@ -139,11 +145,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     results: list[Result] = []
     try:
-        for group_size in options.group_sizes:
-            for row in (row for row in ROWS if row.name in options.rows):
-                print(f"== {row.label}, group size {group_size}", file=sys.stderr, flush=True)
-                results.append(row.measure(options, group_size))
-                write_results(options.out, results)
+        rows = [row for row in ROWS if row.name in options.rows]
+        # Those with gradients last, as they take another calibrate.
+        for row, group_size in sorted(
+            itertools.product(rows, options.group_sizes), key=lambda pair: (pair[0].with_gradients, pair[1])
+        ):
+            print(f"== {row.label}, group size {group_size}", file=sys.stderr, flush=True)
+            results.append(row.measure(options, group_size))
+            write_results(options.out, results)
     except AccullmError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return error.exit_code
@@ -170,7 +179,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def result_of(row: Row, group_size: int, report: Mapping[str, Any], command: Sequence[str]) -> Result:
+def result_of(row: Conversion, group_size: int, report: Mapping[str, Any], command: Sequence[str]) -> Result:
     """A line of the table from a report of `accullm convert --json`."""
     fidelity = report["fidelity"]
     return Result(
@@ -216,7 +225,8 @@ def render(results: Sequence[Result]) -> str:
         f"in brackets.\nThe original's perplexity is {estimate(first.perplexity_original, '.2f')}; the noise floor of "
         f"the KL (one bfloat16 rounding per block) is {first.mean_kl_floor.value:.1e} nats.\n\n"
         f"{fidelity_table(results)}\n\n"
-        f"Time and peak resident memory of each stage ({versions}; calibrate runs once for all rows):\n\n"
+        f"Time and peak resident memory of each stage ({versions}; calibrate runs once for all rows without gradients, "
+        f"and once for the others):\n\n"
         f"{cost_table(results)}\n\n"
         f"The commands:\n\n{commands}"
     )

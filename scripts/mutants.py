@@ -39,6 +39,8 @@ class Mutant:
 
 
 ROUNDING = "accullm_cli/quant/rounding.py"
+FEEDBACK = "accullm_cli/quant/feedback.py"
+COMPILED = "accullm_cli/quant/compiled.py"
 GRID = "accullm_cli/quant/grid.py"
 PACKING = "accullm_cli/quant/packing.py"
 RUN = "accullm_cli/run.py"
@@ -52,35 +54,84 @@ MUTANTS = (
     # -- rounding ------------------------------------------------------------------------------------------
     Mutant(
         "errors of earlier blocks of columns are not fed on",
-        ROUNDING,
-        "fed = torch.addmm(wanted[start:end], feedback[:start].T, error[:start])",
-        "fed = wanted[start:end].clone()",
+        FEEDBACK,
+        "fed = error[part, :start] @ feedback[:start]",
+        "fed = 0 * (error[part, :start] @ feedback[:start])",
         ("tests/quant/test_rounding.py",),
     ),
     Mutant(
         "the error of the column just before is not fed on",
-        ROUNDING,
-        "torch.addmv(value, error[start:k].T, feedback[start:k, k - start])",
-        "torch.addmv(value, error[start : k - 1].T, feedback[start : k - 1, k - start])",
+        COMPILED,
+        "for j in range(k + 1, columns):",
+        "for j in range(k + 2, columns):",
         ("tests/quant/test_rounding.py",),
     ),
     Mutant(
         "a column's error is taken against what was fed to it",
-        ROUNDING,
-        "error[k] = wanted[k] - (code - column_zero) * column_scale",
-        "error[k] = value - (code - column_zero) * column_scale",
+        COMPILED,
+        "lost = wanted[n, k] - (code - offset) * step",
+        "lost = wanted[n, k] + feedback - (code - offset) * step",
         ("tests/quant/test_rounding.py",),
     ),
     Mutant(
+        "a row passes on its errors without what was fed to it",
+        COMPILED,
+        "row_fed[n, k] += weight * (error[m, k] + fed[m, k])",
+        "row_fed[n, k] += weight * error[m, k]",
+        ("tests/quant/test_row_feedback.py",),
+    ),
+    Mutant(
+        "rows of earlier blocks pass nothing on",
+        FEEDBACK,
+        "(down[:top].T @ carried[:top, columns], down[top:])",
+        "(0 * (down[:top].T @ carried[:top, columns]), down[top:])",
+        ("tests/quant/test_row_feedback.py",),
+    ),
+    Mutant(
+        "compensating columns do not see the errors of earlier blocks",
+        FEEDBACK,
+        "fed = torch.addmm(wanted[:, start:end], error[:, :start], feedback[:start])",
+        "fed = wanted[:, start:end].clone()",
+        ("tests/quant/test_rounding.py",),
+    ),
+    Mutant(
+        "the loss is that of the text's tokens, not of drawn ones",
+        "accullm_cli/stages/gradients.py",
+        'loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")',
+        'loss = nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum")',
+        ("tests/stages/test_gradients.py",),
+    ),
+    Mutant(
+        "a gradient is not taken back through its block",
+        "accullm_cli/stages/gradients.py",
+        "found.append(torch.autograd.grad(output, inputs, gradient[rows].float())[0])",
+        "torch.autograd.grad(output, inputs, gradient[rows].float()); found.append(gradient[rows].float())",
+        ("tests/stages/test_gradients.py",),
+    ),
+    Mutant(
+        "all linears matter alike",
+        "accullm_cli/stages/profile.py",
+        "losses = {name: sensitivity_of[name] * loss_of[name] for name in linears if name in reached}",
+        "losses = {name: loss_of[name] for name in linears if name in reached and sensitivity_of}",
+        ("tests/stages/test_profile.py",),
+    ),
+    Mutant(
+        "an outlier is charged half its bits",
+        "accullm_cli/quant/budget.py",
+        "of_an_outlier = price * 8 * (plan.source_itemsize * plan.out_features + 4)",
+        "of_an_outlier = price * 4 * (plan.source_itemsize * plan.out_features + 4)",
+        ("tests/quant/test_budget.py",),
+    ),
+    Mutant(
         "columns come in rising order",
-        ROUNDING,
+        FEEDBACK,
         "by_size = torch.argsort(diagonal, descending=True, stable=True)",
         "by_size = torch.argsort(diagonal, descending=False, stable=True)",
         ("tests/quant/test_rounding.py",),
     ),
     Mutant(
         "untouched outliers enlarge the damping of the rest",
-        ROUNDING,
+        FEEDBACK,
         "mean = float(diagonal[order].mean())",
         "mean = float(diagonal.mean())",
         ("tests/quant/test_rounding.py",),
@@ -88,22 +139,22 @@ MUTANTS = (
     Mutant(
         "compensating outliers are stored in the order of rounding",
         ROUNDING,
-        "kept = compensating.T[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)",
-        "kept = compensating.T.to(source_dtype)",
+        "kept = compensating[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)",
+        "kept = compensating.to(source_dtype)",
         ("tests/quant/test_rounding.py",),
     ),
     Mutant(
         "the target moves the wrong way",
-        ROUNDING,
+        FEEDBACK,
         "rows[:, reverse] += torch.linalg",
         "rows[:, reverse] -= torch.linalg",
         ("tests/quant/test_rounding.py",),
     ),
     Mutant(
         "weights near the grid's end get all of their feedback",
-        "accullm_cli/quant/stochastic.py",
-        "torch.clamp(fed * share, -limit, limit)",
-        "fed",
+        COMPILED,
+        "received = min(max(fed * share, -limit), limit)",
+        "received = fed",
         ("tests/quant/test_stochastic.py",),
     ),
     Mutant(
@@ -194,8 +245,8 @@ MUTANTS = (
     Mutant(
         "a fitted scale is forgotten when the next group's is fitted",
         GRID,
-        "gradient[:, start:] -= difference[:, None] * change",
-        "gradient[:, start:] -= 0 * change",
+        "error[:, columns] -= difference[:, None] * own",
+        "error[:, columns] -= 0 * own",
         ("tests/quant/test_rounding.py",),
     ),
     Mutant(

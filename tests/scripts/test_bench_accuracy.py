@@ -32,7 +32,7 @@ def load_script() -> Any:
 
 
 script = load_script()
-NEAREST, FEEDBACK, UNTOUCHED, COMPENSATING = script.ROWS
+NEAREST, FEEDBACK, UNTOUCHED, COMPENSATING, ROWS, AVERAGE = script.ROWS
 
 
 def report(mean_kl: float = 0.05) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def options(tmp_path: Path, *arguments: str) -> Any:
 
 
 def test_every_row_is_measured_unless_some_are_asked_for(tmp_path: Path) -> None:
-    assert options(tmp_path).rows == ["nearest", "feedback", "untouched", "compensating"]
+    assert options(tmp_path).rows == ["nearest", "feedback", "untouched", "compensating", "rows", "average"]
     assert options(tmp_path).group_sizes == [64, 128]
     assert options(tmp_path, "--rows", "nearest", "untouched").rows == ["nearest", "untouched"]
 
@@ -71,8 +71,16 @@ def test_rows_share_the_run_and_each_has_an_artifact_of_its_own(tmp_path: Path) 
         "--samples", "4", "--validation-windows", "2", "--threads", "1", "--json",
     )  # fmt: skip
     commands = [row.command(given, size) for row in script.ROWS for size in (64, 128)]
-    assert len({command[command.index("--out") + 1] for command in commands}) == 8
+    assert len({command[command.index("--out") + 1] for command in commands}) == 12
     assert len({command[command.index("--run") + 1] for command in commands}) == 1
+
+
+def test_gradients_are_those_of_all_windows(tmp_path: Path) -> None:
+    for arguments, expected in (((), "128"), (("--samples", "4"), "4")):
+        for row in (ROWS, AVERAGE):
+            command = row.command(options(tmp_path, *arguments), 64)
+            assert command[command.index("--gradient-samples") + 1] == expected
+    assert "--gradient-samples" not in COMPENSATING.command(options(tmp_path), 64)
 
 
 def test_every_flag_of_every_row_is_one_of_converts() -> None:
