@@ -234,8 +234,8 @@ def inspect_command(
 
 def compare_command(
     ctx: typer.Context,
-    first: Annotated[str, typer.Argument(metavar="A", help="An artifact.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another artifact, or the original.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="The directory of an artifact.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="That of another artifact, or of the original.")],
     max_mean_kl: MaxMeanKl = None,
     as_json: Json = False,
     verbose: Verbose = False,

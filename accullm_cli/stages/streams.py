@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from accullm_cli.errors import MachineError
 from accullm_cli.run import machine_errors, write_file
 
 # A resume repeats at most about this much forward work.
@@ -88,11 +89,19 @@ class Captures:
         self._end += len(content)
 
     def read(self, batch: int, name: str) -> torch.Tensor:
-        """The tensor that was kept under this batch and name."""
+        """The tensor that was kept under this batch and name.
+
+        Raises:
+            MachineError: the disk does not give it back.
+        """
         start, shape = self._places[batch, name]
         content = bytearray(4 * math.prod(shape))
-        self._file.seek(start)
         view, done = memoryview(content), 0
-        while done < len(content):
-            done += self._file.readinto(view[done:])
+        with machine_errors(self._directory):
+            self._file.seek(start)
+            while done < len(content):
+                count = self._file.readinto(view[done:])
+                if not count:
+                    raise MachineError("a working file ends too early", self._directory, "run the same command again")
+                done += count
         return torch.frombuffer(content, dtype=torch.float32).view(shape)

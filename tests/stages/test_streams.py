@@ -100,6 +100,14 @@ def test_captures_leave_no_file_behind(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []  # no name even while it is open
 
 
+def test_a_working_file_that_was_cut_is_a_refusal(tmp_path: Path) -> None:
+    with Captures(tmp_path) as captures:
+        captures.write(0, "a", torch.ones(1000))
+        captures._file.truncate(100)
+        with pytest.raises(MachineError, match=r"a working file ends too early"):
+            captures.read(0, "a")
+
+
 def test_a_full_disk_is_a_refusal_that_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Captures(tmp_path) as captures:
 
