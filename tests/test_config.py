@@ -7,7 +7,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.config import Config, config_schema, options, sections
@@ -103,6 +103,7 @@ def test_the_default_preset_is_the_defaults():
     assert load_config("m", files=["default"]) == Config(model="m")
 
 
+@settings(deadline=None)
 @given(
     bits=st.integers(2, 8),
     group_size=st.one_of(st.just(-1), st.integers(1, 4096)),

@@ -50,6 +50,10 @@ from accullm_cli.quant.grid import Grid, fitted_scales, minmax_grid, searched_gr
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan
 
+# The Fisher matrix is a noisy one, so that half of it is taken to be alike for all outputs. With 32,768 tokens of
+# gradients a 135M Llama's mean KL was 0.0359 at 0.1 and 0.0348 at 1.
+ROW_DAMPING = 1.0
+
 
 @dataclass(frozen=True)
 class RoundingOptions:
@@ -174,7 +178,7 @@ def _round_one(
     else:
         stochastic = options.method == "stochastic"
         generator = (options.seed, zlib.crc32(plan.name.encode())) if stochastic else None
-        rows = None if fisher is None or stochastic else factor_hessian(fisher, options.damping)
+        rows = None if fisher is None or stochastic else factor_hessian(fisher, ROW_DAMPING)
         fits = options.grid == "fit" and not stochastic
         codes, kept, clamped = _round_columns(
             target, grid, factor, kept, source_dtype, generator, None if fits else rows

@@ -191,7 +191,7 @@ def test_a_changed_plan_of_the_last_block_keeps_the_blocks_before_it(model: Path
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_a_damaged_shard_is_made_again(damage: str, model: Path, uninterrupted: dict[str, str], tmp_path: Path) -> None:
-    convert(tiny_config(model, tmp_path / "out"))
+    convert(with_gradients(model, tmp_path / "out"))
     shard = tmp_path / "out.run" / "quantize" / "block-00000.safetensors"
     content = bytearray(shard.read_bytes())
     if damage == "flipped":
@@ -199,7 +199,7 @@ def test_a_damaged_shard_is_made_again(damage: str, model: Path, uninterrupted: 
     shard.unlink()  # the artifact holds a link to it
     shard.write_bytes(content[:-100] if damage == "truncated" else content)
     (tmp_path / "out.run" / "manifest.json").unlink()
-    convert(tiny_config(model, tmp_path / "out"))
+    convert(with_gradients(model, tmp_path / "out"))
     assert contents(tmp_path / "out") == uninterrupted
 
 

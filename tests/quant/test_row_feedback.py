@@ -11,7 +11,7 @@ import torch
 from accullm_cli.quant import feedback
 from accullm_cli.quant.feedback import factor_hessian, round_with_feedback
 from accullm_cli.quant.grid import Grid, minmax_grid
-from accullm_cli.quant.rounding import RoundingOptions, round_linears
+from accullm_cli.quant.rounding import ROW_DAMPING, RoundingOptions, round_linears
 from tests.quant.references import Problem, correlated_problem, plan_of, rounding_order, scale_and_zero
 
 DAMPING = 0.05
@@ -39,7 +39,7 @@ def rounded_by_hand(problem: Problem, fisher: torch.Tensor, scale: np.ndarray, z
     hessian, g = problem.hessian.numpy(), fisher.numpy()
     columns, rows = rounding_order(hessian, (), True), rounding_order(g, (), True)
     u, _ = unit_upper(hessian, columns, DAMPING)
-    v, _ = unit_upper(g, rows, DAMPING)
+    v, _ = unit_upper(g, rows, ROW_DAMPING)
     wanted = problem.weight.numpy()[np.ix_(rows, columns)]
     scale, zero = scale[np.ix_(rows, columns)], zero[np.ix_(rows, columns)]
     error, codes = np.zeros_like(wanted), np.zeros_like(wanted)
