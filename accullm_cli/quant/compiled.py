@@ -1,6 +1,7 @@
 """The inner loop of rounding with feedback, compiled by numba: it decides one weight after the other.
 
-The machine code is kept beside this file, or in the user's cache directory, so that only the first run waits for it.
+The machine code is kept beside this file, or in the user's cache directory, so that only the first run waits for it
+(some five seconds). Nothing in it is reordered or fused, so that the same numbers come out on every CPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Rounding the linears of one block, each for the input that it will really get.
 
-The original's block runs once over the calibration text, and what the rounding wants of it is kept. Then the rounded
-block runs once for each distinct input, up to that input, with everything before it rounded already.
+The original's block runs once over the calibration text, forth and, for windows with a gradient, back, and what
+rounding wants of it is kept. Then the rounded block runs once for each distinct input, up to that input, with
+everything before it rounded already.
 """
 
 from __future__ import annotations
