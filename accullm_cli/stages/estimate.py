@@ -68,12 +68,19 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     # What surrounds the blocks, together with a block and its stored form or with logits; or the block with its rounded
     # copy and the Hessian that is being factored (three [K, K]; while Gram matrices grow, two and a few activations).
     block = max(in_blocks)
-    largest = max(outside + 1.5 * block, outside + logits, 1.5 * block + 3 * widest**2)
+    largest = max(outside + 1.5 * block, outside + logits, 1.5 * block + 3 * widest**2 + _fisher_elements(job, decoder))
     peak = BASE_BYTES + FLOAT * (largest + streams)
     peak += FLOAT * 4 * TOKENS_PER_BATCH * widest
 
     seconds = _operations(job, plan, vocabulary * hidden) / (SHARE_OF_FULL_SPEED * _operations_per_second())
     return Estimated(stored, int(peak), round(seconds, 1))
+
+
+def _fisher_elements(job: Job, decoder: Decoder) -> int:
+    """Elements of the Fisher matrices of a block, all of which wait until its linears are rounded."""
+    if not job.config.calibration.gradient_samples:
+        return 0
+    return max(sum(slot.out_features**2 for slot in slots if slot.expert is None) for slots in decoder.slots)
 
 
 def _operations(job: Job, plan: Plan, head_weights: int) -> float:

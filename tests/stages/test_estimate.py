@@ -86,6 +86,18 @@ def test_more_text_takes_more_time_and_memory(tmp_path: Path) -> None:
     assert much.artifact_bytes == little.artifact_bytes
 
 
+def test_gradients_take_more_time_and_a_blocks_fisher_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "_operations_per_second", lambda: 1e9)
+    source = wide_model(tmp_path / "model")
+    settings = {"calibration__samples": 10_000, "validation__windows": 2}
+    without = estimated(source, tmp_path / "out", **settings)
+    with_all = estimated(source, tmp_path / "out", **settings, calibration__gradient_samples=10_000)
+    # q, k, v, o and down have 512 outputs, gate and up 1024.
+    assert with_all.peak_bytes - without.peak_bytes == pytest.approx(4 * (5 * 512**2 + 2 * 1024**2), abs=1)
+    # One pass through the original and 2.2 through the rounded model, and three more.
+    assert 1.5 < with_all.seconds / without.seconds < 2.1
+
+
 def test_nearest_rounding_runs_no_block_in_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of the time of a conversion on much text is the passes of error feedback."""
     monkeypatch.setattr(stage, "_operations_per_second", lambda: 1e9)
