@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 DEMO_MODEL := work/smollm2-135m
 DEMO_OUT := work/smollm2-135m-int4
-# Half of the default calibration text, so that two cores are done in some ten minutes.
+# Half of the default calibration text, so that two cores are done in some seven minutes.
 DEMO_ARGS := --samples 64
 TEST_ARGS :=
 
