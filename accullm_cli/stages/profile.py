@@ -93,9 +93,9 @@ def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None)
         if stats is None:
             losses = {name: torch.ones(plan.in_features) for name, plan in linears.items()}
         else:
-            # An expert that no token reached has no loss, and keeps its bits.
-            reached = {name for entry in stats if entry.tokens for name in entry.linears}
+            # Of an expert that no token reached, or none with a gradient, nothing is known: it keeps its bits.
             sensitivity_of = load_sensitivities(job, len(decoder.block_names))
+            reached = {name for entry in stats if entry.tokens for name in entry.linears if sensitivity_of[name] > 0}
             losses = {name: sensitivity_of[name] * loss_of[name] for name in linears if name in reached}
         fraction = LARGEST_OUTLIER_FRACTION if options.outliers else 0.0
         linears = plan_within(linears, losses, options.bits, WIDTHS[options.spend], fraction)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.run import Reason
-from accullm_cli.stages.calibrate import load_block_stats, open_decoder, stats_path
+from accullm_cli.stages import profile as profile_module
+from accullm_cli.stages.calibrate import calibrate, load_block_stats, open_decoder, stats_path
 from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.profile import load_plan, make_plan, profile, refuse_impossible, scale_dtype
 from tests.stages.references import inputs_of, rounding_damage, weight_of
@@ -230,3 +231,17 @@ def test_an_expert_without_tokens_keeps_four_bits(tmp_path: Path) -> None:
     assert unreached
     assert all((plan.linears[name].bits, plan.linears[name].outlier_index) == (4, ()) for name in unreached)
     assert plan.bits_per_weight <= 5.5
+
+
+def test_an_expert_that_no_gradient_reached_keeps_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration has more windows than give gradients, so it may reach experts that these do not."""
+    source = make_checkpoint("mixtral", tmp_path / "model")
+    name = "model.layers.0.mlp.experts.down_proj.2"
+    with opened(short_config(source, tmp_path / "out", **AVERAGE)) as job:
+        calibrated = calibrate(job)
+        known = load_sensitivities(job, 2)
+        assert known[name] > 0
+        monkeypatch.setattr(profile_module, "load_sensitivities", lambda *_: {**known, name: 0.0})
+        profile(job, calibrated.record.key)
+        plan = load_plan(job.run.file("plan.json"))
+    assert (plan.linears[name].bits, plan.linears[name].outlier_index) == (4, ())
