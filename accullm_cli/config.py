@@ -150,6 +150,11 @@ class PlanOptions(Section):
         le=0.5,
     )
 
+    @property
+    def is_average(self) -> bool:
+        """Whether `bits` is to be reached over all linears, rather than in each."""
+        return isinstance(self.bits, float)
+
 
 class Rounding(Section):
     """How weights are rounded to their grid."""

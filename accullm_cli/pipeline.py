@@ -71,8 +71,9 @@ class DryRun:
 
     stages: as the run would find them, but that of an artifact made of changed inputs nothing is known, so that it
     counts as changed; a stage asked for alone is the last one.
-    peak_bytes and seconds are estimates. bits_per_weight is exact for the native format; artifact_bytes are its
-    tensors and the tokenizer files, to which a few kilobytes of JSON and headers come.
+    peak_bytes and seconds are estimates. bits_per_weight is exact for the native format, or within the average that was
+    asked for; artifact_bytes are its tensors and the tokenizer files, to which a few kilobytes of JSON and headers
+    come.
     """
 
     model: str
@@ -285,7 +286,7 @@ def _check_config(config: Config, run: RunDirectory, foreign: str) -> None:
             "--gradient-samples",
             f"give {config.calibration.samples} or less, or more --samples",
         )
-    if isinstance(config.plan.bits, float):
+    if config.plan.is_average:
         if not config.calibration.gradient_samples:
             what = f"an average of {config.plan.bits:g} needs gradients, which tell what each linear matters"
             raise AccullmError(what, "--bits", "give --gradient-samples 32 as well, or whole bits")

@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"config", "config_file", "resources", "run", "progress", "units", "errors"}),
 )
 MAX_LINES = 450
-HEAVY = {"torch", "transformers", "numpy", "safetensors", "matplotlib", "huggingface_hub", "gguf"}
+HEAVY = {"torch", "numba", "transformers", "numpy", "safetensors", "matplotlib", "huggingface_hub", "gguf"}
 
 
 def name_of(path: Path) -> str:

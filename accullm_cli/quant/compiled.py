@@ -6,7 +6,6 @@ The machine code is kept beside this file, or in the user's cache directory, so 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -111,7 +110,7 @@ def round_tile(
     def work(first: int, last: int) -> None:
         _round_rows(first, last, *arrays, largest, *rest)
 
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1)
+    threads = torch.get_num_threads()
     if rows is not None or threads == 1 or len(wanted) <= ROWS_PER_TASK:
         work(0, len(wanted))
     else:

@@ -69,7 +69,6 @@ def profile_inputs(job: Job, calibrate_key: str) -> dict[str, str]:
 def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Plan:
     """The plan of the configuration; without statistics (before calibration) what it chooses is a placeholder."""
     options = job.config.plan
-    average = isinstance(options.bits, float)
     loss_of: dict[str, torch.Tensor] = {}
     for entry in stats or ():
         for name in entry.linears:
@@ -83,13 +82,13 @@ def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None)
                 name=slot.name,
                 out_features=slot.out_features,
                 in_features=slot.in_features,
-                bits=MEASURED_BITS if average else int(options.bits),
+                bits=MEASURED_BITS if options.is_average else int(options.bits),
                 group_size=options.group_size,
                 symmetric=options.symmetric,
-                outlier_index=() if average else choose_outliers(loss, options.outliers),
+                outlier_index=() if options.is_average else choose_outliers(loss, options.outliers),
                 source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
             )
-    if average:
+    if options.is_average:
         if stats is None:
             losses = {name: torch.ones(plan.in_features) for name, plan in linears.items()}
         else:
