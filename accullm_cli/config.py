@@ -75,6 +75,9 @@ def check_distinct(values: list[str]) -> list[str]:
     return values
 
 
+# Windows with gradients where a plan needs some, and nobody said how many.
+DEFAULT_GRADIENT_SAMPLES = 64
+
 PercentText = Annotated[str, StringConstraints(pattern=r"^\s*[0-9]*\.?[0-9]+\s*%\s*$")]
 Fraction = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | PercentText)]
 Bits = Annotated[float, AfterValidator(whole_as_integer)]
@@ -108,10 +111,11 @@ class Calibration(Section):
     )
     samples: int = option(128, "Number of calibration windows.", ge=1)
     seq_len: int = option(512, "Tokens in a window, for calibration and validation.", ge=16)
-    gradient_samples: int = option(
-        0,
+    gradient_samples: int | None = option(
+        None,
         "Of the calibration windows, how many give gradients, too. With gradients rounding carries errors from one "
-        "output row into the next as well (YAQA); 0 does without.",
+        "output row into the next as well (YAQA); 0 does without. Default: 0; for an average of bits or --golden "
+        "64 or as many as there are.",
         ge=0,
         example="64",
     )
@@ -123,7 +127,7 @@ class PlanOptions(Section):
     bits: Bits = option(
         4,
         "Bits of a weight. With an average such as 4.4, everything stored counted, bits and outliers of each linear "
-        "are chosen for the least loss (needs --gradient-samples).",
+        "are chosen for the least loss.",
         example="4.4",
         ge=2,
         le=8,
@@ -216,6 +220,20 @@ class Validation(Section):
     )
 
 
+class Search(Section):
+    """The search for the smallest artifact that meets the contract."""
+
+    golden: bool = option(
+        False,
+        "Look for the smallest average of --bits with which the artifact meets the contract: plans are converted and "
+        "measured on held-out text, and the one chosen is judged on text that the search never saw.",
+    )
+    max_bits_per_weight: float = option(
+        6.0, "The largest average that the search may come to.", ge=2, le=8, example="5"
+    )
+    max_plans: int = option(5, "How many plans the search may try.", ge=1)
+
+
 class Machine(Section):
     """Where and how the work is done."""
 
@@ -244,7 +262,17 @@ class Config(Section):
     rounding: Rounding = Field(default_factory=Rounding)
     export: Export = Field(default_factory=Export)
     validation: Validation = Field(default_factory=Validation)
+    search: Search = Field(default_factory=Search)
     machine: Machine = Field(default_factory=Machine)
+
+    @property
+    def gradient_samples(self) -> int:
+        """How many windows give gradients: as many as were asked for, else as what was asked for needs."""
+        calibration = self.calibration
+        if calibration.gradient_samples is not None:
+            return calibration.gradient_samples
+        needed = self.plan.is_average or self.search.golden
+        return min(DEFAULT_GRADIENT_SAMPLES, calibration.samples) if needed else 0
 
     def to_yaml(self) -> str:
         """The config as a YAML file that `load_config` reads back to an equal one."""

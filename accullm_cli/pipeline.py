@@ -19,19 +19,19 @@ from accullm_cli.formats import open_artifact
 from accullm_cli.formats.manifest import read_manifest, record_fidelity
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.measure.contract import judge, parse_requirement
-from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, LinearSummary, Report, StageSummary
+from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, LinearSummary, Report, StageSummary, Trial
 from accullm_cli.model.alias import aliases
-from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.source import open_source
-from accullm_cli.model.text import check_text
 from accullm_cli.progress import Progress, silent
 from accullm_cli.report import write_report
 from accullm_cli.run import Reason, RunDirectory, key_of, write_text
-from accullm_cli.stages.calibrate import calibrate, calibrate_inputs, make_reference, open_decoder
+from accullm_cli.search import search
+from accullm_cli.stages.calibrate import calibrate, calibrate_inputs, make_reference
+from accullm_cli.stages.checks import GOLDEN_FORMAT, check_config, check_positions, preflight, refuse_golden
 from accullm_cli.stages.estimate import estimate
-from accullm_cli.stages.export import artifact_directories, check_output, export, export_inputs, known_files
+from accullm_cli.stages.export import artifact_directories, export, export_inputs, known_files
 from accullm_cli.stages.job import Job, StageOutcome, decide, versions
-from accullm_cli.stages.profile import make_plan, profile, profile_inputs, refuse_impossible
+from accullm_cli.stages.profile import make_plan, profile, profile_inputs
 from accullm_cli.stages.quantize import load_block_record, quantize, quantize_inputs
 from accullm_cli.stages.validate import (
     artifact_sha256,
@@ -105,6 +105,8 @@ def convert(config: Config, progress: Progress = silent, fresh: bool = False) ->
 def convert_all(config: Config, progress: Progress = silent, fresh: bool = False) -> tuple[Report, ...]:
     """As `convert`, for every requested format."""
     with _open_job(config, progress) as job:
+        if config.search.golden:
+            return (_convert_golden(job, fresh),)
         outcomes = list(_run_stages(job, fresh))
         return tuple(
             _finish_report(job, name, directory, outcomes)
@@ -121,6 +123,7 @@ def run_stage(name: str, config: Config, progress: Progress = silent, fresh: boo
     Raises:
         AccullmError: an earlier stage has not run for this configuration.
     """
+    refuse_golden(config, name)
     with _open_job(config, progress, only=name) as job:
         outcomes: list[StageOutcome] = []
         for outcome in _run_stages(job, fresh):
@@ -174,14 +177,17 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
     Raises:
         AccullmError: whatever would stop the conversion before its first forward pass.
     """
+    if only is not None:
+        refuse_golden(config, only)
     run = RunDirectory(run_path(config))
-    _check_config(config, run, "reference")
+    check_config(config, run, "reference")
     with tempfile.TemporaryDirectory() as scratch, _threads(run, config):
         source = open_source(config.model, Path(scratch), progress)
         job = Job(config, run, source, progress, only)
-        _check_positions(job)
-        decoder = _preflight(job)
-        stages = tuple(PlannedStage(name, str(why), why.runs) for name, why in _decide_stages(job, fresh).items())
+        check_positions(job)
+        decoder = preflight(job, artifact_path(config))
+        decided = _decide_search(job, fresh) if config.search.golden else _decide_stages(job, fresh)
+        stages = tuple(PlannedStage(name, str(why), why.runs) for name, why in decided.items())
         plan = make_plan(job, decoder)
         estimated = estimate(job, decoder, plan)
         return DryRun(
@@ -194,6 +200,15 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
             peak_bytes=estimated.peak_bytes,
             seconds=estimated.seconds,
         )
+
+
+def _decide_search(job: Job, fresh: bool) -> dict[str, Reason]:
+    """As `_decide_stages`, for a golden search, of which no more is known than where it begins and may end."""
+    plans = job.config.search.max_plans
+    return {
+        "calibrate": decide(job, "calibrate", calibrate_inputs(job), fresh),
+        "search": Reason("new", f"up to {plans} plans; time is estimated for one"),
+    }
 
 
 def _decide_stages(job: Job, fresh: bool) -> dict[str, Reason]:
@@ -254,51 +269,17 @@ def _open_job(
 ) -> Iterator[Job]:
     """Lock the run directory, fix the thread count, open the source and refuse what cannot work."""
     directory = RunDirectory(run or run_path(config))
-    _check_config(config, directory, "reference" if checks_output else "calibrate")
+    check_config(config, directory, "reference" if checks_output else "calibrate")
     with directory.locked(), directory.removed_if_refused(), _threads(directory, config) as threads:
         source = open_source(config.model, directory.path, progress)
         job = Job(config, directory, source, progress, only)
-        _check_positions(job)
+        check_positions(job)
         if checks_output:
-            _preflight(job)
+            preflight(job, artifact_path(config))
         resolved = config.model_dump(mode="json")
         resolved["machine"]["threads"] = threads
         write_text(directory.file("run.yaml"), yaml.safe_dump(resolved, sort_keys=False))
         yield job
-
-
-def _check_config(config: Config, run: RunDirectory, foreign: str) -> None:
-    """Refuse what needs no look at the model.
-
-    Args:
-        foreign: the stage that begins the other kind of work. A conversion and a validation on its own keep files of
-            the same names, so neither goes into the other's run directory.
-    """
-    for text in config.validation.require:
-        parse_requirement(text)
-    if config.machine.device not in ("auto", "cpu"):
-        raise AccullmError(
-            f"{config.machine.device} is not supported: this version computes on the CPU", "--device", "give cpu"
-        )
-    if config.calibration.gradient_samples > config.calibration.samples:
-        raise AccullmError(
-            f"{config.calibration.gradient_samples} is more than the {config.calibration.samples} calibration windows",
-            "--gradient-samples",
-            f"give {config.calibration.samples} or less, or more --samples",
-        )
-    if config.plan.is_average:
-        if not config.calibration.gradient_samples:
-            what = f"an average of {config.plan.bits:g} needs gradients, which tell what each linear matters"
-            raise AccullmError(what, "--bits", "give --gradient-samples 32 as well, or whole bits")
-        if "compressed-tensors" in config.export.format:
-            what = "compressed-tensors holds linears of one width and no outliers, not an average"
-            raise AccullmError(what, "--bits", "give 4 or 8, and --outliers 0")
-    for text in (config.calibration.text, config.validation.text):
-        check_text(text)
-    run.check()
-    if foreign in run.stages():
-        what = "holds a conversion" if foreign == "calibrate" else "holds the validation of a finished artifact"
-        raise AccullmError(what, run.path, "give another directory with --run")
 
 
 @contextmanager
@@ -315,27 +296,6 @@ def _threads(run: RunDirectory, config: Config) -> Iterator[int]:
         yield count
     finally:
         torch.set_num_threads(before)
-
-
-def _check_positions(job: Job) -> None:
-    """Refuse windows that are longer than what the model was made to read."""
-    text = job.source.config.get("text_config", job.source.config)
-    positions = text.get("max_position_embeddings", text.get("n_positions"))
-    if positions is not None and job.config.calibration.seq_len > positions:
-        raise AccullmError(
-            f"{job.config.calibration.seq_len} is more than the model's {positions} positions",
-            "--seq-len",
-            f"give {positions} or less",
-        )
-
-
-def _preflight(job: Job) -> Decoder:
-    """Refuse what cannot end well before the first forward pass: output directories, and what formats cannot hold."""
-    for directory in artifact_directories(job, artifact_path(job.config)).values():
-        check_output(job, directory)
-    decoder = open_decoder(job)
-    refuse_impossible(job, make_plan(job, decoder), decoder)
-    return decoder
 
 
 # -- the stages in order -----------------------------------------------------------------------------------
@@ -355,8 +315,32 @@ def _run_stages(job: Job, fresh: bool) -> Iterator[StageOutcome]:
         yield validate(job, directory, name, calibrated.record.key, fresh)
 
 
-def _finish_report(job: Job, format_name: str, directory: Path, outcomes: Sequence[StageOutcome]) -> Report:
-    """Judge the contract, write the report, and put the measured figures into the artifact."""
+def _convert_golden(job: Job, fresh: bool) -> Report:
+    """Search for the smallest plan, export it, and judge it on text that the search never saw."""
+    calibrated = calibrate(job, fresh)
+    found = search(job, calibrated, fresh)
+    out = artifact_path(job.config)
+    exported = export(found.job, out, found.outcomes[-1].record.key, fresh)
+    validated = validate(found.job, out, GOLDEN_FORMAT, calibrated.record.key, fresh)
+    outcomes = [*found.outcomes, exported, validated]
+    return _finish_report(found.job, GOLDEN_FORMAT, out, outcomes, found.trials, report_path(job, GOLDEN_FORMAT))
+
+
+def _finish_report(
+    job: Job,
+    format_name: str,
+    directory: Path,
+    outcomes: Sequence[StageOutcome],
+    trials: tuple[Trial, ...] = (),
+    destination: Path | None = None,
+) -> Report:
+    """Judge the contract, write the report, and put the measured figures into the artifact.
+
+    Args:
+        trials: of a golden search.
+        destination: directory of the report, where it is not the job's own.
+    """
+    destination = destination or report_path(job, format_name)
     artifact = open_artifact(directory)
     fidelity = load_fidelity(job, format_name)
     manifest = read_manifest(directory)
@@ -383,9 +367,10 @@ def _finish_report(job: Job, format_name: str, directory: Path, outcomes: Sequen
         stages=tuple(_summary(outcome) for outcome in outcomes),
         linears=_linear_summaries(job, artifact),
         versions=versions(),
-        directory=str(report_path(job, format_name)),
+        search=trials,
+        directory=str(destination),
     )
-    write_report(report, report_path(job, format_name))
+    write_report(report, destination)
     record_fidelity(directory, report)
     return report
 

@@ -10,7 +10,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.measure.result import Clause, Estimate, Fidelity
@@ -121,6 +121,57 @@ def judge(
         "fallbacks": _exactly(len(records)),
     }
     return tuple(_clause(requirement, figures[requirement.metric]) for requirement in requirements)
+
+
+def search_demands(contract: Sequence[str]) -> list[Requirement]:
+    """What a search for the smallest plan asks of one: the contract's clauses on fidelity.
+
+    A figure that comes with a 95% interval must meet the limit with its worse end: the search stops right at the limit,
+    and on other text a figure is as likely to be worse as to be better.
+
+    Raises:
+        AccullmError: the contract has no such clause.
+    """
+    found = [parse_requirement(text) for text in contract]
+    found = [requirement for requirement in found if bounds_loss(requirement)]
+    if not found:
+        raise AccullmError(
+            "needs a contract on how faithful the artifact is",
+            "--golden",
+            "give, for example, --require 'mean_kl<=0.03'",
+        )
+    return [
+        replace(requirement, bound="high" if "<" in requirement.comparison else "low")
+        if requirement.metric in METRICS_WITH_INTERVAL and not requirement.bound
+        else requirement
+        for requirement in found
+    ]
+
+
+def bounds_loss(requirement: Requirement) -> bool:
+    """Whether a condition asks for fidelity, so that fewer errors can bring it about."""
+    if requirement.metric in SHARES:
+        return ">" in requirement.comparison
+    return requirement.metric.startswith(("mean_kl", "kl_", "perplexity")) and "<" in requirement.comparison
+
+
+def room_for_loss(requirement: Requirement, measured: float, perplexity_original: float) -> float:
+    """By which factor the loss might grow until a condition that `bounds_loss` is just met; below 1 where it is not.
+
+    For small losses KL and the excess of perplexity grow as the loss does, and the share of tokens that change places
+    as its square root.
+
+    Args:
+        measured: what the condition is held against.
+    """
+    if requirement.metric in SHARES:
+        allowed, found = (1 - requirement.limit) ** 2, (1 - measured) ** 2
+    else:
+        best = {"perplexity": perplexity_original, "perplexity_ratio": 1.0}.get(requirement.metric, 0.0)
+        allowed, found = max(requirement.limit - best, 0.0), measured - best
+    if found <= 0:
+        return math.inf
+    return allowed / found
 
 
 def _exactly(value: float) -> Estimate:

@@ -80,6 +80,19 @@ class LinearSummary:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A plan that a golden search tried.
+
+    clauses: what it was held against, measured on the search's own text.
+    """
+
+    bits_per_weight: float
+    artifact_bytes: int
+    clauses: tuple[Clause, ...]
+    met: bool
+
+
+@dataclass(frozen=True)
 class Report:
     """The result of a conversion or validation."""
 
@@ -99,4 +112,5 @@ class Report:
     stages: tuple[StageSummary, ...]
     linears: tuple[LinearSummary, ...]
     versions: dict[str, str]
+    search: tuple[Trial, ...] = ()  # of a golden search, the plans that it measured
     directory: str = ""  # where report.html and report.json lie; empty where none were written

@@ -29,6 +29,9 @@ _SMALLEST_PIECE = 2_000
 _CALIBRATION_SHARES = {"prose": 0.45, "code": 0.35, "licences": 0.08, "generated": 0.12}
 _VALIDATION_SHARES = {"prose": 0.5, "code": 0.5}
 
+# Windows, each a list of tokens, and what they were cut from.
+_Found = tuple[list[list[int]], str]
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -71,11 +74,11 @@ def calibration_windows(
             kind: _clean(packaged_text.pieces(texts, cutter.piece, rng), held_out) for kind, texts in documents.items()
         }
         streams["generated"] = (generated_document(f"calibration {seed} {number}") for number in itertools.count())
-        return _mixture(cutter, streams, _CALIBRATION_SHARES, samples, rng, "for calibration")
+        return _wrap(_mixture(cutter, streams, _CALIBRATION_SHARES, samples, rng, "for calibration"), samples)
     if text.startswith("hub:"):
         rows = _read_hub(text, samples * seq_len * _CHARACTERS_PER_TOKEN * 2, seed)
-        return _wrap(cutter.cut(rows, samples), samples, text)
-    return _from_file(cutter, text, samples, rng)
+        return _wrap((cutter.cut(rows, samples), text), samples)
+    return _wrap(next(_from_file(cutter, text, samples, rng)), samples)
 
 
 def validation_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, seed: int) -> Windows:
@@ -87,16 +90,39 @@ def validation_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: i
     Raises:
         AccullmError: no such file, not UTF-8, too short for one window.
     """
+    return _wrap(next(_held_out(text, tokenizer, windows, seq_len, seed)), windows)
+
+
+def search_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, seed: int) -> Windows:
+    """As many windows again of the same text, none of which overlaps any of `validation_windows`.
+
+    Raises:
+        AccullmError: as above, or fewer than two are left.
+    """
+    _, (found, origin) = _held_out(text, tokenizer, windows, seq_len, seed)
+    if len(found) < 2:
+        raise AccullmError(
+            f"has {len(found)} windows left to search on, beside the {windows} that the contract is judged on",
+            f"validation text {text}",
+            "give more text, or fewer --validation-windows",
+        )
+    return _wrap((found, origin), windows)
+
+
+def _held_out(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, seed: int) -> Iterator[_Found]:
+    """Validation windows, and after them as many others, or as there are."""
     cutter = _Cutter(tokenizer, seq_len)
     rng = random.Random(f"validation {seed}")
-    if text == "default":
-        code = packaged_text.code("held out")
-        streams = {
-            "prose": packaged_text.pieces(packaged_text.prose("held out", code), cutter.piece, rng),
-            "code": packaged_text.pieces(code, cutter.piece, rng),
-        }
-        return _mixture(cutter, streams, _VALIDATION_SHARES, windows, rng, "held out")
-    return _from_file(cutter, text, windows, rng)
+    if text != "default":
+        yield from _from_file(cutter, text, windows, rng)
+        return
+    code = packaged_text.code("held out")
+    streams = {
+        "prose": packaged_text.pieces(packaged_text.prose("held out", code), cutter.piece, rng),
+        "code": packaged_text.pieces(code, cutter.piece, rng),
+    }
+    for purpose in ("held out", "held out, to search on,"):
+        yield _mixture(cutter, streams, _VALIDATION_SHARES, windows, rng, purpose)
 
 
 def check_text(text: str) -> None:
@@ -165,7 +191,7 @@ def _mixture(
     count: int,
     rng: random.Random,
     purpose: str,
-) -> Windows:
+) -> _Found:
     """Windows from several streams by their shares; a stream that ends early is made up for by the next ones."""
     wanted = _apportion(shares, count)
     found = {kind: cutter.cut(stream, wanted[kind]) for kind, stream in streams.items()}
@@ -176,7 +202,7 @@ def _mixture(
     windows = [window for kind in found for window in found[kind]]
     rng.shuffle(windows)
     parts = ", ".join(f"{len(found[kind])} {kind}" for kind in found if found[kind])
-    return _wrap(windows, count, f"packaged text {purpose} from Python {platform.python_version()}: {parts}")
+    return windows, f"packaged text {purpose} from Python {platform.python_version()}: {parts}"
 
 
 def _apportion(shares: Mapping[str, float], count: int) -> dict[str, int]:
@@ -188,17 +214,26 @@ def _apportion(shares: Mapping[str, float], count: int) -> dict[str, int]:
     return whole
 
 
-def _from_file(cutter: _Cutter, name: str, count: int, rng: random.Random) -> Windows:
-    """Windows from a user's file: consecutive ones if it is short, from all over it if it is long."""
+def _from_file(cutter: _Cutter, name: str, count: int, rng: random.Random) -> Iterator[_Found]:
+    """Windows from a user's file: consecutive ones if it is short, from all over it if it is long.
+
+    After them as many others, or as there are, that overlap none of them.
+
+    Raises:
+        AccullmError: the file holds too little for one window.
+    """
     text = _read_file(Path(name).expanduser())
-    needed = 4 * count * cutter.seq_len * _CHARACTERS_PER_TOKEN
-    if len(text) > 4 * needed:
+    reach = 4 * cutter.seq_len * _CHARACTERS_PER_TOKEN
+    if len(text) > 4 * count * reach:
         # Too long to tokenize for so few windows: one window from each of `count` equal stretches.
-        stretch, reach = len(text) // count, 4 * cutter.seq_len * _CHARACTERS_PER_TOKEN
-        starts = [number * stretch + rng.randrange(stretch - reach) for number in range(count)]
-        taken = [cutter.tokens(text[start : start + reach]) for start in starts]
-        windows = [cutter.window(tokens) for tokens in taken if len(tokens) >= cutter.body]
-        return _wrap(windows, count, f"{name}, {len(windows)} places")
+        stretch = len(text) // count
+        places = [(number * stretch, rng.randrange(stretch - reach)) for number in range(count)]
+        beside = [(start, at + reach if at + 2 * reach <= stretch else at - reach) for start, at in places]
+        for chosen_places in (places, beside):
+            taken = [cutter.tokens(text[start + at : start + at + reach]) for start, at in chosen_places]
+            windows = [cutter.window(tokens) for tokens in taken if len(tokens) >= cutter.body]
+            yield windows, f"{name}, {len(windows)} places"
+        return
     tokens = cutter.tokens(text)
     bodies = [tokens[start : start + cutter.body] for start in range(0, len(tokens) - cutter.body + 1, cutter.body)]
     if not bodies:
@@ -207,8 +242,11 @@ def _from_file(cutter: _Cutter, name: str, count: int, rng: random.Random) -> Wi
             name,
             "give more text or a smaller --seq-len",
         )
-    chosen = sorted(rng.sample(range(len(bodies)), min(count, len(bodies))))
-    return _wrap([cutter.window(bodies[index]) for index in chosen], count, name)
+    left = list(range(len(bodies)))
+    for _ in range(2):
+        chosen = sorted(rng.sample(left, min(count, len(left))))
+        yield [cutter.window(bodies[index]) for index in chosen], name
+        left = [index for index in left if index not in chosen]
 
 
 def _read_file(path: Path) -> str:
@@ -254,12 +292,13 @@ def _read_hub(text: str, characters: int, seed: int) -> list[str]:
     return rows
 
 
-def _wrap(windows: list[list[int]], asked: int, origin: str) -> Windows:
+def _wrap(found: _Found, asked: int) -> Windows:
     """The windows as a value.
 
     Raises:
         AccullmError: there are none.
     """
+    windows, origin = found
     if not windows:
         raise AccullmError("holds too little text for one window", origin, "give more text or a smaller --seq-len")
     ids = torch.tensor(windows, dtype=torch.int64)

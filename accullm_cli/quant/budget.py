@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,72 +12,108 @@ from accullm_cli.quant.plan import LinearPlan, Plan
 
 # The width that losses are given for.
 MEASURED_BITS = 4
-# Halvings of the interval of prices, which spans a factor of 2**200 around the dearest and the cheapest bit.
+# log2 of the prices per bit, over what the dearest feature can save: from one that no bit is worth to one that all are.
+PRICES = (-200.0, 0.0)
+# Halvings of that interval.
 HALVINGS = 60
+# Points of the curve of loss against bits, for each halving of the price.
+POINTS_PER_OCTAVE = 2
 
 
-def plan_within(
-    plans: Mapping[str, LinearPlan],
-    losses: Mapping[str, torch.Tensor],
-    bits_per_weight: float,
-    widths: Sequence[int],
-    largest_fraction: float,
-) -> dict[str, LinearPlan]:
-    """The plan of least expected loss that takes no more than `bits_per_weight`.
+@dataclass(frozen=True)
+class Choices:
+    """What there is to choose from.
 
     At a price per bit, each linear for itself takes the width and the outlier features whose loss and price together
-    are least; the lowest price at which all of it fits the budget is found by bisection (Lagrange multipliers for
-    discrete choices: Everett, Operations Research 11, 1963). So nowhere does a bit save much more than elsewhere.
+    are least (Lagrange multipliers for discrete choices: Everett, Operations Research 11, 1963). So nowhere does a bit
+    save much more than elsewhere.
 
-    Args:
-        plans: the linears; their group size and symmetry are kept. One without losses is kept as it is.
-        losses: [K], the loss that rounding each input feature to MEASURED_BITS is expected to cause, in one unit for
-            all linears. At other widths it changes as the square of the grid's step.
-        bits_per_weight: everything stored for the linears, over their weights.
-        widths: the bits that a linear may get.
-        largest_fraction: of a linear's input features that may be outliers.
-
-    Raises:
-        AccullmError: the smallest plan takes more.
+    plans: the linears; their group size and symmetry are kept. One without losses is kept as it is.
+    losses: [K], the loss that rounding each input feature to MEASURED_BITS is expected to cause, in one unit for all
+        linears. At other widths it changes as the square of the grid's step.
+    widths: the bits that a linear may get.
+    largest_fraction: of a linear's input features that may be outliers.
     """
 
-    def at_price(price: float) -> Plan:
-        chosen = {name: _best(plans[name], loss, price, widths, largest_fraction) for name, loss in losses.items()}
-        return Plan({**plans, **chosen})
+    plans: Mapping[str, LinearPlan]
+    losses: Mapping[str, torch.Tensor]
+    widths: Sequence[int]
+    largest_fraction: float
 
-    least = {name: replace(plans[name], bits=min(widths), outlier_index=()) for name in losses}
-    smallest = Plan({**plans, **least})
-    if smallest.bits_per_weight > bits_per_weight:
-        raise AccullmError(
-            f"an average of {bits_per_weight:g} bits cannot be had: the smallest plan takes "
-            f"{smallest.bits_per_weight:.3f}, scales included",
-            "--bits",
-            "give more, or larger groups",
-        )
-    dearest = max((float(loss.max()) for loss in losses.values()), default=0.0)
-    low, high = -200.0, 0.0  # log2 of the price over what no bit can save
-    found = smallest
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        plan = at_price(dearest * 2.0**middle)
-        if plan.bits_per_weight > bits_per_weight:
-            low = middle
-        else:
-            high, found = middle, plan
-    return dict(found.linears)
+    def within(self, bits_per_weight: float) -> Plan:
+        """The plan of least expected loss that takes no more: that of the lowest price at which it fits.
+
+        Args:
+            bits_per_weight: everything stored for the linears, over their weights.
+
+        Raises:
+            AccullmError: the smallest plan takes more.
+        """
+        found = self.smallest()
+        if found.bits_per_weight > bits_per_weight:
+            raise AccullmError(
+                f"an average of {bits_per_weight:g} bits cannot be had: the smallest plan takes "
+                f"{found.bits_per_weight:.3f}, scales included",
+                "--bits",
+                "give more, or larger groups",
+            )
+        low, high = PRICES
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            plan = self._at_price(middle)
+            if plan.bits_per_weight > bits_per_weight:
+                low = middle
+            else:
+                high, found = middle, plan
+        return found
+
+    def smallest(self) -> Plan:
+        """The plan of the fewest bits."""
+        least = {name: replace(self.plans[name], bits=min(self.widths), outlier_index=()) for name in self.losses}
+        return Plan({**self.plans, **least})
+
+    def curve(self) -> tuple[tuple[float, float], ...]:
+        """(bits per weight, expected loss), from the smallest plan to the largest."""
+        points: dict[float, float] = {}
+        price = PRICES[1]
+        while price >= PRICES[0]:
+            plan = self._at_price(price)
+            points[plan.bits_per_weight] = sum(self.loss_of(plan).values())
+            if all(plan.linears[name].bits == max(self.widths) for name in self.losses):
+                break
+            price -= 1 / POINTS_PER_OCTAVE
+        return tuple(sorted(points.items()))
+
+    def loss_of(self, plan: Plan) -> dict[str, float]:
+        """The expected loss of each linear under a plan; of those alone for which it is known."""
+        found = {}
+        for name, loss in self.losses.items():
+            linear = plan.linears[name]
+            rest = loss.double().clone()
+            rest[list(linear.outlier_index)] = 0
+            found[name] = float(rest.sum()) * _growth(linear.bits)
+        return found
+
+    def _at_price(self, exponent: float) -> Plan:
+        """The plan at a price of 2**exponent of what the dearest feature can save, for each bit."""
+        dearest = max((float(loss.max()) for loss in self.losses.values()), default=0.0)
+        price = dearest * 2.0**exponent
+        chosen = {name: self._best(self.plans[name], loss, price) for name, loss in self.losses.items()}
+        return Plan({**self.plans, **chosen})
+
+    def _best(self, plan: LinearPlan, loss: torch.Tensor, price: float) -> LinearPlan:
+        """The cheapest choice for one linear: loss + price * bits."""
+        of_an_outlier = price * 8 * (plan.source_itemsize * plan.out_features + 4)
+        most = int(self.largest_fraction * plan.in_features)
+        choices: list[tuple[float, LinearPlan]] = []
+        for bits in self.widths:
+            left, order = torch.sort(loss.double() * _growth(bits), descending=True, stable=True)
+            count = min(int((left > of_an_outlier).sum()), most)
+            chosen = replace(plan, bits=bits, outlier_index=tuple(sorted(order[:count].tolist())))
+            choices.append((float(left[count:].sum()) + price * 8 * chosen.stored_bytes, chosen))
+        return min(choices, key=lambda choice: choice[0])[1]
 
 
-def _best(
-    plan: LinearPlan, loss: torch.Tensor, price: float, widths: Sequence[int], largest_fraction: float
-) -> LinearPlan:
-    """The cheapest choice for one linear: loss + price * bits."""
-    of_an_outlier = price * 8 * (plan.source_itemsize * plan.out_features + 4)
-    most = int(largest_fraction * plan.in_features)
-    choices: list[tuple[float, LinearPlan]] = []
-    for bits in widths:
-        step = (2**MEASURED_BITS - 1) / (2**bits - 1)
-        left, order = torch.sort(loss.double() * step**2, descending=True, stable=True)
-        count = min(int((left > of_an_outlier).sum()), most)
-        chosen = replace(plan, bits=bits, outlier_index=tuple(sorted(order[:count].tolist())))
-        choices.append((float(left[count:].sum()) + price * 8 * chosen.stored_bytes, chosen))
-    return min(choices, key=lambda choice: choice[0])[1]
+def _growth(bits: int) -> float:
+    """What a loss measured at MEASURED_BITS is multiplied by at another width: the square of the step's growth."""
+    return float(((2**MEASURED_BITS - 1) / (2**bits - 1)) ** 2)

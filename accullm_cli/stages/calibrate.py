@@ -12,7 +12,7 @@ It leaves in the run directory
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch import nn
 from accullm_cli.model.blocks import Decoder, batches
 from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
 from accullm_cli.model.slots import LinearSlot
-from accullm_cli.model.text import Windows, calibration_windows, validation_windows
+from accullm_cli.model.text import Windows, calibration_windows, search_windows, validation_windows
 from accullm_cli.model.tokenizer import load_tokenizer
 from accullm_cli.progress import Event
 from accullm_cli.quant.grid import minmax_grid, row_chunks
@@ -40,6 +40,10 @@ DAMAGE_GROUP_SIZES = (32, 64, 128, -1)
 DAMAGE_BITS = 4
 # Tokens of the first window that are enough to see which linears share an input.
 PROBE_TOKENS = 32
+# Where in the run directory the tokens and the original's last hidden states lie of the text that the contract is
+# judged on, and of the text that a search over plans is measured on.
+VALIDATION_TEXT = ""
+SEARCH_TEXT = "search/"
 
 
 def calibrate(job: Job, force: bool = False) -> StageOutcome:
@@ -60,6 +64,7 @@ def calibrate_inputs(job: Job) -> dict[str, str]:
         "version:calibrate": str(VERSION),
         "config:machine.seed": str(config.machine.seed),
         **section_inputs("calibration", config.calibration),
+        "config:calibration.gradient_samples": str(config.gradient_samples),
         **section_inputs("validation", config.validation, "text", "windows"),
         **_file_inputs(config.calibration.text, config.validation.text),
         **machine_inputs(),
@@ -68,6 +73,15 @@ def calibrate_inputs(job: Job) -> dict[str, str]:
 
 def make_reference(job: Job, force: bool = False) -> StageOutcome:
     """As `calibrate`, for the validation text alone: what `validate` needs of the original."""
+    return _reference(job, "reference", VALIDATION_TEXT, validation_windows, force)
+
+
+def make_search_reference(job: Job, force: bool = False) -> StageOutcome:
+    """As `make_reference`, for the other windows of that text that a search over plans is measured on."""
+    return _reference(job, "search reference", SEARCH_TEXT, search_windows, force)
+
+
+def _reference(job: Job, stage: str, place: str, cut: Callable[..., Windows], force: bool) -> StageOutcome:
     inputs = {
         "source:sha256": job.source.sha256,
         "version:calibrate": str(VERSION),
@@ -79,11 +93,11 @@ def make_reference(job: Job, force: bool = False) -> StageOutcome:
     }
 
     def work(reason: Reason) -> Work:
-        validation = _validation_windows(job)
-        none = Windows(validation.ids[:0], "none", "")
-        return _run_original(job, "reference", key_of(inputs), none, validation)
+        windows = _held_out(job, cut)
+        none = Windows(windows.ids[:0], "none", "")
+        return _run_original(job, stage, key_of(inputs), none, windows, place)
 
-    return run_stage(job, "reference", inputs, force, work)
+    return run_stage(job, stage, inputs, force, work)
 
 
 def open_decoder(job: Job) -> Decoder:
@@ -116,14 +130,19 @@ def stats_path(job: Job, index: int) -> Path:
     return job.run.file(f"calibrate/block-{index:05d}.safetensors")
 
 
-def load_tokens(job: Job) -> dict[str, torch.Tensor]:
-    """The "calibration" and "validation" ids."""
-    return load_file(job.run.file("tokens.safetensors"))
+def load_tokens(job: Job, place: str = VALIDATION_TEXT) -> dict[str, torch.Tensor]:
+    """The "calibration" and "validation" ids; in the search's place, the "validation" ids are those to search on."""
+    return load_file(job.run.file(f"{place}tokens.safetensors"))
 
 
-def validation_text(job: Job) -> str:
+def load_reference(job: Job, place: str = VALIDATION_TEXT) -> dict[str, torch.Tensor]:
+    """What the original makes of the validation ids: "hidden", "floor" and "negative_log_likelihood"."""
+    return load_file(job.run.file(f"{place}reference.safetensors"))
+
+
+def validation_text(job: Job, place: str = VALIDATION_TEXT) -> str:
     """What the validation ids were cut from, in one line."""
-    with safe_open(job.run.file("tokens.safetensors"), framework="pt") as file:
+    with safe_open(job.run.file(f"{place}tokens.safetensors"), framework="pt") as file:
         return str(json.loads(file.metadata()["texts"])["validation"])
 
 
@@ -139,8 +158,10 @@ class _Streams:
     floor: torch.Tensor
 
 
-def _run_original(job: Job, stage: str, key: str, calibration: Windows, validation: Windows) -> Work:
-    tokens_path = job.run.file("tokens.safetensors")
+def _run_original(
+    job: Job, stage: str, key: str, calibration: Windows, validation: Windows, place: str = VALIDATION_TEXT
+) -> Work:
+    tokens_path = job.run.file(f"{place}tokens.safetensors")
     ids = {"calibration": calibration.ids, "validation": validation.ids}
     texts = json.dumps({"calibration": calibration.description, "validation": validation.description})
     # One entry, here and below: safetensors writes several in an order that differs from run to run.
@@ -160,7 +181,7 @@ def _run_original(job: Job, stage: str, key: str, calibration: Windows, validati
     else:
         start, streams = restored[0], _Streams(**restored[1])
         _embed(decoder, calibration.ids, validation.ids)  # the decoder learns what its blocks are called with
-    with_gradient = min(job.config.calibration.gradient_samples, len(calibration.ids))
+    with_gradient = min(job.config.gradient_samples, len(calibration.ids))
     for rows in batches(with_gradient, calibration.ids.shape[1]):
         decoder.embed(calibration.ids[rows])  # likewise, for as few windows
     decoder.release_outside()
@@ -189,7 +210,7 @@ def _run_original(job: Job, stage: str, key: str, calibration: Windows, validati
         "floor": streams.floor,
         "negative_log_likelihood": _negative_log_likelihood(decoder, streams.validation, validation.ids),
     }
-    reference_path = job.run.file("reference.safetensors")
+    reference_path = job.run.file(f"{place}reference.safetensors")
     write_file(reference_path, lambda path: save_file(reference, path))
     gradients: tuple[Path, ...] = ()
     if with_gradient:
@@ -202,19 +223,17 @@ def _run_original(job: Job, stage: str, key: str, calibration: Windows, validati
     return Work(outputs, (*job.source.records, *_unreached(job, total)))
 
 
-def _validation_windows(job: Job) -> Windows:
+def _held_out(job: Job, cut: Callable[..., Windows]) -> Windows:
     options = job.config.validation
     tokenizer = load_tokenizer(job.source.directory)
-    return validation_windows(
-        options.text, tokenizer, options.windows, job.config.calibration.seq_len, job.config.machine.seed
-    )
+    return cut(options.text, tokenizer, options.windows, job.config.calibration.seq_len, job.config.machine.seed)
 
 
 def _tokenize(job: Job) -> tuple[Windows, Windows]:
     config, seed = job.config, job.config.machine.seed
     tokenizer = load_tokenizer(job.source.directory)
     seq_len = config.calibration.seq_len
-    validation = _validation_windows(job)
+    validation = _held_out(job, validation_windows)
     if config.calibration.text == "self":
         from accullm_cli.model.self_text import sampled_windows
 

@@ -78,7 +78,7 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
 
 def _fisher_elements(job: Job, decoder: Decoder) -> int:
     """Elements of the Fisher matrices of a block, all of which wait until its linears are rounded."""
-    if not job.config.calibration.gradient_samples:
+    if not job.config.gradient_samples:
         return 0
     return max(sum(slot.out_features**2 for slot in slots if slot.expert is None) for slots in decoder.slots)
 
@@ -89,7 +89,7 @@ def _operations(job: Job, plan: Plan, head_weights: int) -> float:
     tokens = calibration.samples * calibration.seq_len
     held_out = job.config.validation.windows * calibration.seq_len
     weights = sum(linear.weights for linear in plan.linears.values())
-    with_gradient = calibration.gradient_samples * calibration.seq_len
+    with_gradient = job.config.gradient_samples * calibration.seq_len
     # Calibrate runs the held-out text and its noise floor, validate the artifact.
     passes = tokens + 3 * held_out + PASSES_OF_GRADIENTS * with_gradient
     grams = 0.0

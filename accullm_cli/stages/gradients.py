@@ -38,7 +38,7 @@ def sensitivity_path(job: Job, index: int) -> Path:
 
 def load_gradient(job: Job, index: int) -> torch.Tensor | None:
     """The gradient with respect to a block's output, bfloat16 [windows, tokens, hidden]; None if none was asked for."""
-    if not job.config.calibration.gradient_samples:
+    if not job.config.gradient_samples:
         return None
     return load_file(gradient_path(job, index))["gradient"]
 
@@ -55,7 +55,7 @@ def load_sensitivities(job: Job, blocks: int) -> dict[str, float]:
     That is the mean square of the gradient with respect to one output, the sum over the tokens that reach the linear
     divided by all tokens, so that an expert counts as often as it is used.
     """
-    if not job.config.calibration.gradient_samples:
+    if not job.config.gradient_samples:
         return {}
     found: dict[str, float] = {}
     for index in range(blocks):

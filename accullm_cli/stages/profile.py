@@ -17,8 +17,7 @@ from accullm_cli.formats.base import ModelShape
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import DTYPES
-from accullm_cli.progress import Event
-from accullm_cli.quant.budget import MEASURED_BITS, plan_within
+from accullm_cli.quant.budget import MEASURED_BITS, Choices
 from accullm_cli.quant.outliers import choose_outliers, expected_loss
 from accullm_cli.quant.plan import LinearPlan, Plan
 from accullm_cli.quant.stats import InputStats
@@ -42,10 +41,7 @@ def profile(job: Job, calibrate_key: str, force: bool = False) -> StageOutcome:
 
     def work(reason: Reason) -> Work:
         decoder = open_decoder(job)
-        stats: list[InputStats] = []
-        for index in range(len(decoder.block_names)):
-            stats += load_block_stats(stats_path(job, index))
-            job.progress(Event("profile", "step", f"block {index + 1}", None, index + 1, len(decoder.block_names)))
+        stats = load_stats(job, decoder)
         plan = make_plan(job, decoder, stats)
         refuse_impossible(job, plan, decoder)
         plan_path, picture = job.run.file("plan.json"), job.run.file("outliers.html")
@@ -54,6 +50,11 @@ def profile(job: Job, calibrate_key: str, force: bool = False) -> StageOutcome:
         return Work((plan_path, picture))
 
     return run_stage(job, "profile", inputs, force, work)
+
+
+def load_stats(job: Job, decoder: Decoder) -> list[InputStats]:
+    """What calibrate measured of every distinct input of the model."""
+    return [entry for index in range(len(decoder.block_names)) for entry in load_block_stats(stats_path(job, index))]
 
 
 def profile_inputs(job: Job, calibrate_key: str) -> dict[str, str]:
@@ -69,36 +70,58 @@ def profile_inputs(job: Job, calibrate_key: str) -> dict[str, str]:
 def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Plan:
     """The plan of the configuration; without statistics (before calibration) what it chooses is a placeholder."""
     options = job.config.plan
-    loss_of: dict[str, torch.Tensor] = {}
-    for entry in stats or ():
-        for name in entry.linears:
-            damage = entry.damage[name][_nearest_group_size(options.group_size)]
-            loss_of[name] = expected_loss(entry.second_moment, damage)
-    linears = {}
-    for block, slots in zip(decoder.block_names, decoder.slots, strict=True):
-        for slot in slots:
-            loss = loss_of.get(slot.name, torch.zeros(slot.in_features))
-            linears[slot.name] = LinearPlan(
-                name=slot.name,
-                out_features=slot.out_features,
-                in_features=slot.in_features,
-                bits=MEASURED_BITS if options.is_average else int(options.bits),
-                group_size=options.group_size,
-                symmetric=options.symmetric,
-                outlier_index=() if options.is_average else choose_outliers(loss, options.outliers),
-                source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
-            )
     if options.is_average:
-        if stats is None:
-            losses = {name: torch.ones(plan.in_features) for name, plan in linears.items()}
-        else:
-            # Of an expert that no token reached, or none with a gradient, nothing is known: it keeps its bits.
-            sensitivity_of = load_sensitivities(job, len(decoder.block_names))
-            reached = {name for entry in stats if entry.tokens for name in entry.linears if sensitivity_of[name] > 0}
-            losses = {name: sensitivity_of[name] * loss_of[name] for name in linears if name in reached}
-        fraction = LARGEST_OUTLIER_FRACTION if options.outliers else 0.0
-        linears = plan_within(linears, losses, options.bits, WIDTHS[options.spend], fraction)
+        return replace(average_choices(job, decoder, stats).within(options.bits), scale_dtype=scale_dtype(job))
+    losses = _losses(job, stats)
+    linears = _uniform_linears(job, decoder)
+    for name, plan in linears.items():
+        loss = losses.get(name, torch.zeros(plan.in_features))
+        linears[name] = replace(plan, bits=int(options.bits), outlier_index=choose_outliers(loss, options.outliers))
     return Plan(linears, scale_dtype(job))
+
+
+def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Choices:
+    """What a plan chooses from where bits are an average; without statistics all features count alike."""
+    options = job.config.plan
+    linears = _uniform_linears(job, decoder)
+    fraction = LARGEST_OUTLIER_FRACTION if options.outliers else 0.0
+    if stats is None:
+        losses = {name: torch.ones(plan.in_features) for name, plan in linears.items()}
+    else:
+        # Of an expert that no token reached, or none with a gradient, nothing is known: it keeps its bits.
+        sensitivity_of = load_sensitivities(job, len(decoder.block_names))
+        reached = {name for entry in stats if entry.tokens for name in entry.linears if sensitivity_of[name] > 0}
+        loss_of = _losses(job, stats)
+        losses = {name: sensitivity_of[name] * loss_of[name] for name in linears if name in reached}
+    return Choices(linears, losses, WIDTHS[options.spend], fraction)
+
+
+def _losses(job: Job, stats: list[InputStats] | None) -> dict[str, torch.Tensor]:
+    """The output error [K] that rounding each input feature of a linear to MEASURED_BITS is expected to cause."""
+    size = _nearest_group_size(job.config.plan.group_size)
+    return {
+        name: expected_loss(entry.second_moment, entry.damage[name][size])
+        for entry in stats or ()
+        for name in entry.linears
+    }
+
+
+def _uniform_linears(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
+    """Every linear at MEASURED_BITS, without outliers, in the configured groups."""
+    options = job.config.plan
+    return {
+        slot.name: LinearPlan(
+            name=slot.name,
+            out_features=slot.out_features,
+            in_features=slot.in_features,
+            bits=MEASURED_BITS,
+            group_size=options.group_size,
+            symmetric=options.symmetric,
+            source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
+        )
+        for block, slots in zip(decoder.block_names, decoder.slots, strict=True)
+        for slot in slots
+    }
 
 
 def load_plan(path: Path) -> Plan:

@@ -207,7 +207,7 @@ class _Streams:
         decoder.embed(ids[:1, :PROBE_TOKENS])
         embedded = torch.cat([decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
         decoder.release_outside()
-        reads_original = job.config.rounding.target == "corrected" or job.config.calibration.gradient_samples > 0
+        reads_original = job.config.rounding.target == "corrected" or job.config.gradient_samples > 0
         self.original: torch.Tensor | None = None
         if restored is None:
             self.position, self.rounded = 0, embedded

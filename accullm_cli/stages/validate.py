@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from accullm_cli.errors import AccullmError
@@ -25,7 +25,7 @@ from accullm_cli.model.checkpoint import build_skeleton
 from accullm_cli.progress import Event
 from accullm_cli.run import UP_TO_DATE, Reason, file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights
-from accullm_cli.stages.calibrate import load_tokens, validation_text
+from accullm_cli.stages.calibrate import VALIDATION_TEXT, load_reference, load_tokens, validation_text
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage
 from accullm_cli.stages.streams import StreamStore
 
@@ -34,23 +34,34 @@ VERSION = 1
 HEAD_TOLERANCE = 1e-3
 
 
-def validate(job: Job, artifact: Path, format_name: str, calibrate_key: str, force: bool = False) -> StageOutcome:
-    """Measure how far the artifact's next-token distributions are from the original's."""
-    name = stage_name(format_name)
-    inputs = validate_inputs(job, artifact_sha256(artifact), calibrate_key)
+def validate(
+    job: Job,
+    artifact: Path,
+    format_name: str,
+    reference_key: str,
+    force: bool = False,
+    place: str = VALIDATION_TEXT,
+) -> StageOutcome:
+    """Measure how far the artifact's next-token distributions are from the original's.
+
+    Args:
+        reference_key: of the stage that ran the original over the text that lies in `place`.
+    """
+    name = stage_name(format_name, place)
+    inputs = validate_inputs(job, artifact_sha256(artifact), reference_key)
 
     def work(reason: Reason) -> Work:
-        fidelity = _measure(job, name, artifact, key_of(inputs))
-        path = fidelity_path(job, format_name)
+        fidelity = _measure(job, name, artifact, key_of(inputs), place)
+        path = fidelity_path(job, format_name, place)
         write_text(path, json.dumps(asdict(fidelity), indent=1))
         return Work((path,))
 
     return run_stage(job, name, inputs, force, work)
 
 
-def stage_name(format_name: str) -> str:
-    """Each format's artifact is measured by a stage of its own."""
-    return f"validate {format_name}"
+def stage_name(format_name: str, place: str = VALIDATION_TEXT) -> str:
+    """Each format's artifact is measured by a stage of its own; so is one that a search tries."""
+    return f"validate {format_name}" if place == VALIDATION_TEXT else f"measure {format_name}"
 
 
 def validate_inputs(job: Job, artifact_hash: str, calibrate_key: str) -> dict[str, str]:
@@ -64,13 +75,17 @@ def validate_inputs(job: Job, artifact_hash: str, calibrate_key: str) -> dict[st
     }
 
 
-def fidelity_path(job: Job, format_name: str) -> Path:
-    return job.run.file(f"validate-{format_name}.json")
+def fidelity_path(job: Job, format_name: str, place: str = VALIDATION_TEXT) -> Path:
+    return job.run.file(f"{place}validate-{format_name}.json")
 
 
-def load_fidelity(job: Job, format_name: str) -> Fidelity:
+def load_fidelity(job: Job, format_name: str, place: str = VALIDATION_TEXT) -> Fidelity:
     """What `validate` measured."""
-    content = json.loads(fidelity_path(job, format_name).read_text())
+    return fidelity_from_json(json.loads(fidelity_path(job, format_name, place).read_text()))
+
+
+def fidelity_from_json(content: dict[str, Any]) -> Fidelity:
+    """What `asdict` made of a Fidelity, and JSON of that."""
     for name, value in content.items():
         if isinstance(value, dict):
             content[name] = Estimate(**value)
@@ -89,15 +104,15 @@ def hash_of_files(files: Mapping[str, str]) -> str:
     return key_of({name: digest for name, digest in files.items() if name not in (CARD_NAME, MANIFEST_NAME)})
 
 
-def _measure(job: Job, stage: str, directory: Path, key: str) -> Fidelity:
+def _measure(job: Job, stage: str, directory: Path, key: str, place: str) -> Fidelity:
     artifact = open_artifact(directory)
     model = build_skeleton(directory)
     decoder = Decoder(model, ArtifactWeights(artifact, model))
-    ids = load_tokens(job)["validation"]
+    ids = load_tokens(job, place)["validation"]
     hidden = _run_blocks(job, stage, decoder, ids, key)
 
     decoder.load_outside()
-    reference = load_file(job.run.file("reference.safetensors"))
+    reference = load_reference(job, place)
     divergence = Divergence()
     for window in range(len(ids)):
         original = decoder.logits(reference["hidden"][window : window + 1])[0]
@@ -108,7 +123,7 @@ def _measure(job: Job, stage: str, directory: Path, key: str) -> Fidelity:
             ids[window],
             decoder.logits(reference["floor"][window : window + 1])[0],
         )
-    return divergence.finish(validation_text(job), job.config.machine.seed)
+    return divergence.finish(validation_text(job, place), job.config.machine.seed)
 
 
 def _run_blocks(job: Job, stage: str, decoder: Decoder, ids: torch.Tensor, key: str) -> torch.Tensor:

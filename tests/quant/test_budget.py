@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.quant.budget import plan_within
+from accullm_cli.quant.budget import Choices
 from accullm_cli.quant.plan import LinearPlan, Plan
 
 WIDTHS = (3, 4, 5, 6, 8)
@@ -19,6 +19,12 @@ WIDTHS = (3, 4, 5, 6, 8)
 
 def linear(name: str, rows: int = 32, columns: int = 64, **changes: object) -> LinearPlan:
     return replace(LinearPlan(name, rows, columns, 4, 16, False), **changes)
+
+
+def plan_within(
+    plans: dict[str, LinearPlan], losses: dict[str, torch.Tensor], bits: float, widths: tuple[int, ...], fraction: float
+) -> dict[str, LinearPlan]:
+    return dict(Choices(plans, losses, widths, fraction).within(bits).linears)
 
 
 def loss_of(plan: LinearPlan, loss: torch.Tensor) -> float:
@@ -127,3 +133,21 @@ def test_a_linear_of_unknown_loss_is_kept_and_counted() -> None:
     assert list(found) == ["a", "b"]
     assert Plan(found).bits_per_weight <= 7.4
     assert found["a"].bits == 4
+
+
+def test_the_curve_is_that_of_the_plans() -> None:
+    """Every point is what the plan within its bits takes and costs; loss falls where bits rise."""
+    names = ("a", "b", "c")
+    losses = random_losses(names, 64, seed=2)
+    choices = Choices({name: linear(name) for name in names}, losses, WIDTHS, 0.1)
+    curve = choices.curve()
+    assert len(curve) > 10
+    assert curve[0][0] == choices.smallest().bits_per_weight
+    assert {plan.bits for plan in choices.within(curve[-1][0]).linears.values()} == {8}
+    assert all(later[0] > earlier[0] and later[1] < earlier[1] for earlier, later in itertools.pairwise(curve))
+    for bits, loss in curve:
+        plan = choices.within(bits)
+        assert plan.bits_per_weight == bits
+        own = sum(loss_of(plan.linears[name], losses[name]) for name in names)
+        assert own == pytest.approx(sum(choices.loss_of(plan).values()), rel=1e-12)
+        assert own <= loss * (1 + 1e-9)

@@ -1,0 +1,319 @@
+"""The golden search: the smallest average of bits with which an artifact meets its contract.
+
+Calibrate runs once. Every plan that is tried is a conversion of its own, in a run directory of its own below the
+first one's, with links to what calibrate left; it is measured on held-out text that the contract is not judged on.
+Where to go next is told by the loss that plans are expected to have (quant.budget): it is off by a factor, which the
+plans that were measured give away.
+
+It leaves in the run directory
+    search/trials.json          what was measured of every plan, by its average; a plan is never measured twice
+    search/plan-4.412/          the run directory of the best plan, and of the last one tried
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats import open_artifact
+from accullm_cli.formats.manifest import read_manifest
+from accullm_cli.formats.shards import link_or_copy
+from accullm_cli.measure.contract import (
+    Requirement,
+    judge,
+    room_for_loss,
+    search_demands,
+)
+from accullm_cli.measure.result import Clause, Fidelity, Trial
+from accullm_cli.progress import Event
+from accullm_cli.quant.budget import Choices
+from accullm_cli.run import RunDirectory, key_of, write_text
+from accullm_cli.stages.calibrate import SEARCH_TEXT, make_search_reference, open_decoder
+from accullm_cli.stages.checks import GOLDEN_FORMAT
+from accullm_cli.stages.export import export
+from accullm_cli.stages.job import Job, StageOutcome
+from accullm_cli.stages.profile import average_choices, load_plan, load_stats, profile, profile_inputs
+from accullm_cli.stages.quantize import quantize, quantize_inputs
+from accullm_cli.stages.validate import fidelity_from_json, load_fidelity, validate
+
+STAGE = "search"
+# Where the search begins, unless --bits is an average.
+START = 4.5
+# Averages that lie nearer to each other than this are not told apart: rounding is chaotic, and sums in another order
+# move the KL as much.
+RESOLUTION = 0.02
+# For the same reason the search aims at a loss smaller by this factor than what a clause leaves room for.
+AIM = 1.02
+# How much steeper or less steep than expected losses may be found to fall, where all plans lie on one side of the goal.
+STEEPEST = 4.0
+# Stands for 0 where a logarithm is wanted.
+TINY = 1e-300
+# Linears that are named where no plan meets the contract.
+NAMED = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A plan that was converted, and what was measured of it on the search's text.
+
+    bits: the average it was made for, of which it takes bits_per_weight.
+    """
+
+    bits: float
+    bits_per_weight: float
+    artifact_bytes: int
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a search ended.
+
+    job: in whose run directory the finished blocks of the chosen plan are.
+    outcomes: of the stages up to quantize.
+    trials: every plan that was measured, from the smallest to the largest.
+    """
+
+    job: Job
+    outcomes: tuple[StageOutcome, ...]
+    trials: tuple[Trial, ...]
+
+
+def search(job: Job, calibrated: StageOutcome, force: bool = False) -> Found:
+    """Find the smallest plan that meets the contract; where none does, the one that came nearest.
+
+    Args:
+        calibrated: what calibrate left in the job's run directory.
+
+    Raises:
+        AccullmError: the contract asks for nothing that bits could bring about, no plan is as small as it must be, or
+            the text is too short to search on.
+    """
+    demands = search_demands(job.config.validation.require)
+    reference = make_search_reference(job, force)
+    job.progress(Event(STAGE, "start"))
+    decoder = open_decoder(job)
+    choices = average_choices(job, decoder, load_stats(job, decoder))
+    curve = choices.curve()
+    lowest, highest = _bounds(job, curve)
+    key = _key(job, calibrated, reference)
+    measured = [] if force else _load(job, key)
+    for _ in range(job.config.search.max_plans):
+        rooms = [(plan.bits, _room(demands, plan)) for plan in measured]
+        bits = next_average(rooms, curve, lowest, highest, _start(job))
+        if bits is None:
+            break
+        plan = _measure(_plan_job(job, bits), calibrated, reference, bits, force)
+        measured = sorted([*measured, plan], key=lambda entry: entry.bits)
+        _store(job, key, measured)
+        job.progress(Event(STAGE, "record", f"plan {len(measured)}: {_sentence(demands, plan)}"))
+        _clear(job, keep={bits, _best(demands, measured).bits})
+    best = _best(demands, measured)
+    own = _plan_job(job, best.bits)
+    outcomes = (calibrated, reference, *_quantize(own, calibrated, reference))
+    if _room(demands, best) >= 1:
+        verdict = (
+            f"the smallest that meets the contract on the search's text has {best.bits_per_weight:.3f} bits per weight"
+        )
+    else:
+        verdict = f"no plan of up to {highest:g} bits per weight meets the contract on the search's text; most of the "
+        verdict += f"expected loss is in {_largest_losses(own, choices)}"
+    job.progress(Event(STAGE, "record", verdict))
+    _clear(job, keep={best.bits})
+    job.progress(Event(STAGE, "end"))
+    trials = tuple(
+        Trial(plan.bits_per_weight, plan.artifact_bytes, _clauses(demands, plan), _room(demands, plan) >= 1)
+        for plan in measured
+    )
+    return Found(own, outcomes, trials)
+
+
+def next_average(
+    rooms: Sequence[tuple[float, float]],
+    curve: Sequence[tuple[float, float]],
+    lowest: float,
+    highest: float,
+    start: float = START,
+) -> float | None:
+    """The average to try next; None where the smallest good one is known, or that there is none.
+
+    Args:
+        rooms: for each plan that was measured its average, and by which factor its loss might grow until all is just
+            met (1 and more where all is met).
+        curve: (bits per weight, expected loss), ascending in bits.
+    """
+    if not rooms:
+        return min(max(start, lowest), highest)
+    good = min((bits for bits, room in rooms if room >= 1), default=None)
+    bad = max((bits for bits, room in rooms if room < 1 and (good is None or bits < good)), default=None)
+    if good is None and bad is not None and bad >= highest:
+        return None
+    guess = min(max(_aim(rooms, curve, good, bad), lowest), highest)
+    if bad is not None:
+        guess = min(max(guess, bad + RESOLUTION), highest)
+    if good is not None and guess > good - RESOLUTION:
+        return None
+    return round(guess, 3)
+
+
+def _aim(
+    rooms: Sequence[tuple[float, float]], curve: Sequence[tuple[float, float]], good: float | None, bad: float | None
+) -> float:
+    """Where all should be just met: on the line through the two plans around it, or else the two nearest to it.
+
+    The line is that of the logarithm of a plan's room against that of its expected loss. Through one plan alone it
+    falls as the expected loss rises.
+    """
+    averages = np.array([average for average, _ in curve])
+    falls = -np.log([max(loss, TINY) for _, loss in curve])
+    points = [
+        (float(np.interp(bits, averages, falls)), math.log(min(max(room, TINY), 1 / TINY)))
+        for bits, room in rooms
+        if bits in (good, bad) or good is None or bad is None
+    ]
+    points.sort(key=lambda point: abs(point[1]))
+    (fall, room), slope = points[0], 1.0
+    if len(points) > 1 and points[1][0] != fall:
+        found = (points[1][1] - room) / (points[1][0] - fall)
+        slope = min(max(found, 1 / STEEPEST), STEEPEST) if good is None or bad is None else found
+    return float(np.interp(fall + (math.log(AIM) - room) / slope, falls, averages))
+
+
+# -- plans -------------------------------------------------------------------------------------------------
+
+
+def _start(job: Job) -> float:
+    return float(job.config.plan.bits) if job.config.plan.is_average else START
+
+
+def _bounds(job: Job, curve: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The averages between which the search may choose: what there are plans for, and what was allowed.
+
+    Raises:
+        AccullmError: the smallest plan takes more than what is allowed.
+    """
+    allowed = job.config.search.max_bits_per_weight
+    lowest = math.ceil(1000 * curve[0][0]) / 1000
+    if allowed < lowest:
+        raise AccullmError(
+            f"{allowed:g} is less than the smallest plan takes, {lowest:.3f}, scales included",
+            "--max-bits-per-weight",
+            "give more, or larger groups",
+        )
+    return lowest, min(allowed, math.ceil(1000 * curve[-1][0]) / 1000)
+
+
+def _plan_job(job: Job, bits: float) -> Job:
+    """The conversion to an average of `bits`, in a run directory of its own."""
+    run = RunDirectory(job.run.file(f"search/plan-{bits:.3f}"))
+    plan = job.config.plan.model_copy(update={"bits": float(bits)})
+    destination = job.config.export.model_copy(update={"out": run.file("artifact")})
+    return replace(job, run=run, config=job.config.model_copy(update={"plan": plan, "export": destination}))
+
+
+def _quantize(own: Job, calibrated: StageOutcome, reference: StageOutcome, force: bool = False) -> list[StageOutcome]:
+    """The stages of one plan up to its finished blocks."""
+    base = own.run.path.parent.parent
+    for outcome in (calibrated, reference):
+        if own.run.stages().get(outcome.name) != outcome.record:
+            for output in outcome.record.outputs:
+                own.run.file(output).parent.mkdir(parents=True, exist_ok=True)
+                own.run.file(output).unlink(missing_ok=True)
+                link_or_copy(base / output, own.run.file(output))
+            own.run.finish(outcome.name, outcome.record)
+    profiled = profile(own, calibrated.record.key, force)
+    return [profiled, quantize(own, calibrated.record.key, profiled.record.key, force)]
+
+
+def _measure(own: Job, calibrated: StageOutcome, reference: StageOutcome, bits: float, force: bool) -> Measured:
+    """Convert to one plan, and measure the artifact on the search's text."""
+    quantized = _quantize(own, calibrated, reference, force)[-1]
+    directory = own.config.export.out
+    assert directory is not None
+    export(own, directory, quantized.record.key, force)
+    validate(own, directory, GOLDEN_FORMAT, reference.record.key, force, SEARCH_TEXT)
+    return Measured(
+        bits,
+        open_artifact(directory).plan.bits_per_weight,
+        sum(entry.bytes for entry in read_manifest(directory).files.values()),
+        load_fidelity(own, GOLDEN_FORMAT, SEARCH_TEXT),
+    )
+
+
+def _clear(job: Job, keep: set[float]) -> None:
+    """Remove the run directories of all other plans; what was measured of them is on record."""
+    kept = {f"plan-{bits:.3f}" for bits in keep}
+    for directory in job.run.file("search").glob("plan-*"):
+        if directory.name not in kept:
+            shutil.rmtree(directory)
+
+
+# -- what was measured -------------------------------------------------------------------------------------
+
+
+def _key(job: Job, calibrated: StageOutcome, reference: StageOutcome) -> str:
+    """Of all that the figures depend on, but for the average."""
+    inputs = {**profile_inputs(job, calibrated.record.key), **quantize_inputs(job, calibrated.record.key, "")}
+    inputs.pop("config:plan.bits")
+    return key_of({**inputs, "input:reference": reference.record.key})
+
+
+def _trials_path(job: Job) -> Path:
+    return job.run.file("search/trials.json")
+
+
+def _load(job: Job, key: str) -> list[Measured]:
+    """What an earlier search measured, whatever contract it had."""
+    path = _trials_path(job)
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if content.get("key") != key:
+        return []
+    return [Measured(**{**entry, "fidelity": fidelity_from_json(entry["fidelity"])}) for entry in content["plans"]]
+
+
+def _store(job: Job, key: str, measured: Sequence[Measured]) -> None:
+    write_text(_trials_path(job), json.dumps({"key": key, "plans": [asdict(plan) for plan in measured]}, indent=1))
+
+
+def _clauses(demands: Sequence[Requirement], plan: Measured) -> tuple[Clause, ...]:
+    return judge(demands, plan.fidelity, plan.bits_per_weight, plan.artifact_bytes, ())
+
+
+def _room(demands: Sequence[Requirement], plan: Measured) -> float:
+    """By which factor the loss might grow until all demands are just met."""
+    original = plan.fidelity.perplexity_original.value
+    clauses = _clauses(demands, plan)
+    return min(
+        room_for_loss(demand, clause.measured, original) for demand, clause in zip(demands, clauses, strict=True)
+    )
+
+
+def _best(demands: Sequence[Requirement], measured: Sequence[Measured]) -> Measured:
+    """The smallest plan that meets all demands, else the one that comes nearest."""
+    good = [plan for plan in measured if _room(demands, plan) >= 1]
+    return min(good, key=lambda plan: plan.bits) if good else max(measured, key=lambda plan: _room(demands, plan))
+
+
+def _sentence(demands: Sequence[Requirement], plan: Measured) -> str:
+    """ "4.400 bits per weight, mean_kl.high 0.0387 (meets <=0.04)"."""
+    parts = [
+        f"{clause.metric} {clause.measured:.4g} "
+        f"({'meets' if clause.met else 'misses'} {clause.comparison}{clause.limit:g})"
+        for clause in _clauses(demands, plan)
+    ]
+    return f"{plan.bits_per_weight:.3f} bits per weight, {', '.join(parts)}"
+
+
+def _largest_losses(own: Job, choices: Choices) -> str:
+    """The linears with the largest part of the expected loss: "model.layers.0.mlp.down_proj (4.1%), ..."."""
+    losses = choices.loss_of(load_plan(own.run.file("plan.json")))
+    total = sum(losses.values()) or 1.0
+    largest = sorted(losses, key=lambda name: losses[name], reverse=True)[:NAMED]
+    return ", ".join(f"{name} ({losses[name] / total:.1%})" for name in largest)

@@ -1,0 +1,90 @@
+"""What stops a conversion before its first forward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accullm_cli.config import Config
+from accullm_cli.errors import AccullmError
+from accullm_cli.measure.contract import parse_requirement, search_demands
+from accullm_cli.model.blocks import Decoder
+from accullm_cli.model.text import check_text
+from accullm_cli.run import RunDirectory
+from accullm_cli.stages.calibrate import open_decoder
+from accullm_cli.stages.export import artifact_directories, check_output
+from accullm_cli.stages.job import Job
+from accullm_cli.stages.profile import make_plan, refuse_impossible
+
+# The one format that holds what a search comes to.
+GOLDEN_FORMAT = "accullm"
+
+
+def check_config(config: Config, run: RunDirectory, foreign: str) -> None:
+    """Refuse what needs no look at the model.
+
+    Args:
+        foreign: the stage that begins the other kind of work. A conversion and a validation on its own keep files of
+            the same names, so neither goes into the other's run directory.
+    """
+    for text in config.validation.require:
+        parse_requirement(text)
+    if config.machine.device not in ("auto", "cpu"):
+        raise AccullmError(
+            f"{config.machine.device} is not supported: this version computes on the CPU", "--device", "give cpu"
+        )
+    if config.gradient_samples > config.calibration.samples:
+        raise AccullmError(
+            f"{config.gradient_samples} is more than the {config.calibration.samples} calibration windows",
+            "--gradient-samples",
+            f"give {config.calibration.samples} or less, or more --samples",
+        )
+    if config.search.golden:
+        search_demands(config.validation.require)
+        if config.export.format != [GOLDEN_FORMAT]:
+            what = f"plans have mixed widths and outliers, which {', '.join(config.export.format)} cannot hold"
+            raise AccullmError(what, "--golden", f"leave --format at {GOLDEN_FORMAT}")
+    if config.plan.is_average or config.search.golden:
+        flag = "--golden" if config.search.golden else "--bits"
+        if not config.gradient_samples:
+            what = "a plan needs gradients, which tell how much each linear matters"
+            raise AccullmError(what, flag, "leave out --gradient-samples, or give more than 0")
+        if "compressed-tensors" in config.export.format:
+            what = "compressed-tensors holds linears of one width and no outliers, not an average"
+            raise AccullmError(what, "--bits", "give 4 or 8, and --outliers 0")
+    for text in (config.calibration.text, config.validation.text):
+        check_text(text)
+    run.check()
+    if foreign in run.stages():
+        what = "holds a conversion" if foreign == "calibrate" else "holds the validation of a finished artifact"
+        raise AccullmError(what, run.path, "give another directory with --run")
+
+
+def refuse_golden(config: Config, stage: str) -> None:
+    """A search is no stage.
+
+    Raises:
+        AccullmError: the configuration asks for one.
+    """
+    if config.search.golden:
+        raise AccullmError(f"is no part of {stage}", "--golden", "run accullm convert")
+
+
+def check_positions(job: Job) -> None:
+    """Refuse windows that are longer than what the model was made to read."""
+    text = job.source.config.get("text_config", job.source.config)
+    positions = text.get("max_position_embeddings", text.get("n_positions"))
+    if positions is not None and job.config.calibration.seq_len > positions:
+        raise AccullmError(
+            f"{job.config.calibration.seq_len} is more than the model's {positions} positions",
+            "--seq-len",
+            f"give {positions} or less",
+        )
+
+
+def preflight(job: Job, out: Path) -> Decoder:
+    """Refuse what cannot end well before the first forward pass: output directories, and what formats cannot hold."""
+    for directory in artifact_directories(job, out).values():
+        check_output(job, directory)
+    decoder = open_decoder(job)
+    refuse_impossible(job, make_plan(job, decoder), decoder)
+    return decoder
