@@ -63,6 +63,12 @@ def check_group_size(value: int) -> int:
     return value
 
 
+def check_scale_bits(value: int) -> int:
+    if 8 < value < 16:
+        raise ValueError(f"{value} is not a width of scales; give 4 to 8, or 16")
+    return value
+
+
 def whole_as_integer(value: float) -> float:
     """4.0 and 4 are the same setting."""
     return int(value) if value == int(value) else value
@@ -82,6 +88,7 @@ PercentText = Annotated[str, StringConstraints(pattern=r"^\s*[0-9]*\.?[0-9]+\s*%
 Fraction = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | PercentText)]
 Bits = Annotated[float, AfterValidator(whole_as_integer)]
 GroupSize = Annotated[int, AfterValidator(check_group_size), Field(json_schema_extra={"not": {"const": 0}})]
+ScaleBits = Annotated[int, AfterValidator(check_scale_bits)]
 FormatName = Literal["accullm", "compressed-tensors"]
 
 
@@ -137,12 +144,21 @@ class PlanOptions(Section):
         "What an average for --bits is spent on: 'widths' gives each linear 3, 4, 5, 6 or 8 bits, and outliers; "
         "'outliers' gives all of them 4 bits, which GPUs multiply by fastest, and chooses outliers alone.",
     )
-    group_size: GroupSize = option(
-        64,
-        "Input features that share a scale; -1 for one scale per output row.",
+    group_size: GroupSize | None = option(
+        None,
+        "Input features that share a scale; -1 for one scale per output row. Default: 64; for an average of bits 32, "
+        "64 or 128, whichever serves a linear best.",
         example="128",
         allowed="-1, or 1 or more",
         ge=-1,
+    )
+    scale_bits: ScaleBits = option(
+        6,
+        "Bits of a scale: its place in a table that each linear has, of 64 scales for 6 bits; 16 for float16 scales.",
+        example="16",
+        allowed="4 to 8, or 16",
+        ge=4,
+        le=16,
     )
     symmetric: bool = option(False, "Fix the zero point in the middle of the grid, so that none is stored.")
     outliers: Fraction = option(
@@ -158,6 +174,18 @@ class PlanOptions(Section):
     def is_average(self) -> bool:
         """Whether `bits` is to be reached over all linears, rather than in each."""
         return isinstance(self.bits, float)
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """What a linear's group size may be."""
+        if self.group_size is not None:
+            return (self.group_size,)
+        return (32, 64, 128) if self.is_average else (self.uniform_group_size,)
+
+    @property
+    def uniform_group_size(self) -> int:
+        """The group size of a linear for which none is chosen."""
+        return 64 if self.group_size is None else self.group_size
 
 
 class Rounding(Section):
@@ -249,6 +277,11 @@ class Machine(Section):
     )
     threads: int | None = option(
         None, "CPU threads; fixed for a run. Default: all that this process may use.", example="4", ge=1
+    )
+    precision: Literal["auto", "float32"] = option(
+        "auto",
+        "Of the matrix products in calibrate and quantize: 'auto' lets CPUs with AMX round their elements to bfloat16, "
+        "which is faster there. Validation always computes in float32.",
     )
     seed: int = option(0, "Seed of every random choice.", allowed="0 to 2**63 - 1", ge=0, lt=2**63)
 
@@ -345,6 +378,8 @@ def _kind_of(annotation: Any) -> tuple[Any, tuple[str, ...], bool]:
     """(kind, choices, repeatable) of a field's annotation."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     if get_origin(annotation) is list:
         return (*_kind_of(get_args(annotation)[0])[:2], True)
     if get_origin(annotation) is Literal:

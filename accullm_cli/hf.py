@@ -25,7 +25,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats.accullm import LOADER_GUARD, SCHEME_KEYS, SUFFIXES, linear_schema
+from accullm_cli.formats.accullm import DEFAULT_SCHEME, LOADER_GUARD, SCHEME_KEYS, SUFFIXES, linear_schema
 from accullm_cli.formats.manifest import check_version
 from accullm_cli.formats.shards import TensorInfo, dtype_name, read_header
 from accullm_cli.kernels.check import require_agreement
@@ -36,7 +36,7 @@ from accullm_cli.quant.plan import LinearPlan
 
 logger = logging.get_logger(__name__)
 
-_FLOAT_BUFFERS = ("scales", "outlier_weight")
+_FLOAT_BUFFERS = ("scales", "scale_table", "outlier_weight")
 
 
 # -- modules -----------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class AccullmConfig(QuantizationConfigMixin):
         self.linears = dict(linears or {})
         self.skipped = list(skipped or [])
         for key in SCHEME_KEYS:
-            setattr(self, key, common.get(key))
+            setattr(self, key, common.get(key, DEFAULT_SCHEME.get(key)))
 
     def scheme(self, name: str) -> dict[str, Any]:
         """bits, group_size, symmetric and outliers of a quantized linear."""
@@ -289,7 +289,10 @@ def _replace_stack(
 
 def _plan(name: str, shape: tuple[int, int], config: AccullmConfig) -> tuple[LinearPlan, int]:
     scheme = config.scheme(name)
-    return LinearPlan(name, *shape, scheme["bits"], scheme["group_size"], scheme["symmetric"]), scheme["outliers"]
+    plan = LinearPlan(
+        name, *shape, scheme["bits"], scheme["group_size"], scheme["symmetric"], scale_bits=scheme["scale_bits"]
+    )
+    return plan, scheme["outliers"]
 
 
 def _outlier_dtype(name: str, stored: Mapping[str, TensorInfo]) -> torch.dtype:

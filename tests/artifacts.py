@@ -17,9 +17,20 @@ from accullm_cli.quant.plan import LinearPlan, Plan
 
 
 def quantize_nearest(
-    weight: torch.Tensor, bits: int, group_size: int, symmetric: bool, outliers: tuple[int, ...] = ()
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    outliers: tuple[int, ...] = (),
+    scale_bits: int = 16,
 ) -> QuantizedLinear:
-    """Round [N, K] to the nearest of each group's evenly spaced values. Scales hold in float16 and bfloat16."""
+    """Round [N, K] to the nearest of each group's evenly spaced values. Scales hold in float16 and bfloat16.
+
+    With fewer than 16 scale bits every scale is the next larger one of a table of powers of two and what lies between.
+    """
+    table = None
+    if scale_bits < 16:
+        table = (2.0 ** torch.linspace(-14, 2, 2**scale_bits)).bfloat16().half()
     rows, columns = weight.shape
     values = weight.detach().float().clone()
     values[:, list(outliers)] = 0
@@ -34,6 +45,8 @@ def quantize_nearest(
         else:
             scale = (high - low) / (2**bits - 1)
         scale = scale.clamp(min=1e-4).bfloat16().half()
+        if table is not None:
+            scale = table[torch.searchsorted(table.float(), scale.float())]
         zero = torch.full_like(low, 2 ** (bits - 1)) if symmetric else (-low / scale.float()).round()
         zero = zero.clamp(0, 2**bits - 1)
         codes[:, start : start + size] = ((group / scale.float()).round() + zero).clamp(0, 2**bits - 1).byte()
@@ -50,6 +63,7 @@ def quantize_nearest(
         outlier_weight=weight.detach()[:, list(outliers)].contiguous(),
         bits=bits,
         group_size=group_size,
+        scale_table=table,
     )
 
 
@@ -72,6 +86,7 @@ def make_parts(
     keep: tuple[str, ...] = (),
     scale_dtype: str = "float16",
     companions: tuple[Path, ...] = (),
+    scale_bits: int = 16,
 ) -> Made:
     """Quantize every linear in the model's blocks; `keep` names (by their ends) those that stay as they are."""
     run.mkdir(parents=True, exist_ok=True)
@@ -97,8 +112,9 @@ def make_parts(
                     plans[name] = LinearPlan(name, *weight.shape, 16, -1, False, (), "kept by the test", itemsize)
                     tensors[f"{name}.weight"] = weight.T.contiguous() if kind == "conv1d" else weight.clone()
                     continue
-                plans[name] = LinearPlan(name, *weight.shape, bits, group_size, symmetric, outliers, "", itemsize)
-                linears[name] = quantize_nearest(weight, bits, group_size, symmetric, outliers)
+                scheme = (bits, group_size, symmetric, outliers)
+                plans[name] = LinearPlan(name, *weight.shape, *scheme, "", itemsize, scale_bits)
+                linears[name] = quantize_nearest(weight, *scheme, scale_bits)
                 slot.copy_(linears[name].dequantize(weight.dtype))
                 tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in linears[name].to_tensors().items()}
         shards.append(run / f"block-{number:05d}.safetensors")

@@ -141,12 +141,13 @@ def test_yaml_written_is_read_back_equal(tmp_path_factory, bits, group_size, out
         ("plans:\n  bits: 4\n", "conf.yaml:1: plans: unknown key; did you mean plan?"),
         (
             "plan:\n  colour: red\n",
-            "conf.yaml:2: plan.colour: unknown key; the keys of plan are bits, spend, group_size, symmetric, outliers",
+            "conf.yaml:2: plan.colour: unknown key; "
+            "the keys of plan are bits, spend, group_size, scale_bits, symmetric, outliers",
         ),
         (
             "zzz: 1\n",
             "conf.yaml:1: zzz: unknown key; "
-            "the keys here are model, calibration, plan, rounding, export, validation, machine",
+            "the keys here are model, calibration, plan, rounding, export, validation, search, machine",
         ),
         ("model: m\nplan:\n  bits: 9\n", "conf.yaml:3: plan.bits: 9 is above 8; give 2 to 8"),
         ("plan:\n  bits: 1\n", "conf.yaml:2: plan.bits: 1 is below 2; give 2 to 8"),
@@ -282,7 +283,7 @@ def test_no_model_at_all_is_refused():
 
 def test_every_option_has_a_flag_of_its_own_a_help_and_an_example():
     declared = list(options())
-    assert len({option.flag for option in declared}) == len(declared) == 23
+    assert len({option.flag for option in declared}) == len(declared) == 28
     for option in declared:
         assert option.flag.startswith("--")
         assert "_" not in option.flag

@@ -89,6 +89,17 @@ def test_weights_are_rounded_once_to_the_dtype_asked_for(model: str, dtype: torc
     assert torch.equal(logits(loaded), logits(plain(tmp_path, made, dtype)))
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_scales_are_looked_up_in_their_table(model: str, tmp_path: Path) -> None:
+    made = make_parts(MODELS[model](), tmp_path / "run", outliers=(3,), scale_bits=6)
+    loaded = AutoModelForCausalLM.from_pretrained(export(tmp_path, made), dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(plain(tmp_path, made, torch.float32)))
+    half = loaded.to(torch.bfloat16)
+    tables = {name: value.dtype for name, value in half.state_dict().items() if name.endswith("scale_table")}
+    assert len(tables) == len(made.linears)
+    assert set(tables.values()) == {torch.float16}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_scales_and_outlier_weights_keep_their_stored_dtype(
@@ -281,12 +292,12 @@ def test_a_model_class_without_the_linears_is_refused(tmp_path: Path) -> None:
 def test_a_newer_format_version_is_refused(tmp_path: Path) -> None:
     directory = export(tmp_path, make_parts(tiny_llama(), tmp_path / "run"))
     config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(AccullmError) as error:
         AutoModelForCausalLM.from_pretrained(directory)
     assert error.value.line() == (
-        "config.json: format version 2 is newer than 1, the newest that this accullm reads; "
+        "config.json: format version 3 is newer than 2, the newest that this accullm reads; "
         "upgrade with: pip install -U accullm"
     )
 

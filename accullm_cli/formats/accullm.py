@@ -25,14 +25,16 @@ from accullm_cli.formats.manifest import (
 from accullm_cli.formats.shards import TensorFiles, link_or_copy, read_json
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
 from accullm_cli.quant.linear import QuantizedLinear
-from accullm_cli.quant.packing import pack, packed_length
+from accullm_cli.quant.packing import pack, packed_length, unpack
 from accullm_cli.quant.plan import LinearPlan, Plan
 
 __all__ = ["LOADER_GUARD", "AccullmArtifact", "AccullmFormat", "record_fidelity"]
 
 KINDS = ("linear", "conv1d", "expert")
-SUFFIXES = ("qweight", "scales", "qzeros", "outlier_index", "outlier_weight")
-SCHEME_KEYS = ("bits", "group_size", "symmetric", "outliers")
+SUFFIXES = ("qweight", "scales", "qscales", "scale_table", "qzeros", "outlier_index", "outlier_weight")
+# What config.json leaves out: version 1 had no tables of scales.
+DEFAULT_SCHEME = {"scale_bits": 16}
+SCHEME_KEYS = ("bits", "group_size", "scale_bits", "symmetric", "outliers")
 
 # transformers skips a quantization method that it does not know with a warning, and gives random values to the weights
 # it then misses. The config key `transformers_weights` names the file it reads instead of the standard ones; no file
@@ -111,7 +113,7 @@ class AccullmArtifact(StoredArtifact):
             yield "padding bits of qweight are not zero"
         if linear.zeros is not None and not torch.equal(pack(linear.zeros, linear.bits), stored["qzeros"]):
             yield "padding bits of qzeros are not zero"
-        yield from not_finite("scales", linear.scales)
+        yield from _scale_problems(linear, stored)
         yield from not_finite("outlier_weight", linear.outlier_weight)
         index = linear.outlier_index.long()
         group = index // linear.columns_per_group
@@ -120,6 +122,22 @@ class AccullmArtifact(StoredArtifact):
         if differs.any():
             feature = index[differs][0].item()
             yield f"the codes of outlier feature {feature} differ from the zero point"
+
+
+def _scale_problems(linear: QuantizedLinear, stored: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """What is wrong with a linear's scales or their table."""
+    table = linear.scale_table
+    if table is None:
+        yield from not_finite("scales", linear.scales)
+        return
+    yield from not_finite("scale_table", table)
+    if not bool((table[1:] >= table[:-1]).all()):
+        yield "scale_table is not ascending"
+    groups = linear.scales.shape[1]
+    if not torch.equal(
+        pack(unpack(stored["qscales"], linear.scale_bits, groups), linear.scale_bits), stored["qscales"]
+    ):
+        yield "padding bits of qscales are not zero"
 
 
 # -- what config.json says ---------------------------------------------------------------------------------
@@ -151,6 +169,7 @@ def scheme_of(linear: LinearPlan) -> dict[str, int | bool]:
     return {
         "bits": linear.bits,
         "group_size": linear.group_size,
+        "scale_bits": linear.scale_bits,
         "symmetric": linear.symmetric,
         "outliers": len(linear.outlier_index),
     }
@@ -169,7 +188,7 @@ def check_config(path: Path, manifest: Manifest) -> None:
     entries = config.get("linears")
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise AccullmError("does not name its quantized linears", path, "copy the artifact again")
-    common = {key: config.get(key) for key in SCHEME_KEYS}
+    common = {**DEFAULT_SCHEME, **{key: config[key] for key in SCHEME_KEYS if key in config}}
     described = {name: {**common, **entry} for name, entry in entries.items()}
     for name, linear in manifest.plan.linears.items():
         planned = None if linear.bits == 16 else {**scheme_of(linear), "outliers": manifest.outliers[name]}
@@ -187,8 +206,13 @@ def linear_schema(linear: LinearPlan, outliers: int, dtype: torch.dtype) -> dict
     rows, bits, name = linear.out_features, linear.bits, linear.name
     schema = {
         f"{name}.qweight": TensorSchema(torch.uint8, (rows, packed_length(linear.in_features, bits))),
-        f"{name}.scales": TensorSchema(torch.float16, (rows, linear.groups)),
     }
+    if linear.scale_bits == 16:
+        schema[f"{name}.scales"] = TensorSchema(torch.float16, (rows, linear.groups))
+    else:
+        width = packed_length(linear.groups, linear.scale_bits)
+        schema[f"{name}.qscales"] = TensorSchema(torch.uint8, (rows, width))
+        schema[f"{name}.scale_table"] = TensorSchema(torch.float16, (2**linear.scale_bits,))
     if not linear.symmetric:
         schema[f"{name}.qzeros"] = TensorSchema(torch.uint8, (rows, packed_length(linear.groups, bits)))
     if outliers:
@@ -210,6 +234,8 @@ def check_owners(path: Path, files: TensorFiles, plan: Plan) -> None:
         linear = plan.linears.get(owner)
         if linear is None or linear.bits == 16:
             raise AccullmError(f"tensor {name} belongs to no quantized linear of {MANIFEST_NAME}", path / info.file)
+        if suffix == "scales" and linear.scale_bits != 16:
+            raise AccullmError(f"tensor {name} is stored beside the table of {owner}", path / info.file)
         if suffix == "qzeros" and linear.symmetric:
             raise AccullmError(f"tensor {name} is stored although {owner} is symmetric", path / info.file)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ class CompressedTensorsFormat:
             AccullmError: the plan is impossible, or a scale cannot be stored exactly in the model's dtype.
         """
         refuse(self.objections(parts.plan, parts.shape), directory)
+        # It has no tables: every scale stands for itself.
+        linears = {name: replace(linear, scale_bits=16) for name, linear in parts.plan.linears.items()}
+        parts = replace(parts, plan=replace(parts.plan, linears=linears))
 
         def place(source: Path, target: Path) -> None:
             write_shard(target, dict(_convert_block(source, parts.plan, parts.shape.dtype)))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "accullm.json"
 CARD_NAME = "README.md"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _FIDELITY_START, _FIDELITY_END = "<!-- fidelity -->", "<!-- /fidelity -->"
 
@@ -119,6 +119,7 @@ def _linear_plan(name: str, entry: Mapping[str, Any], dtype: torch.dtype) -> Lin
         in_features=in_features,
         bits=entry["bits"],
         group_size=entry["group_size"],
+        scale_bits=entry.get("scale_bits", 16),  # version 1 had no tables
         symmetric=entry["symmetric"],
         reason=entry["reason"],
         source_itemsize=dtype.itemsize,
@@ -147,6 +148,7 @@ def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
                 "shape": [linear.out_features, linear.in_features],
                 "bits": linear.bits,
                 "group_size": linear.group_size,
+                "scale_bits": linear.scale_bits,
                 "symmetric": linear.symmetric,
                 "outliers": len(linear.outlier_index),
                 "reason": linear.reason,

@@ -24,19 +24,20 @@ POINTS_PER_OCTAVE = 2
 class Choices:
     """What there is to choose from.
 
-    At a price per bit, each linear for itself takes the width and the outlier features whose loss and price together
-    are least (Lagrange multipliers for discrete choices: Everett, Operations Research 11, 1963). So nowhere does a bit
-    save much more than elsewhere.
+    At a price per bit, each linear for itself takes the width, the group size and the outlier features whose loss and
+    price together are least (Lagrange multipliers for discrete choices: Everett, Operations Research 11, 1963). So
+    nowhere does a bit save much more than elsewhere.
 
-    plans: the linears; their group size and symmetry are kept. One without losses is kept as it is.
-    losses: [K], the loss that rounding each input feature to MEASURED_BITS is expected to cause, in one unit for all
-        linears. At other widths it changes as the square of the grid's step.
+    plans: the linears; what is not chosen here is kept. One without losses is kept as it is.
+    losses: for each linear and each group size that it may get, [K], the loss that rounding each input feature to
+        MEASURED_BITS is expected to cause, in one unit for all linears. At other widths it changes as the square of
+        the grid's step.
     widths: the bits that a linear may get.
     largest_fraction: of a linear's input features that may be outliers.
     """
 
     plans: Mapping[str, LinearPlan]
-    losses: Mapping[str, torch.Tensor]
+    losses: Mapping[str, Mapping[int, torch.Tensor]]
     widths: Sequence[int]
     largest_fraction: float
 
@@ -69,7 +70,12 @@ class Choices:
 
     def smallest(self) -> Plan:
         """The plan of the fewest bits."""
-        least = {name: replace(self.plans[name], bits=min(self.widths), outlier_index=()) for name in self.losses}
+        least = {}
+        for name, by_size in self.losses.items():
+            own = [
+                replace(self.plans[name], bits=min(self.widths), group_size=size, outlier_index=()) for size in by_size
+            ]
+            least[name] = min(own, key=lambda plan: plan.stored_bytes)
         return Plan({**self.plans, **least})
 
     def curve(self) -> tuple[tuple[float, float], ...]:
@@ -87,30 +93,33 @@ class Choices:
     def loss_of(self, plan: Plan) -> dict[str, float]:
         """The expected loss of each linear under a plan; of those alone for which it is known."""
         found = {}
-        for name, loss in self.losses.items():
+        for name, by_size in self.losses.items():
             linear = plan.linears[name]
-            rest = loss.double().clone()
+            rest = by_size[linear.group_size].double().clone()
             rest[list(linear.outlier_index)] = 0
             found[name] = float(rest.sum()) * _growth(linear.bits)
         return found
 
     def _at_price(self, exponent: float) -> Plan:
         """The plan at a price of 2**exponent of what the dearest feature can save, for each bit."""
-        dearest = max((float(loss.max()) for loss in self.losses.values()), default=0.0)
+        dearest = max((float(loss.max()) for by_size in self.losses.values() for loss in by_size.values()), default=0.0)
         price = dearest * 2.0**exponent
-        chosen = {name: self._best(self.plans[name], loss, price) for name, loss in self.losses.items()}
+        chosen = {name: self._best(self.plans[name], by_size, price) for name, by_size in self.losses.items()}
         return Plan({**self.plans, **chosen})
 
-    def _best(self, plan: LinearPlan, loss: torch.Tensor, price: float) -> LinearPlan:
+    def _best(self, plan: LinearPlan, losses: Mapping[int, torch.Tensor], price: float) -> LinearPlan:
         """The cheapest choice for one linear: loss + price * bits."""
         of_an_outlier = price * 8 * (plan.source_itemsize * plan.out_features + 4)
         most = int(self.largest_fraction * plan.in_features)
         choices: list[tuple[float, LinearPlan]] = []
-        for bits in self.widths:
-            left, order = torch.sort(loss.double() * _growth(bits), descending=True, stable=True)
-            count = min(int((left > of_an_outlier).sum()), most)
-            chosen = replace(plan, bits=bits, outlier_index=tuple(sorted(order[:count].tolist())))
-            choices.append((float(left[count:].sum()) + price * 8 * chosen.stored_bytes, chosen))
+        for size, loss in losses.items():
+            sorted_loss, order = torch.sort(loss.double(), descending=True, stable=True)
+            for bits in self.widths:
+                left = sorted_loss * _growth(bits)
+                count = min(int((left > of_an_outlier).sum()), most)
+                outliers = tuple(sorted(order[:count].tolist()))
+                chosen = replace(plan, bits=bits, group_size=size, outlier_index=outliers)
+                choices.append((float(left[count:].sum()) + price * 8 * chosen.stored_bytes, chosen))
         return min(choices, key=lambda choice: choice[0])[1]
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from accullm_cli.quant.linear import spread
+from accullm_cli.quant.scales import StorableScales
 
-# The smallest positive float16, so that a group of tiny weights keeps a scale it can be divided by.
-SMALLEST_SCALE = 2.0**-24
-LARGEST_SCALE = 65504.0
+ANY_SCALE = StorableScales()
 
 # Fractions of the full range that the search tries. On a 4-bit grid the best range for Gaussian-like weights lies
 # at 0.8 to 1.0 of the largest; below 0.6 clipping always loses.
@@ -24,8 +23,9 @@ CHUNK_ELEMENTS = 1 << 18
 class Grid:
     """The values that the weights of one linear may take: (code - zero) * scale.
 
-    scale: [N, G], in the working dtype but exact in float16.
+    scale: [N, G], in the working dtype, each one that can be stored.
     zero: [N, G], whole numbers from 0 to 2**bits - 1, in the working dtype.
+    storable: the scales that it may have.
     """
 
     scale: torch.Tensor
@@ -33,6 +33,7 @@ class Grid:
     bits: int
     columns_per_group: int
     symmetric: bool
+    storable: StorableScales = ANY_SCALE
 
     @property
     def largest_code(self) -> int:
@@ -60,7 +61,7 @@ def minmax_grid(
     bits: int,
     group_size: int,
     symmetric: bool,
-    scale_dtype: str = "float16",
+    storable: StorableScales = ANY_SCALE,
     ignored: torch.Tensor | None = None,
     margin: float = 0,
 ) -> Grid:
@@ -71,13 +72,37 @@ def minmax_grid(
         group_size: columns that share a scale; -1 for all of them. The last group may be shorter.
         symmetric: put the zero point at 2**(bits-1); otherwise it is the code nearest to the value 0, and the
             range includes 0.
-        scale_dtype: "float16", or "bfloat16" for scales that are exact in both.
+        storable: the scales that the grid may have.
         ignored: bool [K], columns that the grid need not hold (outlier features).
         margin: codes kept free at either end. With 0.5 no weight lies outside the first and last code, however zero
             point and scale are rounded; stochastic rounding needs that.
     """
     low, high, size = _group_range(weight, group_size, ignored)
-    return _grid_of_range(low, high, bits, size, symmetric, scale_dtype, margin)
+    return _grid_of_range(low, high, bits, size, symmetric, storable, margin)
+
+
+def scale_table(
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_bits: int,
+    storable: StorableScales = ANY_SCALE,
+    ignored: torch.Tensor | None = None,
+    margin: float = 0,
+    smallest_range: float = 1.0,
+) -> StorableScales:
+    """A table of 2**scale_bits scales for this weight, from `smallest_range` of its smallest group's to its largest's.
+
+    Args:
+        (as for `minmax_grid`; groups without any weight but 0 do not count)
+    """
+    low, high, _ = _group_range(weight, group_size, ignored)
+    scale = _spanning(low, high, bits, symmetric, margin)
+    scale = scale[scale > 0]
+    if not len(scale):
+        return storable.with_table(1.0, 1.0, scale_bits)
+    return storable.with_table(smallest_range * float(scale.min()), float(scale.max()), scale_bits)
 
 
 def searched_grid(
@@ -86,7 +111,7 @@ def searched_grid(
     bits: int,
     group_size: int,
     symmetric: bool,
-    scale_dtype: str = "float16",
+    storable: StorableScales = ANY_SCALE,
     ignored: torch.Tensor | None = None,
 ) -> Grid:
     """For each group the range, a fraction of the full one, with the least importance-weighted rounding error.
@@ -99,11 +124,10 @@ def searched_grid(
     if ignored is not None:
         column_weight = column_weight.masked_fill(ignored, 0)
     parts = [
-        _search_rows(part, column_weight, bits, group_size, symmetric, scale_dtype, ignored)
-        for part in row_chunks(weight)
+        _search_rows(part, column_weight, bits, group_size, symmetric, storable, ignored) for part in row_chunks(weight)
     ]
     scale, zero = (torch.cat(tensors) for tensors in zip(*((part.scale, part.zero) for part in parts), strict=True))
-    return Grid(scale, zero, bits, parts[0].columns_per_group, symmetric)
+    return Grid(scale, zero, bits, parts[0].columns_per_group, symmetric, storable)
 
 
 def fitted_scales(
@@ -113,7 +137,7 @@ def fitted_scales(
     hessian: torch.Tensor,
     ridge: float,
     columns_per_group: int,
-    scale_dtype: str = "float16",
+    storable: StorableScales = ANY_SCALE,
 ) -> torch.Tensor:
     """Scales of less Hessian-weighted error for given codes: [N, G].
 
@@ -134,7 +158,7 @@ def fitted_scales(
         slope = ((error @ hessian[columns].T + ridge * error[:, columns]) * own).sum(1)
         curvature = ((own @ hessian[columns, columns] + ridge * own) * own).sum(1)
         wanted = scale[:, group] + slope / curvature.clamp(min=torch.finfo(scale.dtype).tiny)
-        difference = round_scale(wanted, scale_dtype) - scale[:, group]
+        difference = storable.round(wanted) - scale[:, group]
         gains = difference * (difference * curvature - 2 * slope) < 0
         difference = torch.where(gains, difference, 0)
         scale[:, group] += difference
@@ -148,7 +172,7 @@ def _search_rows(
     bits: int,
     group_size: int,
     symmetric: bool,
-    scale_dtype: str,
+    storable: StorableScales,
     ignored: torch.Tensor | None,
 ) -> Grid:
     """`searched_grid` for some rows."""
@@ -157,7 +181,7 @@ def _search_rows(
     best: Grid | None = None
     best_error = torch.full_like(low, float("inf"))
     for fraction in SEARCHED_RANGES:
-        candidate = _grid_of_range(low * fraction, high * fraction, bits, size, symmetric, scale_dtype)
+        candidate = _grid_of_range(low * fraction, high * fraction, bits, size, symmetric, storable)
         error = weight - candidate.values(candidate.round_to_nearest(weight))
         error = _sum_groups(error.square_().mul_(column_weight), size, count)
         better = error < best_error
@@ -171,6 +195,7 @@ def _search_rows(
             bits,
             size,
             symmetric,
+            storable,
         )
     assert best is not None
     return best
@@ -181,46 +206,31 @@ def row_chunks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
 
 
-def round_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
-    """`scale` rounded to values that float16 holds (and bfloat16, where that is asked for), never zero."""
-    rounded = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16)
-    if scale_dtype == "bfloat16":
-        # A bfloat16 has fewer digits than a normal float16 and more than a subnormal one: this order is exact in both.
-        rounded = rounded.to(torch.bfloat16).clamp(max=65280.0).to(torch.float16)
-    return rounded.to(scale.dtype)
-
-
 def _grid_of_range(
     low: torch.Tensor,
     high: torch.Tensor,
     bits: int,
     columns_per_group: int,
     symmetric: bool,
-    scale_dtype: str,
+    storable: StorableScales,
     margin: float = 0,
 ) -> Grid:
     """The grid that spans [low, high] in each group; both [N, G]."""
-    largest = 2**bits - 1
+    scale = _spanning(low, high, bits, symmetric, margin)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    # With a margin never below what was asked for.
+    scale = storable.round_up(scale) if margin else storable.round(scale)
     if symmetric:
-        scale = 2 * torch.maximum(-low, high) / (largest - 2 * margin)
-        scale = _storable(scale, scale_dtype, margin > 0)
         zero = torch.full_like(scale, 2 ** (bits - 1))
     else:
-        scale = (high - low) / (largest - 2 * margin)
-        scale = _storable(scale, scale_dtype, margin > 0)
-        zero = (-low / scale + margin).round_().clamp_(0, largest)
-    return Grid(scale, zero, bits, columns_per_group, symmetric)
+        zero = (-low / scale + margin).round_().clamp_(0, 2**bits - 1)
+    return Grid(scale, zero, bits, columns_per_group, symmetric, storable)
 
 
-def _storable(scale: torch.Tensor, scale_dtype: str, up: bool) -> torch.Tensor:
-    """`scale` as it can be stored, 1 where it is 0; with `up` never below what was asked for."""
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    rounded = round_scale(scale, scale_dtype)
-    if not up:
-        return rounded
-    # One step of the stored dtype's significand: what is then rounded down is still no smaller than it was.
-    step = 2.0**-7 if scale_dtype == "bfloat16" else 2.0**-10
-    return torch.where(rounded < scale, round_scale(scale * (1 + step), scale_dtype), rounded)
+def _spanning(low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool, margin: float) -> torch.Tensor:
+    """The scale at which a grid spans [low, high]."""
+    steps = 2**bits - 1 - 2 * margin
+    return 2 * torch.maximum(-low, high) / steps if symmetric else (high - low) / steps
 
 
 def _group_range(

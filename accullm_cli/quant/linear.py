@@ -26,6 +26,7 @@ class QuantizedLinear:
     outlier_weight: torch.Tensor  # source dtype [N, n]
     bits: int
     group_size: int  # -1: one group per row
+    scale_table: torch.Tensor | None = None  # float16 [2**scale bits], ascending, all scales among them; None: no table
 
     @property
     def columns_per_group(self) -> int:
@@ -42,6 +43,11 @@ class QuantizedLinear:
         return weight
 
     @property
+    def scale_bits(self) -> int:
+        """Bits that are stored for a scale."""
+        return 16 if self.scale_table is None else (len(self.scale_table) - 1).bit_length()
+
+    @property
     def stored_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.to_tensors().values())
 
@@ -52,7 +58,12 @@ class QuantizedLinear:
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the native format, by suffix: see docs/format.md."""
-        tensors = {"qweight": pack(self.codes, self.bits), "scales": self.scales}
+        tensors = {"qweight": pack(self.codes, self.bits)}
+        if self.scale_table is None:
+            tensors["scales"] = self.scales
+        else:
+            index = torch.searchsorted(self.scale_table.float(), self.scales.float()).to(torch.uint8)
+            tensors |= {"qscales": pack(index, self.scale_bits), "scale_table": self.scale_table}
         if self.zeros is not None:
             tensors["qzeros"] = pack(self.zeros, self.bits)
         if len(self.outlier_index):
@@ -70,12 +81,19 @@ class QuantizedLinear:
             AccullmError: a tensor is absent, or its shape does not fit `in_features`, `bits` and `group_size`.
         """
         groups = 1 if group_size == -1 else -(-in_features // group_size)
-        for suffix, width in (("qweight", packed_length(in_features, bits)), ("scales", groups)):
+        table = tensors.get("scale_table")
+        widths = {"qweight": packed_length(in_features, bits)}
+        if table is None:
+            widths["scales"] = groups
+        else:
+            scale_bits = (len(table) - 1).bit_length()
+            widths["qscales"] = packed_length(groups, scale_bits)
+        for suffix, width in widths.items():
             if suffix not in tensors:
                 raise AccullmError(f"tensor {suffix} is missing")
             if tensors[suffix].shape[-1] != width:
                 raise AccullmError(f"tensor {suffix} is {tensors[suffix].shape[-1]} wide, expected {width}")
-        scales = tensors["scales"]
+        scales = tensors["scales"] if table is None else table[unpack(tensors["qscales"], scale_bits, groups).long()]
         empty_index = torch.zeros(0, dtype=torch.int32)
         return cls(
             codes=unpack(tensors["qweight"], bits, in_features),
@@ -85,6 +103,7 @@ class QuantizedLinear:
             outlier_weight=tensors.get("outlier_weight", scales.new_zeros(scales.shape[0], 0)),
             bits=bits,
             group_size=group_size,
+            scale_table=table,
         )
 
 

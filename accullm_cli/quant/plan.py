@@ -12,6 +12,7 @@ class LinearPlan:
 
     bits: 2 to 8, or 16 for "left as it is in the source".
     group_size: input features that share a scale; -1 for one scale per output row. A last shorter group is allowed.
+    scale_bits: 16 for a float16 per scale; else the bits of its place in a table of 2**scale_bits scales.
     symmetric: the zero point is 2**(bits-1) and is not stored.
     outlier_index: ascending input features that stay in the source's dtype.
     reason: why this linear deviates from the configured plan; empty where it does not.
@@ -27,6 +28,7 @@ class LinearPlan:
     outlier_index: tuple[int, ...] = ()
     reason: str = ""
     source_itemsize: int = 2
+    scale_bits: int = 16
 
     @property
     def groups(self) -> int:
@@ -45,7 +47,9 @@ class LinearPlan:
         rows, outliers = self.out_features, len(self.outlier_index)
         codes = -(-self.in_features * self.bits // 8)
         zeros = 0 if self.symmetric else -(-self.groups * self.bits // 8)
-        return rows * (codes + 2 * self.groups + zeros) + (self.source_itemsize * rows + 4) * outliers
+        scales = -(-self.groups * self.scale_bits // 8)
+        table = 0 if self.scale_bits == 16 else 2 * 2**self.scale_bits
+        return rows * (codes + scales + zeros) + table + (self.source_itemsize * rows + 4) * outliers
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,10 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.feedback import ROWS_TOGETHER, Factor, corrected_target, factor_hessian, round_with_feedback
-from accullm_cli.quant.grid import Grid, fitted_scales, minmax_grid, searched_grid
+from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, fitted_scales, minmax_grid, scale_table, searched_grid
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan
+from accullm_cli.quant.scales import StorableScales
 
 # The Fisher matrix is a noisy one, so that half of it is taken to be alike for all outputs. Two conversions of a 135M
 # Llama each (4.318 and 4.400 bits, 64 x 512 tokens of gradients) had a mean KL of 0.0437 and 0.0359 at 0.1, and of
@@ -185,17 +186,18 @@ def _round_one(
             target, grid, factor, kept, source_dtype, generator, None if fits else rows
         )
         if fits:
-            grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge, options.scale_dtype)
+            grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge)
             del codes  # they weigh as much as the artifact's, beside the next ones
             codes, kept, _ = _round_columns(target, grid, factor, kept, source_dtype, None, rows)
             if rows is None:
-                grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge, options.scale_dtype)
+                grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge)
         if clamped:
             records += (f"{clamped} weights lie outside the grid of stochastic rounding and were clamped",)
     codes[:, outliers] = grid.zero[:, outliers // grid.columns_per_group].to(torch.uint8)
     linear = QuantizedLinear(
         codes=codes,
         scales=grid.scale.to(torch.float16),
+        scale_table=grid.storable.table,
         zeros=None if plan.symmetric else grid.zero.to(torch.uint8),
         outlier_index=outliers.to(torch.int32),
         outlier_weight=kept.contiguous(),
@@ -237,12 +239,17 @@ def _grid(
 ) -> Grid:
     """The grid for a linear's target; that of stochastic rounding holds the whole range, whatever its zero point."""
     stochastic = options.method == "stochastic"
-    if options.grid == "minmax" or stochastic:  # "fit" begins with what the search finds
-        margin = 0.5 if stochastic else 0
-        return minmax_grid(target, plan.bits, plan.group_size, plan.symmetric, options.scale_dtype, is_outlier, margin)
-    return searched_grid(
-        target, importance, plan.bits, plan.group_size, plan.symmetric, options.scale_dtype, is_outlier
-    )
+    searches = options.grid != "minmax" and not stochastic  # "fit" begins with what the search finds
+    margin = 0.5 if stochastic else 0
+    storable = StorableScales(options.scale_dtype)
+    if plan.scale_bits < 16:
+        smallest = SEARCHED_RANGES[-1] if searches else 1.0
+        storable = scale_table(
+            target, plan.bits, plan.group_size, plan.symmetric, plan.scale_bits, storable, is_outlier, margin, smallest
+        )
+    if searches:
+        return searched_grid(target, importance, plan.bits, plan.group_size, plan.symmetric, storable, is_outlier)
+    return minmax_grid(target, plan.bits, plan.group_size, plan.symmetric, storable, is_outlier, margin)
 
 
 def _fitted(
@@ -253,7 +260,6 @@ def _fitted(
     kept: torch.Tensor,
     hessian: torch.Tensor,
     ridge: float,
-    scale_dtype: str,
 ) -> Grid:
     """The grid with its scales fitted to the codes, some rows at a time.
 
@@ -269,7 +275,7 @@ def _fitted(
         steps[:, outliers] = 0
         error = target[part] - steps * scale
         error[:, outliers] -= kept[part].to(target.dtype)
-        fitted.append(fitted_scales(own.scale, error, steps, hessian, ridge, grid.columns_per_group, scale_dtype))
+        fitted.append(fitted_scales(own.scale, error, steps, hessian, ridge, grid.columns_per_group, grid.storable))
     return replace(grid, scale=torch.cat(fitted))
 
 

@@ -20,6 +20,7 @@ from accullm_cli.quant.stats import GramMatrices
 from accullm_cli.stages.calibrate import PROBE_TOKENS, load_block_stats, stats_path
 from accullm_cli.stages.gradients import load_gradient
 from accullm_cli.stages.job import Job
+from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.streams import Captures
 
 # Gram matrices that are accumulated in one pass; the experts of a step come in parts of this size.
@@ -65,9 +66,11 @@ def round_with_streams(
             dense = [group for part in parts for group in part if slot_of[group[0]].expert is None]
             wanted = _Wanted.of(trace, dense) if corrected else _Wanted()
             gradient = load_gradient(job, index) if job.config.rounding.method == "feedback" else None
-            fishers = _run_original(pair, original, dense, wanted, captures, gradient)
+            with products(precision_of(job)):
+                fishers = _run_original(pair, original, dense, wanted, captures, gradient)
         for part in parts:
-            grams = _accumulate(pair, trace, part, rounded, captures if corrected else None)
+            with products(precision_of(job)):
+                grams = _accumulate(pair, trace, part, rounded, captures if corrected else None)
             for group in part:
                 gram = grams.pop(group[0])
                 weights = {name: slot_of[name].read(pair.original) for name in group}

@@ -32,6 +32,7 @@ from accullm_cli.quant.stats import FeatureMoments, InputStats
 from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
 from accullm_cli.stages.gradients import keep_input, run_backward
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
+from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.streams import StreamStore
 
 VERSION = 2
@@ -51,7 +52,8 @@ def calibrate(job: Job, force: bool = False) -> StageOutcome:
     inputs = calibrate_inputs(job)
 
     def work(reason: Reason) -> Work:
-        return _run_original(job, "calibrate", key_of(inputs), *_tokenize(job))
+        with products("float32"):
+            return _run_original(job, "calibrate", key_of(inputs), *_tokenize(job))
 
     return run_stage(job, "calibrate", inputs, force, work)
 
@@ -68,6 +70,7 @@ def calibrate_inputs(job: Job) -> dict[str, str]:
         **section_inputs("validation", config.validation, "text", "windows"),
         **_file_inputs(config.calibration.text, config.validation.text),
         **machine_inputs(),
+        "machine:precision": precision_of(job),
     }
 
 
@@ -95,7 +98,8 @@ def _reference(job: Job, stage: str, place: str, cut: Callable[..., Windows], fo
     def work(reason: Reason) -> Work:
         windows = _held_out(job, cut)
         none = Windows(windows.ids[:0], "none", "")
-        return _run_original(job, stage, key_of(inputs), none, windows, place)
+        with products("float32"):
+            return _run_original(job, stage, key_of(inputs), none, windows, place)
 
     return run_stage(job, stage, inputs, force, work)
 
@@ -190,11 +194,12 @@ def _run_original(
         if with_gradient:
             keep_input(job, index, streams.calibration[:with_gradient])
         block = decoder.load_block(index)
-        if index >= finished and len(calibration.ids):
-            stats = _measure_and_advance(decoder, index, block, streams.calibration)
-            _write_stats(stats_path(job, index), stats, keys[index])
-        else:
-            _advance(decoder, index, block, streams.calibration)
+        with products(precision_of(job)):
+            if index >= finished and len(calibration.ids):
+                stats = _measure_and_advance(decoder, index, block, streams.calibration)
+                _write_stats(stats_path(job, index), stats, keys[index])
+            else:
+                _advance(decoder, index, block, streams.calibration)
         streams = _Streams(
             streams.calibration,
             _advance(decoder, index, block, streams.validation),
@@ -215,7 +220,8 @@ def _run_original(
     gradients: tuple[Path, ...] = ()
     if with_gradient:
         decoder.release_outside()
-        gradients = run_backward(job, decoder, stage, key, streams.calibration[:with_gradient])
+        with products(precision_of(job)):
+            gradients = run_backward(job, decoder, stage, key, streams.calibration[:with_gradient])
     store.remove()
     if not len(calibration.ids):
         return Work((tokens_path, reference_path), job.source.records)

@@ -64,6 +64,7 @@ def profile_inputs(job: Job, calibrate_key: str) -> dict[str, str]:
         "version:profile": str(VERSION),
         "config:export.scale_dtype": scale_dtype(job),
         **section_inputs("plan", job.config.plan),
+        "config:plan.scale_bits": str(scale_bits(job)),
     }
 
 
@@ -72,7 +73,7 @@ def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None)
     options = job.config.plan
     if options.is_average:
         return replace(average_choices(job, decoder, stats).within(options.bits), scale_dtype=scale_dtype(job))
-    losses = _losses(job, stats)
+    losses = _losses(stats, options.uniform_group_size)
     linears = _uniform_linears(job, decoder)
     for name, plan in linears.items():
         loss = losses.get(name, torch.zeros(plan.in_features))
@@ -85,29 +86,34 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
     options = job.config.plan
     linears = _uniform_linears(job, decoder)
     fraction = LARGEST_OUTLIER_FRACTION if options.outliers else 0.0
+    sizes = options.group_sizes
     if stats is None:
-        losses = {name: torch.ones(plan.in_features) for name, plan in linears.items()}
+        losses = {name: dict.fromkeys(sizes, torch.ones(plan.in_features)) for name, plan in linears.items()}
     else:
         # Of an expert that no token reached, or none with a gradient, nothing is known: it keeps its bits.
         sensitivity_of = load_sensitivities(job, len(decoder.block_names))
         reached = {name for entry in stats if entry.tokens for name in entry.linears if sensitivity_of[name] > 0}
-        loss_of = _losses(job, stats)
-        losses = {name: sensitivity_of[name] * loss_of[name] for name in linears if name in reached}
+        by_size = {size: _losses(stats, size) for size in sizes}
+        losses = {
+            name: {size: sensitivity_of[name] * by_size[size][name] for size in sizes}
+            for name in linears
+            if name in reached
+        }
     return Choices(linears, losses, WIDTHS[options.spend], fraction)
 
 
-def _losses(job: Job, stats: list[InputStats] | None) -> dict[str, torch.Tensor]:
+def _losses(stats: list[InputStats] | None, group_size: int) -> dict[str, torch.Tensor]:
     """The output error [K] that rounding each input feature of a linear to MEASURED_BITS is expected to cause."""
-    size = _nearest_group_size(job.config.plan.group_size)
+    measured = _nearest_group_size(group_size)
     return {
-        name: expected_loss(entry.second_moment, entry.damage[name][size])
+        name: expected_loss(entry.second_moment, entry.damage[name][measured])
         for entry in stats or ()
         for name in entry.linears
     }
 
 
 def _uniform_linears(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
-    """Every linear at MEASURED_BITS, without outliers, in the configured groups."""
+    """Every linear at MEASURED_BITS, without outliers."""
     options = job.config.plan
     return {
         slot.name: LinearPlan(
@@ -115,7 +121,8 @@ def _uniform_linears(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
             out_features=slot.out_features,
             in_features=slot.in_features,
             bits=MEASURED_BITS,
-            group_size=options.group_size,
+            group_size=options.uniform_group_size,
+            scale_bits=scale_bits(job),
             symmetric=options.symmetric,
             source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
         )
@@ -138,6 +145,11 @@ def scale_dtype(job: Job) -> str:
     """compressed-tensors stores scales in the model's dtype; for a bfloat16 model they must be exact in both."""
     wanted = "compressed-tensors" in job.config.export.format and source_dtype(job) == torch.bfloat16
     return "bfloat16" if wanted else "float16"
+
+
+def scale_bits(job: Job) -> int:
+    """As configured; compressed-tensors alone has no tables, so that every scale may be a float16 of its own."""
+    return 16 if job.config.export.format == ["compressed-tensors"] else job.config.plan.scale_bits
 
 
 def source_dtype(job: Job) -> torch.dtype:

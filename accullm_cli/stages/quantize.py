@@ -29,6 +29,7 @@ from accullm_cli.run import UP_TO_DATE, Reason, compare_inputs, file_sha256, key
 from accullm_cli.stages.block_rounding import BlockPair, round_with_streams, round_without_streams
 from accullm_cli.stages.calibrate import PROBE_TOKENS, load_tokens, open_decoder
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
+from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.profile import load_plan
 from accullm_cli.stages.streams import StreamStore
 
@@ -62,7 +63,8 @@ def quantize(job: Job, calibrate_key: str, profile_key: str, force: bool = False
     def work(reason: Reason) -> Work:
         # What is particular to a block comes from its rows of the plan, not from the plan as a whole.
         shared = {name: value for name, value in inputs.items() if name != "input:profile"}
-        return _quantize(job, decoder, plan, shared, reason.code == "forced")
+        with products("float32"):
+            return _quantize(job, decoder, plan, shared, reason.code == "forced")
 
     return run_stage(job, "quantize", inputs, force, work)
 
@@ -77,6 +79,7 @@ def quantize_inputs(job: Job, calibrate_key: str, profile_key: str) -> dict[str,
         "config:machine.seed": str(job.config.machine.seed),
         **section_inputs("rounding", job.config.rounding),
         **machine_inputs(),
+        "machine:precision": precision_of(job),
     }
 
 
@@ -201,6 +204,7 @@ class _Streams:
 
     def __init__(self, job: Job, decoder: Decoder, restored: tuple[int, dict[str, torch.Tensor]] | None) -> None:
         self._decoder = decoder
+        self._precision = precision_of(job)
         self._store = _stream_store(job)
         ids = load_tokens(job)["calibration"]
         decoder.load_outside()
@@ -234,8 +238,9 @@ class _Streams:
         self.position = index + 1
 
     def _advance(self, stream: torch.Tensor, index: int, block: nn.Module) -> None:
-        for rows in batches(*stream.shape[:2]):
-            stream[rows] = self._decoder.run(index, block, stream[rows])
+        with products(self._precision):
+            for rows in batches(*stream.shape[:2]):
+                stream[rows] = self._decoder.run(index, block, stream[rows])
 
     def follow(self, job: Job, index: int, plan: Plan) -> None:
         """Run both streams through a finished block, from its shard."""

@@ -27,6 +27,7 @@ from accullm_cli.run import UP_TO_DATE, Reason, file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights
 from accullm_cli.stages.calibrate import VALIDATION_TEXT, load_reference, load_tokens, validation_text
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage
+from accullm_cli.stages.precision import products
 from accullm_cli.stages.streams import StreamStore
 
 VERSION = 1
@@ -51,7 +52,8 @@ def validate(
     inputs = validate_inputs(job, artifact_sha256(artifact), reference_key)
 
     def work(reason: Reason) -> Work:
-        fidelity = _measure(job, name, artifact, key_of(inputs), place)
+        with products("float32"):
+            fidelity = _measure(job, name, artifact, key_of(inputs), place)
         path = fidelity_path(job, format_name, place)
         write_text(path, json.dumps(asdict(fidelity), indent=1))
         return Work((path,))

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,6 +72,40 @@ def test_experts_in_16_bits_and_short_last_groups_round_trip(tmp_path: Path) -> 
         opened.linear(kept)
 
 
+@pytest.mark.parametrize("scale_bits", [4, 6, 8])
+def test_scales_in_a_table_round_trip(scale_bits: int, tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run", group_size=16, outliers=(3,), scale_bits=scale_bits)
+    directory = empty(tmp_path / "artifact")
+    FORMATS["accullm"].write(directory, made.parts)
+    opened = open_artifact(directory)
+    assert list(opened.plan.linears.items()) == list(made.parts.plan.linears.items())
+    for name, linear in made.linears.items():
+        read = opened.linear(name)
+        assert read.scale_bits == scale_bits
+        assert torch.equal(read.scales, linear.scales)
+        assert torch.equal(read.dequantize(), linear.dequantize())
+        assert opened.linear_bytes(name) == opened.plan.linears[name].stored_bytes
+    assert list(opened.problems()) == []
+
+
+def test_an_artifact_of_version_1_is_read(made: Made, artifact: Path, tmp_path: Path) -> None:
+    """It knew nothing of tables: neither file says how many bits a scale has."""
+    old = tmp_path / "old"
+    shutil.copytree(artifact, old)
+    manifest = json.loads((old / "accullm.json").read_text())
+    manifest["format_version"] = 1
+    for entry in manifest["linears"].values():
+        del entry["scale_bits"]
+    (old / "accullm.json").write_text(json.dumps(manifest))
+    config = json.loads((old / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 1
+    del config["quantization_config"]["scale_bits"]
+    (old / "config.json").write_text(json.dumps(config))
+    opened = open_artifact(old)
+    assert list(opened.plan.linears.items()) == list(made.parts.plan.linears.items())
+    assert torch.equal(opened.linear(Q_PROJ).dequantize(), made.linears[Q_PROJ].dequantize())
+
+
 # -- what is written ---------------------------------------------------------------------------------------
 
 
@@ -129,7 +164,7 @@ def test_the_config_names_the_common_scheme_and_what_deviates(made: Made, tmp_pa
     config = quantization_config(Plan(linears))
     assert {key: config[key] for key in ("quant_method", "format_version", "bits", "group_size", "outliers")} == {
         "quant_method": "accullm",
-        "format_version": 1,
+        "format_version": 2,
         "bits": 4,
         "group_size": 32,
         "outliers": 2,
@@ -279,15 +314,15 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "manifest no object": (write("accullm.json", "[]"), f"accullm.json: is not a JSON object; {AGAIN}"),
     "manifest without linears": (
         edit_json("accullm.json", lambda content: content.pop("linears")),
-        "accullm.json: not a manifest of format version 1 (KeyError: 'linears'); copy the artifact again",
+        "accullm.json: not a manifest of format version 2 (KeyError: 'linears'); copy the artifact again",
     ),
     "manifest without version": (
         edit_json("accullm.json", lambda content: content.pop("format_version")),
         "accullm.json: has no format_version; copy the artifact again",
     ),
     "newer manifest": (
-        edit_json("accullm.json", lambda content: content.update(format_version=2)),
-        "accullm.json: format version 2 is newer than 1, the newest that this accullm reads; "
+        edit_json("accullm.json", lambda content: content.update(format_version=3)),
+        "accullm.json: format version 3 is newer than 2, the newest that this accullm reads; "
         "upgrade with: pip install -U accullm",
     ),
     "manifest of another format": (
@@ -295,8 +330,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
         "accullm.json: describes an artifact of format gguf",
     ),
     "newer config": (
-        edit_json("config.json", lambda content: content["quantization_config"].update(format_version=2)),
-        "config.json: format version 2 is newer than 1, the newest that this accullm reads; "
+        edit_json("config.json", lambda content: content["quantization_config"].update(format_version=3)),
+        "config.json: format version 3 is newer than 2, the newest that this accullm reads; "
         "upgrade with: pip install -U accullm",
     ),
     "config without quantization": (
@@ -346,6 +381,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "wrong dtype": (
         edit_block(replace(f"{UP_PROJ}.scales", torch.Tensor.float)),
         f"{BLOCK}: tensor {UP_PROJ}.scales is float32, expected float16",
+    ),
+    "scales beside a table": (
+        edit_json("accullm.json", lambda content: content["linears"][UP_PROJ].update(scale_bits=6)),
+        f"config.json: describes {UP_PROJ} otherwise than accullm.json; copy the artifact again",
     ),
     "wrong shape": (
         edit_block(replace(f"{UP_PROJ}.qweight", lambda tensor: tensor[:, :-1].contiguous())),

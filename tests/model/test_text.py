@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from accullm_cli.errors import AccullmError
 from accullm_cli.model import packaged_text
 from accullm_cli.model.generated_text import generated_document
-from accullm_cli.model.text import Windows, calibration_windows, validation_windows
+from accullm_cli.model.text import Windows, calibration_windows, search_windows, validation_windows
 
 BOS, EOS = 256, 257
 
@@ -339,4 +339,49 @@ def test_a_hub_dataset_with_too_little_text_is_refused(monkeypatch: pytest.Monke
     fake_datasets(monkeypatch, [{"text": "few"}])
     assert refusal("hub:owner/name") == (
         "hub:owner/name: holds too little text for one window; give more text or a smaller --seq-len"
+    )
+
+
+# -- windows to search on ----------------------------------------------------------------------------------------
+
+
+def overlaps(first: Windows, second: Windows, tokens: int = 120) -> bool:
+    """Whether a run of tokens of one window is in another."""
+    runs = {tuple(row[at : at + tokens].tolist()) for row in first.ids for at in range(len(row) - tokens + 1)}
+    rows = [row.tolist() for row in second.ids]
+    return any(tuple(row[at : at + tokens]) in runs for row in rows for at in range(len(row) - tokens + 1))
+
+
+def test_the_packaged_text_has_windows_to_search_on_that_validation_does_not_see() -> None:
+    tokenizer = byte_tokenizer()
+    judged = validation_windows("default", tokenizer, 16, 256, 0)
+    searched = search_windows("default", tokenizer, 16, 256, 0)
+    assert searched.ids.shape == judged.ids.shape
+    assert not overlaps(judged, searched)
+    assert "held out, to search on," in searched.description
+    # The same again, and the windows that are judged on are those of a run without a search.
+    assert torch.equal(search_windows("default", tokenizer, 16, 256, 0).ids, searched.ids)
+
+
+@pytest.mark.parametrize("lines", [60, 6000], ids=["short", "long"])
+def test_a_file_has_windows_to_search_on_that_validation_does_not_see(lines: int, tmp_path: Path) -> None:
+    """From a short file they are cut side by side, from a long one at random places."""
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"line number {number} says {number * number}\n" for number in range(lines)))
+    tokenizer = byte_tokenizer()
+    for seed in range(8):
+        judged = validation_windows(str(file), tokenizer, 6, 64, seed)
+        searched = search_windows(str(file), tokenizer, 6, 64, seed)
+        assert searched.ids.shape == judged.ids.shape == (6, 64)
+        assert not overlaps(judged, searched)
+
+
+def test_a_text_with_too_little_left_to_search_on_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("x" * (7 * 16 + 3))
+    with pytest.raises(AccullmError) as caught:
+        search_windows(str(file), byte_tokenizer(), 6, 16, 0)
+    assert caught.value.line() == (
+        f"validation text {file}: has 1 windows left to search on, beside the 6 that the contract is judged on; "
+        "give more text, or fewer --validation-windows"
     )

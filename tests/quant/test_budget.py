@@ -24,7 +24,8 @@ def linear(name: str, rows: int = 32, columns: int = 64, **changes: object) -> L
 def plan_within(
     plans: dict[str, LinearPlan], losses: dict[str, torch.Tensor], bits: float, widths: tuple[int, ...], fraction: float
 ) -> dict[str, LinearPlan]:
-    return dict(Choices(plans, losses, widths, fraction).within(bits).linears)
+    by_size = {name: {plans[name].group_size: loss} for name, loss in losses.items()}
+    return dict(Choices(plans, by_size, widths, fraction).within(bits).linears)
 
 
 def loss_of(plan: LinearPlan, loss: torch.Tensor) -> float:
@@ -139,7 +140,7 @@ def test_the_curve_is_that_of_the_plans() -> None:
     """Every point is what the plan within its bits takes and costs; loss falls where bits rise."""
     names = ("a", "b", "c")
     losses = random_losses(names, 64, seed=2)
-    choices = Choices({name: linear(name) for name in names}, losses, WIDTHS, 0.1)
+    choices = Choices({name: linear(name) for name in names}, {name: {16: losses[name]} for name in names}, WIDTHS, 0.1)
     curve = choices.curve()
     assert len(curve) > 10
     assert curve[0][0] == choices.smallest().bits_per_weight
@@ -151,3 +152,13 @@ def test_the_curve_is_that_of_the_plans() -> None:
         own = sum(loss_of(plan.linears[name], losses[name]) for name in names)
         assert own == pytest.approx(sum(choices.loss_of(plan).values()), rel=1e-12)
         assert own <= loss * (1 + 1e-9)
+
+
+def test_the_group_size_is_chosen_too() -> None:
+    """Smaller groups where they save more than their scales cost, larger ones where they cost next to nothing."""
+    losses = {"a": {8: torch.ones(64), 32: 8 * torch.ones(64)}, "b": {8: torch.ones(64), 32: 1.01 * torch.ones(64)}}
+    choices = Choices({name: linear(name) for name in "ab"}, losses, (4,), 0.0)
+    found = choices.within(5.9)
+    assert (found.linears["a"].group_size, found.linears["b"].group_size) == (8, 32)
+    assert choices.loss_of(found) == pytest.approx({"a": 64, "b": 64.64})
+    assert {plan.group_size for plan in choices.smallest().linears.values()} == {32}

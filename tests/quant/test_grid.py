@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, fitted_scales, minmax_grid, round_scale, searched_grid
+from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, fitted_scales, minmax_grid, searched_grid
+from accullm_cli.quant.scales import StorableScales, round_scale
 
 SHAPES = [(2, 4, -1), (3, 10, 4), (1, 1, 8), (4, 33, 16), (2, 6, 1)]
 
@@ -64,7 +65,7 @@ def test_a_grid_spans_the_range_of_each_group(rows, columns, group_size, symmetr
 )
 def test_every_weight_lies_half_a_step_from_its_value(bits, symmetric, seed, shift, group_size, scale_dtype):
     weight = normal(3, 10, seed) + shift
-    grid = minmax_grid(weight, bits, group_size, symmetric, scale_dtype)
+    grid = minmax_grid(weight, bits, group_size, symmetric, StorableScales(scale_dtype))
     scale, _ = grid.per_column(10)
     # A stored scale may be smaller than the range asks for, by half a step of its significand.
     lost = (2**bits - 1) * (2.0**-9 if scale_dtype == "bfloat16" else 2.0**-11) * 2
@@ -84,7 +85,7 @@ def test_half_a_code_of_margin_keeps_every_weight_between_first_and_last_code(
     bits, symmetric, seed, shift, scale_dtype
 ):
     weight = normal(3, 10, seed) + shift
-    grid = minmax_grid(weight, bits, 4, symmetric, scale_dtype, margin=0.5)
+    grid = minmax_grid(weight, bits, 4, symmetric, StorableScales(scale_dtype), margin=0.5)
     scale, zero = grid.per_column(10)
     position = weight / scale + zero
     assert position.min() >= 0
@@ -233,8 +234,8 @@ def test_scales_are_rounded_to_what_can_be_stored(scale, dtype, expected):
 def test_scales_of_tiny_and_huge_weights_can_be_stored(exponent, seed, bits, symmetric, scale_dtype, margin):
     weight = (normal(2, 12, seed).clamp(-3, 3) * 10.0**exponent).float().clamp(-3e38, 3e38)
     for grid in (
-        minmax_grid(weight, bits, 4, symmetric, scale_dtype, margin=margin),
-        searched_grid(weight, torch.ones(12), bits, 4, symmetric, scale_dtype),
+        minmax_grid(weight, bits, 4, symmetric, StorableScales(scale_dtype), margin=margin),
+        searched_grid(weight, torch.ones(12), bits, 4, symmetric, StorableScales(scale_dtype)),
     ):
         assert grid.scale.isfinite().all()
         assert (grid.scale > 0).all()
@@ -257,7 +258,7 @@ def test_a_fitted_scale_never_costs_anything_and_can_be_stored(seed, size, scale
     rows = torch.randn(30, 20, generator=generator, dtype=torch.float64)
     hessian = rows.T @ rows
     weight = normal(3, 20, seed)
-    grid = minmax_grid(weight, 3, size, False, scale_dtype)
+    grid = minmax_grid(weight, 3, size, False, StorableScales(scale_dtype))
     codes = torch.randint(0, 8, (3, 20), generator=generator).double()
     steps = codes - grid.per_column(20)[1]
 
@@ -267,7 +268,7 @@ def test_a_fitted_scale_never_costs_anything_and_can_be_stored(seed, size, scale
 
     error = weight - grid.values(codes)
     before = grid.scale.clone()
-    fitted = fitted_scales(grid.scale, error, steps, hessian, 2.5, size, scale_dtype)
+    fitted = fitted_scales(grid.scale, error, steps, hessian, 2.5, size, StorableScales(scale_dtype))
     assert torch.equal(grid.scale, before)
     assert (loss(fitted) <= loss(grid.scale) * (1 + 1e-12)).all()
     assert torch.equal(round_scale(fitted, scale_dtype), fitted)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from accullm_cli.errors import EXIT_USAGE, AccullmError
 from accullm_cli.quant.linear import QuantizedLinear
@@ -87,6 +91,25 @@ def test_reading_gives_back_what_was_written(bits, group_size, symmetric, outlie
     assert torch.equal(read.outlier_index, linear.outlier_index)
     assert torch.equal(read.outlier_weight, linear.outlier_weight.to(read.outlier_weight.dtype))
     assert (read.bits, read.group_size) == (bits, group_size)
+    assert torch.equal(read.dequantize(), linear.dequantize())
+
+
+@settings(deadline=None)
+@given(st.integers(4, 8), st.integers(0, 2**31))
+def test_scales_of_a_table_read_back_exactly(scale_bits: int, seed: int) -> None:
+    """Tables with a value twice, too: either place is as good."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.rand(2**scale_bits, generator=generator).half().sort().values
+    table[1] = table[0]
+    linear = random_linear()
+    scales = table[torch.randint(0, len(table), linear.scales.shape, generator=generator)]
+    linear = replace(linear, scales=scales, scale_table=table)
+    tensors = linear.to_tensors()
+    assert tensors["qscales"].shape == (3, -(-3 * scale_bits // 8))
+    assert "scales" not in tensors
+    read = QuantizedLinear.from_tensors(tensors, 10, linear.bits, linear.group_size)
+    assert (read.scale_bits, linear.scale_bits) == (scale_bits, scale_bits)
+    assert torch.equal(read.scales, scales)
     assert torch.equal(read.dequantize(), linear.dequantize())
 
 

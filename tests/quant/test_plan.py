@@ -29,6 +29,9 @@ def test_stored_bytes(bits, group_size, symmetric, outliers, groups, stored_byte
 def test_outliers_and_kept_linears_of_a_float32_source_take_four_bytes():
     quantized = LinearPlan("a", 10, 576, 4, 128, True, (1, 2, 3), source_itemsize=4)
     assert quantized.stored_bytes == 10 * (288 + 10) + 10 * 3 * 4 + 3 * 4
+    # 9 scales of 6 bits take 7 bytes, and the table 64 float16.
+    table = LinearPlan("a", 10, 576, 4, 64, False, scale_bits=6)
+    assert table.stored_bytes == 10 * (288 + 7 + 5) + 2 * 64
     assert LinearPlan("a", 10, 576, 16, 128, True, source_itemsize=4).stored_bytes == 10 * 576 * 4
 
 

@@ -1,0 +1,107 @@
+"""How products are computed: what may round where, and that it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from accullm_cli.pipeline import convert
+from accullm_cli.stages import block_rounding, calibrate, precision, quantize, validate
+from accullm_cli.stages.precision import Precision, onednn_rounds, products
+from tests.streaming import short_config
+from tests.tiny import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+def product_error() -> float:
+    generator = torch.Generator().manual_seed(1)
+    left = torch.randn(300, 512, generator=generator)
+    right = torch.randn(512, 200, generator=generator)
+    exact = left.double() @ right.double()
+    return float((left @ right - exact).norm() / exact.norm())
+
+
+def test_float32_is_float32_whatever_computes_it() -> None:
+    with products("float32"):
+        assert product_error() < 2e-6
+    assert product_error() < 2e-6
+
+
+def test_rounding_is_what_was_measured() -> None:
+    """On a CPU without AMX nothing rounds."""
+    with products("bfloat16"):
+        assert (product_error() > 1e-4) == onednn_rounds()
+
+
+def test_the_setting_ends_with_an_error_too() -> None:
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    with pytest.raises(RuntimeError), products("bfloat16"):
+        raise RuntimeError(setting.fp32_precision)
+    assert setting.fp32_precision == before
+
+
+@pytest.mark.parametrize(("rounds", "wanted", "used"), [(True, "float32", "none"), (False, "float32", "bf16")])
+def test_where_onednn_rounds_float32_does_without_it(
+    rounds: bool, wanted: str, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "onednn_rounds", lambda: rounds)
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    with products(wanted):
+        assert torch.backends.mkldnn.matmul.fp32_precision == used
+
+
+def test_an_older_torch_computes_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_has_onednn", lambda: False)
+    precision.onednn_rounds.cache_clear()
+    assert not precision.onednn_rounds()
+    with products("bfloat16"):
+        assert product_error() < 2e-6
+    precision.onednn_rounds.cache_clear()
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    """(module, precision) of all that is computed; the products themselves stay float32."""
+    found: set[tuple[str, str]] = set()
+
+    def watch(name: str) -> object:
+        @contextmanager
+        def watched(wanted: Precision) -> Iterator[None]:
+            found.add((name, wanted))
+            yield
+
+        return watched
+
+    for module in (calibrate, quantize, block_rounding, validate):
+        monkeypatch.setattr(module, "products", watch(module.__name__.rpartition(".")[2]))
+    return found
+
+
+@pytest.mark.parametrize(("rounds", "wanted"), [(True, "auto"), (False, "auto"), (True, "float32")])
+def test_validation_is_float32_and_rounding_what_was_asked_for(
+    rounds: bool, wanted: str, seen: set[tuple[str, str]], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "onednn_rounds", lambda: rounds)
+    convert(short_config(llama, tmp_path / "out", machine__precision=wanted))
+    everything = {("calibrate", "float32"), ("quantize", "float32"), ("validate", "float32")}
+    own = "bfloat16" if rounds and wanted == "auto" else "float32"
+    assert seen == everything | {(name, own) for name in ("calibrate", "quantize", "block_rounding")}
+
+
+def test_another_precision_rounds_anew(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "onednn_rounds", lambda: True)
+    convert(short_config(llama, tmp_path / "out", rounding__method="nearest"))
+    report = convert(short_config(llama, tmp_path / "out", rounding__method="nearest", machine__precision="float32"))
+    reasons = {stage.name: stage.reason for stage in report.stages}
+    assert "machine changed (precision)" in reasons["calibrate"]
+    assert "precision" in reasons["quantize"]
+    assert "precision" not in reasons["validate accullm"]
