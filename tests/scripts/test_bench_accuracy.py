@@ -32,7 +32,7 @@ def load_script() -> Any:
 
 
 script = load_script()
-NEAREST, FEEDBACK, UNTOUCHED, COMPENSATING, ROWS, AVERAGE = script.ROWS
+ROW = {row.name: row for row in script.ROWS}
 
 
 def report(mean_kl: float = 0.05) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def options(tmp_path: Path, *arguments: str) -> Any:
 
 
 def test_every_row_is_measured_unless_some_are_asked_for(tmp_path: Path) -> None:
-    assert options(tmp_path).rows == ["nearest", "feedback", "untouched", "compensating", "rows", "average"]
-    assert options(tmp_path).group_sizes == [64, 128]
-    assert options(tmp_path, "--rows", "nearest", "untouched").rows == ["nearest", "untouched"]
+    assert options(tmp_path).rows == list(ROW)
+    assert options(tmp_path, "--rows", "nearest-64", "average-4.4").rows == ["nearest-64", "average-4.4"]
+    assert options(tmp_path, "--rows", "--append").rows == []
 
 
 def test_an_unknown_row_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,59 +64,64 @@ def test_an_unknown_row_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_rows_share_the_run_and_each_has_an_artifact_of_its_own(tmp_path: Path) -> None:
     given = options(tmp_path, "--samples", "4", "--validation-windows", "2", "--threads", "1")
-    assert NEAREST.command(given, 128) == (
-        "accullm", "convert", "work/smollm2-135m",
-        "--out", str(tmp_path / "accuracy-artifacts" / "nearest-128"), "--group-size", "128",
-        "--rounding", "nearest", "--outliers", "0", "--run", str(tmp_path / "accuracy.run"),
+    assert ROW["nearest-64"].command(given) == (
+        "accullm", "convert", "work/smollm2-135m", "--out", str(tmp_path / "accuracy-artifacts" / "nearest-64"),
+        "--rounding", "nearest", "--outliers", "0", "--group-size", "64", "--run", str(tmp_path / "accuracy.run"),
         "--samples", "4", "--validation-windows", "2", "--threads", "1", "--json",
     )  # fmt: skip
-    commands = [row.command(given, size) for row in script.ROWS for size in (64, 128)]
-    assert len({command[command.index("--out") + 1] for command in commands}) == 12
+    commands = [row.command(given) for row in script.ROWS]
+    assert len({command[command.index("--out") + 1] for command in commands}) == len(commands)
     assert len({command[command.index("--run") + 1] for command in commands}) == 1
 
 
 def test_gradients_are_those_of_all_windows(tmp_path: Path) -> None:
     for arguments, expected in (((), "128"), (("--samples", "4"), "4")):
-        for row in (ROWS, AVERAGE):
-            command = row.command(options(tmp_path, *arguments), 64)
+        for row in (ROW["rows-64"], ROW["average-4.4"]):
+            command = row.command(options(tmp_path, *arguments))
             assert command[command.index("--gradient-samples") + 1] == expected
-    assert "--gradient-samples" not in COMPENSATING.command(options(tmp_path), 64)
+    assert "--gradient-samples" not in ROW["compensating-64"].command(options(tmp_path))
 
 
-def test_every_flag_of_every_row_is_one_of_converts() -> None:
+def test_every_row_is_a_configuration_of_its_own() -> None:
     from accullm_cli.config import options as declared
+    from accullm_cli.config_file import load_config
 
-    known = {option.flag: option for option in declared()}
+    key_of = {option.flag: option.key for option in declared()}
+    seen = set()
     for row in script.ROWS:
-        for flag, value in zip(row.flags[::2], row.flags[1::2], strict=True):
-            assert not known[flag].choices or value in known[flag].choices
+        flags = {key_of[flag]: value for flag, value in zip(row.flags[::2], row.flags[1::2], strict=True)}
+        config = load_config("m", flags=flags)
+        assert row.with_gradients or not config.plan.is_average
+        seen.add((row.with_gradients, config.to_yaml()))
+    assert len(seen) == len(script.ROWS)
 
 
-def test_a_report_becomes_a_line_of_the_table(tmp_path: Path) -> None:
-    result = script.result_of(UNTOUCHED, 64, report(), ("accullm", "convert"))
+def test_a_report_becomes_a_line_of_the_table() -> None:
+    result = script.result_of(ROW["untouched-64"], report(), ("accullm", "convert"))
     assert script.fidelity_table([result]).splitlines() == [
-        "| rounding | group | bits/weight | perplexity | mean KL (nats) | p99 KL | top-1 agreement | size |",
+        "| method | bits/weight | perplexity | mean KL (nats) | p99 KL | top-1 agreement | time | peak |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| error feedback, 0.5% outliers untouched | 64 | 4.402 | 16.40 [14.90, 18.10] | 0.0500 [0.0450, 0.0550] "
-        "| 0.610 [0.500, 0.720] | 84.59% [81.27%, 87.40%] | 113 MB |",
+        "| error feedback, 0.5% outliers untouched, groups of 64 | 4.402 | 16.40 [14.90, 18.10] "
+        "| 0.0500 [0.0450, 0.0550] | 0.610 [0.500, 0.720] | 84.59% [81.27%, 87.40%] | 1 min 10 s | 1 GB |",
     ]
 
 
 def test_the_cost_of_every_stage_is_shown_and_a_missing_one_as_a_dash() -> None:
-    result = script.result_of(NEAREST, 128, report(), ())
-    assert script.cost_table([result]).splitlines()[2] == (
-        "| nearest | 128 | 1 min 01 s, 1 GB | - | 9.0 s, 500 MB | - | 3.0 s, 700 MB |"
-    )
+    result = script.result_of(ROW["nearest-64"], report(), ())
+    assert script.cost_table([result, peer()]).splitlines()[2:] == [
+        "| nearest, groups of 64 | 1 min 01 s, 1 GB | - | 9.0 s, 500 MB | - | 3.0 s, 700 MB |"
+    ]
 
 
 def test_the_text_above_says_on_what_it_was_measured() -> None:
-    lines = script.render([script.result_of(NEAREST, 128, report(), ("accullm", "convert", "a b"))]).splitlines()
+    results = [script.result_of(ROW["nearest-64"], report(), ("accullm", "convert", "a b")), peer()]
+    lines = script.render(results).splitlines()
     assert lines[0] == "Measured on 1,536 tokens in 3 windows of held-out text, 95% confidence intervals in brackets."
     assert lines[1] == (
         "The original's perplexity is 15.61 [14.00, 17.00]; the noise floor of the KL (one bfloat16 rounding per "
         "block) is 3.3e-05 nats."
     )
-    assert lines[-1] == "    accullm convert 'a b'"
+    assert lines[-2:] == ["    accullm convert 'a b'", "    python run_peer.py  # tool 1.2"]
 
 
 def test_conversions_run_in_order_and_results_are_kept_after_each(
@@ -131,28 +136,108 @@ def test_conversions_run_in_order_and_results_are_kept_after_each(
         return subprocess.CompletedProcess(command, 0, json.dumps({"reports": [report(0.01 * len(ran))]}))
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert script.main(["--out", str(tmp_path / "accuracy"), "--rows", "compensating", "nearest"]) == 0
-    assert ran == ["nearest-64", "compensating-64", "nearest-128", "compensating-128"]
+    assert script.main(["--out", str(tmp_path / "accuracy"), "--rows", "rows-64", "compensating-64", "nearest-64"]) == 0
+    assert ran == ["nearest-64", "compensating-64", "rows-64"]
     content = json.loads((tmp_path / "accuracy.json").read_text())
-    assert content["schema_version"] == 1
-    assert [round(result["mean_kl"]["value"], 6) for result in content["results"]] == [0.01, 0.02, 0.03, 0.04]
+    assert content["schema_version"] == 2
+    assert [round(result["mean_kl"]["value"], 6) for result in content["results"]] == [0.01, 0.02, 0.03]
     assert (tmp_path / "accuracy.md").read_text() == capsys.readouterr().out
+    assert (tmp_path / "accuracy.svg").read_text().startswith("<svg")
+
+
+def test_rows_of_an_earlier_call_are_kept_if_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = iter((0.01, 0.02, 0.03, 0.04))
+
+    def run(command: list[str], **others: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, json.dumps({"reports": [report(next(figures))]}))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    out = ["--out", str(tmp_path / "accuracy")]
+    names = []
+    for rows in (["average-4.4"], ["nearest-64", "--append"], ["average-4.4", "--append"]):
+        assert script.main([*out, "--rows", *rows]) == 0
+        results = script.read_results(tmp_path / "accuracy")
+        names.append([(result.name, round(result.mean_kl.value, 6)) for result in results])
+    assert names == [
+        [("average-4.4", 0.01)],
+        [("nearest-64", 0.02), ("average-4.4", 0.01)],
+        [("nearest-64", 0.02), ("average-4.4", 0.03)],
+    ]
+    assert script.main([*out, "--rows", "feedback-64"]) == 0
+    assert [result.name for result in script.read_results(tmp_path / "accuracy")] == ["feedback-64"]
 
 
 def test_a_conversion_that_fails_ends_the_benchmark_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda command, **others: subprocess.CompletedProcess(command, 4, ""))
-    assert script.main(["--out", str(tmp_path / "accuracy"), "--rows", "feedback"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == ("error: row feedback: accullm convert ended with exit code 4")
+    assert script.main(["--out", str(tmp_path / "accuracy"), "--rows", "feedback-64"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: row feedback-64: accullm convert ended with exit code 4"
     assert not (tmp_path / "accuracy.md").exists()
 
 
-def test_another_tool_can_be_a_row() -> None:
-    class Peer:
-        name, label = "peer", "another tool"
+# -- other tools -------------------------------------------------------------------------------------------
 
-        def measure(self, options: object, group_size: int) -> Any:
-            return script.result_of(self, group_size, report(), ("peer", "--quantize"))
 
-    assert "| another tool | 64 |" in script.render([Peer().measure(None, 64)])
+def peer_entry() -> dict[str, Any]:
+    """A line of what bench_peers.py writes."""
+    fidelity = report()["fidelity"]
+    figures = ("perplexity_original", "perplexity", "mean_kl", "mean_kl_floor", "kl_p99", "top1_agreement")
+    return {
+        "name": "tool",
+        "label": "another tool",
+        "group_size": 64,
+        "bits_per_weight": 4.25,
+        **{name: fidelity[name] for name in figures},
+        "windows": 3,
+        "tokens": 1536,
+        "seconds": 100.0,
+        "peak_bytes": 2_000_000_000,
+        "versions": {"tool": "1.2"},
+        "settings": {"bits": 4},
+        "command": ["python", "run_peer.py"],
+    }
+
+
+def peer() -> Any:
+    return script.peer_result(peer_entry())
+
+
+def test_another_tool_is_a_line_of_the_same_table() -> None:
+    line = script.fidelity_table([peer()]).splitlines()[2]
+    assert line.startswith("| another tool | 4.250 | 16.40 [14.90, 18.10] | 0.0500 [0.0450, 0.0550] |")
+    assert line.endswith("| 1 min 40 s | 2 GB |")
+
+
+def test_other_tools_are_measured_on_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **others: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        (tmp_path / "peers.json").write_text(json.dumps({"results": [peer_entry()]}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    arguments = [
+        "--out",
+        str(tmp_path / "accuracy"),
+        "--rows",
+        "--peer",
+        "hqq=a/python",
+        "--peer",
+        "gptqmodel=b/python",
+    ]
+    assert script.main(arguments) == 0
+    assert commands[0][1:] == [
+        str(script.PEERS), "--model", "work/smollm2-135m", "--run", str(tmp_path / "accuracy.run"),
+        "--out", str(tmp_path / "peers"), "--peer", "hqq=a/python", "--peer", "gptqmodel=b/python",
+    ]  # fmt: skip
+    assert [result.name for result in script.read_results(tmp_path / "accuracy")] == ["peer tool"]
+
+
+def test_the_plot_shows_every_line(tmp_path: Path) -> None:
+    results = [script.result_of(ROW[name], report(), ()) for name in ("nearest-64", "average-4.1", "average-4.4")]
+    picture = script.draw([*results, peer()])
+    for text in ("another tool", "nearest, groups of 64", "AccuLLM, an average of bits", "bits per weight"):
+        assert text in picture
+    assert script.draw([*results, peer()]) == picture
