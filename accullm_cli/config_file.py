@@ -65,6 +65,25 @@ def load_config(
     return Config.model_validate(_nested(given))
 
 
+# -- presets -----------------------------------------------------------------------------------------------
+
+# The presets that an effort stands for.
+EFFORTS: Mapping[str, tuple[str, ...]] = {"fast": ("fast",), "balanced": (), "best": ("best",)}
+
+
+def presets_of(effort: str | None) -> tuple[str, ...]:
+    """The names of the presets that come before all files.
+
+    Raises:
+        AccullmError: no such effort.
+    """
+    if effort is None:
+        return ()
+    if effort not in EFFORTS:
+        raise AccullmError(f"'{effort}' is not allowed", "--effort", f"give {_choice_text(tuple(EFFORTS))}")
+    return EFFORTS[effort]
+
+
 # -- files -------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from accullm_cli.config import Config, Option, options, sections
-from accullm_cli.config_file import load_config, presets
+from accullm_cli.config_file import EFFORTS, load_config, presets, presets_of
 from accullm_cli.console import Console
 from accullm_cli.resources import resource
 
@@ -71,6 +71,15 @@ ConfigFiles = Annotated[
         autocompletion=complete_config,
     ),
 ]
+Effort = Annotated[
+    str | None,
+    typer.Option(
+        "--effort",
+        metavar="|".join(EFFORTS),
+        help="How much time to spend: the preset that everything else given changes. Default: balanced.",
+        autocompletion=lambda incomplete: [name for name in EFFORTS if name.startswith(incomplete)],
+    ),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option(
@@ -100,6 +109,7 @@ MaxMeanKl = Annotated[
     ),
 ]
 COMMON: Mapping[str, Any] = {
+    "effort": (Effort, None),
     "files": (ConfigFiles, None),
     "sets": (Sets, None),
     "fresh": (Fresh, False),
@@ -151,10 +161,11 @@ class Call:
     fresh: bool
     dry_run: bool
     as_json: bool
+    effort: str | None = None
     original: str | None = None
 
     def config(self, model: str | None = None) -> Config:
-        return load_config(model or self.model, self.files, self.sets, self.flags)
+        return load_config(model or self.model, [*presets_of(self.effort), *self.files], self.sets, self.flags)
 
 
 def configured(body: Callable[[Call], T], extra: Mapping[str, Any] | None = None) -> Callable[..., T]:

@@ -85,7 +85,7 @@ def test_set_keeps_text_that_looks_like_a_number():
 
 def test_a_preset_is_found_by_its_name():
     assert load_config("m", files=["fast"]).calibration.samples == 16
-    assert load_config("m", files=["golden"]).plan.outliers == 0.01
+    assert load_config("m", files=["best"]).calibration.samples == 256
 
 
 def test_a_file_of_that_name_wins_over_the_preset(tmp_path, monkeypatch):
@@ -234,7 +234,7 @@ def test_a_mistake_is_refused_even_where_a_flag_overrides_it(conf):
 
 
 def test_a_missing_file_is_refused_with_the_presets():
-    line = "--config: nope.yaml is neither a file nor a preset; give a path, or one of default, fast, golden"
+    line = "--config: nope.yaml is neither a file nor a preset; give a path, or one of best, default, fast"
     assert line_of(files=["nope.yaml"]) == line
 
 

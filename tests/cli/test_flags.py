@@ -49,6 +49,24 @@ def test_files_sets_and_flags_reach_the_config_in_their_order(accullm, pipeline,
     assert (config.model, config.plan.outliers, config.plan.group_size, config.plan.bits) == ("from-file", 0, 32, 5)
 
 
+def test_an_effort_comes_before_everything_else(accullm, pipeline, tmp_path):
+    (tmp_path / "c.yaml").write_text("calibration: {samples: 7}\n")
+    accullm("convert", "m", "--config", str(tmp_path / "c.yaml"), "--effort", "fast")
+    accullm("convert", "m", "--effort", "best", "--samples", "9")
+    accullm("convert", "m", "--effort", "balanced")
+    fast, best, balanced = (config for _, config, *_ in pipeline.calls)
+    assert (fast.calibration.samples, fast.rounding.target) == (7, "original")
+    assert (best.calibration.samples, best.rounding.outlier_mode) == (9, "compensating")
+    assert balanced == type(balanced)(model="m")
+
+
+def test_an_unknown_effort_is_refused(accullm, pipeline):
+    code, _, err = accullm("convert", "m", "--effort", "most")
+    assert code == 2
+    assert err == "error: --effort: 'most' is not allowed; give fast, balanced or best\n"
+    assert pipeline.calls == []
+
+
 def test_repeated_flags_make_a_list(accullm, pipeline):
     accullm("convert", "m", "--format", "accullm", "--format", "compressed-tensors")
     assert pipeline.calls[0][1].export.format == ["accullm", "compressed-tensors"]
