@@ -213,7 +213,7 @@ class Rounding(Section):
         "from there: it rounds with feedback, fits the scales to the codes by least squares, and does both again.",
     )
     damping: float = option(
-        0.1, "Added to the Hessian's diagonal, as a fraction of its mean.", gt=0, le=1, example="0.01"
+        0.3, "Added to the Hessian's diagonal, as a fraction of its mean.", gt=0, le=1, example="0.01"
     )
 
 

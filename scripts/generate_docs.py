@@ -81,7 +81,7 @@ INTRODUCTION = """\
 `MODEL` is a local Hugging Face directory, a GGUF file, a hub id (`owner/name`, if need be with `@revision`), or a
 name that `accullm models` lists. Every option of the [configuration](config.md) can be given as a flag, as a key of a
 YAML file (`--config FILE`) or as `--set KEY=VALUE`; a flag overrides `--set`, which overrides the file, which overrides
-the default. A preset's name (`default`, `fast`, `best`) may stand for the file; `--effort fast` or `--effort best` reads
+the default. A preset's name (`default`, `fast`, `best`) may stand for the file; `--effort fast` (or `best`) reads
 it before all files. `accullm --install-completion` sets up completion for your shell.
 
 ## Streams

@@ -55,9 +55,10 @@ def test_it_finds_the_smallest_good_average_if_losses_are_off_by_a_factor(goal: 
 @settings(deadline=None)
 @given(st.floats(3.5, 5.8), st.floats(1.5, 12))
 def test_it_comes_near_even_if_losses_fall_otherwise_than_expected(goal: float, base: float) -> None:
+    """Where they fall by a third of what was expected, what is promised to be 0.02 bits may be 0.1."""
     rooms = path(lambda bits: base**-bits, base**-goal)
     best = min(bits for bits, room in rooms if room >= 1)
-    assert goal <= best <= goal + 3 * RESOLUTION
+    assert goal <= best <= goal + 6 * RESOLUTION
 
 
 def test_it_ends_at_the_largest_plan_where_none_is_good() -> None:
@@ -229,7 +230,7 @@ def test_only_the_best_plan_keeps_its_blocks(first: tuple[Path, list[Event]]) ->
         (
             "mean_kl<=1",
             {"search__max_bits_per_weight": 3},
-            "--max-bits-per-weight: 3 is less than the smallest plan takes, 3.634, scales included; "
+            "--max-bits-per-weight: 3 is less than the smallest plan takes, 3.617, scales included; "
             "give more, or larger groups",
         ),
     ],

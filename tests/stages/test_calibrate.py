@@ -24,6 +24,7 @@ from accullm_cli.stages.calibrate import (
     make_reference,
     validation_text,
 )
+from accullm_cli.stages.precision import products
 from tests.stages.references import inputs_of, rounding_damage, weight_of
 from tests.streaming import WORDS, opened, reference_model, short_config
 from tests.tiny import make_checkpoint, make_tokenizer
@@ -172,7 +173,8 @@ def test_the_reference_is_the_last_blocks_output(calibrated: tuple[str, Path, Pa
 
     model.get_submodule(f"{PREFIX[name]}.1").register_forward_hook(note)
     ids = load_file(run / "tokens.safetensors")["validation"]
-    logits = model(ids).logits.double()
+    with products("float32"):
+        logits = model(ids).logits.double()
     reference = load_file(run / "reference.safetensors")
     assert torch.equal(reference["hidden"], found["hidden"])
     expected = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
@@ -199,7 +201,8 @@ def test_the_noise_floor_rounds_to_bfloat16_behind_the_embedding_and_every_block
         block = model.get_submodule(f"{PREFIX[name]}.{index}")
         block.register_forward_pre_hook(round_input, with_kwargs=True)
         block.register_forward_hook(note)
-    model(load_file(run / "tokens.safetensors")["validation"])
+    with products("float32"):
+        model(load_file(run / "tokens.safetensors")["validation"])
     reference = load_file(run / "reference.safetensors")
     assert torch.equal(reference["floor"], found["hidden"])
     assert not torch.equal(reference["floor"], reference["hidden"])

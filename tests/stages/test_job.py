@@ -156,7 +156,7 @@ def test_a_section_gives_an_input_for_each_field() -> None:
         "config:calibration.text": "'a.txt'",
         "config:calibration.samples": "3",
         "config:calibration.seq_len": "16",
-        "config:calibration.gradient_samples": "0",
+        "config:calibration.gradient_samples": "None",
     }
     assert section_inputs("calibration", values, "samples") == {"config:calibration.samples": "3"}
 

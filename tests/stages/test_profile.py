@@ -70,7 +70,7 @@ def test_the_plan_says_for_every_linear_what_was_asked_for(llama: Path, tmp_path
     shapes = {f"self_attn.{name}_proj": shape for name, shape in shapes.items()}
     shapes |= {"mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
     assert list(plan.linears.items()) == [
-        (f"model.layers.{index}.{name}", LinearPlan(f"model.layers.{index}.{name}", *shape, 3, 64, True))
+        (f"model.layers.{index}.{name}", LinearPlan(f"model.layers.{index}.{name}", *shape, 3, 64, True, scale_bits=6))
         for index in range(2)
         for name, shape in shapes.items()
     ]

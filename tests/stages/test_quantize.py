@@ -139,7 +139,8 @@ def test_experts_get_the_rows_that_are_routed_to_them(calls: list[Call], tmp_pat
 
 def test_nearest_runs_no_block(tmp_path: Path, calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
-    with opened(short_config(source, tmp_path / "out", rounding__method="nearest", rounding__grid="minmax")) as job:
+    settings = {"rounding__method": "nearest", "rounding__grid": "minmax", "plan__scale_bits": 16}
+    with opened(short_config(source, tmp_path / "out", **settings)) as job:
         done = run_to(job, "profile")
 
         def refuse(*args: object, **kwargs: object) -> None:

@@ -135,7 +135,7 @@ def test_another_head_or_norm_is_found_out(name: str, exported: tuple[Path, Path
 def test_a_damaged_block_shows_in_the_divergence(exported: tuple[Path, Path], tmp_path: Path) -> None:
     source, out = exported
     _, whole = measure(source, out)
-    bad = damaged(out, tmp_path, "model.layers.1.mlp.up_proj.scales", 1.2)
+    bad = damaged(out, tmp_path, "model.layers.1.mlp.up_proj.scale_table", 1.2)
     outcome, fidelity = measure(source, out, bad)
     assert outcome.reason == Reason("input changed", "artifact")
     assert fidelity.mean_kl.value > 1.05 * whole.mean_kl.value
