@@ -240,6 +240,12 @@ class Validation(Section):
         example="held-out.txt",
     )
     windows: int = option(16, "Number of validation windows.", flag="--validation-windows", ge=2)
+    other_text: str = option(
+        "default",
+        "Text of another kind, on which the report gives the figures too: 'default' (C++, the headers that come with "
+        "torch), 'none', or a UTF-8 file. It takes half as many windows, and the contract is not judged on it.",
+        example="letters.txt",
+    )
     require: list[str] = option(
         [],
         "A condition the artifact must meet, as METRIC<=VALUE or METRIC>=VALUE; give it again for several. "

@@ -181,6 +181,13 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
         ("top-1 agreement", _estimate(found.top1_agreement, "{:.2%}")),
         ("measured on", f"{found.tokens} tokens: {found.text}"),
     ]
+    if report.other is not None:
+        other = report.other
+        rows += [
+            ("mean KL, other text", f"{_estimate(other.mean_kl, '{:.5f}')} nats"),
+            ("top-1, other text", _estimate(other.top1_agreement, "{:.2%}")),
+            ("the other text", f"{other.tokens} tokens: {other.text}"),
+        ]
     rows += [
         (f"require {clause.text}", f"{verdict(clause.met)} (measured {clause.measured:.6g})")
         for clause in report.contract

@@ -26,7 +26,15 @@ from accullm_cli.progress import Progress, silent
 from accullm_cli.report import write_report
 from accullm_cli.run import Reason, RunDirectory, key_of, write_text
 from accullm_cli.search import search
-from accullm_cli.stages.calibrate import calibrate, calibrate_inputs, make_reference
+from accullm_cli.stages.calibrate import (
+    OTHER_REFERENCE,
+    OTHER_TEXT,
+    calibrate,
+    calibrate_inputs,
+    make_other_reference,
+    make_reference,
+    other_reference_inputs,
+)
 from accullm_cli.stages.checks import GOLDEN_FORMAT, check_config, check_positions, preflight, refuse_golden
 from accullm_cli.stages.estimate import estimate
 from accullm_cli.stages.export import artifact_directories, export, export_inputs, known_files
@@ -163,8 +171,8 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
                 f"was made from another model than {job.source.origin}", artifact, "name its original with --original"
             )
         reference = make_reference(job, fresh)
-        validated = validate(job, artifact, manifest.format, reference.record.key, fresh)
-        return _finish_report(job, manifest.format, artifact, [reference, validated])
+        validated = _validate(job, manifest.format, artifact, reference.record.key, fresh)
+        return _finish_report(job, manifest.format, artifact, [reference, *validated])
 
 
 def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, only: str | None = None) -> DryRun:
@@ -231,6 +239,11 @@ def _decide_stages(job: Job, fresh: bool) -> dict[str, Reason]:
             artifact = hash_of_files(files) if files else "not known before it is written"
         name = stage_name(format_name)
         reasons[name] = decide(job, name, validate_inputs(job, artifact, key_of(calibrating)), fresh)
+        if _has_other_text(job):
+            reference = other_reference_inputs(job)
+            reasons[OTHER_REFERENCE] = decide(job, OTHER_REFERENCE, reference, fresh)
+            name = stage_name(format_name, OTHER_TEXT)
+            reasons[name] = decide(job, name, validate_inputs(job, artifact, key_of(reference)), fresh)
     return reasons
 
 
@@ -312,7 +325,20 @@ def _run_stages(job: Job, fresh: bool) -> Iterator[StageOutcome]:
     out = artifact_path(job.config)
     yield export(job, out, quantized.record.key, fresh)
     for name, directory in artifact_directories(job, out).items():
-        yield validate(job, directory, name, calibrated.record.key, fresh)
+        yield from _validate(job, name, directory, calibrated.record.key, fresh)
+
+
+def _validate(job: Job, format_name: str, directory: Path, reference_key: str, fresh: bool) -> Iterator[StageOutcome]:
+    """Measure an artifact on the text that the contract is judged on, and on text of another kind."""
+    yield validate(job, directory, format_name, reference_key, fresh)
+    if _has_other_text(job):
+        other = make_other_reference(job, fresh)
+        yield other
+        yield validate(job, directory, format_name, other.record.key, fresh, OTHER_TEXT)
+
+
+def _has_other_text(job: Job) -> bool:
+    return job.config.validation.other_text != "none"
 
 
 def _convert_golden(job: Job, fresh: bool) -> Report:
@@ -321,8 +347,8 @@ def _convert_golden(job: Job, fresh: bool) -> Report:
     found = search(job, calibrated, fresh)
     out = artifact_path(job.config)
     exported = export(found.job, out, found.outcomes[-1].record.key, fresh)
-    validated = validate(found.job, out, GOLDEN_FORMAT, calibrated.record.key, fresh)
-    outcomes = [*found.outcomes, exported, validated]
+    validated = _validate(found.job, GOLDEN_FORMAT, out, calibrated.record.key, fresh)
+    outcomes = [*found.outcomes, exported, *validated]
     return _finish_report(found.job, GOLDEN_FORMAT, out, outcomes, found.trials, report_path(job, GOLDEN_FORMAT))
 
 
@@ -367,6 +393,7 @@ def _finish_report(
         stages=tuple(_summary(outcome) for outcome in outcomes),
         linears=_linear_summaries(job, artifact),
         versions=versions(),
+        other=load_fidelity(job, format_name, OTHER_TEXT) if _has_other_text(job) else None,
         search=trials,
         directory=str(destination),
     )

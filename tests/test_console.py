@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -244,3 +244,11 @@ def test_json_is_one_versioned_object_and_strict():
 
 def test_what_json_does_not_know_is_text():
     assert plain({1: Reason("new"), "none": None}) == {"1": {"code": "new", "detail": ""}, "none": None}
+
+
+def test_the_other_text_has_lines_of_its_own() -> None:
+    other = replace(FIDELITY, text="C++ headers", tokens=77)
+    lines = report_text(replace(a_report(), other=other)).splitlines()
+    assert "mean KL, other text        0.06640 [0.05000 to 0.08300] nats" in lines
+    assert "the other text             77 tokens: C++ headers" in lines
+    assert not any("other text" in line for line in report_text(a_report()).splitlines())

@@ -112,5 +112,6 @@ class Report:
     stages: tuple[StageSummary, ...]
     linears: tuple[LinearSummary, ...]
     versions: dict[str, str]
+    other: Fidelity | None = None  # on text of another kind than the contract is judged on
     search: tuple[Trial, ...] = ()  # of a golden search, the plans that it measured
     directory: str = ""  # where report.html and report.json lie; empty where none were written

@@ -32,6 +32,7 @@ _LEFT_OUT = frozenset(
     "dist-packages __pycache__ entities.py __phello__".split()
 )
 _FILE_SIZE = range(2_000, 200_000)  # bytes
+_HEADER_SIZE = range(4_000, 200_000)
 _DOCSTRING_LENGTH = 1_000  # characters; shorter ones are mostly lists of names
 _LICENSED = (
     "torch transformers numpy safetensors huggingface_hub pydantic PyYAML tqdm regex packaging matplotlib".split()
@@ -89,6 +90,18 @@ def licences() -> list[Document]:
                 seen.update(line_runs(text))
                 if len(text) > 500:
                     documents.append(Document(f"{package} {file.name}", text))
+    return documents
+
+
+def headers() -> list[Document]:
+    """The C++ headers of torch's operators: a language that no other text here is written in."""
+    root = Path(str(importlib.metadata.distribution("torch").locate_file("torch/include/ATen")))
+    documents = []
+    for path in sorted(root.glob("**/*.h")):
+        # Those in `ops` are thousands, written by a machine.
+        if "ops" not in path.parts and path.stat().st_size in _HEADER_SIZE:
+            name = path.relative_to(root).as_posix()
+            documents.append(Document(name, path.read_text(encoding="utf-8", errors="replace")))
     return documents
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import itertools
 import platform
 import random
@@ -109,6 +110,28 @@ def search_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, 
     return _wrap((found, origin), windows)
 
 
+def other_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, seed: int) -> Windows:
+    """Windows of a text of another kind than calibration's; "default" is C++, the headers that come with torch.
+
+    Raises:
+        AccullmError: no such file, not UTF-8, or fewer than two windows.
+    """
+    cutter = _Cutter(tokenizer, seq_len)
+    rng = random.Random(f"other {seed}")
+    if text == "default":
+        pieces = packaged_text.pieces(packaged_text.headers(), cutter.piece, rng)
+        found = cutter.cut(pieces, windows), f"C++ headers of torch {importlib.metadata.version('torch')}"
+    else:
+        found = next(_from_file(cutter, text, windows, rng))
+    if len(found[0]) < 2:
+        raise AccullmError(
+            f"has {len(found[0])} windows, and an interval needs 2",
+            f"other text {text}",
+            "give more text, or --other-text none",
+        )
+    return _wrap(found, windows)
+
+
 def _held_out(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, seed: int) -> Iterator[_Found]:
     """Validation windows, and after them as many others, or as there are."""
     cutter = _Cutter(tokenizer, seq_len)
@@ -131,7 +154,7 @@ def check_text(text: str) -> None:
     Raises:
         AccullmError: no such file, not UTF-8.
     """
-    if text not in ("default", "self") and not text.startswith("hub:"):
+    if text not in ("default", "self", "none") and not text.startswith("hub:"):
         _read_file(Path(text).expanduser())
 
 

@@ -34,7 +34,9 @@ def render(report: Report) -> str:
     """The report as one HTML document that loads nothing."""
     body = [
         _verdict(report),
-        _figures(report.fidelity),
+        _figures("Fidelity", report.fidelity),
+        *([] if report.other is None else [_figures("Fidelity on text of another kind", report.other)]),
+        *([_search(report)] if report.search else []),
         _sizes(report),
         _plots(report),
         _records(report),
@@ -98,7 +100,7 @@ def _limit(clause: Clause) -> str:
     return f"{comparison} {_clause(clause, clause.limit)}"
 
 
-def _figures(found: Fidelity) -> str:
+def _figures(heading: str, found: Fidelity) -> str:
     ratio = found.perplexity.value / found.perplexity_original.value
     floor = found.mean_kl_floor
     over_floor = f"{_factor(found.mean_kl.value / floor.value)} times the noise floor" if floor.value > 0 else ""
@@ -125,7 +127,27 @@ def _figures(found: Fidelity) -> str:
     )
     if found.windows < _FEW_WINDOWS:
         note += f" From {found.windows} windows they are too narrow: measure more."
-    return section("Fidelity", table(columns, rows), paragraph(note, "note"))
+    return section(heading, table(columns, rows), paragraph(note, "note"))
+
+
+def _search(report: Report) -> str:
+    """The plans that a golden search measured."""
+    columns = [("", ""), ("Bits per weight", "number"), ("Size", "number"), ("On the search's text", "wrap")]
+    rows = [
+        (
+            "met" if trial.met else "not met",
+            f"{trial.bits_per_weight:.3f}",
+            size(trial.artifact_bytes),
+            ", ".join(f"{clause.metric} {_clause(clause, clause.measured)}" for clause in trial.clauses),
+        )
+        for trial in report.search
+    ]
+    note = "The smallest that met the contract is this artifact, judged above on text that no plan was tried on."
+    return section(
+        "Plans that were tried",
+        table(columns, rows, ["good" if t.met else "bad" for t in report.search]),
+        paragraph(note, "note"),
+    )
 
 
 def _sizes(report: Report) -> str:

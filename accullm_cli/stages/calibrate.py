@@ -24,7 +24,7 @@ from torch import nn
 from accullm_cli.model.blocks import Decoder, batches
 from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
 from accullm_cli.model.slots import LinearSlot
-from accullm_cli.model.text import Windows, calibration_windows, search_windows, validation_windows
+from accullm_cli.model.text import Windows, calibration_windows, other_windows, search_windows, validation_windows
 from accullm_cli.model.tokenizer import load_tokenizer
 from accullm_cli.progress import Event
 from accullm_cli.quant.grid import minmax_grid, row_chunks
@@ -41,10 +41,13 @@ DAMAGE_GROUP_SIZES = (32, 64, 128, -1)
 DAMAGE_BITS = 4
 # Tokens of the first window that are enough to see which linears share an input.
 PROBE_TOKENS = 32
-# Where in the run directory the tokens and the original's last hidden states lie of the text that the contract is
-# judged on, and of the text that a search over plans is measured on.
+# Where in the run directory the tokens and the original's last hidden states lie: of the text that the contract is
+# judged on, of the text that a search over plans is measured on, and of the text of another kind.
 VALIDATION_TEXT = ""
 SEARCH_TEXT = "search/"
+OTHER_TEXT = "other/"
+# Its reference is a part of validation: a run of `validate` alone makes it.
+OTHER_REFERENCE = "validate other reference"
 
 
 def calibrate(job: Job, force: bool = False) -> StageOutcome:
@@ -76,32 +79,56 @@ def calibrate_inputs(job: Job) -> dict[str, str]:
 
 def make_reference(job: Job, force: bool = False) -> StageOutcome:
     """As `calibrate`, for the validation text alone: what `validate` needs of the original."""
-    return _reference(job, "reference", VALIDATION_TEXT, validation_windows, force)
+    validation = job.config.validation
+    return _reference(job, "reference", VALIDATION_TEXT, validation_windows, validation.text, validation.windows, force)
 
 
 def make_search_reference(job: Job, force: bool = False) -> StageOutcome:
     """As `make_reference`, for the other windows of that text that a search over plans is measured on."""
-    return _reference(job, "search reference", SEARCH_TEXT, search_windows, force)
+    validation = job.config.validation
+    return _reference(job, "search reference", SEARCH_TEXT, search_windows, validation.text, validation.windows, force)
 
 
-def _reference(job: Job, stage: str, place: str, cut: Callable[..., Windows], force: bool) -> StageOutcome:
-    inputs = {
+def make_other_reference(job: Job, force: bool = False) -> StageOutcome:
+    """As `make_reference`, for the text of another kind."""
+    text, windows = job.config.validation.other_text, _other_windows(job)
+    return _reference(job, OTHER_REFERENCE, OTHER_TEXT, other_windows, text, windows, force)
+
+
+def other_reference_inputs(job: Job) -> dict[str, str]:
+    """What the reference for the text of another kind depends on."""
+    return _reference_inputs(job, job.config.validation.other_text, _other_windows(job))
+
+
+def _other_windows(job: Job) -> int:
+    return max(2, job.config.validation.windows // 2)
+
+
+def _reference(
+    job: Job, stage: str, place: str, cut: Callable[..., Windows], text: str, windows: int, force: bool
+) -> StageOutcome:
+    inputs = _reference_inputs(job, text, windows)
+
+    def work(reason: Reason) -> Work:
+        found = _cut(job, cut, text, windows)
+        none = Windows(found.ids[:0], "none", "")
+        with products("float32"):
+            return _run_original(job, stage, key_of(inputs), none, found, place)
+
+    return run_stage(job, stage, inputs, force, work)
+
+
+def _reference_inputs(job: Job, text: str, windows: int) -> dict[str, str]:
+    return {
         "source:sha256": job.source.sha256,
         "version:calibrate": str(VERSION),
         "config:machine.seed": str(job.config.machine.seed),
         "config:calibration.seq_len": str(job.config.calibration.seq_len),
-        **section_inputs("validation", job.config.validation, "text", "windows"),
-        **_file_inputs(job.config.validation.text),
+        "config:validation.text": repr(text),
+        "config:validation.windows": repr(windows),
+        **_file_inputs(text),
         **machine_inputs(),
     }
-
-    def work(reason: Reason) -> Work:
-        windows = _held_out(job, cut)
-        none = Windows(windows.ids[:0], "none", "")
-        with products("float32"):
-            return _run_original(job, stage, key_of(inputs), none, windows, place)
-
-    return run_stage(job, stage, inputs, force, work)
 
 
 def open_decoder(job: Job) -> Decoder:
@@ -229,17 +256,16 @@ def _run_original(
     return Work(outputs, (*job.source.records, *_unreached(job, total)))
 
 
-def _held_out(job: Job, cut: Callable[..., Windows]) -> Windows:
-    options = job.config.validation
+def _cut(job: Job, cut: Callable[..., Windows], text: str, windows: int) -> Windows:
     tokenizer = load_tokenizer(job.source.directory)
-    return cut(options.text, tokenizer, options.windows, job.config.calibration.seq_len, job.config.machine.seed)
+    return cut(text, tokenizer, windows, job.config.calibration.seq_len, job.config.machine.seed)
 
 
 def _tokenize(job: Job) -> tuple[Windows, Windows]:
     config, seed = job.config, job.config.machine.seed
     tokenizer = load_tokenizer(job.source.directory)
     seq_len = config.calibration.seq_len
-    validation = _held_out(job, validation_windows)
+    validation = _cut(job, validation_windows, config.validation.text, config.validation.windows)
     if config.calibration.text == "self":
         from accullm_cli.model.self_text import sampled_windows
 

@@ -51,7 +51,7 @@ def check_config(config: Config, run: RunDirectory, foreign: str) -> None:
         if "compressed-tensors" in config.export.format:
             what = "compressed-tensors holds linears of one width and no outliers, not an average"
             raise AccullmError(what, "--bits", "give 4 or 8, and --outliers 0")
-    for text in (config.calibration.text, config.validation.text):
+    for text in (config.calibration.text, config.validation.text, config.validation.other_text):
         check_text(text)
     run.check()
     if foreign in run.stages():

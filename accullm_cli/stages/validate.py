@@ -25,7 +25,14 @@ from accullm_cli.model.checkpoint import build_skeleton
 from accullm_cli.progress import Event
 from accullm_cli.run import UP_TO_DATE, Reason, file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights
-from accullm_cli.stages.calibrate import VALIDATION_TEXT, load_reference, load_tokens, validation_text
+from accullm_cli.stages.calibrate import (
+    OTHER_TEXT,
+    SEARCH_TEXT,
+    VALIDATION_TEXT,
+    load_reference,
+    load_tokens,
+    validation_text,
+)
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage
 from accullm_cli.stages.precision import products
 from accullm_cli.stages.streams import StreamStore
@@ -62,8 +69,12 @@ def validate(
 
 
 def stage_name(format_name: str, place: str = VALIDATION_TEXT) -> str:
-    """Each format's artifact is measured by a stage of its own; so is one that a search tries."""
-    return f"validate {format_name}" if place == VALIDATION_TEXT else f"measure {format_name}"
+    """Each format's artifact is measured by a stage of its own on each text."""
+    return {
+        VALIDATION_TEXT: f"validate {format_name}",
+        OTHER_TEXT: f"validate {format_name} on other text",
+        SEARCH_TEXT: f"measure {format_name}",
+    }[place]
 
 
 def validate_inputs(job: Job, artifact_hash: str, calibrate_key: str) -> dict[str, str]:

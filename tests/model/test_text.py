@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from accullm_cli.errors import AccullmError
 from accullm_cli.model import packaged_text
 from accullm_cli.model.generated_text import generated_document
-from accullm_cli.model.text import Windows, calibration_windows, search_windows, validation_windows
+from accullm_cli.model.text import Windows, calibration_windows, other_windows, search_windows, validation_windows
 
 BOS, EOS = 256, 257
 
@@ -384,4 +384,31 @@ def test_a_text_with_too_little_left_to_search_on_is_refused(tmp_path: Path) -> 
     assert caught.value.line() == (
         f"validation text {file}: has 1 windows left to search on, beside the 6 that the contract is judged on; "
         "give more text, or fewer --validation-windows"
+    )
+
+
+# -- text of another kind ----------------------------------------------------------------------------------------
+
+
+def test_the_other_text_is_of_another_kind() -> None:
+    """C++, of which calibration and validation have nothing."""
+    tokenizer = byte_tokenizer()
+    found = other_windows("default", tokenizer, 8, 512, 0)
+    assert found.ids.shape == (8, 512)
+    assert found.description == f"8 windows of 512 tokens from C++ headers of torch {torch.__version__}"
+    texts = text_of(found, tokenizer)
+    assert sum("#include" in text or "at::" in text or "//" in text or ";" in text for text in texts) >= 6
+    assert torch.equal(other_windows("default", tokenizer, 8, 512, 0).ids, found.ids)
+    assert not torch.equal(other_windows("default", tokenizer, 8, 512, 1).ids, found.ids)
+
+
+def test_the_other_text_may_be_a_file_of_two_windows_or_more(tmp_path: Path) -> None:
+    file = tmp_path / "letters.txt"
+    file.write_text("dear sir " * 8)
+    assert other_windows(str(file), byte_tokenizer(), 8, 16, 0).ids.shape == (4, 16)
+    file.write_text("dear sir dear sir ")
+    with pytest.raises(AccullmError) as caught:
+        other_windows(str(file), byte_tokenizer(), 8, 16, 0)
+    assert caught.value.line() == (
+        f"other text {file}: has 1 windows, and an interval needs 2; give more text, or --other-text none"
     )

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from accullm_cli.commands.inspect import inspect
 from accullm_cli.config import Config
+from accullm_cli.formats import open_artifact
 from accullm_cli.pipeline import (
     STAGES,
     convert,
@@ -24,7 +26,7 @@ from accullm_cli.pipeline import (
 from accullm_cli.progress import Event
 from accullm_cli.run import RunDirectory
 from tests.pipeline.observe import refusal, snapshot
-from tests.streaming import fast_config
+from tests.streaming import fast_config, reference_model, write_text
 from tests.tiny import make_checkpoint
 
 # -- one stage alone ---------------------------------------------------------------------------------------
@@ -232,3 +234,48 @@ def test_reports_are_values(llama: Path, finished: Path) -> None:
     config = fast_config(llama, finished)
     first, second = convert(config), convert(config)
     assert replace(first, stages=(), artifact_bytes=0) == replace(second, stages=(), artifact_bytes=0)
+
+
+# -- text of another kind ----------------------------------------------------------------------------------
+
+
+def test_the_figures_on_other_text_are_reported_and_not_judged(llama: Path, tmp_path: Path) -> None:
+    letters = write_text(tmp_path / "letters.txt", 7)
+    config = fast_config(llama, tmp_path / "out", validation__other_text=letters, validation__require="[kl_max<=9]")
+    report = convert(config)
+    assert report.other is not None
+    assert str(letters) in report.other.text
+    assert (report.other.windows, report.fidelity.windows) == (2, 3)
+    assert report.other.mean_kl.value != report.fidelity.mean_kl.value
+    assert report.contract[0].measured == report.fidelity.kl_max
+    names = [stage.name for stage in report.stages]
+    assert names[-3:] == ["validate accullm", "validate other reference", "validate accullm on other text"]
+    again = convert(config)
+    assert again.other == report.other
+    assert not any(stage.ran for stage in again.stages)
+
+
+def test_other_figures_are_those_of_that_text_alone(llama: Path, tmp_path: Path) -> None:
+    """The same text as text of its own, the same windows: the same figures."""
+    letters = write_text(tmp_path / "letters.txt", 7)
+    one = convert(fast_config(llama, tmp_path / "one", validation__other_text=letters, validation__windows=4))
+    assert one.other is not None
+    stored = load_file(tmp_path / "one.run/other/tokens.safetensors")["validation"]
+    model, artifact = reference_model(llama), open_artifact(tmp_path / "one")
+    damaged = reference_model(llama)
+    with torch.no_grad():
+        for name in artifact.plan.linears:
+            damaged.get_submodule(name).weight.copy_(artifact.linear(name).dequantize(torch.float32))
+    first, second = (found(stored).logits.double().log_softmax(-1) for found in (model, damaged))
+    kl = (first.exp() * (first - second)).sum(-1).mean()
+    assert one.other.mean_kl.value == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_a_dry_run_knows_of_the_other_text(llama: Path, tmp_path: Path) -> None:
+    letters = write_text(tmp_path / "letters.txt", 7)
+    config = fast_config(llama, tmp_path / "out", validation__other_text=letters)
+    before = [(stage.name, stage.runs) for stage in dry_run(config).stages]
+    assert before[-2:] == [("validate other reference", True), ("validate accullm on other text", True)]
+    report = convert(config)
+    assert [name for name, _ in before] == [stage.name for stage in report.stages]
+    assert not any(stage.runs for stage in dry_run(config).stages)

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from accullm_cli.errors import EXIT_MACHINE, MachineError
+from accullm_cli.measure.result import Clause, Trial
 from accullm_cli.report import to_json, write_report
 from accullm_cli.report.html import nats, render
 from tests.samples import FIDELITY, MET, MISSED, a_report, linear
@@ -212,3 +213,21 @@ def test_place_that_cannot_be_written_is_one_line(tmp_path):
 )
 def test_nats(value, text):
     assert nats(value) == text
+
+
+def test_the_figures_on_other_text_stand_below_the_contracts():
+    other = replace(FIDELITY, text="C++ headers", windows=2)
+    text = words(replace(a_report(), other=other))
+    assert text.index("Fidelity Figure") < text.index("Fidelity on text of another kind")
+    assert "Text: C++ headers" in text
+    assert "another kind" not in words(a_report())
+
+
+def test_the_plans_of_a_search_are_listed():
+    def trial(bits, kl, met):
+        return Trial(bits, 1_000_000, (Clause("mean_kl<=0.03", "mean_kl.high", "<=", 0.03, kl, met),), met)
+
+    text = words(replace(a_report(), search=(trial(4.25, 0.04, False), trial(4.5, 0.0275, True))))
+    assert "not met 4.250 1 MB mean_kl.high 0.04" in text
+    assert "met 4.500 1 MB mean_kl.high 0.0275" in text
+    assert "Plans that were tried" not in words(a_report())
