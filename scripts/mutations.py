@@ -20,6 +20,8 @@ ROUNDING = "accullm_cli/quant/rounding.py"
 FEEDBACK = "accullm_cli/quant/feedback.py"
 COMPILED = "accullm_cli/quant/compiled.py"
 GRID = "accullm_cli/quant/grid.py"
+SCALES = "accullm_cli/quant/scales.py"
+SEARCH = "accullm_cli/search.py"
 PACKING = "accullm_cli/quant/packing.py"
 RUN = "accullm_cli/run.py"
 QUANTIZE = "accullm_cli/stages/quantize.py"
@@ -89,8 +91,8 @@ MUTANTS = (
     Mutant(
         "all linears matter alike",
         "accullm_cli/stages/profile.py",
-        "losses = {name: sensitivity_of[name] * loss_of[name] for name in linears if name in reached}",
-        "losses = {name: loss_of[name] for name in linears if name in reached}",
+        "name: {size: sensitivity_of[name] * by_size[size][name] for size in sizes}",
+        "name: {size: by_size[size][name] for size in sizes}",
         ("tests/stages/test_profile.py",),
     ),
     Mutant(
@@ -180,7 +182,7 @@ MUTANTS = (
     ),
     Mutant(
         "the largest scale overflows in bfloat16",
-        GRID,
+        SCALES,
         ".clamp(max=65280.0)",
         ".clamp(max=65536.0)",
         ("tests/quant/test_grid.py",),
@@ -412,5 +414,75 @@ MUTANTS = (
         "const u32 which = row % 4;",
         "const u32 which = (row + 1) % 4;",
         ("tests/kernels/test_feedback.py::test_the_codes_are_those_of_the_cpu",),
+    ),
+    Mutant(
+        "a scale is rounded to the next lower one of its table",
+        SCALES,
+        "(table[1:] * table[:-1]).sqrt()",
+        "table[1:]",
+        ("tests/quant/test_scales.py",),
+    ),
+    Mutant(
+        "a table does not reach down to what the search may come to",
+        ROUNDING,
+        "smallest = SEARCHED_RANGES[-1] if searches else 1.0",
+        "smallest = 4.0 if searches else 1.0",
+        ("tests/quant/test_rounding.py",),
+    ),
+    Mutant(
+        "the table of scales is not counted",
+        "accullm_cli/quant/plan.py",
+        "table = 0 if self.scale_bits == 16 else 2 * 2**self.scale_bits",
+        "table = 0",
+        ("tests/quant/test_plan.py",),
+    ),
+    Mutant(
+        "all group sizes are expected to lose alike",
+        "accullm_cli/stages/profile.py",
+        "measured = _nearest_group_size(group_size)",
+        "measured = _nearest_group_size(64)",
+        ("tests/stages/test_profile.py",),
+    ),
+    Mutant(
+        "a search is content with the value where the interval's worse end misses",
+        "accullm_cli/measure/contract.py",
+        'return [\n        replace(requirement, bound="high"',
+        'return [\n        replace(requirement, bound=""',
+        ("tests/test_search.py",),
+    ),
+    Mutant(
+        "a search goes on although a smaller plan promises nothing",
+        SEARCH,
+        "if good is not None and guess > good - RESOLUTION:",
+        "if good is not None and guess > good:",
+        ("tests/test_search.py",),
+    ),
+    Mutant(
+        "the last plan that was tried is exported, not the best",
+        SEARCH,
+        "own = _plan_job(job, best.bits)",
+        "own = _plan_job(job, measured[-1].bits)",
+        ("tests/test_search.py",),
+    ),
+    Mutant(
+        "a search begins anew where another contract was searched for before",
+        SEARCH,
+        "measured = [] if force else _load(job, key)",
+        "measured = []",
+        ("tests/test_search.py",),
+    ),
+    Mutant(
+        "the search's windows are those that the contract is judged on",
+        "accullm_cli/model/text.py",
+        "_, (found, origin) = _held_out(",
+        "(found, origin), _ = _held_out(",
+        ("tests/model/test_text.py",),
+    ),
+    Mutant(
+        "figures on other text are those of the contract's",
+        "accullm_cli/pipeline.py",
+        "other=load_fidelity(job, format_name, OTHER_TEXT) if",
+        "other=load_fidelity(job, format_name) if",
+        ("tests/pipeline/test_convert.py",),
     ),
 )

@@ -50,8 +50,9 @@ def plan_of(
     symmetric: bool = False,
     outliers: tuple[int, ...] = (),
     name: str = "a",
+    scale_bits: int = 16,
 ) -> LinearPlan:
-    return LinearPlan(name, *problem.weight.shape, bits, group_size, symmetric, outliers)
+    return LinearPlan(name, *problem.weight.shape, bits, group_size, symmetric, outliers, scale_bits=scale_bits)
 
 
 def columns_of(per_group: torch.Tensor, columns_per_group: int, count: int) -> np.ndarray:

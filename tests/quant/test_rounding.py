@@ -360,3 +360,34 @@ def test_linears_rounded_together_equal_linears_rounded_alone(mode):
             assert tensors.keys() == together[name].keys()
             for suffix, tensor in tensors.items():
                 assert torch.equal(tensor, together[name][suffix]), (names, name, suffix)
+
+
+# -- scales from a table ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["nearest", "feedback", "stochastic"])
+@pytest.mark.parametrize("grid", ["minmax", "search", "fit"])
+def test_every_scale_is_in_the_table_and_the_loss_is_what_it_was(method: str, grid: str) -> None:
+    """Rows of very different size, so that the table has to reach far. A table of 64 costs less than one step of it."""
+    problem = correlated_problem(24, 96, 400, seed=3)
+    size = torch.logspace(0, 1.2, 24, dtype=torch.float64)[:, None]
+    problem = Problem(problem.weight * size, problem.original, problem.quantized)
+    options = RoundingOptions(method=method, grid=grid, target="original")
+    plan = {"group_size": 16, "outliers": (5, 40)}
+    free = rounded(problem, options, **plan)
+    found = rounded(problem, options, **plan, scale_bits=6)
+    assert found.scale_table is not None
+    assert found.scale_bits == 6
+    assert set(found.scales.flatten().tolist()) <= set(found.scale_table.tolist())
+    assert free.scale_table is None
+    loss, without = (output_loss(problem.weight, one.dequantize(), problem.hessian) for one in (found, free))
+    assert loss < 1.1 * without
+
+
+def test_the_codes_are_those_of_the_scales_that_are_stored() -> None:
+    """Read back from its tensors, the linear is the textbook's GPTQ on the scales of the table."""
+    problem = correlated_problem(8, 64, 200, seed=4)
+    linear = rounded(problem, ORIGINAL, group_size=16, scale_bits=6)
+    read = QuantizedLinear.from_tensors(linear.to_tensors(), 64, 4, 16)
+    codes, _ = textbook_gptq(problem.weight.numpy(), problem.hessian.numpy(), *scale_and_zero(read), 4, 0.01)
+    assert_codes_equal(read, codes)

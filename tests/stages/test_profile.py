@@ -18,7 +18,15 @@ from accullm_cli.run import Reason
 from accullm_cli.stages import profile as profile_module
 from accullm_cli.stages.calibrate import calibrate, load_block_stats, open_decoder, stats_path
 from accullm_cli.stages.gradients import load_sensitivities
-from accullm_cli.stages.profile import load_plan, make_plan, profile, refuse_impossible, scale_dtype
+from accullm_cli.stages.profile import (
+    average_choices,
+    load_plan,
+    load_stats,
+    make_plan,
+    profile,
+    refuse_impossible,
+    scale_dtype,
+)
 from tests.stages.references import inputs_of, rounding_damage, weight_of
 from tests.streaming import opened, reference_model, run_to, short_config
 from tests.tiny import make_checkpoint
@@ -245,3 +253,41 @@ def test_an_expert_that_no_gradient_reached_keeps_four_bits(tmp_path: Path, monk
         profile(job, calibrated.record.key)
         plan = load_plan(job.run.file("plan.json"))
     assert (plan.linears[name].bits, plan.linears[name].outlier_index) == (4, ())
+
+
+def test_each_group_size_is_weighed_by_its_own_damage(llama: Path, tmp_path: Path) -> None:
+    """Sensitivity, E[x_j^2] and ||w_j - nearest(w_j)||^2 in groups of that size, by brute force in float64."""
+    settings = {**AVERAGE, "plan__group_size": "null", "calibration__gradient_samples": 2}
+    with opened(short_config(llama, tmp_path / "out", **settings)) as job:
+        run_to(job, "profile")
+        decoder = open_decoder(job)
+        choices = average_choices(job, decoder, load_stats(job, decoder))
+        plan, sensitivities = load_plan(job.run.file("plan.json")), load_sensitivities(job, 2)
+        ids = load_file(job.run.file("tokens.safetensors"))["calibration"]
+    model = reference_model(llama)
+    rows = inputs_of(model, ids)
+    for name in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
+        assert list(choices.losses[name]) == [32, 64, 128]
+        for size, loss in choices.losses[name].items():
+            expected = rows[name].square().mean(0).numpy() * rounding_damage(weight_of(model, name), size)
+            np.testing.assert_allclose(loss, expected * sensitivities[name], rtol=1e-4)
+    assert plan.bits_per_weight <= 5.5
+    assert {linear.group_size for linear in plan.linears.values()} <= {32, 64, 128}
+
+
+def test_whole_bits_without_a_group_size_have_groups_of_64(llama: Path, tmp_path: Path) -> None:
+    with opened(short_config(llama, tmp_path / "out", plan__group_size="null")) as job:
+        run_to(job, "profile")
+        plan = load_plan(job.run.file("plan.json"))
+    assert {linear.group_size for linear in plan.linears.values()} == {64}
+
+
+@pytest.mark.parametrize(("formats", "expected"), [("[compressed-tensors]", 16), ("[accullm,compressed-tensors]", 6)])
+def test_a_format_without_tables_alone_has_scales_of_16_bits(
+    formats: str, expected: int, llama: Path, tmp_path: Path
+) -> None:
+    settings = {"export__format": formats, "plan__outliers": 0}
+    with opened(short_config(llama, tmp_path / "out", **settings)) as job:
+        run_to(job, "profile")
+        plan = load_plan(job.run.file("plan.json"))
+    assert {linear.scale_bits for linear in plan.linears.values()} == {expected}
