@@ -143,6 +143,7 @@ ROWS: tuple[Conversion, ...] = (
     uniform("feedback", "error feedback", 128, "--outliers", "0"),
     uniform("feedback", "error feedback", 64, "--outliers", "0"),
     uniform("float16", "error feedback, float16 scales", 64, "--outliers", "0", "--scale-bits", "16"),
+    uniform("stochastic", "stochastic error feedback", 64, "--rounding", "stochastic", "--outliers", "0"),
     uniform("feedback", "error feedback", 32, "--outliers", "0"),
     uniform("untouched", "error feedback, 0.5% outliers untouched", 64, "--outliers", "0.5%"),
     uniform(
