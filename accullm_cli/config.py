@@ -120,9 +120,9 @@ class Calibration(Section):
     seq_len: int = option(512, "Tokens in a window, for calibration and validation.", ge=16)
     gradient_samples: int | None = option(
         None,
-        "Of the calibration windows, how many give gradients, too. With gradients rounding carries errors from one "
-        "output row into the next as well (YAQA); 0 does without. Default: 0; for an average of bits or --golden "
-        "64 or as many as there are.",
+        "How many of the calibration windows give gradients (all, where they are fewer). With gradients rounding "
+        "carries errors from one output row into the next as well (YAQA); 0 does without. Default: 0; for an average of "
+        "bits or --golden 64.",
         ge=0,
         example="64",
     )
@@ -307,11 +307,10 @@ class Config(Section):
     @property
     def gradient_samples(self) -> int:
         """How many windows give gradients: as many as were asked for, else as what was asked for needs."""
-        calibration = self.calibration
-        if calibration.gradient_samples is not None:
-            return calibration.gradient_samples
-        needed = self.plan.is_average or self.search.golden
-        return min(DEFAULT_GRADIENT_SAMPLES, calibration.samples) if needed else 0
+        wanted = self.calibration.gradient_samples
+        if wanted is None:
+            wanted = DEFAULT_GRADIENT_SAMPLES if self.plan.is_average or self.search.golden else 0
+        return min(wanted, self.calibration.samples)
 
     def to_yaml(self) -> str:
         """The config as a YAML file that `load_config` reads back to an equal one."""

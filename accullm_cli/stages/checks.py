@@ -32,12 +32,6 @@ def check_config(config: Config, run: RunDirectory, foreign: str) -> None:
         raise AccullmError(
             f"{config.machine.device} is not supported: this version computes on the CPU", "--device", "give cpu"
         )
-    if config.gradient_samples > config.calibration.samples:
-        raise AccullmError(
-            f"{config.gradient_samples} is more than the {config.calibration.samples} calibration windows",
-            "--gradient-samples",
-            f"give {config.calibration.samples} or less, or more --samples",
-        )
     if config.search.golden:
         search_demands(config.validation.require)
         if config.export.format != [GOLDEN_FORMAT]:

@@ -52,11 +52,11 @@ def test_files_sets_and_flags_reach_the_config_in_their_order(accullm, pipeline,
 def test_an_effort_comes_before_everything_else(accullm, pipeline, tmp_path):
     (tmp_path / "c.yaml").write_text("calibration: {samples: 7}\n")
     accullm("convert", "m", "--config", str(tmp_path / "c.yaml"), "--effort", "fast")
-    accullm("convert", "m", "--effort", "best", "--samples", "9", "--gradient-samples", "9")
+    accullm("convert", "m", "--effort", "best", "--samples", "9")
     accullm("convert", "m", "--effort", "balanced")
     fast, best, balanced = (config for _, config, *_ in pipeline.calls)
     assert (fast.calibration.samples, fast.rounding.target) == (7, "original")
-    assert (best.calibration.samples, best.rounding.outlier_mode) == (9, "compensating")
+    assert (best.gradient_samples, best.rounding.outlier_mode) == (9, "compensating")
     assert balanced == type(balanced)(model="m")
 
 
