@@ -121,8 +121,8 @@ class Calibration(Section):
     gradient_samples: int | None = option(
         None,
         "How many of the calibration windows give gradients (all, where they are fewer). With gradients rounding "
-        "carries errors from one output row into the next as well (YAQA); 0 does without. Default: 0; for an average of "
-        "bits or --golden 64.",
+        "carries errors from one output row into the next as well (YAQA); 0 does without. Default: 0; for an average "
+        "of bits or --golden 64.",
         ge=0,
         example="64",
     )
