@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from accullm_cli.config import PlanOptions
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import ModelShape
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import DTYPES
+from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.progress import Event
 from accullm_cli.quant.budget import MEASURED_BITS, plan_within
 from accullm_cli.quant.outliers import choose_outliers, expected_loss
@@ -98,17 +100,38 @@ def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None)
             losses = {name: sensitivity_of[name] * loss_of[name] for name in linears if name in reached}
         fraction = LARGEST_OUTLIER_FRACTION if options.outliers else 0.0
         linears = plan_within(linears, losses, options.bits, WIDTHS[options.spend], fraction)
-    return Plan(linears, scale_dtype(job))
+    return Plan(linears, scale_dtype(job), _embedding_plans(options, decoder))
+
+
+def _embedding_plans(options: PlanOptions, decoder: Decoder) -> dict[str, LinearPlan]:
+    """How embedding and output head are quantized; empty where they are kept."""
+    if options.embedding_bits == 16:
+        return {}
+    return {
+        slot.name: LinearPlan(
+            name=slot.name,
+            out_features=slot.out_features,
+            in_features=slot.in_features,
+            bits=options.embedding_bits,
+            group_size=options.group_size,
+            symmetric=options.symmetric,
+            source_itemsize=decoder.weights.dtype(slot.parameter).itemsize,
+        )
+        for slot in find_embeddings(decoder.model)
+    }
 
 
 def load_plan(path: Path) -> Plan:
     """The plan that `profile` wrote."""
     content = json.loads(path.read_text())
-    linears = {
-        name: replace(LinearPlan(**entry), outlier_index=tuple(entry["outlier_index"]))
-        for name, entry in content["linears"].items()
-    }
-    return Plan(linears, content["scale_dtype"])
+    linears, embeddings = (
+        {
+            name: replace(LinearPlan(**entry), outlier_index=tuple(entry["outlier_index"]))
+            for name, entry in content[part].items()
+        }
+        for part in ("linears", "embeddings")
+    )
+    return Plan(linears, content["scale_dtype"], embeddings)
 
 
 def scale_dtype(job: Job) -> str:
