@@ -21,11 +21,13 @@ FEEDBACK = "accullm_cli/quant/feedback.py"
 COMPILED = "accullm_cli/quant/compiled.py"
 GRID = "accullm_cli/quant/grid.py"
 PACKING = "accullm_cli/quant/packing.py"
+EMBEDDINGS = "accullm_cli/stages/embedding_rounding.py"
 RUN = "accullm_cli/run.py"
 QUANTIZE = "accullm_cli/stages/quantize.py"
 RESUME = "tests/end_to_end/test_resume.py"
 GEMV = "cuda/hybrid_gemv.cu"
 GEMM = "cuda/hybrid_gemm.cu"
+ROUND_EMBEDDINGS = "tests/stages/test_embedding_rounding.py"
 PRODUCTS = ("tests/kernels/test_launch.py",)
 
 MUTANTS = (
@@ -234,6 +236,28 @@ MUTANTS = (
         "torch.argsort(loss, descending=False, stable=True)",
         ("tests/quant/test_outliers.py",),
     ),
+    # -- embedding and output head ---------------------------------------------------------------------------
+    Mutant(
+        "a tied matrix is moved away from the rows that are looked up",
+        EMBEDDINGS,
+        'corrected = job.config.rounding.target == "corrected" and not slot.is_looked_up',
+        'corrected = job.config.rounding.target == "corrected"',
+        (f"{ROUND_EMBEDDINGS}::test_a_head_is_rounded_for_what_the_rounded_models_final_norm_makes",),
+    ),
+    Mutant(
+        "blocks behind a rounded embedding are rounded for the original's",
+        QUANTIZE,
+        "                self.rounded = self._embed(ids)\n",
+        "",
+        (f"{ROUND_EMBEDDINGS}::test_blocks_behind_a_rounded_embedding_are_rounded_for_it",),
+    ),
+    Mutant(
+        "the original is measured by the quantized head",
+        "accullm_cli/stages/validate.py",
+        "originals_head = _head_weight(job) if artifact.plan.embeddings else None",
+        "originals_head = None",
+        ("tests/stages/test_validate.py::test_the_originals_logits_are_those_of_its_own_head",),
+    ),
     # -- run directory and resume --------------------------------------------------------------------------
     Mutant(
         "a file appears before its content is on the disk",
@@ -273,8 +297,8 @@ MUTANTS = (
     Mutant(
         "a damaged shard passes for a finished block",
         QUANTIZE,
-        "if not reason.runs and file_sha256(shard_path(job, index)) != record.sha256:",
-        "if reason.runs and file_sha256(shard_path(job, index)) != record.sha256:",
+        "if not reason.runs and file_sha256(shard_path(job, unit.name)) != record.sha256:",
+        "if reason.runs and file_sha256(shard_path(job, unit.name)) != record.sha256:",
         (f"{RESUME}::test_a_damaged_shard_is_made_again",),
     ),
     Mutant(
