@@ -146,7 +146,7 @@ def _quantize(job: Job, decoder: Decoder, plan: Plan, shared: dict[str, str], fo
     for number, unit in enumerate(units):
         if unit.block == 0:
             # Behind a quantized embedding, as the rounded model's stream begins with it.
-            streams = _Streams.needed(job, decoder, plan, units, finished, unit_inputs)
+            streams = _Streams.needed(job, decoder, units, finished, unit_inputs)
         if number < finished:
             job.progress(Event("quantize", "step", unit.label, UP_TO_DATE, number + 1, total))
             if streams is not None and unit.block is not None and unit.block >= streams.position:
@@ -310,7 +310,7 @@ class _Streams:
 
     @classmethod
     def needed(
-        cls, job: Job, decoder: Decoder, plan: Plan, units: list[Unit], finished: int, inputs: list[dict[str, str]]
+        cls, job: Job, decoder: Decoder, units: list[Unit], finished: int, inputs: list[dict[str, str]]
     ) -> _Streams | None:
         """The streams, as far as they were stored; None where no unit is left or rounding does not read them.
 
@@ -327,7 +327,7 @@ class _Streams:
         return cls(job, decoder, embedding, _stream_store(job).restore(keys))
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """[S, T, hidden]"""
+        """What goes into the first block, [S, T, hidden]."""
         return torch.cat([self._decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
 
     def advance_original(self, index: int, block: nn.Module) -> None:
