@@ -69,6 +69,11 @@ def check_scale_bits(value: int) -> int:
     return value
 
 
+def digits_as_integer(value: object) -> object:
+    """Flags and --set give text: '8' is 8."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
 def whole_as_integer(value: float) -> float:
     """4.0 and 4 are the same setting."""
     return int(value) if value == int(value) else value
@@ -87,6 +92,7 @@ DEFAULT_GRADIENT_SAMPLES = 64
 PercentText = Annotated[str, StringConstraints(pattern=r"^\s*[0-9]*\.?[0-9]+\s*%\s*$")]
 Fraction = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | PercentText)]
 Bits = Annotated[float, AfterValidator(whole_as_integer)]
+EmbeddingBits = Annotated[Literal[16, 8, 4], BeforeValidator(digits_as_integer)]
 GroupSize = Annotated[int, AfterValidator(check_group_size), Field(json_schema_extra={"not": {"const": 0}})]
 ScaleBits = Annotated[int, AfterValidator(check_scale_bits)]
 FormatName = Literal["accullm", "compressed-tensors"]
@@ -129,7 +135,7 @@ class Calibration(Section):
 
 
 class PlanOptions(Section):
-    """How the linears are to be stored."""
+    """How the weights are to be stored."""
 
     bits: Bits = option(
         4,
@@ -168,6 +174,12 @@ class PlanOptions(Section):
         example="0.5%",
         ge=0,
         le=0.5,
+    )
+    embedding_bits: EmbeddingBits = option(
+        16,
+        "Bits of a weight of the token embedding and the output head, in groups as the linears; 16 keeps both as in "
+        "the source. They count in the artifact's size, not in --bits.",
+        example="8",
     )
 
     @property
@@ -388,7 +400,7 @@ def _kind_of(annotation: Any) -> tuple[Any, tuple[str, ...], bool]:
     if get_origin(annotation) is list:
         return (*_kind_of(get_args(annotation)[0])[:2], True)
     if get_origin(annotation) is Literal:
-        return "choice", get_args(annotation), False
+        return "choice", tuple(str(choice) for choice in get_args(annotation)), False
     return {int: "integer", float: "number", bool: "boolean", Path: "path", str: "text"}[annotation], (), False
 
 

@@ -298,7 +298,8 @@ def _phrase(kind: str, context: Mapping[str, Any], value: Any, option: Option | 
     if kind.startswith("less_than"):
         return f"{value} is {'above' if 'le' in context else 'not below'} {bound}", allowed
     if kind == "literal_error" and option:
-        close = difflib.get_close_matches(str(value), option.choices, n=1)
+        # 6 is not a misspelt 16.
+        close = [] if str(value).isdecimal() else difflib.get_close_matches(str(value), option.choices, n=1)
         hint = f"did you mean {close[0]}?" if close else f"give {_choice_text(option.choices)}"
         return f"{_show(value)} is not allowed", hint
     if kind == "list_type" and option:

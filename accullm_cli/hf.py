@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -59,9 +60,11 @@ class HybridWeight(nn.Module):
             self.register_buffer(suffix, empty)
         self._tiled: TiledLinear | None = None
 
-    def quantized(self) -> QuantizedLinear:
-        """The codes, unpacked."""
+    def quantized(self, rows: torch.Tensor | None = None) -> QuantizedLinear:
+        """The codes, unpacked; of these rows alone, int64 [R] (of a weight without outliers)."""
         tensors = {name: buffer for name, buffer in self._buffers.items() if name in SUFFIXES and buffer is not None}
+        if rows is not None:
+            tensors = {name: buffer[rows] for name, buffer in tensors.items()}
         return QuantizedLinear.from_tensors(tensors, self.in_features, self.bits, self.group_size)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
@@ -105,6 +108,45 @@ class HybridLinear(HybridWeight):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N] in x's dtype."""
         return hybrid_matmul(x, self.operand(x), self.bias)
+
+
+class HybridEmbedding(HybridWeight):
+    """Stands in for a torch.nn.Embedding; only the rows that are looked up are dequantized."""
+
+    like: torch.Tensor
+
+    def __init__(self, plan: LinearPlan, embedding: nn.Embedding, dtype: torch.dtype) -> None:
+        super().__init__(plan, 0, dtype)
+        # What the model's own kind of embedding makes of a row, such as scale it, it does still.
+        self.lookup = embedding
+        del embedding.weight
+        embedding.weight = torch.empty(0)  # no parameter: a place for the rows
+        embedding.padding_idx = None
+        # Follows `model.to(...)`, and so knows the dtype of the activations.
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device="meta"), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids, int64 [...], to [..., K] in the model's dtype."""
+        rows = self.quantized(ids.flatten()).dequantize(self.like.dtype)
+        places = torch.arange(len(rows), device=ids.device).view(ids.shape)
+        looked_up: torch.Tensor = functional_call(self.lookup, {"weight": rows}, (places,))
+        return looked_up
+
+
+class TiedHead(nn.Module):
+    """Stands in for an output head that shares its weight with the embedding: it has no buffers of its own."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, embedding: HybridEmbedding, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self._shared = (embedding,)  # in a tuple, so that it is not registered under a second name
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] to logits [..., N] in x's dtype."""
+        (embedding,) = self._shared
+        return hybrid_matmul(x, embedding.operand(x), self.bias)
 
 
 class KeptWeight(nn.Module):
@@ -159,6 +201,7 @@ class AccullmConfig(QuantizationConfigMixin):
         format_version: int | None = None,
         linears: Mapping[str, Mapping[str, Any]] | None = None,
         skipped: list[str] | None = None,
+        embeddings: Mapping[str, Mapping[str, Any]] | None = None,
         **common: Any,
     ) -> None:
         self.quant_method = "accullm"
@@ -166,11 +209,14 @@ class AccullmConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.linears = dict(linears or {})
         self.skipped = list(skipped or [])
+        self.embeddings = dict(embeddings or {})
         for key in SCHEME_KEYS:
             setattr(self, key, common.get(key, DEFAULT_SCHEME.get(key)))
 
     def scheme(self, name: str) -> dict[str, Any]:
-        """bits, group_size, symmetric and outliers of a quantized linear."""
+        """bits, group_size, symmetric and outliers of a quantized linear or embedding."""
+        if name in self.embeddings:
+            return {**DEFAULT_SCHEME, **self.embeddings[name], "outliers": 0}
         return {key: getattr(self, key) for key in SCHEME_KEYS} | dict(self.linears[name])
 
 
@@ -196,20 +242,22 @@ class AccullmQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Swap the linears for hybrid modules, and make sure that the files fill every tensor.
+        """Swap linears and embeddings for hybrid modules, and make sure that the files fill every tensor.
 
         Raises:
-            AccullmError: a linear is not in the model, or a tensor not in the files. (transformers would give random
+            AccullmError: one of them is not in the model, or a tensor not in the files. (transformers would give random
                 values to what is missing.)
         """
         stored: dict[str, TensorInfo] = {}
         for file in checkpoint_files or []:
             stored |= read_header(Path(file))
         where = model.config.name_or_path
-        for name in self.quantization_config.linears:
+        config, dtype = self.quantization_config, dtype or torch.get_default_dtype()
+        for name in (*config.linears, *config.embeddings):
             if f"{name}.qweight" not in stored:
                 raise AccullmError(f"tensor {name}.qweight is missing", where, "copy the artifact again")
-        replace_linears(model, self.quantization_config, stored, dtype or torch.get_default_dtype())
+        replace_linears(model, config, stored, dtype)
+        replace_embeddings(model, config, dtype)
         check_complete(model, stored, where)
         mark_initialized(model)
 
@@ -250,20 +298,58 @@ def replace_linears(
         if attribute.isdigit() and isinstance(_find(model, parent_name), nn.Parameter):
             stacks[parent_name] = None
             continue
-        module = _find(model, name)
-        if isinstance(module, nn.Linear):
-            shape = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            shape = (module.nf, module.nx)
-        else:
-            raise _not_a_linear(model, name)
-        plan, outliers = _plan(name, shape, config)
-        # Only where the files hold one: tensors of the module tree that are not stored are refused below.
-        bias = None if module.bias is None else nn.Parameter(torch.empty_like(module.bias), False)
-        hybrid = HybridLinear(plan, outliers, _outlier_dtype(name, stored), bias)
-        setattr(model.get_submodule(parent_name), attribute, hybrid)
+        _replace_linear(model, name, config, _outlier_dtype(name, stored))
     for name in stacks:
         _replace_stack(model, name, config, stored, dtype)
+
+
+def replace_embeddings(model: PreTrainedModel, config: AccullmConfig, dtype: torch.dtype) -> None:
+    """Swap embedding and output head, as far as `config` names them, for hybrid modules on the meta device.
+
+    Raises:
+        AccullmError: the model has no embedding of this name.
+    """
+    head = model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    for name in config.embeddings:
+        module = _find(model, name)
+        if module is head and head is not None:
+            _replace_linear(model, name, config, dtype)
+            continue
+        if not isinstance(module, nn.Embedding):
+            raise _not_in_model(model, f"embedding {name}")
+        plan, _ = _plan(name, (module.num_embeddings, module.embedding_dim), config)
+        hybrid = HybridEmbedding(plan, module, dtype)
+        _put(model, name, hybrid)
+        tied = [target for target, source in model.all_tied_weights_keys.items() if source == f"{name}.weight"]
+        if head is not None and f"{names[head]}.weight" in tied:
+            _put(model, names[head], TiedHead(hybrid, _empty_bias(head)))
+            # Nothing is left to tie: what transformers would look for is gone.
+            del model.all_tied_weights_keys[f"{names[head]}.weight"]
+            model._tied_weights_keys = dict(model.all_tied_weights_keys)
+
+
+def _replace_linear(model: nn.Module, name: str, config: AccullmConfig, outlier_dtype: torch.dtype) -> None:
+    """Swap a Linear or a Conv1D for a HybridLinear."""
+    module = _find(model, name)
+    if isinstance(module, nn.Linear):
+        shape = (module.out_features, module.in_features)
+    elif isinstance(module, Conv1D):
+        shape = (module.nf, module.nx)
+    else:
+        raise _not_in_model(model, f"linear layer {name}")
+    plan, outliers = _plan(name, shape, config)
+    _put(model, name, HybridLinear(plan, outliers, outlier_dtype, _empty_bias(module)))
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent_name, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent_name), attribute, module)
+
+
+def _empty_bias(module: Any) -> nn.Parameter | None:
+    """For the files to fill: tensors of the module tree that are not stored are refused below."""
+    return None if module.bias is None else nn.Parameter(torch.empty_like(module.bias), False)
 
 
 def _replace_stack(
@@ -274,7 +360,7 @@ def _replace_stack(
     parent = model.get_submodule(parent_name)
     parameter = getattr(parent, attribute)
     if parameter.dim() != 3 or getattr(parent, "is_transposed", False):
-        raise _not_a_linear(model, name)
+        raise _not_in_model(model, f"linear layer {name}")
     count, rows, columns = parameter.shape
     experts: list[HybridWeight | KeptWeight] = []
     for full in (f"{name}.{number}" for number in range(count)):
@@ -308,11 +394,9 @@ def _find(model: nn.Module, name: str) -> object:
     return found
 
 
-def _not_a_linear(model: nn.Module, name: str) -> AccullmError:
+def _not_in_model(model: nn.Module, what: str) -> AccullmError:
     return AccullmError(
-        f"{type(model).__name__} has no linear layer {name}",
-        "config.json",
-        "load the artifact with AutoModelForCausalLM",
+        f"{type(model).__name__} has no {what}", "config.json", "load the artifact with AutoModelForCausalLM"
     )
 
 
@@ -351,5 +435,6 @@ def mark_initialized(model: nn.Module) -> None:
     """
     for module in model.modules():
         contains_hybrid = any(isinstance(child, HybridWeight | HybridExperts) for child in module.modules())
-        if contains_hybrid and (isinstance(module, HybridExperts) or not module._non_persistent_buffers_set):
+        own_kind = isinstance(module, HybridExperts | HybridEmbedding)
+        if contains_hybrid and (own_kind or not module._non_persistent_buffers_set):
             module._is_hf_initialized = True  # type: ignore[assignment]

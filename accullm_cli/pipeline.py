@@ -40,7 +40,7 @@ from accullm_cli.stages.estimate import estimate
 from accullm_cli.stages.export import artifact_directories, export, export_inputs, known_files
 from accullm_cli.stages.job import Job, StageOutcome, decide, versions
 from accullm_cli.stages.profile import make_plan, profile, profile_inputs
-from accullm_cli.stages.quantize import load_block_record, quantize, quantize_inputs
+from accullm_cli.stages.quantize import block_unit, load_record, quantize, quantize_inputs
 from accullm_cli.stages.validate import (
     artifact_sha256,
     hash_of_files,
@@ -423,7 +423,7 @@ def _summary(outcome: StageOutcome) -> StageSummary:
 def _linear_summaries(job: Job, artifact: StoredArtifact) -> tuple[LinearSummary, ...]:
     errors: dict[str, float | None] = {}
     index = 0
-    while (block := load_block_record(job, index)) is not None:
+    while (block := load_record(job, block_unit(index))) is not None:
         errors |= block.relative_errors
         index += 1
     return tuple(

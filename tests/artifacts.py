@@ -15,6 +15,9 @@ from accullm_cli.formats.base import ModelShape, Parts
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
 
+# By the name of the list of blocks.
+EMBEDDING_OF = {"model.layers": "model.embed_tokens", "transformer.h": "transformer.wte"}
+
 
 def quantize_nearest(
     weight: torch.Tensor,
@@ -74,6 +77,7 @@ class Made:
     parts: Parts
     linears: dict[str, QuantizedLinear]
     reference: nn.Module
+    embeddings: dict[str, QuantizedLinear]
 
 
 def make_parts(
@@ -87,8 +91,12 @@ def make_parts(
     scale_dtype: str = "float16",
     companions: tuple[Path, ...] = (),
     scale_bits: int = 16,
+    embedding_bits: int = 16,
 ) -> Made:
-    """Quantize every linear in the model's blocks; `keep` names (by their ends) those that stay as they are."""
+    """Quantize every linear in the model's blocks; `keep` names (by their ends) those that stay as they are.
+
+    With `embedding_bits` below 16 embedding and head are quantized, too; tied ones as one matrix.
+    """
     run.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "model"):
         prefix, blocks = "model.layers", model.model.layers
@@ -120,10 +128,27 @@ def make_parts(
         shards.append(run / f"block-{number:05d}.safetensors")
         save_file(tensors, shards[-1])
     tied = model.config.tie_word_embeddings
+    embeddings: dict[str, QuantizedLinear] = {}
+    embedding_plans: dict[str, LinearPlan] = {}
+    embedding_shards = []
+    if embedding_bits < 16:
+        for name in (EMBEDDING_OF[prefix],) if tied else (EMBEDDING_OF[prefix], "lm_head"):
+            weight = model.get_parameter(f"{name}.weight")
+            embeddings[name] = quantize_nearest(weight, embedding_bits, group_size, symmetric)
+            itemsize = weight.element_size()
+            embedding_plans[name] = LinearPlan(
+                name, *weight.shape, embedding_bits, group_size, symmetric, source_itemsize=itemsize
+            )
+            reference.get_parameter(f"{name}.weight").data.copy_(embeddings[name].dequantize(weight.dtype))
+            embedding_shards.append(run / f"{name}.safetensors")
+            tensors = {f"{name}.{suffix}": tensor for suffix, tensor in embeddings[name].to_tensors().items()}
+            save_file(tensors, embedding_shards[-1])
     outside = [
         (name, tensor.clone())
         for name, tensor in model.state_dict().items()
-        if not name.startswith(f"{prefix}.") and not (tied and name == "lm_head.weight")
+        if not name.startswith(f"{prefix}.")
+        and not (tied and name == "lm_head.weight")
+        and name.removesuffix(".weight") not in embeddings
     ]
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     config["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -131,13 +156,14 @@ def make_parts(
     parts = Parts(
         config=config,
         companions=companions,
-        plan=Plan(plans, scale_dtype),
+        plan=Plan(plans, scale_dtype, embedding_plans),
         shape=ModelShape(model.config.model_type, model.dtype, kinds),
         blocks=tuple(shards),
         outside=iter(outside),
         provenance={"source": {"name": "tiny", "sha256": "0" * 64}, "records": ["nothing to report"]},
+        embeddings=tuple(embedding_shards),
     )
-    return Made(parts, linears, reference)
+    return Made(parts, linears, reference, embeddings)
 
 
 def _weights(block: nn.Module, prefix: str) -> list[tuple[str, str]]:

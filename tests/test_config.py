@@ -142,7 +142,7 @@ def test_yaml_written_is_read_back_equal(tmp_path_factory, bits, group_size, out
         (
             "plan:\n  colour: red\n",
             "conf.yaml:2: plan.colour: unknown key; "
-            "the keys of plan are bits, spend, group_size, scale_bits, symmetric, outliers",
+            "the keys of plan are bits, spend, group_size, scale_bits, symmetric, outliers, embedding_bits",
         ),
         (
             "zzz: 1\n",
@@ -182,6 +182,14 @@ def test_yaml_written_is_read_back_equal(tmp_path_factory, bits, group_size, out
         (
             "rounding:\n  method: 7\n",
             "conf.yaml:2: rounding.method: 7 is not allowed; give nearest, feedback or stochastic",
+        ),
+        (
+            "plan:\n  embedding_bits: 6\n",
+            "conf.yaml:2: plan.embedding_bits: 6 is not allowed; give 16, 8 or 4",
+        ),
+        (
+            "plan:\n  embedding_bits: many\n",
+            "conf.yaml:2: plan.embedding_bits: 'many' is not allowed; give 16, 8 or 4",
         ),
         ("calibration:\n  samples: 0\n", "conf.yaml:2: calibration.samples: 0 is below 1; give 1 or more"),
         ("calibration:\n  text: 7\n", "conf.yaml:2: calibration.text: 7 is not text; put it in quotes"),
@@ -265,7 +273,18 @@ def test_a_mistake_in_set_names_the_key(text, line):
     assert line_of(sets=[text]) == line
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"flags": {"plan.embedding_bits": "8"}}, {"sets": ["plan.embedding_bits= 8"]}],
+    ids=["flag", "set"],
+)
+def test_choices_that_are_numbers_come_as_text(given):
+    bits = load_config("m", **given).plan.embedding_bits
+    assert (bits, type(bits)) == (8, int)
+
+
 def test_a_mistake_in_a_flag_names_the_flag():
+    assert line_of(flags={"plan.embedding_bits": "6"}) == "--embedding-bits: '6' is not allowed; give 16, 8 or 4"
     assert line_of(flags={"plan.bits": "9"}) == "--bits: 9 is above 8; give 2 to 8"
     assert line_of(flags={"export.format": ["accullm", "x"]}) == (
         "--format: 'x' is not allowed; give accullm or compressed-tensors"
@@ -283,7 +302,7 @@ def test_no_model_at_all_is_refused():
 
 def test_every_option_has_a_flag_of_its_own_a_help_and_an_example():
     declared = list(options())
-    assert len({option.flag for option in declared}) == len(declared) == 29
+    assert len({option.flag for option in declared}) == len(declared) == 30
     for option in declared:
         assert option.flag.startswith("--")
         assert "_" not in option.flag
@@ -318,6 +337,7 @@ def test_the_json_schema_accepts_what_the_loader_accepts():
         {"plan": {"group_size": 0}},
         {"plan": {"group_sise": 64}},
         {"plan": {"outliers": "lots"}},
+        {"plan": {"embedding_bits": 6}},
         {"rounding": {"method": "best"}},
         {"bits": 4},
         {"machine": {"device": "gpu"}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from accullm_cli.kernels.layout import TiledLinear, tile
 from accullm_cli.quant.linear import QuantizedLinear
 from tests.artifacts import Made, empty, make_parts
 from tests.cuda_emulation import emulate, needs_compiler
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_mixtral, tokens
+from tests.tiny import tiny_gemma3, tiny_gpt2, tiny_llama, tiny_mixtral, tokens
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -32,6 +33,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": tiny_gpt2,
     "mixtral": tiny_mixtral,
 }
+
+# One whose embedding multiplies what it looks up.
+WITH_SCALED = {**MODELS, "gemma3": tiny_gemma3}
 
 
 def export(tmp_path: Path, made: Made) -> Path:
@@ -217,6 +221,125 @@ def test_experts_run_one_at_a_time_whatever_is_asked_for(tmp_path: Path) -> None
     with pytest.raises(TypeError) as error:
         logits(model)
     assert str(error.value) == "quantized experts are read one at a time: use experts_implementation='eager'"
+
+
+# -- quantized embeddings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [*MODELS, "gemma3"])
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(8, 32, False), (4, -1, True), (4, 25, False)])
+def test_embeddings_and_heads_compute_as_the_dequantized_ones(
+    model: str, bits: int, group_size: int, symmetric: bool, tmp_path: Path
+) -> None:
+    made = make_parts(WITH_SCALED[model](), tmp_path / "run", 4, group_size, symmetric, (3,), embedding_bits=bits)
+    loaded = AutoModelForCausalLM.from_pretrained(export(tmp_path, made))
+    assert isinstance(loaded.get_input_embeddings(), accullm_cli.hf.HybridEmbedding)
+    ids = tokens()
+    assert torch.equal(loaded.get_input_embeddings()(ids), made.reference.get_input_embeddings()(ids))
+    if model == "gpt2":
+        torch.testing.assert_close(logits(loaded), logits(made.reference), rtol=0, atol=2e-5)
+    else:
+        assert torch.equal(logits(loaded), logits(made.reference))
+
+
+def test_a_tied_head_has_no_tensors_of_its_own(tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(tied=True), tmp_path / "run", embedding_bits=8)
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, made))
+    assert isinstance(model.lm_head, accullm_cli.hf.TiedHead)
+    assert list(model.lm_head.buffers()) == list(model.lm_head.parameters()) == []
+    # One set of buffers: what is looked up and what is multiplied change together.
+    before = logits(model)
+    model.model.embed_tokens.scales.mul_(2)
+    looked_up = model.model.embed_tokens(tokens())
+    assert torch.equal(looked_up, 2 * made.reference.model.embed_tokens(tokens()))
+    assert not torch.equal(logits(model), before)
+    model.tie_weights()  # whoever asks for it again finds nothing to do
+    copied = copy.deepcopy(model)
+    after = logits(model)
+    copied.model.embed_tokens.scales.mul_(2)
+    assert torch.equal(logits(model), after)
+    assert not torch.equal(logits(copied), after)
+
+
+def test_no_dequantized_embedding_is_kept(tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run", embedding_bits=8)
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, made))
+    logits(model)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.dim() == 2}
+    assert {name.rpartition(".")[2] for name in tensors} == {"qweight", "scales", "qzeros"}
+    assert model.model.embed_tokens.lookup.weight.numel() == 0
+
+
+def test_only_rows_that_are_looked_up_are_dequantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run", embedding_bits=8)
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, made))
+    seen: list[tuple[int, ...]] = []
+    dequantize = QuantizedLinear.dequantize
+
+    def counted(linear: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor:
+        seen.append(tuple(linear.codes.shape))
+        return dequantize(linear, dtype)
+
+    monkeypatch.setattr(QuantizedLinear, "dequantize", counted)
+    model.model.embed_tokens(torch.tensor([[5, 9, 5]]))
+    assert seen == [(3, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_follow_the_dtype_asked_for_and_their_scales_do_not(
+    tied: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    made = make_parts(tiny_llama(tied=tied), tmp_path / "run", embedding_bits=4)
+    directory = export(tmp_path, made)
+    wanted = logits(plain(tmp_path, made, dtype))
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    assert torch.equal(logits(loaded), wanted)
+    moved = AutoModelForCausalLM.from_pretrained(directory).to(dtype)
+    assert moved.model.embed_tokens(tokens()).dtype == dtype
+    for model in (loaded, moved):
+        assert torch.equal(model.model.embed_tokens.scales, made.embeddings["model.embed_tokens"].scales)
+
+
+def test_text_is_generated_with_quantized_embeddings(tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(tied=True), tmp_path / "run", embedding_bits=8)
+    loaded = AutoModelForCausalLM.from_pretrained(export(tmp_path, made))
+    prompt = tokens(batch=2, length=5)
+    texts = [
+        m.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        for m in (loaded, made.reference)
+    ]
+    assert torch.equal(texts[0], texts[1])
+
+
+def test_a_missing_tensor_of_an_embedding_is_refused(tmp_path: Path) -> None:
+    directory = export(tmp_path, make_parts(tiny_llama(tied=True), tmp_path / "run", embedding_bits=8))
+    index_path = directory / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    shard = index["weight_map"].pop("model.embed_tokens.qweight")
+    tensors = load_file(directory / shard)
+    del tensors["model.embed_tokens.qweight"]
+    (directory / shard).unlink()
+    save_file(tensors, directory / shard)
+    index_path.write_text(json.dumps(index))
+    with pytest.raises(AccullmError) as error:
+        AutoModelForCausalLM.from_pretrained(directory)
+    assert error.value.line() == f"{directory}: tensor model.embed_tokens.qweight is missing; copy the artifact again"
+
+
+def test_an_embedding_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run", embedding_bits=8)
+    directory = export(tmp_path, made)
+    config = json.loads((directory / "config.json").read_text())
+    scheme = config["quantization_config"]["embeddings"].pop("lm_head")
+    config["quantization_config"]["embeddings"]["head"] = scheme
+    with pytest.raises(AccullmError) as error:
+        accullm_cli.hf.replace_embeddings(
+            tiny_llama(), accullm_cli.hf.AccullmConfig(**config["quantization_config"]), torch.float32
+        )
+    assert error.value.line() == (
+        "config.json: LlamaForCausalLM has no embedding head; load the artifact with AutoModelForCausalLM"
+    )
 
 
 # -- what must not load -------------------------------------------------------------------------------------

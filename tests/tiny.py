@@ -117,6 +117,11 @@ def tiny_mixtral() -> PreTrainedModel:
     return _in_memory(MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2))
 
 
+def tiny_gemma3() -> PreTrainedModel:
+    """Its embedding multiplies each row it looks up by a number, which is no part of the weights."""
+    return _in_memory(Gemma3TextConfig(**_SHAPE | _SMALL, head_dim=16))
+
+
 def _in_memory(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
     config.dtype = dtype

@@ -38,7 +38,7 @@ class Side:
 
 @dataclass(frozen=True)
 class LinearDifference:
-    """One linear in both.
+    """One linear, or an embedding that either has quantized, in both.
 
     relative_difference: ||Wa - Wb|| / ||Wb|| (Frobenius) of the dequantized weights in float32.
     """
@@ -54,7 +54,7 @@ class Comparison:
     """What `compare` found.
 
     mean_kl_difference: A's minus B's over the same windows of text; None where they were not both measured on it.
-    unmatched: linears that only one side has.
+    unmatched: linears and embeddings that only one side has.
     exceeded: a sentence for each limit that is not kept.
     """
 
@@ -84,7 +84,8 @@ def compare(a: Path, b: Path, max_mean_kl: float | None = None) -> Comparison:
     for artifact in artifacts:
         kinds |= artifact.manifest.kinds if artifact.manifest else {}
     left, right = _Weights(a, first, kinds), _Weights(b, second, kinds)
-    differences = {name: _difference(name, left, right) for name in sizes}
+    embeddings = [name for artifact in artifacts for name in artifact.plan.embeddings]
+    differences = {name: _difference(name, left, right) for name in dict.fromkeys([*sizes, *embeddings])}
     fidelity_a, fidelity_b = _fidelity(first), _fidelity(second)
     exceeded: list[str] = []
     if max_mean_kl is not None:
@@ -131,8 +132,10 @@ class _Weights:
         return tensor.T if self._kinds.get(name) == "conv1d" else tensor
 
     def bits_per_weight(self, name: str) -> float | None:
-        if self.artifact is not None and name in self.artifact.plan.linears:
-            return 8 * self.artifact.linear_bytes(name) / self.artifact.plan.linears[name].weights
+        if self.artifact is not None:
+            plan = self.artifact.plan.linears.get(name) or self.artifact.plan.embeddings.get(name)
+            if plan is not None:
+                return 8 * self.artifact.linear_bytes(name) / plan.weights
         stored = self._stored_name(name)
         if stored is None:
             return self._converted.bits_per_weight(name) if self._converted else None

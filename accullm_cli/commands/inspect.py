@@ -13,6 +13,7 @@ from accullm_cli.formats import artifact_format, open_artifact
 from accullm_cli.formats.manifest import flat_facts
 from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json
 from accullm_cli.formats.stored import StoredArtifact
+from accullm_cli.quant.plan import LinearPlan
 
 # How many of a linear's outlier features are named.
 FIRST_OUTLIERS = 8
@@ -20,7 +21,7 @@ FIRST_OUTLIERS = 8
 
 @dataclass(frozen=True)
 class LinearRow:
-    """One linear: how it is stored. In a plain checkpoint: one 2-D tensor that looks like a linear."""
+    """One linear or embedding: how it is stored. In a plain checkpoint: one 2-D tensor that looks like a linear."""
 
     name: str
     out_features: int
@@ -57,7 +58,8 @@ class Inspection:
     format: of an artifact; "checkpoint" for a plain model.
     parameters: weights of the model, quantized or not; tied ones once.
     bits_per_weight: of the linears, everything stored for them counted; None where there are none.
-    linear_bytes, other_bytes: what is stored for the linears, and for everything else.
+    linear_bytes, other_bytes: what is stored for the linears, and for everything else (embeddings, norms, biases).
+    embeddings: token embedding and output head, where they are quantized.
     validated: whether fidelity was measured and recorded.
     """
 
@@ -72,6 +74,7 @@ class Inspection:
     outlier_features: int
     validated: bool
     linears: tuple[LinearRow, ...]
+    embeddings: tuple[LinearRow, ...]
     files: tuple[FileRow, ...]
     provenance: tuple[Fact, ...]
     fidelity: tuple[Fact, ...]
@@ -90,11 +93,11 @@ def inspect(path: Path) -> Inspection:
 
 def _inspect_artifact(artifact: StoredArtifact) -> Inspection:
     plan = artifact.plan
-    rows = tuple(_linear_rows(artifact))
+    rows = tuple(_linear_rows(artifact, plan.linears))
     linear_bytes = sum(artifact.linear_bytes(name) for name in plan.linears)
     linear_weights = sum(linear.weights for linear in plan.linears.values())
     stored_bytes = sum(info.bytes for info in artifact.files.infos.values())
-    quantized_weights = sum(plan.linears[name].weights for name in artifact.schema)
+    quantized_weights = sum(linear.weights for linear in plan.quantized.values())
     manifest = artifact.manifest
     fidelity = None if manifest is None else manifest.fidelity
     config = read_json(artifact.path / "config.json")
@@ -110,14 +113,15 @@ def _inspect_artifact(artifact: StoredArtifact) -> Inspection:
         outlier_features=sum(row.outliers for row in rows),
         validated=fidelity is not None,
         linears=rows,
+        embeddings=tuple(_linear_rows(artifact, plan.embeddings)),
         files=tuple(_file_rows(artifact.path)),
         provenance=tuple(Fact(*fact) for fact in flat_facts(manifest.provenance)) if manifest else (),
         fidelity=tuple(_fidelity_facts(fidelity or {})),
     )
 
 
-def _linear_rows(artifact: StoredArtifact) -> Iterator[LinearRow]:
-    for name, linear in artifact.plan.linears.items():
+def _linear_rows(artifact: StoredArtifact, linears: Mapping[str, LinearPlan]) -> Iterator[LinearRow]:
+    for name, linear in linears.items():
         yield LinearRow(
             name=name,
             out_features=linear.out_features,
@@ -177,6 +181,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
         outlier_features=0,
         validated=False,
         linears=tuple(rows),
+        embeddings=(),
         files=tuple(_file_rows(path)),
         provenance=(),
         fidelity=(),

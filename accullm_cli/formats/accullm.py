@@ -32,9 +32,11 @@ __all__ = ["LOADER_GUARD", "AccullmArtifact", "AccullmFormat", "record_fidelity"
 
 KINDS = ("linear", "conv1d", "expert")
 SUFFIXES = ("qweight", "scales", "qscales", "scale_table", "qzeros", "outlier_index", "outlier_weight")
-# What config.json leaves out: version 1 had no tables of scales.
+# What config.json leaves out: version 1 had no tables of scales, and embeddings have none.
 DEFAULT_SCHEME = {"scale_bits": 16}
 SCHEME_KEYS = ("bits", "group_size", "scale_bits", "symmetric", "outliers")
+# An embedding has no outliers, and no scheme in common with the linears.
+EMBEDDING_KEYS = ("bits", "group_size", "symmetric")
 
 # transformers skips a quantization method that it does not know with a warning, and gives random values to the weights
 # it then misses. The config key `transformers_weights` names the file it reads instead of the standard ones; no file
@@ -50,14 +52,14 @@ class AccullmFormat:
     def objections(self, plan: Plan, shape: ModelShape) -> list[Objection]:
         """What the native format cannot hold: bits beyond 2 to 8 (or 16), a group size of 0, an unknown kind."""
         found = []
-        for name, linear in plan.linears.items():
+        for name, linear in (*plan.linears.items(), *plan.embeddings.items()):
             if linear.bits not in (*range(2, 9), 16):
                 found.append(Objection(f"{name} is to have {linear.bits} bits", "use 2 to 8 bits, or 16 to keep it"))
             if linear.group_size < 1 and linear.group_size != -1:
                 found.append(
                     Objection(f"{name} is to have group size {linear.group_size}", "use a positive one, or -1 for rows")
                 )
-            if shape.kinds.get(name) not in KINDS:
+            if name in plan.linears and shape.kinds.get(name) not in KINDS:
                 found.append(
                     Objection(f"{name} is of kind {shape.kinds.get(name)}", f"the format holds {', '.join(KINDS)}")
                 )
@@ -96,15 +98,14 @@ class AccullmArtifact(StoredArtifact):
 
     def __init__(self, path: Path, manifest: Manifest, files: TensorFiles) -> None:
         schema = {
-            name: linear_schema(linear, manifest.outliers[name], manifest.dtype)
-            for name, linear in manifest.plan.linears.items()
-            if linear.bits != 16
+            name: linear_schema(linear, manifest.outliers.get(name, 0), manifest.dtype)
+            for name, linear in manifest.plan.quantized.items()
         }
         super().__init__(path, manifest.plan, files, schema, manifest)
         self.plan = with_outliers(path, manifest, files)
 
     def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> QuantizedLinear:
-        plan = self.plan.linears[name]
+        plan = self.plan.embeddings.get(name) or self.plan.linears[name]
         return QuantizedLinear.from_tensors(stored, plan.in_features, plan.bits, plan.group_size)
 
     def _linear_problems(self, name: str, stored: Mapping[str, torch.Tensor]) -> Iterator[str]:
@@ -147,6 +148,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     """What a loader must know before it reads a tensor.
 
     The most frequent scheme stands at the top; `linears` names every quantized linear with what differs from it.
+    `embeddings` is there where embedding or head are quantized.
     """
     quantized = {name: scheme_of(linear) for name, linear in plan.linears.items() if linear.bits != 16}
     common = {
@@ -162,6 +164,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
             for name, scheme in quantized.items()
         },
         "skipped": [name for name, linear in plan.linears.items() if linear.bits == 16],
+        **({"embeddings": embedding_schemes(plan)} if plan.embeddings else {}),
     }
 
 
@@ -175,24 +178,35 @@ def scheme_of(linear: LinearPlan) -> dict[str, int | bool]:
     }
 
 
+def embedding_schemes(plan: Plan) -> dict[str, dict[str, int | bool]]:
+    return {
+        name: {key: getattr(embedding, key) for key in EMBEDDING_KEYS} for name, embedding in plan.embeddings.items()
+    }
+
+
 def check_config(path: Path, manifest: Manifest) -> None:
     """Hold config.json, which loaders read, against the manifest.
 
     Raises:
-        AccullmError: it is missing, of a newer version, or describes other linears.
+        AccullmError: it is missing, of a newer version, or describes other linears or embeddings.
     """
     config = read_json(path).get("quantization_config")
     if not isinstance(config, dict) or config.get("quant_method") != "accullm":
         raise AccullmError("does not say quant_method accullm", path, "copy the artifact again")
     check_version(config.get("format_version"), path)
-    entries = config.get("linears")
+    entries, embeddings = config.get("linears"), config.get("embeddings", {})
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise AccullmError("does not name its quantized linears", path, "copy the artifact again")
+    if not isinstance(embeddings, dict):
+        raise AccullmError("does not name its quantized embeddings", path, "copy the artifact again")
     common = {**DEFAULT_SCHEME, **{key: config[key] for key in SCHEME_KEYS if key in config}}
-    described = {name: {**common, **entry} for name, entry in entries.items()}
+    described = {name: {**common, **entry} for name, entry in entries.items()} | embeddings
+    planned = embedding_schemes(manifest.plan)
     for name, linear in manifest.plan.linears.items():
-        planned = None if linear.bits == 16 else {**scheme_of(linear), "outliers": manifest.outliers[name]}
-        if described.pop(name, None) != planned:
+        if linear.bits != 16:
+            planned[name] = {**scheme_of(linear), "outliers": manifest.outliers[name]}
+    for name in (*manifest.plan.linears, *manifest.plan.embeddings):
+        if described.pop(name, None) != planned.get(name):
             raise AccullmError(f"describes {name} otherwise than {MANIFEST_NAME}", path, "copy the artifact again")
     for name in described:
         raise AccullmError(f"describes {name}, which {MANIFEST_NAME} does not", path, "copy the artifact again")
@@ -227,12 +241,13 @@ def check_owners(path: Path, files: TensorFiles, plan: Plan) -> None:
     Raises:
         AccullmError: such a tensor is stored.
     """
+    quantized = plan.quantized
     for name, info in files.infos.items():
         owner, _, suffix = name.rpartition(".")
         if suffix not in SUFFIXES:
             continue
-        linear = plan.linears.get(owner)
-        if linear is None or linear.bits == 16:
+        linear = quantized.get(owner)
+        if linear is None:
             raise AccullmError(f"tensor {name} belongs to no quantized linear of {MANIFEST_NAME}", path / info.file)
         if suffix == "scales" and linear.scale_bits != 16:
             raise AccullmError(f"tensor {name} is stored beside the table of {owner}", path / info.file)
@@ -261,4 +276,4 @@ def with_outliers(path: Path, manifest: Manifest, files: TensorFiles) -> Plan:
                 where,
             )
         linears[name] = replace(linears[name], outlier_index=features)
-    return Plan(linears, manifest.plan.scale_dtype)
+    return replace(manifest.plan, linears=linears)

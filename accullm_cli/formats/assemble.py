@@ -29,7 +29,7 @@ def assemble(
 
     Args:
         config: keys to add to the source's config.json.
-        place_block: makes a block's shard (second path) from the quantize stage's shard (first path).
+        place_block: makes the shard of a block or an embedding (second path) from that of the quantize stage (first).
         shard_bytes: limit for the shards of what is outside the blocks.
 
     Raises:
@@ -40,11 +40,12 @@ def assemble(
         # The names hold the number of shards, which is known only when the stream has ended.
         outside.append(directory / f".outside-{number:05d}.safetensors")
         write_shard(outside[-1], tensors)
-    count = len(parts.blocks) + len(outside)
+    quantized = (*parts.blocks, *parts.embeddings)
+    count = len(quantized) + len(outside)
     shards = [directory / f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    for source, shard in zip(parts.blocks, shards, strict=False):
+    for source, shard in zip(quantized, shards, strict=False):
         place_block(source, shard)
-    for source, shard in zip(outside, shards[len(parts.blocks) :], strict=True):
+    for source, shard in zip(outside, shards[len(quantized) :], strict=True):
         rename(source, shard)
     write_index(directory, shards)
     for companion in parts.companions:

@@ -46,6 +46,8 @@ class Parts:
         other tensor of the block (norms, biases, linears left in 16 bits) under its name in the module tree.
     outside: names and tensors of everything outside the blocks, streamed; tied weights appear once.
     provenance: deterministic facts for the manifest: source name and hash, resolved config, versions, records.
+    embeddings: the shards of quantized embeddings (`Plan.embeddings`), like those of blocks; their weights are not in
+        `outside`.
     """
 
     config: Mapping[str, Any]
@@ -55,6 +57,7 @@ class Parts:
     blocks: tuple[Path, ...]
     outside: Iterator[tuple[str, torch.Tensor]]
     provenance: Mapping[str, Any]
+    embeddings: tuple[Path, ...] = ()
 
 
 class Artifact(Protocol):
@@ -73,7 +76,7 @@ class Artifact(Protocol):
         ...
 
     def linear(self, name: str) -> QuantizedLinear:
-        """One quantized linear of the plan."""
+        """One quantized linear or embedding of the plan."""
         ...
 
 

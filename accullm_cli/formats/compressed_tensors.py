@@ -41,6 +41,7 @@ class CompressedTensorsFormat:
         """What the format cannot hold: see the functions that are asked in turn."""
         quantized = [linear for linear in plan.linears.values() if linear.bits != 16]
         found = [
+            *_embedding_objections(plan),
             *_kind_objections(quantized, shape),
             *_bits_objections(quantized),
             *_outlier_objections(quantized),
@@ -107,6 +108,15 @@ class CompressedTensorsArtifact(StoredArtifact):
 
 
 # -- objections --------------------------------------------------------------------------------------------
+
+
+def _embedding_objections(plan: Plan) -> Iterator[Objection]:
+    for name, embedding in plan.embeddings.items():
+        yield Objection(
+            f"compressed-tensors keeps embedding and output head as they are, and {name} is to have "
+            f"{embedding.bits} bits",
+            "leave out --embedding-bits, or export to the format accullm",
+        )
 
 
 def _kind_objections(linears: list[LinearPlan], shape: ModelShape) -> Iterator[Objection]:

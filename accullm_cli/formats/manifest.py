@@ -77,9 +77,11 @@ def read_manifest(directory: Path) -> Manifest:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype {content['dtype']}")
         linears = {name: _linear_plan(name, entry, dtype) for name, entry in content["linears"].items()}
+        described = content.get("embeddings", {})
+        embeddings = {name: _linear_plan(name, {**entry, "reason": ""}, dtype) for name, entry in described.items()}
         return Manifest(
             format=content["format"],
-            plan=Plan(linears, content["scale_dtype"]),
+            plan=Plan(linears, content["scale_dtype"], embeddings),
             outliers={name: entry["outliers"] for name, entry in content["linears"].items()},
             kinds={name: entry["kind"] for name, entry in content["linears"].items()},
             dtype=dtype,
@@ -89,7 +91,7 @@ def read_manifest(directory: Path) -> Manifest:
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AccullmError(
-            f"not a manifest of format version {FORMAT_VERSION} ({type(error).__name__}: {error})",
+            f"not a manifest of format version {content['format_version']} ({type(error).__name__}: {error})",
             path,
             "copy the artifact again",
         ) from None
@@ -136,6 +138,15 @@ def write_card(directory: Path, parts: Parts, format_name: str, artifact_bytes: 
 
 def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
     """Write `accullm.json` over all files that are there: the last file of an artifact to appear."""
+    embeddings = {
+        name: {
+            "shape": [embedding.out_features, embedding.in_features],
+            "bits": embedding.bits,
+            "group_size": embedding.group_size,
+            "symmetric": embedding.symmetric,
+        }
+        for name, embedding in parts.plan.embeddings.items()
+    }
     content = {
         "format": format_name,
         "format_version": FORMAT_VERSION,
@@ -155,6 +166,7 @@ def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
             }
             for name, linear in parts.plan.linears.items()
         },
+        **({"embeddings": embeddings} if embeddings else {}),
         # The linears keep the model's order; the order of these facts is nobody's promise.
         "provenance": json.loads(json.dumps(parts.provenance, sort_keys=True)),
         "files": {name: asdict(_entry(directory / name)) for name in artifact_files(directory)},
@@ -221,6 +233,8 @@ def _card(parts: Parts, format_name: str, artifact_bytes: int) -> Iterator[str]:
     yield f"| linear layers quantized | {len(plan.linears) - len(kept)} |"
     yield f"| linear layers left in 16 bits | {len(kept)} |"
     yield f"| outlier input features kept in {dtype_name(parts.shape.dtype)} | {outliers} |"
+    for name, embedding in plan.embeddings.items():
+        yield f"| bits of {name}, not counted above | {embedding.bits} |"
     yield f"| size of the tensors | {artifact_bytes / 1e6:.1f} MB |"
     yield from ("", "## Fidelity", "", _FIDELITY_START, "Not validated yet.", _FIDELITY_END, "")
     yield from ("## Where it comes from", "")

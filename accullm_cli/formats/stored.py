@@ -27,8 +27,8 @@ class TensorSchema:
 class StoredArtifact(ABC):
     """A finished artifact, opened for reading (see `formats.base.Artifact`).
 
-    `schema` gives the tensors of each quantized linear by their full names; all that is stored beside them is
-    `names()`.
+    `schema` gives the tensors of each quantized linear and embedding by their full names; all that is stored beside
+    them is `names()`.
     """
 
     format: str
@@ -58,7 +58,7 @@ class StoredArtifact(ABC):
         return self.files.tensor(name)
 
     def linear(self, name: str) -> QuantizedLinear:
-        """One quantized linear.
+        """One quantized linear, or an embedding.
 
         Raises:
             AccullmError: the plan has none of that name, or leaves it in 16 bits.
@@ -73,7 +73,7 @@ class StoredArtifact(ABC):
         return {full.removeprefix(f"{name}."): tensor for full, tensor in tensors.items()}
 
     def linear_bytes(self, name: str) -> int:
-        """Bytes that are stored for a linear's weight."""
+        """Bytes that are stored for the weight of a linear or a quantized embedding."""
         if name not in self.schema:
             return self.plan.linears[name].weights * self._kept(name).dtype.itemsize
         return sum(self.files.infos[tensor].bytes for tensor in self.schema[name])

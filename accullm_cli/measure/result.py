@@ -102,7 +102,7 @@ class Report:
     artifact: str
     format: str
     artifact_sha256: str
-    bits_per_weight: float  # everything stored for the quantized linears over their weights
+    bits_per_weight: float  # everything stored for the quantized linears over their weights; embeddings do not count
     artifact_bytes: int
     source_bytes: int
     fidelity: Fidelity

@@ -205,6 +205,22 @@ class Decoder:
         assert output is not None
         return output.logits
 
+    @torch.no_grad()
+    def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the output head reads, [windows, tokens, K], for the last block's output."""
+        read: list[torch.Tensor] = []
+
+        def stop(head: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            read.append(args[0])
+            raise _EnoughError
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(stop)
+        try:
+            self._run_shell(torch.zeros(hidden.shape[:2], dtype=torch.int64), lambda index, ignored, call: hidden)
+        finally:
+            handle.remove()
+        return read[0]
+
     def trace(self, index: int, block: nn.Module, hidden: torch.Tensor) -> Trace:
         """Which linears of a block share an input, and whose outputs enter a sum, found by running it.
 

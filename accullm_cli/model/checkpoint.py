@@ -7,7 +7,7 @@ one): transformers' own conversion rules translate them, here for a few tensors 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +109,22 @@ class Checkpoint:
             module_name, _, attribute = f"{prefix}.{name}".rpartition(".")
             setattr(self.model.get_submodule(module_name), attribute, self._meta[f"{prefix}.{name}"])
 
-    def outside(self, blocks: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every stored parameter outside the given blocks, one at a time, in its stored dtype."""
+    def outside(
+        self, blocks: Iterable[str], without: Container[str] = frozenset()
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every stored parameter outside the blocks but those in `without`, one at a time, in its stored dtype."""
         prefixes = tuple(f"{block}." for block in blocks)
         for name in self._sources:
-            if not name.startswith(prefixes):
-                self._load({name})
-                yield name, self.model.get_parameter(name).data
-                module_name, _, attribute = name.rpartition(".")
-                setattr(self.model.get_submodule(module_name), attribute, self._meta[name])
+            if not name.startswith(prefixes) and name not in without:
+                yield name, self.read(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One parameter in its stored dtype; the model does not keep it."""
+        self._load({name})
+        value = self.model.get_parameter(name).data
+        module_name, _, attribute = name.rpartition(".")
+        setattr(self.model.get_submodule(module_name), attribute, self._meta[name])
+        return value
 
     # -- names ---------------------------------------------------------------------------------------------
 

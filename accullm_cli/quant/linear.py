@@ -10,6 +10,10 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.packing import pack, packed_length, unpack
 
+# Weights that are dequantized at once, so that beside the matrix of a vocabulary there is no second one in float32. Any
+# linear of a small model is one step.
+ELEMENTS_TOGETHER = 1 << 24
+
 
 @dataclass(frozen=True)
 class QuantizedLinear:
@@ -35,10 +39,13 @@ class QuantizedLinear:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that the artifact stands for: [N, K] in `dtype`."""
         size, count = self.columns_per_group, self.codes.shape[1]
-        zero = 2 ** (self.bits - 1) if self.zeros is None else spread(self.zeros.to(torch.int16), size, count)
-        weight = (self.codes.to(torch.int16) - zero).to(torch.float32)
-        weight *= spread(self.scales.to(torch.float32), size, count)
-        weight = weight.to(dtype)
+        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        together = max(1, ELEMENTS_TOGETHER // count)
+        for start in range(0, len(weight), together):
+            part = slice(start, start + together)
+            zero = 2 ** (self.bits - 1) if self.zeros is None else spread(self.zeros[part].to(torch.int16), size, count)
+            values = (self.codes[part].to(torch.int16) - zero).to(torch.float32)
+            weight[part] = values.mul_(spread(self.scales[part].to(torch.float32), size, count))
         weight[:, self.outlier_index.long()] = self.outlier_weight.to(dtype)
         return weight
 

@@ -24,6 +24,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return codes.contiguous().clone()
     *lead, count = codes.shape
+    if bits == 4:
+        # The general path gives the same, with 8 bytes for every code: too many for the matrix of a vocabulary.
+        padded = torch.nn.functional.pad(codes, (0, count % 2))
+        return (padded[..., ::2] | (padded[..., 1::2] << 4)).contiguous()
     # 8 codes fill exactly `bits` bytes.
     padded = torch.zeros(*lead, (count + 7) // 8 * 8, dtype=torch.int64, device=codes.device)
     padded[..., :count] = codes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,24 @@ class LinearPlan:
 class Plan:
     """How every linear of a model is stored, by name, in model order.
 
+    linears: those in the decoder's blocks.
     scale_dtype: "float16", or "bfloat16" where an export stores scales in bfloat16: scales are then rounded to
     values that both hold exactly.
+    embeddings: token embedding and output head, [vocabulary, hidden] each, where they are quantized; one entry where
+    they are tied.
     """
 
     linears: Mapping[str, LinearPlan]
     scale_dtype: str = "float16"
+    embeddings: Mapping[str, LinearPlan] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> dict[str, LinearPlan]:
+        """All that is stored as codes: linears that are not left as they are, and embeddings."""
+        return {name: linear for name, linear in self.linears.items() if linear.bits != 16} | dict(self.embeddings)
 
     @property
     def bits_per_weight(self) -> float:
-        """Everything stored for the linear weights, in bits, over their number."""
+        """Everything stored for the linear weights, in bits, over their number; embeddings do not count."""
         weights = sum(linear.weights for linear in self.linears.values())
         return 8 * sum(linear.stored_bytes for linear in self.linears.values()) / weights

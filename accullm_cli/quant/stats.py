@@ -115,15 +115,19 @@ class GramMatrices:
 
     def take_pulls(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The pull of each linear of weight [N, K]; of those alone for which it is known. The drift is dropped."""
-        drift, self._drift = self._drift, None
+        drift = self.take_drift()
         own, self._pulls = self._pulls, {}
         if not self.tokens:
             return {}
         pulls = {name: own[name].div_(self.tokens) for name in weights if name in own}
         if drift is not None:
-            drift.div_(self.tokens)
             pulls |= {name: drift @ weight.T for name, weight in weights.items() if name not in own}
         return pulls
+
+    def take_drift(self) -> torch.Tensor | None:
+        """The drift; None where it is not kept, or there was no row. It is given away."""
+        drift, self._drift = self._drift, None
+        return None if drift is None or not self.tokens else drift.div_(self.tokens)
 
 
 def _strips(count: int) -> Iterator[tuple[int, int]]:

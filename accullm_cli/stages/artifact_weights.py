@@ -14,7 +14,7 @@ from accullm_cli.model.slots import LinearSlot, find_blocks, find_slots
 
 
 class ArtifactWeights:
-    """Fills `model` from an artifact, linears dequantized to float32 (see model.blocks.Weights)."""
+    """Fills `model` from an artifact, linears and embeddings dequantized to float32 (see model.blocks.Weights)."""
 
     def __init__(self, artifact: Artifact, model: PreTrainedModel) -> None:
         self.artifact = artifact
@@ -43,6 +43,8 @@ class ArtifactWeights:
     def load_outside(self, blocks: Iterable[str]) -> None:
         prefixes = tuple(f"{block}." for block in blocks)
         self._place([name for name in self.artifact.names() if not name.startswith(prefixes)])
+        for name in self.artifact.plan.embeddings:
+            self._set(f"{name}.weight", self.artifact.linear(name).dequantize(torch.float32))
         self.model.tie_weights()
         outside = [name for name, _ in self.model.named_parameters() if not name.startswith(prefixes)]
         for name in outside:

@@ -58,12 +58,15 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
         for name in decoder.block_names
     ]
     outside = all_weights - sum(in_blocks)
-    unquantized = source_bytes - sum(linear.weights * linear.source_itemsize for linear in plan.linears.values())
-    stored = unquantized + sum(linear.stored_bytes for linear in plan.linears.values())
+    planned = [*plan.linears.values(), *plan.embeddings.values()]
+    unquantized = source_bytes - sum(linear.weights * linear.source_itemsize for linear in planned)
+    stored = unquantized + sum(linear.stored_bytes for linear in planned)
     stored += sum(path.stat().st_size for path in job.source.companions)
     widest = max(linear.in_features for linear in plan.linears.values())
     vocabulary, hidden = decoder.model.get_input_embeddings().weight.shape
     logits = LOGITS_HELD * calibration.seq_len * vocabulary
+    if plan.embeddings:  # beside its own head, the artifact has that of the original
+        logits += vocabulary * hidden
     streams = 2 * tokens * hidden
     # What surrounds the blocks, together with a block and its stored form or with logits; or the block with its rounded
     # copy and the Hessian that is being factored (three [K, K]; while Gram matrices grow, two and a few activations).
@@ -102,7 +105,8 @@ def _operations(job: Job, plan: Plan, head_weights: int) -> float:
         grams += 2 * with_gradient * sum(linear.out_features**2 for linear in plan.linears.values())
     # Calibrate's likelihoods, and in validate the original, the artifact and the noise floor.
     head = 2 * head_weights * 4 * held_out
-    return 2 * weights * passes + grams + OPERATIONS_PER_WEIGHT * weights + head
+    rounded = weights + sum(embedding.weights for embedding in plan.embeddings.values())
+    return 2 * weights * passes + grams + OPERATIONS_PER_WEIGHT * rounded + head
 
 
 def _operations_per_second() -> float:

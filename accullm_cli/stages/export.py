@@ -18,7 +18,7 @@ from accullm_cli.run import Reason, existing_parent, file_sha256, machine_errors
 from accullm_cli.stages.calibrate import open_decoder
 from accullm_cli.stages.job import Job, StageOutcome, Work, run_stage, versions
 from accullm_cli.stages.profile import load_plan, model_shape
-from accullm_cli.stages.quantize import load_block_record, shard_path
+from accullm_cli.stages.quantize import load_record, shard_path, units_of
 
 VERSION = 1
 # The input that says where the artifact of a format goes.
@@ -125,30 +125,33 @@ def _parts(job: Job, decoder: Decoder) -> Parts:
     plan = load_plan(job.run.file("plan.json"))
     checkpoint = decoder.weights
     assert isinstance(checkpoint, Checkpoint)
+    units = units_of(decoder, plan)
+    shards = {unit.name: _checked_shard(job, unit.name) for unit in units}
     return Parts(
         config={key: value for key, value in job.source.config.items() if key != "quantization_config"},
         companions=job.source.companions,
         plan=plan,
         shape=model_shape(job, decoder),
-        blocks=tuple(_checked_shard(job, index) for index in range(len(decoder.block_names))),
-        outside=checkpoint.outside(decoder.block_names),
-        provenance=_provenance(job, len(decoder.block_names)),
+        blocks=tuple(shards[unit.name] for unit in units if unit.block is not None),
+        outside=checkpoint.outside(decoder.block_names, {f"{name}.weight" for name in plan.embeddings}),
+        provenance=_provenance(job, [unit.name for unit in units]),
+        embeddings=tuple(shards[unit.name] for unit in units if unit.block is None),
     )
 
 
-def _checked_shard(job: Job, index: int) -> Path:
-    """A block's shard. An earlier artifact may hold a link to it, so what was done to that was done to this.
+def _checked_shard(job: Job, unit: str) -> Path:
+    """A unit's shard. An earlier artifact may hold a link to it, so what was done to that was done to this.
 
     Raises:
         AccullmError: it is not as quantize wrote it.
     """
-    path, block = shard_path(job, index), load_block_record(job, index)
-    if block is None or file_sha256(path) != block.sha256:
+    path, record = shard_path(job, unit), load_record(job, unit)
+    if record is None or file_sha256(path) != record.sha256:
         raise AccullmError("is not as quantize wrote it", path, "delete it and run the same command again")
     return path
 
 
-def _provenance(job: Job, blocks: int) -> Mapping[str, Any]:
+def _provenance(job: Job, units: list[str]) -> Mapping[str, Any]:
     """Where the artifact comes from, without anything that differs between two runs of the same conversion."""
     config = job.config.model_dump(mode="json", exclude={"model", "export", "machine"})
     # The contract is judged, not built in; texts are named by what they are, not where they lie.
@@ -156,9 +159,9 @@ def _provenance(job: Job, blocks: int) -> Mapping[str, Any]:
     for section in ("calibration", "validation"):
         config[section]["text"] = Path(config[section]["text"]).name
     records = [*job.source.records]
-    for index in range(blocks):
-        block = load_block_record(job, index)
-        records += block.records if block else []
+    for unit in units:
+        record = load_record(job, unit)
+        records += record.records if record else []
     return {
         # A path says where the source lay on one machine; a hub id with its revision holds everywhere.
         "source": job.source.name if Path(job.source.origin).exists() else job.source.origin,

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from accullm_cli.config import PlanOptions
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import ModelShape
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import DTYPES
+from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.quant.budget import MEASURED_BITS, Choices
 from accullm_cli.quant.outliers import choose_outliers, expected_loss
 from accullm_cli.quant.plan import LinearPlan, Plan
@@ -72,13 +74,35 @@ def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None)
     """The plan of the configuration; without statistics (before calibration) what it chooses is a placeholder."""
     options = job.config.plan
     if options.is_average:
-        return replace(average_choices(job, decoder, stats).within(options.bits), scale_dtype=scale_dtype(job))
+        found = average_choices(job, decoder, stats).within(options.bits)
+        return replace(found, scale_dtype=scale_dtype(job), embeddings=_embedding_plans(options, decoder))
     losses = _losses(stats, options.uniform_group_size)
     linears = _uniform_linears(job, decoder)
     for name, plan in linears.items():
         loss = losses.get(name, torch.zeros(plan.in_features))
         linears[name] = replace(plan, bits=int(options.bits), outlier_index=choose_outliers(loss, options.outliers))
-    return Plan(linears, scale_dtype(job))
+    return Plan(linears, scale_dtype(job), _embedding_plans(options, decoder))
+
+
+def _embedding_plans(options: PlanOptions, decoder: Decoder) -> dict[str, LinearPlan]:
+    """How embedding and output head are quantized; empty where they are kept.
+
+    They are rounded in parts, and each would have a table of its own: their scales are float16.
+    """
+    if options.embedding_bits == 16:
+        return {}
+    return {
+        slot.name: LinearPlan(
+            name=slot.name,
+            out_features=slot.out_features,
+            in_features=slot.in_features,
+            bits=options.embedding_bits,
+            group_size=options.uniform_group_size,
+            symmetric=options.symmetric,
+            source_itemsize=decoder.weights.dtype(slot.parameter).itemsize,
+        )
+        for slot in find_embeddings(decoder.model)
+    }
 
 
 def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Choices:
@@ -134,11 +158,14 @@ def _uniform_linears(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
 def load_plan(path: Path) -> Plan:
     """The plan that `profile` wrote."""
     content = json.loads(path.read_text())
-    linears = {
-        name: replace(LinearPlan(**entry), outlier_index=tuple(entry["outlier_index"]))
-        for name, entry in content["linears"].items()
-    }
-    return Plan(linears, content["scale_dtype"])
+    linears, embeddings = (
+        {
+            name: replace(LinearPlan(**entry), outlier_index=tuple(entry["outlier_index"]))
+            for name, entry in content[part].items()
+        }
+        for part in ("linears", "embeddings")
+    )
+    return Plan(linears, content["scale_dtype"], embeddings)
 
 
 def scale_dtype(job: Job) -> str:

@@ -2,16 +2,19 @@
 
 Two streams of hidden states go through the blocks: the original model's, and that of the model quantized so far.
 Within a block the linears are rounded in the order the block computes them, so that each one is rounded for the
-input it will really get, and its target makes up for what was lost before it (see quant.rounding).
+input it will really get, and its target makes up for what was lost before it (see quant.rounding). An embedding that
+is only looked up is rounded before the blocks, if it is to be quantized at all, and the output head behind them.
 
 It leaves in the run directory, for each block,
     quantize/block-00000.safetensors    the block as the native format stores it (docs/format.md)
     quantize/block-00000.json           its key, relative errors and records
+and the same for `embedding` and `head` where these are quantized; `head` is both where they are tied.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,14 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from accullm_cli.model.blocks import Decoder, batches
+from accullm_cli.model.embeddings import EmbeddingSlot, find_embeddings
 from accullm_cli.model.slots import share_weights
 from accullm_cli.progress import Event
 from accullm_cli.quant.linear import QuantizedLinear
-from accullm_cli.quant.plan import Plan
+from accullm_cli.quant.plan import LinearPlan, Plan
 from accullm_cli.quant.rounding import RoundedLinear
 from accullm_cli.run import UP_TO_DATE, Reason, compare_inputs, file_sha256, key_of, write_file, write_text
 from accullm_cli.stages.block_rounding import BlockPair, round_with_streams, round_without_streams
 from accullm_cli.stages.calibrate import PROBE_TOKENS, load_tokens, open_decoder
+from accullm_cli.stages.embedding_rounding import head_gram, round_embedding
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
 from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.profile import load_plan
@@ -37,11 +42,27 @@ VERSION = 3
 
 
 @dataclass(frozen=True)
-class BlockRecord:
-    """What is known about one finished block.
+class Unit:
+    """What is rounded into one shard: a block, or an embedding outside of the blocks.
 
-    inputs: what its shard was made from; the first one is the key of the block before.
-    relative_errors: per linear, ||Y (W - Q)^T|| / ||Y W^T||, None where no calibration row reached it.
+    name: of its files; label: for people.
+    linears: how its weights are stored.
+    block: a block's number. embedding: where an embedding is.
+    """
+
+    name: str
+    label: str
+    linears: Mapping[str, LinearPlan]
+    block: int | None = None
+    embedding: EmbeddingSlot | None = None
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What is known about one finished unit.
+
+    inputs: what its shard was made from, the key of the unit before among it.
+    relative_errors: per linear of a block, ||Y (W - Q)^T|| / ||Y W^T||, None where no calibration row reached it.
     """
 
     inputs: dict[str, str]
@@ -83,79 +104,107 @@ def quantize_inputs(job: Job, calibrate_key: str, profile_key: str) -> dict[str,
     }
 
 
-def shard_path(job: Job, index: int) -> Path:
-    return job.run.file(f"quantize/block-{index:05d}.safetensors")
+def units_of(decoder: Decoder, plan: Plan) -> list[Unit]:
+    """All that is rounded, in order: each unit is rounded for what those before it have become."""
+    total = len(decoder.block_names)
+    blocks = []
+    for index, slots in enumerate(decoder.slots):
+        linears = {slot.name: plan.linears[slot.name] for slot in slots}
+        blocks.append(Unit(block_unit(index), f"block {index + 1}/{total}", linears, block=index))
+    before: list[Unit] = []
+    behind: list[Unit] = []
+    for slot in find_embeddings(decoder.model) if plan.embeddings else ():
+        name = "head" if slot.is_head else "embedding"
+        unit = Unit(name, name, {slot.name: plan.embeddings[slot.name]}, embedding=slot)
+        (behind if slot.is_head else before).append(unit)
+    return [*before, *blocks, *behind]
 
 
-def load_block_record(job: Job, index: int) -> BlockRecord | None:
-    """The record of a finished block; None where there is none."""
-    path = shard_path(job, index).with_suffix(".json")
-    if not path.exists() or not shard_path(job, index).exists():
+def block_unit(index: int) -> str:
+    """The name of a block's unit."""
+    return f"block-{index:05d}"
+
+
+def shard_path(job: Job, unit: str) -> Path:
+    return job.run.file(f"quantize/{unit}.safetensors")
+
+
+def load_record(job: Job, unit: str) -> UnitRecord | None:
+    """The record of a finished unit; None where there is none."""
+    path = shard_path(job, unit).with_suffix(".json")
+    if not path.exists() or not shard_path(job, unit).exists():
         return None
-    return BlockRecord(**json.loads(path.read_text()))
+    return UnitRecord(**json.loads(path.read_text()))
 
 
 # -- the stage, top to bottom ------------------------------------------------------------------------------
 
 
 def _quantize(job: Job, decoder: Decoder, plan: Plan, shared: dict[str, str], force: bool) -> Work:
-    total = len(decoder.block_names)
-    reasons, block_inputs = _decide_blocks(job, decoder, plan, shared, force)
-    finished = next((index for index, reason in enumerate(reasons) if reason.runs), total)
-    streams = _Streams.needed(job, decoder, finished, [key_of(entry) for entry in block_inputs])
-    for index in range(total):
-        if index < finished:
-            job.progress(Event("quantize", "step", f"block {index + 1}/{total}", UP_TO_DATE, index + 1, total))
-            if streams is not None and index >= streams.position:
-                streams.follow(job, index, plan)
+    units = units_of(decoder, plan)
+    total = len(units)
+    reasons, unit_inputs = _decide_units(job, units, plan, shared, force)
+    finished = next((number for number, reason in enumerate(reasons) if reason.runs), total)
+    streams: _Streams | None = None
+    for number, unit in enumerate(units):
+        if unit.block == 0:
+            # Behind a quantized embedding, as the rounded model's stream begins with it.
+            streams = _Streams.needed(job, decoder, units, finished, unit_inputs)
+        if number < finished:
+            job.progress(Event("quantize", "step", unit.label, UP_TO_DATE, number + 1, total))
+            if streams is not None and unit.block is not None and unit.block >= streams.position:
+                streams.follow(job, unit.block, plan)
             continue
-        record = _quantize_block(job, decoder, plan, index, streams, block_inputs[index])
-        if streams is not None:
-            streams.store(record.key)
-        job.progress(Event("quantize", "step", f"block {index + 1}/{total}", reasons[index], index + 1, total))
+        if unit.embedding is not None:
+            _quantize_embedding(job, decoder, plan, unit, unit.embedding, streams, unit_inputs[number])
+        elif unit.block is not None:
+            record = _quantize_block(job, decoder, plan, unit, unit.block, streams, unit_inputs[number])
+            if streams is not None:
+                streams.store(record.key)
+        job.progress(Event("quantize", "step", unit.label, reasons[number], number + 1, total))
     if streams is not None:
         streams.remove()
     records = []
-    for index in range(total):
-        finished_block = load_block_record(job, index)
-        assert finished_block is not None
-        records += finished_block.records
-    shards = [shard_path(job, index) for index in range(total)]
+    for unit in units:
+        done = load_record(job, unit.name)
+        assert done is not None
+        records += done.records
+    shards = [shard_path(job, unit.name) for unit in units]
     return Work((*shards, *(path.with_suffix(".json") for path in shards)), tuple(records))
 
 
-def _decide_blocks(
-    job: Job, decoder: Decoder, plan: Plan, shared: dict[str, str], force: bool
+def _decide_units(
+    job: Job, units: list[Unit], plan: Plan, shared: dict[str, str], force: bool
 ) -> tuple[list[Reason], list[dict[str, str]]]:
-    """For each block why it runs, and its inputs. A block runs if its inputs or any block before it changed."""
+    """For each unit why it runs, and its inputs. A unit runs if its inputs or any unit before it changed."""
     reasons: list[Reason] = []
-    block_inputs: list[dict[str, str]] = []
+    unit_inputs: list[dict[str, str]] = []
     previous = ""
-    for index, slots in enumerate(decoder.slots):
-        rows = {slot.name: asdict(plan.linears[slot.name]) for slot in slots}
+    for unit in units:
+        rows = {name: asdict(linear) for name, linear in unit.linears.items()}
         inputs = {
             **shared,
             "config:plan": key_of({"rows": json.dumps(rows), "scale_dtype": plan.scale_dtype}),
             "input:block before": previous,
         }
-        record = load_block_record(job, index)
+        record = load_record(job, unit.name)
         if force:
             reason = Reason("forced")
         elif record is None:
             reason = Reason("new")
         else:
             reason = compare_inputs(record.inputs, inputs)
-            if not reason.runs and file_sha256(shard_path(job, index)) != record.sha256:
-                reason = Reason("output missing", f"{shard_path(job, index).name} is damaged")
+            if not reason.runs and file_sha256(shard_path(job, unit.name)) != record.sha256:
+                reason = Reason("output missing", f"{shard_path(job, unit.name).name} is damaged")
         reasons.append(reason)
-        block_inputs.append(inputs)
+        unit_inputs.append(inputs)
         previous = key_of(inputs)
-    return reasons, block_inputs
+    return reasons, unit_inputs
 
 
 def _quantize_block(
-    job: Job, decoder: Decoder, plan: Plan, index: int, streams: _Streams | None, inputs: dict[str, str]
-) -> BlockRecord:
+    job: Job, decoder: Decoder, plan: Plan, unit: Unit, index: int, streams: _Streams | None, inputs: dict[str, str]
+) -> UnitRecord:
     block = decoder.load_block(index)
     pair = BlockPair(decoder, index, block, share_weights(block, decoder.slots[index]))
     if streams is None:
@@ -163,17 +212,48 @@ def _quantize_block(
     else:
         rounded = round_with_streams(job, plan, pair, streams.original, streams.rounded)
         streams.advance_rounded(index, pair.rounded)
-    path = shard_path(job, index)
-    tensors = _block_tensors(decoder, index, block, rounded)
-    write_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-    record = BlockRecord(
-        inputs=inputs,
-        sha256=file_sha256(path),
-        relative_errors={name: entry.relative_error for name, entry in rounded.items()},
-        records=[f"{name}: {sentence}" for name, entry in rounded.items() for sentence in entry.records],
+    record = _finish(
+        job,
+        unit,
+        inputs,
+        _block_tensors(decoder, index, block, rounded),
+        {name: entry.relative_error for name, entry in rounded.items()},
+        [f"{name}: {sentence}" for name, entry in rounded.items() for sentence in entry.records],
     )
-    write_text(path.with_suffix(".json"), json.dumps(asdict(record), indent=1))
     decoder.release_block(index)
+    return record
+
+
+def _quantize_embedding(
+    job: Job,
+    decoder: Decoder,
+    plan: Plan,
+    unit: Unit,
+    slot: EmbeddingSlot,
+    streams: _Streams | None,
+    inputs: dict[str, str],
+) -> UnitRecord:
+    gram = None
+    if slot.is_head and streams is not None:
+        gram = head_gram(job, decoder, slot, streams.original, streams.rounded)
+    tensors, records = round_embedding(job, decoder, plan, slot, gram)
+    named = {f"{slot.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    return _finish(job, unit, inputs, named, {}, [f"{slot.name}: {sentence}" for sentence in records])
+
+
+def _finish(
+    job: Job,
+    unit: Unit,
+    inputs: dict[str, str],
+    tensors: dict[str, torch.Tensor],
+    relative_errors: dict[str, float | None],
+    records: list[str],
+) -> UnitRecord:
+    """Write a unit's shard, and then its record: without that it counts as not rounded."""
+    path = shard_path(job, unit.name)
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    record = UnitRecord(inputs, file_sha256(path), relative_errors, records)
+    write_text(path.with_suffix(".json"), json.dumps(asdict(record), indent=1))
     return record
 
 
@@ -196,36 +276,63 @@ def _block_tensors(
     return tensors
 
 
+# How many blocks are behind stored streams, and the streams by name.
+_Restored = tuple[int, dict[str, torch.Tensor]]
+
+
 class _Streams:
     """The hidden states [S, T, hidden] of the original and of the model quantized so far, behind `position` blocks.
 
     `original` is None where nobody reads it: no target is corrected for the past, and there are no gradients.
     """
 
-    def __init__(self, job: Job, decoder: Decoder, restored: tuple[int, dict[str, torch.Tensor]] | None) -> None:
+    def __init__(
+        self, job: Job, decoder: Decoder, embedding: QuantizedLinear | None, restored: _Restored | None
+    ) -> None:
+        """`embedding`: what the rounded model's stream begins with, where that is not the original's."""
         self._decoder = decoder
         self._precision = precision_of(job)
         self._store = _stream_store(job)
         ids = load_tokens(job)["calibration"]
         decoder.load_outside()
         decoder.embed(ids[:1, :PROBE_TOKENS])
-        embedded = torch.cat([decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
-        decoder.release_outside()
+        embedded = self._embed(ids)
         reads_original = job.config.rounding.target == "corrected" or job.config.gradient_samples > 0
         self.original: torch.Tensor | None = None
         if restored is None:
             self.position, self.rounded = 0, embedded
             self.original = embedded.clone() if reads_original else None
+            if embedding is not None:
+                module = decoder.model.get_input_embeddings()
+                module.weight = nn.Parameter(torch.empty(0), False)  # the original's makes room
+                module.weight = nn.Parameter(embedding.dequantize(torch.float32), False)
+                self.rounded = self._embed(ids)
         else:
             self.position, self.rounded = restored[0], restored[1]["rounded"]
             self.original = restored[1].get("original")
+        decoder.release_outside()
 
     @classmethod
-    def needed(cls, job: Job, decoder: Decoder, finished: int, keys: list[str]) -> _Streams | None:
-        """The streams, as far as they were stored; None where no block is left or rounding does not read them."""
-        if finished == len(keys) or job.config.rounding.method == "nearest":
+    def needed(
+        cls, job: Job, decoder: Decoder, units: list[Unit], finished: int, inputs: list[dict[str, str]]
+    ) -> _Streams | None:
+        """The streams, as far as they were stored; None where no unit is left or rounding does not read them.
+
+        Args:
+            finished: the number of units that are.
+        """
+        if finished == len(units) or job.config.rounding.method == "nearest":
             return None
-        return cls(job, decoder, _stream_store(job).restore(keys[:finished]))
+        keys = [key_of(entry) for unit, entry in zip(units[:finished], inputs, strict=False) if unit.block is not None]
+        embedding = None
+        if units[0].embedding is not None:
+            tensors = load_file(shard_path(job, units[0].name))
+            embedding = _linear_of(tensors, next(iter(units[0].linears.values())))
+        return cls(job, decoder, embedding, _stream_store(job).restore(keys))
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """What goes into the first block, [S, T, hidden]."""
+        return torch.cat([self._decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
 
     def advance_original(self, index: int, block: nn.Module) -> None:
         """Run the original's stream through a block."""
@@ -246,17 +353,11 @@ class _Streams:
         """Run both streams through a finished block, from its shard."""
         block = self._decoder.load_block(index)
         rounded_block = share_weights(block, self._decoder.slots[index])
-        tensors = load_file(shard_path(job, index))
+        tensors = load_file(shard_path(job, block_unit(index)))
         for slot in self._decoder.slots[index]:
             linear_plan = plan.linears[slot.name]
             if linear_plan.bits < 16:
-                own = {
-                    name.removeprefix(f"{slot.name}."): tensor
-                    for name, tensor in tensors.items()
-                    if name.startswith(f"{slot.name}.")
-                }
-                linear = QuantizedLinear.from_tensors(own, slot.in_features, linear_plan.bits, linear_plan.group_size)
-                slot.write(rounded_block, linear.dequantize(torch.float32))
+                slot.write(rounded_block, _linear_of(tensors, linear_plan).dequantize(torch.float32))
         self.advance_original(index, block)
         self.advance_rounded(index, rounded_block)
         self._decoder.release_block(index)
@@ -269,6 +370,16 @@ class _Streams:
 
     def remove(self) -> None:
         self._store.remove()
+
+
+def _linear_of(tensors: dict[str, torch.Tensor], plan: LinearPlan) -> QuantizedLinear:
+    """A quantized linear from a shard's tensors."""
+    own = {
+        name.removeprefix(f"{plan.name}."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{plan.name}.")
+    }
+    return QuantizedLinear.from_tensors(own, plan.in_features, plan.bits, plan.group_size)
 
 
 def _stream_store(job: Job) -> StreamStore:

@@ -1,13 +1,15 @@
 """validate: run the exported artifact against the original on held-out text.
 
 The artifact's weights are read back from its files. The original's blocks are not run again: calibrate left its last
-hidden states, which the output head turns into its exact logits.
+hidden states, which the output head turns into its exact logits. That is the artifact's own head, or, where this is
+quantized, the one in the source.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from accullm_cli.measure.divergence import Divergence
 from accullm_cli.measure.result import Estimate, Fidelity
 from accullm_cli.model.blocks import Decoder, batches
-from accullm_cli.model.checkpoint import build_skeleton
+from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
+from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.progress import Event
 from accullm_cli.run import UP_TO_DATE, Reason, file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights
@@ -31,6 +34,7 @@ from accullm_cli.stages.calibrate import (
     VALIDATION_TEXT,
     load_reference,
     load_tokens,
+    open_decoder,
     validation_text,
 )
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage
@@ -125,17 +129,15 @@ def _measure(job: Job, stage: str, directory: Path, key: str, place: str) -> Fid
     hidden = _run_blocks(job, stage, decoder, ids, key)
 
     decoder.load_outside()
+    originals_head = _head_weight(job) if artifact.plan.embeddings else None
     reference = load_reference(job, place)
     divergence = Divergence()
     for window in range(len(ids)):
-        original = decoder.logits(reference["hidden"][window : window + 1])[0]
+        with _other_head(decoder, originals_head):
+            original = decoder.logits(reference["hidden"][window : window + 1])[0]
+            floor = decoder.logits(reference["floor"][window : window + 1])[0]
         _check_head(original, ids[window], reference["negative_log_likelihood"][window], directory)
-        divergence.add(
-            original,
-            decoder.logits(hidden[window : window + 1])[0],
-            ids[window],
-            decoder.logits(reference["floor"][window : window + 1])[0],
-        )
+        divergence.add(original, decoder.logits(hidden[window : window + 1])[0], ids[window], floor)
     return divergence.finish(validation_text(job, place), job.config.machine.seed)
 
 
@@ -162,8 +164,32 @@ def _run_blocks(job: Job, stage: str, decoder: Decoder, ids: torch.Tensor, key: 
     return hidden
 
 
+def _head_weight(job: Job) -> nn.Parameter:
+    """The weight of the original's output head, in float32."""
+    source = open_decoder(job)
+    assert isinstance(source.weights, Checkpoint)
+    (slot,) = (slot for slot in find_embeddings(source.model) if slot.is_head)
+    return nn.Parameter(source.weights.read(slot.parameter).float(), requires_grad=False)
+
+
+@contextmanager
+def _other_head(decoder: Decoder, weight: nn.Parameter | None) -> Iterator[None]:
+    """Inside, the output head has this weight, or with None its own; the final norm stays the artifact's."""
+    if weight is None:
+        yield
+        return
+    head = decoder.model.get_output_embeddings()
+    own = head.weight
+    head.weight = weight
+    try:
+        yield
+    finally:
+        head.weight = own
+
+
 def _check_head(logits: torch.Tensor, ids: torch.Tensor, expected: torch.Tensor, directory: Path) -> None:
-    """The original's logits come from the artifact's head; make sure that it is the original's head.
+    """The original's logits come from the artifact's final norm and, unless it is quantized, its output head; make sure
+    that these are the original's.
 
     Raises:
         AccullmError: the original's likelihoods come out different from what its own head gave.

@@ -29,9 +29,9 @@ def test_every_option_is_a_flag_of_every_converting_command(accullm, pipeline, c
     got = getattr(getattr(pipeline.calls[0][1], section), name)
     wanted = {"integer": int, "number": lambda text: float(text.strip("%")) / 100 if "%" in text else float(text)}
     expected = True if option.kind == "boolean" else wanted.get(option.kind, str)(option.example)
-    assert ([str(item) for item in got] if option.repeatable else got if option.kind != "path" else str(got)) == (
-        [expected] if option.repeatable else expected
-    )
+    assert (
+        [str(item) for item in got] if option.repeatable else got if option.kind not in ("path", "choice") else str(got)
+    ) == ([expected] if option.repeatable else expected)
 
 
 def test_what_is_not_given_stays_at_its_default(accullm, pipeline):

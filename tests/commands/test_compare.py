@@ -154,3 +154,26 @@ def test_two_plain_checkpoints_are_refused(tmp_path: Path) -> None:
     assert error.value.line() == (
         f"{tmp_path}/a: neither this nor the other directory is an artifact; give at least one artifact"
     )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantized_embeddings_are_compared_with_whatever_the_other_has(tied: bool, tmp_path: Path) -> None:
+    model = tiny_llama(tied=tied)
+    first = export(tmp_path / "a", model, embedding_bits=8)
+    second = export(tmp_path / "b", model, embedding_bits=4)
+    export(tmp_path / "c", model)
+    model.save_pretrained(tmp_path / "d")
+    names = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
+    for other, bits in (("b", 8 * (32 + 4 + 1) / 64), ("c", 32.0), ("d", 32.0)):
+        found = compare(tmp_path / "a", tmp_path / other)
+        assert found.unmatched == ()
+        assert [row.name for row in found.linears] == [*first.linears, *names]
+        for row in found.linears[-len(names) :]:
+            own = first.embeddings[row.name].dequantize()
+            theirs = (
+                second.embeddings[row.name].dequantize() if other == "b" else model.get_parameter(f"{row.name}.weight")
+            )
+            assert row.relative_difference == pytest.approx(relative(own, theirs), rel=1e-5)
+            assert (row.bits_per_weight_a, row.bits_per_weight_b) == (8 * 70 / 64, bits)
+        # What counts is what the linears take.
+        assert found.a.bits_per_weight == compare(tmp_path / "c", tmp_path / other).a.bits_per_weight

@@ -49,6 +49,22 @@ def test_totals_of_an_artifact(tmp_path: Path) -> None:
     assert Fact("source.name", "tiny") in found.provenance
 
 
+def test_quantized_embeddings_are_rows_of_their_own(tmp_path: Path) -> None:
+    model = tiny_llama()
+    found = inspect(export(tmp_path, model, embedding_bits=8))
+    rows = {row.name: row for row in found.embeddings}
+    assert list(rows) == ["model.embed_tokens", "lm_head"]
+    for row in rows.values():
+        assert (row.out_features, row.in_features, row.bits, row.group_size) == (96, 64, 8, 32)
+        assert row.bits_per_weight == 8 * (64 + 2 * 2 + 2) / 64  # codes, scales and zero points of a row
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    # Neither linear bytes nor bits per weight know of them.
+    without = inspect(export(tmp_path / "other", tiny_llama()))
+    assert (found.linear_bytes, found.bits_per_weight) == (without.linear_bytes, without.bits_per_weight)
+    assert without.other_bytes - found.other_bytes == 2 * 96 * (4 * 64 - 70)
+    assert without.embeddings == ()
+
+
 def test_experts_are_counted_one_by_one(tmp_path: Path) -> None:
     model = tiny_mixtral()
     found = inspect(export(tmp_path, model, keep=("down_proj.2",)))

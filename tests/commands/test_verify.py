@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,3 +185,32 @@ def test_padding_bits_of_compressed_tensors(tmp_path: Path) -> None:
     k_proj = "model.layers.0.self_attn.k_proj"
     edit_tensor(directory, f"{k_proj}.weight_zero_point", lambda tensor: tensor[3, 0].bitwise_or_(1 << 16))
     assert verify(directory).problems == (f"{k_proj}: padding bits of weight_zero_point are not zero",)
+
+
+# -- quantized embeddings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_intact_embeddings_have_no_problems(bits: int, tmp_path: Path) -> None:
+    directory = export(tmp_path, embedding_bits=bits, group_size=25)
+    found = verify(directory)
+    assert found.problems == ()
+    shards = [load_file(shard) for shard in directory.glob("*.safetensors")]
+    assert found.tensors_checked == sum(len(shard) for shard in shards)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "problem"),
+    [
+        ("scales", lambda tensor: tensor[5, 1:2].fill_(float("inf")), "scales holds NaN or infinity"),
+        # 64 features in groups of 25 are 3 groups, whose 4-bit zero points leave half a byte.
+        ("qzeros", lambda tensor: tensor[7, 1:2].bitwise_or_(0x80), "padding bits of qzeros are not zero"),
+    ],
+)
+def test_damage_to_an_embedding_is_found(
+    suffix: str, change: Callable[[torch.Tensor], object], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = export(tmp_path, model=tiny_llama(tied=True), embedding_bits=4, group_size=25)
+    monkeypatch.setattr(sys.modules[__name__], "BLOCK", "model-00003-of-00004.safetensors")
+    edit_tensor(directory, f"model.embed_tokens.{suffix}", change)
+    assert verify(directory).problems == (f"model.embed_tokens: {problem}",)

@@ -14,6 +14,7 @@ import pytest
 from accullm_cli.config import Config
 from accullm_cli.pipeline import convert
 from accullm_cli.progress import Event
+from accullm_cli.stages import streams
 from tests.tiny import make_checkpoint, tiny_config
 
 KILLS = 24
@@ -130,6 +131,41 @@ def test_an_exception_at_any_event_leaves_a_run_that_goes_on(
         convert(with_gradients(model, tmp_path / "out"), interrupt)
     convert(with_gradients(model, tmp_path / "out"))
     assert contents(tmp_path / "out") == uninterrupted
+
+
+@pytest.fixture(scope="module")
+def with_embeddings(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("with-embeddings") / "out"
+    convert(tiny_config(model, out, plan__embedding_bits=8))
+    return contents(out)
+
+
+@pytest.mark.parametrize("seconds_between_stores", [0.0, 1e9])
+@pytest.mark.parametrize("unit", ["embedding", "block 2/2", "head"])
+def test_an_exception_behind_any_unit_leaves_a_run_that_goes_on(
+    unit: str,
+    seconds_between_stores: float,
+    model: Path,
+    with_embeddings: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With streams that were stored behind the last block, and with none."""
+    monkeypatch.setattr(streams, "SECONDS_BETWEEN_STORES", seconds_between_stores)
+    config = tiny_config(model, tmp_path / "out", plan__embedding_bits=8)
+
+    def interrupt(event: Event) -> None:
+        if event.stage == "quantize" and event.label == unit:
+            raise InterruptError
+
+    with pytest.raises(InterruptError):
+        convert(config, interrupt)
+    units = ["embedding", "block 1/2", "block 2/2", "head"]
+    done = units.index(unit) + 1
+    assert [line for line in events_of(config) if line.split(":")[0] in units] == [
+        f"{name}: {'up to date' if number < done else 'new'}" for number, name in enumerate(units)
+    ]
+    assert contents(tmp_path / "out") == with_embeddings
 
 
 def events_of(config: object) -> list[str]:

@@ -349,3 +349,14 @@ def test_only_a_single_asymmetric_scheme_is_dequantized_while_loading() -> None:
     assert quantization_config(Plan({"a": a}))["dequantize"] is True
     assert "dequantize" not in quantization_config(Plan({"a": dataclasses.replace(a, symmetric=True)}))
     assert "dequantize" not in quantization_config(Plan({"a": a, "b": b}))
+
+
+def test_quantized_embeddings_are_objected_to() -> None:
+    plan = Plan({"p": linear()}, embeddings={"lm_head": LinearPlan("lm_head", 260, 64, 8, 32, False)})
+    found = CompressedTensorsFormat().objections(plan, ModelShape("llama", torch.float16, {"p": "linear"}))
+    assert found == [
+        Objection(
+            "compressed-tensors keeps embedding and output head as they are, and lm_head is to have 8 bits",
+            "leave out --embedding-bits, or export to the format accullm",
+        )
+    ]

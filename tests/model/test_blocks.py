@@ -70,6 +70,23 @@ def test_streamed_logits_are_exactly_those_of_transformers(name: str, tmp_path: 
     assert torch.equal(block_by_block(streamed(directory, tmp_path), ids), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma2", "opt", "gpt-neox"])
+def test_the_heads_input_is_what_hooks_see(name: str, tmp_path: Path) -> None:
+    directory = make_checkpoint(name, tmp_path / "model")
+    ids = random_ids(3, 40)
+    model = reference_model(directory)
+    seen: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_hook(lambda head, args, result: seen.append(args[0]))
+    model(ids)
+    decoder = streamed(directory, tmp_path)
+    decoder.load_outside()
+    hidden = decoder.embed(ids)
+    for index in range(len(decoder.block_names)):
+        hidden = decoder.run(index, decoder.load_block(index), hidden)
+    assert torch.equal(decoder.head_input(hidden), seen[0])
+    assert torch.equal(decoder.logits(hidden), model(ids).logits)  # no hook is left
+
+
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
 def test_shards_make_no_difference(name: str, tmp_path: Path) -> None:
     directory = make_checkpoint(name, tmp_path / "model", shard_size="40KB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -180,11 +181,29 @@ def test_outside_is_everything_beyond_the_blocks_once_and_as_stored(name: str, t
         assert torch.equal(value, stored[key])
 
 
+def test_what_is_stored_otherwise_is_not_read_from_outside(tmp_path: Path) -> None:
+    decoder = streamed(make_checkpoint("llama", tmp_path / "model"), tmp_path)
+    without = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert [name for name, _ in checkpoint_of(decoder).outside(decoder.block_names, without)] == ["model.norm.weight"]
+
+
+def test_one_parameter_is_read_as_stored_and_not_kept(tmp_path: Path) -> None:
+    directory = make_checkpoint("llama", tmp_path / "model")
+    decoder = streamed(directory, tmp_path)
+    found = checkpoint_of(decoder).read("lm_head.weight")
+    assert torch.equal(found, load_file(directory / "model.safetensors")["lm_head.weight"])
+    assert found.dtype == torch.bfloat16
+    assert real_parameters(decoder) == set()
+
+
 def test_outside_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     decoder = streamed(make_checkpoint("llama", tmp_path / "model"), tmp_path)
-    for name, _ in checkpoint_of(decoder).outside(decoder.block_names):
-        assert real_parameters(decoder) == {name}
-    assert real_parameters(decoder) == set()
+    before: weakref.ref[torch.Tensor] | None = None
+    for _, value in checkpoint_of(decoder).outside(decoder.block_names):
+        assert real_parameters(decoder) == set()  # whoever gets it is the only one to have it
+        assert before is None or before() is None
+        before = weakref.ref(value)
+        del value
 
 
 def test_a_checkpoint_of_the_bare_model_has_other_names_and_the_same_logits(tmp_path: Path) -> None:

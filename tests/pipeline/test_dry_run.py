@@ -41,6 +41,7 @@ def test_a_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:
         ("llama", {}),
         ("llama-tied", {"plan__group_size": 128, "plan__bits": 3, "plan__outliers": 0}),
         ("mixtral", {"plan__symmetric": True, "plan__group_size": -1}),
+        ("llama", {"plan__embedding_bits": 4}),
     ],
 )
 def test_a_dry_runs_bits_per_weight_are_the_artifacts(name: str, settings: dict[str, object], tmp_path: Path) -> None:
@@ -196,6 +197,11 @@ def test_a_dry_run_of_one_stage_ends_with_it_or_refuses_as_it_would(stage: str, 
             "--format compressed-tensors: compressed-tensors holds 4 or 8 bits, and "
             "model.layers.0.self_attn.q_proj has 5 (and 13 more); use --bits 4 or --bits 8, or export to the format "
             "accullm",
+        ),
+        (
+            {"export__format": "[compressed-tensors]", "plan__outliers": 0, "plan__embedding_bits": 8},
+            "--format compressed-tensors: compressed-tensors keeps embedding and output head as they are, and "
+            "model.embed_tokens is to have 8 bits; leave out --embedding-bits, or export to the format accullm",
         ),
         (
             {"calibration__text": "{tmp}/corpus.txt"},

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.errors import EXIT_USAGE, AccullmError
+from accullm_cli.quant import linear as linear_module
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan
 
@@ -70,6 +71,16 @@ def test_dequantized_weights_are_rounded_once(bits, group_size, symmetric, outli
     found = linear.dequantize(dtype)
     assert found.dtype == dtype
     assert torch.equal(found, weight_by_weight(linear).to(dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize(("bits", "group_size", "symmetric", "outliers"), LAYOUTS[:4])
+def test_rows_dequantized_in_parts_are_those_of_the_whole(
+    rows, bits, group_size, symmetric, outliers, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(linear_module, "ELEMENTS_TOGETHER", 10 * rows)
+    linear = random_linear(bits, group_size, symmetric, outliers, rows=7)
+    assert torch.equal(linear.dequantize(torch.bfloat16), weight_by_weight(linear).to(torch.bfloat16))
 
 
 def test_dequantizing_leaves_the_stored_tensors_alone():

@@ -49,3 +49,15 @@ def test_grams_are_given_away() -> None:
     hessian = weakref.ref(gram._hessian)  # type: ignore[arg-type]
     assert gram.take_hessian().tolist() == (torch.eye(3) / 3).tolist()  # type: ignore[union-attr]
     assert hessian() is None
+
+
+def test_the_drift_is_given_away_once() -> None:
+    problem = correlated_problem(6, 20, 64, seed=0)
+    gram = GramMatrices(20, with_drift=True, dtype=torch.float64)
+    gram.add(problem.quantized[:40], problem.original[:40])
+    gram.add(problem.quantized[40:], problem.original[40:])
+    expected = problem.quantized.T @ (problem.original - problem.quantized) / 64
+    torch.testing.assert_close(gram.take_drift(), expected, rtol=1e-9, atol=1e-12)
+    assert gram.take_drift() is None
+    assert GramMatrices(20).take_drift() is None
+    assert GramMatrices(20, with_drift=True).take_drift() is None  # no row

@@ -39,3 +39,12 @@ def test_bits_per_weight_are_averaged_over_weights_not_linears():
     small = LinearPlan("small", 1, 64, 8, -1, True)  # 64 + 2 bytes
     large = LinearPlan("large", 100, 128, 4, 128, True)  # 100 * (64 + 2) bytes
     assert Plan({"small": small, "large": large}).bits_per_weight == 8 * (66 + 6600) / (64 + 12800)
+
+
+def test_quantized_embeddings_are_codes_but_no_part_of_the_bits_per_weight():
+    quantized = LinearPlan("block.a", 10, 64, 4, -1, True)
+    kept = LinearPlan("block.b", 10, 64, 16, -1, True)
+    embedding = LinearPlan("embed", 1000, 64, 8, 32, False)
+    plan = Plan({"block.a": quantized, "block.b": kept}, embeddings={"embed": embedding})
+    assert plan.quantized == {"block.a": quantized, "embed": embedding}
+    assert plan.bits_per_weight == Plan(plan.linears).bits_per_weight == 8 * (10 * 34 + 10 * 128) / 1280

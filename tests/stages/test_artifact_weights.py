@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import accullm_cli.hf  # noqa: F401  teaches transformers the format
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
 from accullm_cli.formats.base import Artifact
@@ -22,10 +23,10 @@ from tests.streaming import fast_config, opened, random_ids, reference_model, ru
 from tests.tiny import make_checkpoint
 
 
-def make_artifact(name: str, place: Path, **bits: int) -> tuple[Path, Path]:
+def make_artifact(name: str, place: Path, embedding_bits: int = 16, **bits: int) -> tuple[Path, Path]:
     """Source and artifact; `bits` of linears by the end of their names."""
     source = make_checkpoint(name, place / "model")
-    with opened(fast_config(source, place / "out")) as job:
+    with opened(fast_config(source, place / "out", plan__embedding_bits=embedding_bits)) as job:
         done = run_to(job, "profile")
         if bits:
             edit_plan(job.run.path, **bits)
@@ -79,6 +80,28 @@ def test_logits_are_those_of_the_source_with_the_stored_weights(
     ids = random_ids(2, 20)
     assert torch.equal(logits(decoder_of(out), ids), model(ids).logits)
     assert not torch.equal(model(ids).logits, reference_model(source)(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma3", "opt"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_embedding_and_head_are_those_that_are_stored(name: str, bits: int, tmp_path: Path) -> None:
+    source, out = make_artifact(name, tmp_path, embedding_bits=bits)
+    artifact = open_artifact(out)
+    model = reference_model(source)
+    for linear in artifact.plan.linears.values():
+        set_weight(model, linear.name, artifact.linear(linear.name).dequantize(torch.float32))
+    ids = random_ids(2, 20)
+    blocks_only = model(ids).logits
+    assert len(artifact.plan.embeddings) == (2 if name == "llama" else 1)
+    for embedding in artifact.plan.embeddings:
+        assert f"{embedding}.weight" not in artifact.files.infos
+        weight = artifact.linear(embedding).dequantize(torch.float32)
+        model.get_parameter(f"{embedding}.weight").copy_(weight)  # tied: of both
+    found = logits(decoder_of(out), ids)
+    assert torch.equal(found, model(ids).logits)
+    assert not torch.equal(found, blocks_only)
+    # What validation measures is what transformers computes (for Conv1D in another order).
+    torch.testing.assert_close(reference_model(out)(ids).logits, found, rtol=0, atol=1e-4)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------

@@ -44,6 +44,9 @@ def tokenizer_bytes(directory: Path) -> int:
         ("llama", torch.float32, {"plan__bits": 3}),
         ("gpt2", torch.float16, {"plan__outliers": 0}),
         ("mixtral", torch.bfloat16, {}),
+        ("llama", torch.bfloat16, {"plan__embedding_bits": 8}),
+        ("llama-tied", torch.bfloat16, {"plan__embedding_bits": 4, "plan__group_size": 48}),
+        ("gpt2", torch.float32, {"plan__embedding_bits": 8, "plan__symmetric": True}),
     ],
 )
 def test_the_size_is_that_of_the_artifacts_tensors_and_tokenizer(

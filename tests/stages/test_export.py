@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, open_artifact
@@ -94,6 +95,19 @@ def test_several_formats_get_a_directory_each(llama: Path, tmp_path: Path) -> No
 def test_one_format_gets_the_directory_itself(llama: Path, tmp_path: Path) -> None:
     with opened(fast_config(llama, tmp_path / "out")) as job:
         assert artifact_directories(job, tmp_path / "out") == {"accullm": tmp_path / "out"}
+
+
+@pytest.mark.parametrize(("name", "embeddings"), [("llama", ["embedding", "head"]), ("llama-tied", ["head"])])
+def test_quantized_embeddings_are_shards_behind_the_blocks(name: str, embeddings: list[str], tmp_path: Path) -> None:
+    source = make_checkpoint(name, tmp_path / "model")
+    with opened(fast_config(source, tmp_path / "out", plan__embedding_bits=8)) as job:
+        run_to(job, "export")
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    units = ["block-00000", "block-00001", *embeddings]
+    assert len(shards) == len(units) + 1
+    for unit, shard in zip(units, shards, strict=False):
+        assert (tmp_path / f"out.run/quantize/{unit}.safetensors").samefile(shard)
+    assert list(load_file(shards[-1])) == ["model.norm.weight"]
 
 
 # -- replacing ---------------------------------------------------------------------------------------------

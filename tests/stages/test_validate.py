@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import accullm_cli.hf  # noqa: F401  teaches transformers the format
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats import open_artifact
 from accullm_cli.formats.manifest import CARD_NAME
 from accullm_cli.measure.result import Estimate, Fidelity
 from accullm_cli.model.blocks import Decoder
@@ -114,6 +115,67 @@ def test_what_was_measured_reads_back(exported: tuple[Path, Path]) -> None:
     assert len(fidelity.kl_of_window) == 3
     assert sum(count for _, count in fidelity.kl_histogram) == fidelity.tokens
     hash(fidelity)  # all parts are as immutable as the dataclass says
+
+
+# -- quantized embeddings ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["llama", "llama-tied", "gemma2"])
+def with_embeddings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """As `exported`, embedding and head in 8 bits."""
+    place = tmp_path_factory.mktemp(request.param)
+    source = make_checkpoint(request.param, place / "model")
+    with opened(fast_config(source, place / "out", plan__embedding_bits=8)) as job:
+        run_to(job, "export")
+    return source, place / "out"
+
+
+def test_the_originals_logits_are_those_of_its_own_head(with_embeddings: tuple[Path, Path]) -> None:
+    """And the artifact's are those of the quantized one, as transformers computes them."""
+    source, out = with_embeddings
+    _, fidelity = measure(source, out)
+    ids = load_file(out.with_name("out.run") / "tokens.safetensors")["validation"]
+    original = reference_model(source)(ids).logits.double().log_softmax(-1)
+    artifact = reference_model(out)(ids).logits.double().log_softmax(-1)
+
+    def perplexity(logarithms: torch.Tensor) -> float:
+        return math.exp(-float(logarithms[:, :-1].gather(-1, ids[:, 1:, None]).mean()))
+
+    assert fidelity.perplexity_original.value == pytest.approx(perplexity(original), rel=1e-5)
+    assert fidelity.perplexity.value == pytest.approx(perplexity(artifact), rel=1e-5)
+    kl = (original.exp() * (original - artifact)).sum(-1)
+    assert fidelity.mean_kl.value == pytest.approx(float(kl.mean()), rel=1e-3)
+
+
+def test_with_all_linears_kept_a_quantized_head_alone_is_measured(tmp_path: Path) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    with opened(fast_config(source, tmp_path / "out", plan__embedding_bits=4)) as job:
+        done = run_to(job, "profile")
+        edit_plan(job.run.path, _proj=16)
+        done["quantize"] = quantize(job, done["calibrate"].record.key, done["profile"].record.key)
+        export(job, tmp_path / "out", done["quantize"].record.key)
+        validate(job, tmp_path / "out", "accullm", done["calibrate"].record.key)
+        fidelity = load_fidelity(job, "accullm")
+    assert fidelity.mean_kl.value > 10 * fidelity.mean_kl_floor.value
+    assert fidelity.perplexity.value != fidelity.perplexity_original.value
+
+
+def test_another_norm_is_found_out_beside_a_quantized_head(with_embeddings: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = with_embeddings
+    bad = damaged(out, tmp_path, "model.norm.weight", 1.5)
+    with pytest.raises(AccullmError) as refusal:
+        measure(source, out, bad)
+    assert refusal.value.line() == f"{bad}: final norm or output head differ from the original's; export again"
+
+
+def test_another_quantized_head_shows_in_the_divergence(with_embeddings: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = with_embeddings
+    _, whole = measure(source, out)
+    name = list(open_artifact(out).plan.embeddings)[-1]
+    bad = damaged(out, tmp_path, f"{name}.scales", 1.2)
+    _, fidelity = measure(source, out, bad)
+    assert fidelity.mean_kl.value > 1.05 * whole.mean_kl.value
+    assert fidelity.perplexity_original == whole.perplexity_original
 
 
 # -- damage ------------------------------------------------------------------------------------------------
