@@ -156,8 +156,8 @@ def _provenance(job: Job, units: list[str]) -> Mapping[str, Any]:
     config = job.config.model_dump(mode="json", exclude={"model", "export", "machine"})
     # The contract is judged, not built in; texts are named by what they are, not where they lie.
     config["validation"].pop("require")
-    for section in ("calibration", "validation"):
-        config[section]["text"] = Path(config[section]["text"]).name
+    for section, key in (("calibration", "text"), ("validation", "text"), ("validation", "other_text")):
+        config[section][key] = Path(config[section][key]).name
     records = [*job.source.records]
     for unit in units:
         record = load_record(job, unit)

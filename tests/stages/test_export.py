@@ -79,6 +79,17 @@ def test_nothing_of_the_machine_is_in_the_artifact(llama: Path, finished: Path) 
         assert str(finished.parent).encode() not in path.read_bytes()
 
 
+def test_texts_are_named_without_their_place(llama: Path, tmp_path: Path) -> None:
+    with opened(fast_config(llama, tmp_path / "out", validation__other_text=tmp_path / "letters.txt")) as job:
+        run_to(job, "export")
+    provenance = json.loads((tmp_path / "out/accullm.json").read_text())["provenance"]["config"]
+    assert provenance["calibration"]["text"] == "calibration.txt"
+    assert (provenance["validation"]["text"], provenance["validation"]["other_text"]) == (
+        "validation.txt",
+        "letters.txt",
+    )
+
+
 def test_several_formats_get_a_directory_each(llama: Path, tmp_path: Path) -> None:
     settings = {"export__format": "[accullm,compressed-tensors]", "plan__outliers": 0}
     with opened(fast_config(llama, tmp_path / "out", **settings)) as job:
