@@ -34,6 +34,7 @@ from accullm_cli.stages.calibrate import (
     make_other_reference,
     make_reference,
     other_reference_inputs,
+    other_window_count,
 )
 from accullm_cli.stages.checks import GOLDEN_FORMAT, check_config, check_positions, preflight, refuse_golden
 from accullm_cli.stages.estimate import estimate
@@ -239,7 +240,7 @@ def _decide_stages(job: Job, fresh: bool) -> dict[str, Reason]:
             artifact = hash_of_files(files) if files else "not known before it is written"
         name = stage_name(format_name)
         reasons[name] = decide(job, name, validate_inputs(job, artifact, key_of(calibrating)), fresh)
-        if _has_other_text(job):
+        if other_window_count(job):
             reference = other_reference_inputs(job)
             reasons[OTHER_REFERENCE] = decide(job, OTHER_REFERENCE, reference, fresh)
             name = stage_name(format_name, OTHER_TEXT)
@@ -331,14 +332,10 @@ def _run_stages(job: Job, fresh: bool) -> Iterator[StageOutcome]:
 def _validate(job: Job, format_name: str, directory: Path, reference_key: str, fresh: bool) -> Iterator[StageOutcome]:
     """Measure an artifact on the text that the contract is judged on, and on text of another kind."""
     yield validate(job, directory, format_name, reference_key, fresh)
-    if _has_other_text(job):
+    if other_window_count(job):
         other = make_other_reference(job, fresh)
         yield other
         yield validate(job, directory, format_name, other.record.key, fresh, OTHER_TEXT)
-
-
-def _has_other_text(job: Job) -> bool:
-    return job.config.validation.other_text != "none"
 
 
 def _convert_golden(job: Job, fresh: bool) -> Report:
@@ -393,7 +390,7 @@ def _finish_report(
         stages=tuple(_summary(outcome) for outcome in outcomes),
         linears=_linear_summaries(job, artifact),
         versions=versions(),
-        other=load_fidelity(job, format_name, OTHER_TEXT) if _has_other_text(job) else None,
+        other=load_fidelity(job, format_name, OTHER_TEXT) if other_window_count(job) else None,
         search=trials,
         directory=str(destination),
     )

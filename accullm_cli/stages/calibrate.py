@@ -91,17 +91,19 @@ def make_search_reference(job: Job, force: bool = False) -> StageOutcome:
 
 def make_other_reference(job: Job, force: bool = False) -> StageOutcome:
     """As `make_reference`, for the text of another kind."""
-    text, windows = job.config.validation.other_text, _other_windows(job)
+    text, windows = job.config.validation.other_text, other_window_count(job)
     return _reference(job, OTHER_REFERENCE, OTHER_TEXT, other_windows, text, windows, force)
 
 
 def other_reference_inputs(job: Job) -> dict[str, str]:
     """What the reference for the text of another kind depends on."""
-    return _reference_inputs(job, job.config.validation.other_text, _other_windows(job))
+    return _reference_inputs(job, job.config.validation.other_text, other_window_count(job))
 
 
-def _other_windows(job: Job) -> int:
-    return max(2, job.config.validation.windows // 2)
+def other_window_count(job: Job) -> int:
+    """Windows of the text of another kind; 0 where there is to be none."""
+    validation = job.config.validation
+    return 0 if validation.other_text == "none" else max(2, validation.windows // 2)
 
 
 def _reference(

@@ -9,7 +9,9 @@ import torch
 
 from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
 from accullm_cli.quant.plan import Plan
+from accullm_cli.stages.calibrate import other_window_count
 from accullm_cli.stages.job import Job
+from accullm_cli.stages.precision import products
 
 FLOAT = 4
 # Passes through the blocks in quantize. A Llama block has four distinct inputs, and comes up to each of them once: to
@@ -90,7 +92,7 @@ def _operations(job: Job, plan: Plan, head_weights: int) -> float:
     """Multiplications and additions of all stages."""
     calibration, rounding = job.config.calibration, job.config.rounding
     tokens = calibration.samples * calibration.seq_len
-    held_out = job.config.validation.windows * calibration.seq_len
+    held_out = (job.config.validation.windows + other_window_count(job)) * calibration.seq_len
     weights = sum(linear.weights for linear in plan.linears.values())
     with_gradient = job.config.gradient_samples * calibration.seq_len
     # Calibrate runs the held-out text and its noise floor, validate the artifact.
@@ -112,8 +114,9 @@ def _operations(job: Job, plan: Plan, head_weights: int) -> float:
 def _operations_per_second() -> float:
     """What a float32 matrix product reaches here, measured in a moment."""
     left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
-    left @ right
-    started = time.perf_counter()
-    for _ in range(10):
+    with products("float32"):
         left @ right
-    return 10 * 2.0 * 512 * 1024 * 1024 / (time.perf_counter() - started)
+        started = time.perf_counter()
+        for _ in range(10):
+            left @ right
+        return 10 * 2.0 * 512 * 1024 * 1024 / (time.perf_counter() - started)
