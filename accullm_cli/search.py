@@ -104,7 +104,9 @@ def search(job: Job, calibrated: StageOutcome, force: bool = False) -> Found:
     curve = choices.curve()
     lowest, highest = _bounds(job, curve)
     key = _key(job, calibrated, reference)
-    measured = [] if force else _load(job, key)
+    known = [] if force else _load(job, key)
+    measured = [plan for plan in known if plan.bits <= highest]
+    beyond = [plan for plan in known if plan.bits > highest]  # of a search that was allowed more
     for _ in range(job.config.search.max_plans):
         rooms = [(plan.bits, _room(demands, plan)) for plan in measured]
         bits = next_average(rooms, curve, lowest, highest, _start(job))
@@ -112,7 +114,7 @@ def search(job: Job, calibrated: StageOutcome, force: bool = False) -> Found:
             break
         plan = _measure(_plan_job(job, bits), calibrated, reference, bits, force)
         measured = sorted([*measured, plan], key=lambda entry: entry.bits)
-        _store(job, key, measured)
+        _store(job, key, [*measured, *beyond])
         job.progress(Event(STAGE, "record", f"plan {len(measured)}: {_sentence(demands, plan)}"))
         _clear(job, keep={bits, _best(demands, measured).bits})
     best = _best(demands, measured)
@@ -199,7 +201,8 @@ def _bounds(job: Job, curve: Sequence[tuple[float, float]]) -> tuple[float, floa
     Raises:
         AccullmError: the smallest plan takes more than what is allowed.
     """
-    allowed = job.config.search.max_bits_per_weight
+    # In thousandths, as plans are named: the largest is then known when it is met.
+    allowed = math.floor(1000 * job.config.search.max_bits_per_weight) / 1000
     lowest = math.ceil(1000 * curve[0][0]) / 1000
     if allowed < lowest:
         raise AccullmError(

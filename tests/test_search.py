@@ -164,6 +164,30 @@ class Stop(Exception):  # noqa: N818
     """As if the process were killed here."""
 
 
+def test_what_was_measured_beyond_a_smaller_limit_is_not_chosen(
+    llama: Path, first: tuple[Path, list[Event]], tmp_path: Path
+) -> None:
+    """Nor forgotten: without the limit nothing is measured again."""
+    out, _ = first
+    run = out.with_name("out.run")
+    before = convert(golden(llama, out, "mean_kl<=0.02")).search
+    limit = min(trial.bits_per_weight for trial in before if trial.met) - 0.3
+    options = {"machine__run": run, "search__max_bits_per_weight": limit, "search__max_plans": 1}
+    limited = convert(golden(llama, tmp_path / "limited", "mean_kl<=0.02", **options))
+    assert limited.bits_per_weight <= limit
+    events: list[Event] = []
+    again = convert(golden(llama, out, "mean_kl<=0.02"), events.append)
+    assert set(before) <= set(again.search)
+    assert "measure accullm" not in {event.stage for event in events if event.kind == "start"}
+
+
+def test_a_limit_of_many_digits_ends_the_search(llama: Path, tmp_path: Path) -> None:
+    config = golden(llama, tmp_path / "out", "mean_kl<=1e-7", search__max_bits_per_weight=4.61239)
+    report = convert(config)
+    assert len({trial.bits_per_weight for trial in report.search}) == len(report.search) < 5
+    assert report.bits_per_weight <= 4.61239
+
+
 def test_it_ends_in_the_same_bytes_wherever_it_was_interrupted(llama: Path, tmp_path: Path) -> None:
     require = "mean_kl<=0.02"
     whole = convert(golden(llama, tmp_path / "whole", require))
