@@ -265,7 +265,7 @@ def test_what_no_search_can_do_is_refused(
     assert refusal(lambda: convert(golden(llama, tmp_path / "out", require, **options))) == line
 
 
-def test_a_text_too_short_to_search_on_is_refused_before_any_plan(llama: Path, tmp_path: Path) -> None:
+def test_a_text_too_short_to_search_on_is_refused_before_any_work(llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("a word and another " * 10)  # 190 tokens: three windows of 48, and one is left
     config = golden(llama, tmp_path / "out", "mean_kl<=1", validation__text=text)
@@ -273,6 +273,7 @@ def test_a_text_too_short_to_search_on_is_refused_before_any_plan(llama: Path, t
         f"validation text {text}: has 0 windows left to search on, beside the 3 that the contract is judged on; "
         "give more text, or fewer --validation-windows"
     )
+    assert not (tmp_path / "out.run").exists()
 
 
 def test_a_search_is_no_stage(llama: Path, tmp_path: Path) -> None:

@@ -79,20 +79,32 @@ def calibrate_inputs(job: Job) -> dict[str, str]:
 
 def make_reference(job: Job, force: bool = False) -> StageOutcome:
     """As `calibrate`, for the validation text alone: what `validate` needs of the original."""
-    validation = job.config.validation
-    return _reference(job, "reference", VALIDATION_TEXT, validation_windows, validation.text, validation.windows, force)
+    return _reference(job, "reference", VALIDATION_TEXT, cut_validation_windows, _validation_inputs(job), force)
 
 
 def make_search_reference(job: Job, force: bool = False) -> StageOutcome:
     """As `make_reference`, for the other windows of that text that a search over plans is measured on."""
-    validation = job.config.validation
-    return _reference(job, "search reference", SEARCH_TEXT, search_windows, validation.text, validation.windows, force)
+    return _reference(job, "search reference", SEARCH_TEXT, cut_search_windows, _validation_inputs(job), force)
 
 
 def make_other_reference(job: Job, force: bool = False) -> StageOutcome:
     """As `make_reference`, for the text of another kind."""
-    text, windows = job.config.validation.other_text, other_window_count(job)
-    return _reference(job, OTHER_REFERENCE, OTHER_TEXT, other_windows, text, windows, force)
+    return _reference(job, OTHER_REFERENCE, OTHER_TEXT, cut_other_windows, other_reference_inputs(job), force)
+
+
+def cut_validation_windows(job: Job) -> Windows:
+    """The windows that the contract is judged on."""
+    return _cut(job, validation_windows, job.config.validation.text, job.config.validation.windows)
+
+
+def cut_search_windows(job: Job) -> Windows:
+    """Those that a search is measured on."""
+    return _cut(job, search_windows, job.config.validation.text, job.config.validation.windows)
+
+
+def cut_other_windows(job: Job) -> Windows:
+    """Those of the text of another kind."""
+    return _cut(job, other_windows, job.config.validation.other_text, other_window_count(job))
 
 
 def other_reference_inputs(job: Job) -> dict[str, str]:
@@ -107,17 +119,19 @@ def other_window_count(job: Job) -> int:
 
 
 def _reference(
-    job: Job, stage: str, place: str, cut: Callable[..., Windows], text: str, windows: int, force: bool
+    job: Job, stage: str, place: str, cut: Callable[[Job], Windows], inputs: dict[str, str], force: bool
 ) -> StageOutcome:
-    inputs = _reference_inputs(job, text, windows)
-
     def work(reason: Reason) -> Work:
-        found = _cut(job, cut, text, windows)
+        found = cut(job)
         none = Windows(found.ids[:0], "none", "")
         with products("float32"):
             return _run_original(job, stage, key_of(inputs), none, found, place)
 
     return run_stage(job, stage, inputs, force, work)
+
+
+def _validation_inputs(job: Job) -> dict[str, str]:
+    return _reference_inputs(job, job.config.validation.text, job.config.validation.windows)
 
 
 def _reference_inputs(job: Job, text: str, windows: int) -> dict[str, str]:
@@ -267,7 +281,7 @@ def _tokenize(job: Job) -> tuple[Windows, Windows]:
     config, seed = job.config, job.config.machine.seed
     tokenizer = load_tokenizer(job.source.directory)
     seq_len = config.calibration.seq_len
-    validation = _cut(job, validation_windows, config.validation.text, config.validation.windows)
+    validation = cut_validation_windows(job)
     if config.calibration.text == "self":
         from accullm_cli.model.self_text import sampled_windows
 

@@ -10,7 +10,7 @@ from accullm_cli.measure.contract import parse_requirement, search_demands
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.text import check_text
 from accullm_cli.run import RunDirectory
-from accullm_cli.stages.calibrate import open_decoder
+from accullm_cli.stages.calibrate import cut_other_windows, cut_search_windows, open_decoder, other_window_count
 from accullm_cli.stages.export import artifact_directories, check_output
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.profile import make_plan, refuse_impossible
@@ -75,10 +75,23 @@ def check_positions(job: Job) -> None:
         )
 
 
+def check_lengths(job: Job) -> None:
+    """Cut the texts that are needed only when the work is done.
+
+    Raises:
+        AccullmError: one is too short.
+    """
+    if job.config.search.golden:
+        cut_search_windows(job)
+    if other_window_count(job):
+        cut_other_windows(job)
+
+
 def preflight(job: Job, out: Path) -> Decoder:
     """Refuse what cannot end well before the first forward pass: output directories, and what formats cannot hold."""
     for directory in artifact_directories(job, out).values():
         check_output(job, directory)
+    check_lengths(job)
     decoder = open_decoder(job)
     refuse_impossible(job, make_plan(job, decoder), decoder)
     return decoder

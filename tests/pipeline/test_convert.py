@@ -279,3 +279,14 @@ def test_a_dry_run_knows_of_the_other_text(llama: Path, tmp_path: Path) -> None:
     report = convert(config)
     assert [name for name, _ in before] == [stage.name for stage in report.stages]
     assert not any(stage.runs for stage in dry_run(config).stages)
+
+
+def test_other_text_that_is_too_short_is_refused_before_any_work(llama: Path, tmp_path: Path) -> None:
+    letters = tmp_path / "letters.txt"
+    letters.write_text("dear sir " * 6)
+    config = fast_config(llama, tmp_path / "out", validation__other_text=letters)
+    for call in (convert, dry_run):
+        assert refusal(lambda call=call: call(config)) == (
+            f"other text {letters}: has 1 windows, and an interval needs 2; give more text, or --other-text none"
+        )
+    assert not (tmp_path / "out.run").exists()
