@@ -21,10 +21,10 @@ PASSES_OF_THE_ORIGINAL = 1.0
 PASSES_OF_THE_ROUNDED = 2.2
 # Windows with gradients go through each block once more in calibrate, and back through it there and in quantize.
 PASSES_OF_GRADIENTS = 3.0
-# Of a large matrix product's speed (110 GFLOP/s a core), what is left between attention, norms and a block's products.
-# With it a conversion of a Llama of 135M parameters with 64 windows of 512 tokens is said to take 6 min 01 s on two
-# cores; two of them took 5 min 27 s and 5 min 55 s.
-SHARE_OF_FULL_SPEED = 0.65
+# Of a large matrix product's speed (250 GFLOP/s a core), what is left between attention, norms and a block's products.
+# With it error feedback on a Llama of 135M parameters, 128 windows of 512 tokens, was said to take 6 min 41 s on two
+# cores, and took 6 min 51 s; with gradients of all windows 10 min 28 s, and took 13 min 50 s, other work beside it.
+SHARE_OF_FULL_SPEED = 0.5
 # What rounding takes for each weight, in operations at that speed: the search for scales and the loop over columns wait
 # for memory rather than for arithmetic. One core takes 21 s for that Llama's 106 million weights (16 s without search).
 OPERATIONS_PER_WEIGHT = 14_000

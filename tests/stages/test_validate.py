@@ -77,15 +77,20 @@ def test_perplexities_are_those_of_transformers(exported: tuple[Path, Path]) -> 
     assert (fidelity.windows, fidelity.tokens) == (3, 3 * 48)
 
 
-def test_an_artifact_of_16_bits_is_its_original(tmp_path: Path) -> None:
-    source = make_checkpoint("llama", tmp_path / "model")
-    with opened(fast_config(source, tmp_path / "out")) as job:
+def with_all_linears_kept(directory: Path, **settings: object) -> Fidelity:
+    """What is measured of a Llama whose linears in the blocks all stay as they are."""
+    source, out = make_checkpoint("llama", directory / "model"), directory / "out"
+    with opened(fast_config(source, out, **settings)) as job:
         done = run_to(job, "profile")
         edit_plan(job.run.path, _proj=16)
         done["quantize"] = quantize(job, done["calibrate"].record.key, done["profile"].record.key)
-        export(job, tmp_path / "out", done["quantize"].record.key)
-        validate(job, tmp_path / "out", "accullm", done["calibrate"].record.key)
-        fidelity = load_fidelity(job, "accullm")
+        export(job, out, done["quantize"].record.key)
+        validate(job, out, "accullm", done["calibrate"].record.key)
+        return load_fidelity(job, "accullm")
+
+
+def test_an_artifact_of_16_bits_is_its_original(tmp_path: Path) -> None:
+    fidelity = with_all_linears_kept(tmp_path)
     assert (fidelity.mean_kl.value, fidelity.kl_max) == (0.0, 0.0)
     assert fidelity.top1_agreement.value == 1.0
     assert fidelity.perplexity == fidelity.perplexity_original
@@ -148,14 +153,7 @@ def test_the_originals_logits_are_those_of_its_own_head(with_embeddings: tuple[P
 
 
 def test_with_all_linears_kept_a_quantized_head_alone_is_measured(tmp_path: Path) -> None:
-    source = make_checkpoint("llama", tmp_path / "model")
-    with opened(fast_config(source, tmp_path / "out", plan__embedding_bits=4)) as job:
-        done = run_to(job, "profile")
-        edit_plan(job.run.path, _proj=16)
-        done["quantize"] = quantize(job, done["calibrate"].record.key, done["profile"].record.key)
-        export(job, tmp_path / "out", done["quantize"].record.key)
-        validate(job, tmp_path / "out", "accullm", done["calibrate"].record.key)
-        fidelity = load_fidelity(job, "accullm")
+    fidelity = with_all_linears_kept(tmp_path, plan__embedding_bits=4)
     assert fidelity.mean_kl.value > 10 * fidelity.mean_kl_floor.value
     assert fidelity.perplexity.value != fidelity.perplexity_original.value
 
