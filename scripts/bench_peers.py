@@ -56,6 +56,7 @@ class Peer:
     tool: str
     package: str
     flags: tuple[str, ...] = ()
+    group_size: int = 64
 
 
 PEERS = (
@@ -71,6 +72,15 @@ PEERS = (
     ),
     Peer("gptqmodel", "GPTQModel, symmetric (default)", "gptqmodel", "gptqmodel", ("--symmetric",)),
     Peer("hqq", "HQQ", "hqq", "hqq"),
+    # Groups that divide the 576 and 1,536 features of the demo's model: llm-compressor refuses others.
+    *(
+        Peer(f"{name}-g{size}", f"{label}, groups of {size}", name, package, group_size=size)
+        for size in (32, 192)
+        for name, label, package in (
+            ("auto-round", "AutoRound, asymmetric, 200 iterations (default)", "auto_round"),
+            ("llm-compressor", "llm-compressor GPTQ, asymmetric", "llmcompressor"),
+        )
+    ),
 )
 
 
@@ -144,7 +154,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"the Python where a tool is installed ({', '.join(sorted({peer.tool for peer in PEERS}))})",
     )
     parser.add_argument("--rows", nargs="+", choices=names, default=names, help="rows to measure")
-    parser.add_argument("--group-size", type=int, default=64, help="group size")
     options = parser.parse_args(arguments)
     options.peer = dict(options.peer)
     return options
@@ -177,9 +186,9 @@ def measure(peer: Peer, options: argparse.Namespace, reference: Reference) -> Pe
     Raises:
         AccullmError: the tool failed, or did not quantize what it should.
     """
-    out = options.out.with_name(f"{options.out.name}-weights") / f"{peer.name}-{options.group_size}"
+    out = options.out.with_name(f"{options.out.name}-weights") / f"{peer.name}-{peer.group_size}"
     command = (options.peer[peer.tool], str(RUNNER), peer.tool, "--model", str(options.model))
-    command += ("--tokens", str(reference.tokens), "--group-size", str(options.group_size), *peer.flags)
+    command += ("--tokens", str(reference.tokens), "--group-size", str(peer.group_size), *peer.flags)
     command += ("--out", str(out))
     make(command, out, key_of({"source": reference.source.sha256, "tokens": file_sha256(reference.tokens)}))
     made = json.loads((out / "peer.json").read_text())
@@ -187,7 +196,7 @@ def measure(peer: Peer, options: argparse.Namespace, reference: Reference) -> Pe
     return PeerResult(
         name=peer.name,
         label=peer.label,
-        group_size=options.group_size,
+        group_size=peer.group_size,
         bits_per_weight=made["bits_per_weight"],
         perplexity_original=fidelity.perplexity_original,
         perplexity=fidelity.perplexity,

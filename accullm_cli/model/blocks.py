@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.shortcut import Shortcut
 from accullm_cli.model.slots import CaptureInputs, InputIdentity, find_blocks, find_slots
 
 # Tokens that go through a block at once: enough for full speed of the matrix products, and few enough that their
@@ -150,10 +152,23 @@ class Decoder:
             )
         return first[0].detach().clone()
 
-    def run(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The output of block `index` with the weights of `block`; with gradients if `hidden` asks for them."""
+    def run(
+        self,
+        index: int,
+        block: nn.Module,
+        hidden: torch.Tensor,
+        known: Mapping[str, torch.Tensor] | None = None,
+        filler: float = 0.0,
+    ) -> torch.Tensor:
+        """The output of block `index` with the weights of `block`; with gradients if `hidden` asks for them.
+
+        Args:
+            known: what these linears read, [T, K], where that need not be computed again: see `shortcuts`.
+            filler: in place of what is then not computed.
+        """
         call = self._calls[hidden.shape[0], hidden.shape[1]][index]
-        with torch.set_grad_enabled(hidden.requires_grad):
+        shortcut = Shortcut(block, self.slots[index], known, filler) if known else nullcontext()
+        with torch.set_grad_enabled(hidden.requires_grad), shortcut:
             output = block(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -166,6 +181,7 @@ class Decoder:
         on_sum: Callable[[str, torch.Tensor], None] | None = None,
         last: frozenset[tuple[str, str]] = frozenset(),
         on_output: Callable[[str, torch.Tensor], None] | None = None,
+        known: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor | None:
         """As `run`, calling `on_input(name, x [..., K])` for each product of an input with a linear's weight.
 
@@ -174,6 +190,7 @@ class Decoder:
             on_output: is called with (name, y [..., N]), the product itself.
             last: pairs of "input" or "sum" and a linear's name; stop as soon as all of these were seen. The result is
                 then None.
+            known: as for `run`; of products that are not computed nothing is told.
         """
         waiting = set(last)
 
@@ -190,7 +207,7 @@ class Decoder:
         try:
             on_sum = None if on_sum is None else watched("sum", on_sum)
             with CaptureInputs(block, self.slots[index], watched("input", on_input), on_sum, on_output):
-                return self.run(index, block, hidden)
+                return self.run(index, block, hidden, known)
         except _EnoughError:
             return None
 
@@ -261,6 +278,32 @@ class Decoder:
         # Which rows an expert's output is added to depends on the routing.
         dense = {name for name in summed if slot_of[name].expert is None}
         return Trace(tuple(steps), frozenset(dense))
+
+    def shortcuts(self, index: int, block: nn.Module, hidden: torch.Tensor, trace: Trace) -> tuple[str, ...]:
+        """The linears at whose inputs a run of the block can begin, in the order the block computes them.
+
+        With the inputs of the first n of them known, for any n, no other product that the block computes before the
+        last of these enters its output: attention and MLP of most decoders come back to the residual stream through
+        one linear each. It is found out by poisoning all others.
+        """
+        inputs: dict[str, torch.Tensor] = {}
+
+        def keep(name: str, value: torch.Tensor) -> None:
+            inputs[name] = value.reshape(-1, value.shape[-1]).clone()
+
+        output = self.run_capturing(index, block, hidden, keep)
+        assert output is not None
+        found: dict[str, torch.Tensor] = {}
+        before: tuple[str, ...] = ()
+        for step in trace.steps:
+            (group, *experts), skips = step, bool(before) and before[0] not in found
+            before = group
+            if len(group) > 1 or experts or not skips:
+                continue
+            tried = {**found, group[0]: inputs[group[0]]}
+            if torch.equal(self.run(index, block, hidden, tried, filler=math.nan), output):
+                found = tried
+        return tuple(found)
 
     # -- the model around the blocks -----------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ def share_weights(block: nn.Module, slots: list[LinearSlot]) -> nn.Module:
 
 
 # Functions that multiply an input by a weight, and the position of the input among their arguments.
-_PRODUCTS = {
+PRODUCTS = {
     nn.functional.linear: 0,
     torch.matmul: 0,
     torch.Tensor.matmul: 0,
@@ -151,7 +151,7 @@ class CaptureInputs(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         name = None
-        position = _PRODUCTS.get(func)
+        position = PRODUCTS.get(func)
         if position is not None:
             value, weight = args[position : position + 2]
             name = self._name_of.get(weight.data_ptr())

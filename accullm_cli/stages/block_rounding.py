@@ -2,7 +2,8 @@
 
 The original's block runs once over the calibration text, forth and, for windows with a gradient, back, and what
 rounding wants of it is kept. Then the rounded block runs once for each distinct input, up to that input, with
-everything before it rounded already.
+everything before it rounded already, and a last time when all of it is. What these runs have in common is not computed
+again: attention and MLP are left out once it is known what the linear behind them reads.
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ def round_with_streams(
     Args:
         original: the original's hidden states before the block [S, T, hidden]; at the end, in place, those behind it.
             None where no target is corrected for the past, and there are no gradients.
-        rounded: those of the model quantized so far, before the block; left as they are.
+        rounded: those of the model quantized so far; the same.
     """
     decoder, index, slot_of = pair.decoder, pair.index, pair.slot_of
-    trace = decoder.trace(index, pair.original, rounded[:1, :PROBE_TOKENS])
+    probe = rounded[:1, :PROBE_TOKENS]
+    trace = decoder.trace(index, pair.original, probe)
+    shortcuts = decoder.shortcuts(index, pair.original, probe, trace)
     parts: list[list[tuple[str, ...]]] = []
     for step in trace.steps:
         quantized = [names for group in step if (names := _quantized_names(group, plan))]
@@ -68,9 +71,14 @@ def round_with_streams(
             gradient = load_gradient(job, index) if job.config.rounding.method == "feedback" else None
             with products(precision_of(job)):
                 fishers = _run_original(pair, original, dense, wanted, captures, gradient)
+        known: tuple[str, ...] = ()
         for part in parts:
+            follows = shortcuts[len(known) : len(known) + 1]
+            kept = frozenset(group[0] for group in part).intersection(follows)
             with products(precision_of(job)):
-                grams = _accumulate(pair, trace, part, rounded, captures if corrected else None)
+                grams = _accumulate(pair, trace, part, rounded, captures, corrected, known, kept)
+            # Only as a whole are the first of the shortcuts one.
+            known += tuple(kept)
             for group in part:
                 gram = grams.pop(group[0])
                 weights = {name: slot_of[name].read(pair.original) for name in group}
@@ -89,6 +97,9 @@ def round_with_streams(
                         # Nobody reads the original's weight any more.
                         slot_of[name].write(pair.original, slot_of[name].read(pair.rounded))
                 results |= found
+        with products(precision_of(job)):
+            for batch, rows in enumerate(batches(*rounded.shape[:2])):
+                rounded[rows] = decoder.run(index, pair.rounded, rounded[rows], _known_inputs(captures, batch, known))
     return results
 
 
@@ -186,17 +197,26 @@ def _run_original(
 
 
 def _accumulate(
-    pair: BlockPair, trace: Trace, groups: list[tuple[str, ...]], rounded: torch.Tensor, captures: Captures | None
+    pair: BlockPair,
+    trace: Trace,
+    groups: list[tuple[str, ...]],
+    rounded: torch.Tensor,
+    captures: Captures,
+    target_is_corrected: bool,
+    known: tuple[str, ...],
+    kept: frozenset[str],
 ) -> dict[str, GramMatrices]:
     """The Gram matrices of some inputs of a block over the calibration text, by the first linear of each.
 
     Args:
         rounded: hidden states before the block of the model quantized so far.
-        captures: what `_capture_original` kept; None where no target is corrected.
+        captures: what `_run_original` kept, for a corrected target, and what the rounded block's linears read.
+        known: the linears whose inputs are there, see `Decoder.shortcuts`.
+        kept: those whose inputs will be.
     """
     slot_of = pair.slot_of
     is_dense = slot_of[groups[0][0]].expert is None
-    corrected = captures is not None and is_dense
+    corrected = target_is_corrected and is_dense
     first_of = {name: group[0] for group in groups for name in group}
     summed = {name for name in first_of if corrected and name in trace.summed}
     with_drift = {group[0] for group in groups if corrected and not summed.issuperset(group)}
@@ -216,18 +236,26 @@ def _accumulate(
         def add(name: str, value: torch.Tensor, batch: int = batch, inputs: dict[str, torch.Tensor] = inputs) -> None:
             if name in grams:
                 inputs[name] = _as_rows(value)
-                original = captures.read(batch, f"input {name}") if captures and name in with_drift else None
+                if name in kept:
+                    captures.write(batch, f"rounded input {name}", inputs[name])
+                original = captures.read(batch, f"input {name}") if name in with_drift else None
                 grams[name].add(inputs[name], original)
 
         def add_sum(
             name: str, value: torch.Tensor, batch: int = batch, inputs: dict[str, torch.Tensor] = inputs
         ) -> None:
-            if captures and name in summed:
+            if name in summed:
                 first = first_of[name]
                 grams[first].add_output(name, inputs[first], captures.read(batch, f"sum {name}") - _as_rows(value))
 
-        pair.decoder.run_capturing(pair.index, pair.rounded, rounded[rows], add, add_sum, frozenset(awaited))
+        own = _known_inputs(captures, batch, known)
+        pair.decoder.run_capturing(pair.index, pair.rounded, rounded[rows], add, add_sum, frozenset(awaited), known=own)
     return grams
+
+
+def _known_inputs(captures: Captures, batch: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """What these linears of the rounded block read in a batch, each [T, K]."""
+    return {name: captures.read(batch, f"rounded input {name}") for name in names}
 
 
 def _as_rows(value: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,10 @@ from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_
 from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.streams import StreamStore
 
-VERSION = 2
+VERSION = 3
+# Statistics choose outlier features and weigh the errors of grids: second moments of so many windows do, unless there
+# are experts, each of which sees few of the tokens.
+STATISTICS_WINDOWS = 32
 # Group sizes for which the damage that rounding does to each column is measured; the plan uses the nearest.
 DAMAGE_GROUP_SIZES = (32, 64, 128, -1)
 DAMAGE_BITS = 4
@@ -215,6 +218,7 @@ def _run_original(
     write_file(tokens_path, lambda path: save_file(ids, path, metadata={"texts": texts}))
 
     decoder = open_decoder(job)
+    measured = _measured_windows(job, decoder, calibration.ids)
     decoder.load_outside()
     store = StreamStore(job.run.file("calibrate/streams.safetensors"))
     keys = [key_of({"stage": key, "block": str(index)}) for index in range(len(decoder.block_names))]
@@ -224,13 +228,13 @@ def _run_original(
     decoder.embed(validation.ids[:1, :PROBE_TOKENS])
     restored = store.restore(keys[:finished])
     if restored is None:
-        start, streams = 0, _embed(decoder, calibration.ids, validation.ids)
+        start, streams = 0, _embed(decoder, measured, validation.ids)
     else:
         start, streams = restored[0], _Streams(**restored[1])
-        _embed(decoder, calibration.ids, validation.ids)  # the decoder learns what its blocks are called with
-    with_gradient = min(job.config.gradient_samples, len(calibration.ids))
-    for rows in batches(with_gradient, calibration.ids.shape[1]):
-        decoder.embed(calibration.ids[rows])  # likewise, for as few windows
+        _embed(decoder, measured, validation.ids)  # the decoder learns what its blocks are called with
+    with_gradient = min(job.config.gradient_samples, len(measured))
+    for rows in batches(with_gradient, measured.shape[1]):
+        decoder.embed(measured[rows])  # likewise, for as few windows
     decoder.release_outside()
     total = len(keys)
     for index in range(start, total):
@@ -238,7 +242,7 @@ def _run_original(
             keep_input(job, index, streams.calibration[:with_gradient])
         block = decoder.load_block(index)
         with products(precision_of(job)):
-            if index >= finished and len(calibration.ids):
+            if index >= finished and len(measured):
                 stats = _measure_and_advance(decoder, index, block, streams.calibration)
                 _write_stats(stats_path(job, index), stats, keys[index])
             else:
@@ -266,10 +270,17 @@ def _run_original(
         with products(precision_of(job)):
             gradients = run_backward(job, decoder, stage, key, streams.calibration[:with_gradient])
     store.remove()
-    if not len(calibration.ids):
+    if not len(measured):
         return Work((tokens_path, reference_path), job.source.records)
     outputs = (tokens_path, reference_path, *(stats_path(job, index) for index in range(total)), *gradients)
     return Work(outputs, (*job.source.records, *_unreached(job, total)))
+
+
+def _measured_windows(job: Job, decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    """The calibration windows that the original runs over, for statistics and gradients; quantize reads all of them."""
+    if any(slot.expert is not None for slots in decoder.slots for slot in slots):
+        return ids
+    return ids[: max(STATISTICS_WINDOWS, job.config.gradient_samples)]
 
 
 def _cut(job: Job, cut: Callable[..., Windows], text: str, windows: int) -> Windows:

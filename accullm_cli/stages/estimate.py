@@ -9,16 +9,16 @@ import torch
 
 from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
 from accullm_cli.quant.plan import Plan
-from accullm_cli.stages.calibrate import other_window_count
+from accullm_cli.stages.calibrate import STATISTICS_WINDOWS, other_window_count
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.precision import products
 
 FLOAT = 4
-# Passes through the blocks in quantize. A Llama block has four distinct inputs, and comes up to each of them once: to
-# 0, 0.16, 0.25 and 0.75 of its products; the rounded stream does, and then goes through the whole block, when all of
-# it is rounded. The original goes through once.
+# Passes through the blocks in quantize. The original's stream goes through each once. The rounded one comes up to each
+# of a Llama block's four distinct inputs and to its end, but for what is known already: 0, 0.25, 0.09, 0.84 and 0.34 of
+# a block's products.
 PASSES_OF_THE_ORIGINAL = 1.0
-PASSES_OF_THE_ROUNDED = 2.2
+PASSES_OF_THE_ROUNDED = 1.5
 # Windows with gradients go through each block once more in calibrate, and back through it there and in quantize.
 PASSES_OF_GRADIENTS = 3.0
 # Of a large matrix product's speed (250 GFLOP/s a core), what is left between attention, norms and a block's products.
@@ -95,8 +95,9 @@ def _operations(job: Job, plan: Plan, head_weights: int) -> float:
     held_out = (job.config.validation.windows + other_window_count(job)) * calibration.seq_len
     weights = sum(linear.weights for linear in plan.linears.values())
     with_gradient = job.config.gradient_samples * calibration.seq_len
+    measured = min(tokens, max(with_gradient, STATISTICS_WINDOWS * calibration.seq_len))
     # Calibrate runs the held-out text and its noise floor, validate the artifact.
-    passes = tokens + 3 * held_out + PASSES_OF_GRADIENTS * with_gradient
+    passes = measured + 3 * held_out + PASSES_OF_GRADIENTS * with_gradient
     grams = 0.0
     if rounding.method != "nearest":
         corrected = rounding.target == "corrected"

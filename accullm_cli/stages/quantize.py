@@ -211,7 +211,7 @@ def _quantize_block(
         rounded = round_without_streams(job, plan, pair)
     else:
         rounded = round_with_streams(job, plan, pair, streams.original, streams.rounded)
-        streams.advance_rounded(index, pair.rounded)
+        streams.position = index + 1
     record = _finish(
         job,
         unit,
@@ -334,16 +334,6 @@ class _Streams:
         """What goes into the first block, [S, T, hidden]."""
         return torch.cat([self._decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
 
-    def advance_original(self, index: int, block: nn.Module) -> None:
-        """Run the original's stream through a block."""
-        if self.original is not None:
-            self._advance(self.original, index, block)
-
-    def advance_rounded(self, index: int, rounded_block: nn.Module) -> None:
-        """Run the rounded model's stream through a block."""
-        self._advance(self.rounded, index, rounded_block)
-        self.position = index + 1
-
     def _advance(self, stream: torch.Tensor, index: int, block: nn.Module) -> None:
         with products(self._precision):
             for rows in batches(*stream.shape[:2]):
@@ -358,8 +348,10 @@ class _Streams:
             linear_plan = plan.linears[slot.name]
             if linear_plan.bits < 16:
                 slot.write(rounded_block, _linear_of(tensors, linear_plan).dequantize(torch.float32))
-        self.advance_original(index, block)
-        self.advance_rounded(index, rounded_block)
+        if self.original is not None:
+            self._advance(self.original, index, block)
+        self._advance(self.rounded, index, rounded_block)
+        self.position = index + 1
         self._decoder.release_block(index)
 
     def store(self, key: str) -> None:

@@ -91,6 +91,24 @@ def test_statistics_are_those_of_a_float64_pass(calibrated: tuple[str, Path, Pat
     assert beyond > 0.1  # the threshold is tried
 
 
+@pytest.mark.parametrize(("name", "gradients", "expected"), [("llama", 0, 2), ("llama", 3, 3), ("mixtral", 0, 6)])
+def test_some_of_the_windows_are_enough_for_statistics_but_for_experts(
+    name: str, gradients: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accullm_cli.stages.calibrate.STATISTICS_WINDOWS", 2)
+    source = make_checkpoint(name, tmp_path / "model")
+    config = short_config(source, tmp_path / "out", calibration__gradient_samples=gradients)
+    with opened(config) as job:
+        calibrate(job)
+    run = tmp_path / "out.run"
+    ids = load_file(run / "tokens.safetensors")["calibration"]
+    assert len(ids) == 6  # quantize reads them all
+    first = stats_of(run, 0)[0]
+    assert first.tokens == expected * 48
+    x = inputs_of(reference_model(source), ids[:expected])[first.linears[0]]
+    np.testing.assert_allclose(first.second_moment, x.square().mean(0), rtol=1e-5)
+
+
 def test_damage_is_what_rounding_to_nearest_does_to_each_column(calibrated: tuple[str, Path, Path]) -> None:
     name, source, run = calibrated
     model = reference_model(source)

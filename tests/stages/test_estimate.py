@@ -97,8 +97,8 @@ def test_gradients_take_more_time_and_a_blocks_fisher_matrices(tmp_path: Path, m
     with_all = estimated(source, tmp_path / "out", **settings, calibration__gradient_samples=10_000)
     # q, k, v, o and down have 512 outputs, gate and up 1024.
     assert with_all.peak_bytes - without.peak_bytes == pytest.approx(4 * (5 * 512**2 + 2 * 1024**2), abs=1)
-    # One pass through the original and 2.2 through the rounded model, and three more.
-    assert 1.5 < with_all.seconds / without.seconds < 2.1
+    # One pass through the original and 1.5 through the rounded model, and four more.
+    assert 2.2 < with_all.seconds / without.seconds < 2.7
 
 
 def test_nearest_rounding_runs_no_block_in_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
