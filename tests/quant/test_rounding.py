@@ -278,9 +278,35 @@ def fitted_by_hand(
     return scale
 
 
+def descended_by_hand(
+    target: np.ndarray,
+    rounded: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    codes: np.ndarray,
+    outliers: tuple[int, ...],
+    hessian: np.ndarray,
+) -> np.ndarray:
+    """Each code in turn the best of all sixteen, the others being what they are; four times over a row: [N, K]."""
+    codes = codes.copy()
+    every = [c for c in range(target.shape[1]) if c not in outliers]
+    for row in range(len(target)):
+        for column in 4 * every:
+
+            def loss(code: int, row: int = row, column: int = column) -> float:
+                tried, weights = codes[row].copy(), rounded[row].copy()
+                tried[column] = code
+                weights[every] = ((tried - zero[row]) * scale[row])[every]
+                error = target[row] - weights
+                return float(error @ hessian @ error)
+
+            codes[row, column] = min(range(16), key=loss)
+    return codes
+
+
 @pytest.mark.parametrize("mode", ["untouched", "compensating"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_fitted_scales_are_least_squares_between_two_roundings(mode, symmetric):
+def test_codes_and_scales_are_fitted_to_each_other(mode, symmetric):
     problem = with_outliers(correlated_problem(5, 44, 120, seed=11))
     size, damping = 16, 0.05
     options = {"target": "original", "outlier_mode": mode, "damping": damping}
@@ -291,11 +317,19 @@ def test_fitted_scales_are_least_squares_between_two_roundings(mode, symmetric):
     taking_part = [c for c in range(44) if last or c not in OUTLIERS]
     ridge = damping * float(problem.hessian.diagonal()[taking_part].mean())
     damped = problem.hessian.numpy() + ridge * np.eye(44)
-    for _ in range(2):
+    values = weight.copy()
+
+    def round_all() -> np.ndarray:
         codes, kept = textbook_gptq(weight, problem.hessian.numpy(), scale, zero, 4, damping, OUTLIERS, last)
-        values = weight.copy()
         values[:, list(OUTLIERS)] = kept if last else weight[:, list(OUTLIERS)]
+        return codes
+
+    scale = fitted_by_hand(weight, values, scale, zero, round_all(), size, OUTLIERS, damped)
+    codes = once = round_all()
+    for _ in range(2):
+        codes = descended_by_hand(weight, values, scale, zero, codes, OUTLIERS, damped)
         scale = fitted_by_hand(weight, values, scale, zero, codes, size, OUTLIERS, damped)
+    assert last or (codes != once).any()  # four compensating columns leave too little to be gained
     linear = rounded(problem, RoundingOptions(grid="fit", **options), source_dtype=torch.float64, **plan)
     if last:  # the reference keeps them in bfloat16
         linear = rounded(problem, RoundingOptions(grid="fit", **options), **plan)

@@ -1,0 +1,105 @@
+"""Coordinate descent over codes: never a greater loss, and an end where no single code can be improved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accullm_cli.quant import descent
+from accullm_cli.quant.descent import descend
+from accullm_cli.quant.grid import Grid, minmax_grid
+
+RIDGE = 0.05
+
+
+def positive(size: int, generator: torch.Generator) -> torch.Tensor:
+    """A correlated positive definite matrix, as Hessians and Fisher matrices are."""
+    rows = torch.randn(2 * size, size, generator=generator, dtype=torch.float64)
+    rows += 2 * torch.randn(2 * size, 1, generator=generator, dtype=torch.float64)
+    return rows.T @ rows / len(rows)
+
+
+def problem(
+    seed: int, rows: int = 5, columns: int = 12, bits: int = 3
+) -> tuple[torch.Tensor, torch.Tensor, Grid, torch.Tensor]:
+    """Target, codes of nearest rounding, grid, Hessian, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    grid = minmax_grid(target, bits, 4, False)
+    return target, grid.round_to_nearest(target).to(torch.uint8), grid, positive(columns, generator)
+
+
+def loss(
+    target: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor, fisher: torch.Tensor | None
+) -> float:
+    error = target - grid.values(codes.double())
+    damped = hessian + RIDGE * torch.eye(len(hessian))
+    rows = torch.eye(len(error), dtype=torch.float64) if fisher is None else fisher
+    return float(torch.trace(rows @ error @ damped @ error.T))
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 40), columns=st.integers(1, 20), bits=st.integers(2, 4))
+def test_no_single_code_can_be_improved_at_the_end(
+    with_rows: bool, seed: int, rows: int, columns: int, bits: int
+) -> None:
+    target, codes, grid, hessian = problem(seed, rows, columns, bits)
+    fisher = positive(rows, torch.Generator().manual_seed(seed + 1)) if with_rows else None
+    movable = torch.rand(columns, generator=torch.Generator().manual_seed(seed)) < 0.8
+    before, kept = loss(target, codes, grid, hessian, fisher), codes.clone()
+    error = target - grid.values(codes.double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(descent, "SWEEPS", 60)
+        patch.setattr(descent, "ROUNDS", 30)
+        descend(codes, error, grid, hessian, RIDGE, movable, fisher)
+    after = loss(target, codes, grid, hessian, fisher)
+    assert after <= before * (1 + 1e-12)
+    torch.testing.assert_close(error, target - grid.values(codes.double()), rtol=0, atol=1e-9)
+    assert torch.equal(codes[:, ~movable], kept[:, ~movable])
+    for row in range(0, rows, max(1, rows // 3)):
+        for column in torch.nonzero(movable).flatten().tolist():
+            for code in range(grid.largest_code + 1):
+                other = codes.clone()
+                other[row, column] = code
+                assert loss(target, other, grid, hessian, fisher) >= after * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_it_gains_where_errors_are_correlated(with_rows: bool) -> None:
+    target, codes, grid, hessian = problem(3, 64, 64, 4)
+    fisher = positive(64, torch.Generator().manual_seed(4)) if with_rows else None
+    before = loss(target, codes, grid, hessian, fisher)
+    descend(codes, target - grid.values(codes.double()), grid, hessian, RIDGE, torch.ones(64, dtype=torch.bool), fisher)
+    assert loss(target, codes, grid, hessian, fisher) < 0.5 * before
+
+
+def test_rows_do_not_depend_on_how_they_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, codes, grid, hessian = problem(5, 50, 16)
+    movable, again = torch.ones(16, dtype=torch.bool), codes.clone()
+    descend(codes, target - grid.values(codes.double()), grid, hessian, RIDGE, movable)
+    monkeypatch.setattr(descent, "ROWS_PER_TASK", 7)
+    descend(again, target - grid.values(again.double()), grid, hessian, RIDGE, movable)
+    assert torch.equal(codes, again)
+
+
+def test_a_dead_feature_stays_where_it_is() -> None:
+    """Nothing reads it, and without a ridge nothing is to be gained there."""
+    target, codes, grid, hessian = problem(6)
+    hessian[2], hessian[:, 2] = 0, 0
+    kept = codes[:, 2].clone()
+    descend(codes, target - grid.values(codes.double()), grid, hessian, 0.0, torch.ones(12, dtype=torch.bool))
+    assert torch.equal(codes[:, 2], kept)
+
+
+def test_float32_ends_as_float64_does_but_for_near_ties() -> None:
+    target, codes, grid, hessian = problem(7, 64, 48, 4)
+    movable, single = torch.ones(48, dtype=torch.bool), codes.clone()
+    single_grid = Grid(grid.scale.float(), grid.zero.float(), grid.bits, grid.columns_per_group, grid.symmetric)
+    descend(codes, target - grid.values(codes.double()), grid, hessian, RIDGE, movable)
+    error = target.float() - single_grid.values(single.float())
+    descend(single, error, single_grid, hessian.float(), RIDGE, movable)
+    assert float((single == codes).double().mean()) > 0.98
+    assert loss(target, single, grid, hessian, None) == pytest.approx(loss(target, codes, grid, hessian, None), rel=0.01)
