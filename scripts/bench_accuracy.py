@@ -1,7 +1,8 @@
 """Measure what each way of rounding brings on a real model, beside other quantizers: a table and a plot.
 
-Every row is one conversion by `accullm convert` in a process of its own. All rows share one run directory, so that
-the original is run twice: calibrate is up to date for every row but the first, and the first with gradients. Other
+Every row is one conversion by `accullm convert` in a process of its own. But for those of an effort, rows share one run
+directory, so that the original is run twice: calibrate is up to date for every row but the first, and the first with
+gradients. Other
 tools are rows where `--peer` says which Python they are installed in (see bench_peers.py): same original, same
 calibration tokens, same held-out text.
 
@@ -84,16 +85,19 @@ class Conversion:
     """A row that `accullm convert` makes with these flags.
 
     with_gradients: of all calibration windows.
+    has_own_run: it calibrates on other windows, in a run directory of its own.
     """
 
     name: str
     label: str
     flags: tuple[str, ...]
     with_gradients: bool = False
+    has_own_run: bool = False
 
     def command(self, options: argparse.Namespace) -> tuple[str, ...]:
         """What to type for this row."""
         out = options.out.with_name(f"{options.out.name}-artifacts") / self.name
+        run = out.with_name(f"{out.name}.run") if self.has_own_run else run_of(options)
         command = [
             "accullm",
             "convert",
@@ -102,7 +106,7 @@ class Conversion:
             str(out),
             *self.flags,
             "--run",
-            str(run_of(options)),
+            str(run),
         ]
         for flag, value in (("--samples", options.samples), ("--validation-windows", options.validation_windows)):
             if value is not None:
@@ -138,6 +142,12 @@ def average(bits: float) -> Conversion:
     return Conversion(f"average-{bits:g}", f"average of {bits:g} bits, planned", flags, with_gradients=True)
 
 
+def effort(name: str) -> Conversion:
+    """An average of 4.4 bits with a preset; that of `best` is the row average-4.4."""
+    flags = ("--bits", "4.4", "--effort", name)
+    return Conversion(f"effort-{name}", f"average of 4.4 bits, --effort {name}", flags, has_own_run=True)
+
+
 ROWS: tuple[Conversion, ...] = (
     uniform("nearest", "nearest", 64, "--rounding", "nearest", "--outliers", "0"),
     uniform("feedback", "error feedback", 128, "--outliers", "0"),
@@ -156,7 +166,9 @@ ROWS: tuple[Conversion, ...] = (
         "compensating",
     ),
     uniform("rows", "error feedback across columns and rows", 64, "--outliers", "0", with_gradients=True),
-    *(average(bits) for bits in (4.1, 4.25, 4.4, 4.7, 4.99)),
+    *(average(bits) for bits in (4.1, 4.25, 4.31, 4.4, 4.62, 4.99)),
+    effort("fast"),
+    effort("balanced"),
 )
 
 

@@ -318,7 +318,7 @@ def _errors(
     steps[:, outliers] = 0
     error = target[rows] - steps * scale
     error[:, outliers] -= kept[rows].to(target.dtype)
-    return own, steps, error
+    return own, steps, error.contiguous()
 
 
 def _parts(count: int, size: int) -> list[slice]:

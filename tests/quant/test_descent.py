@@ -102,4 +102,6 @@ def test_float32_ends_as_float64_does_but_for_near_ties() -> None:
     error = target.float() - single_grid.values(single.float())
     descend(single, error, single_grid, hessian.float(), RIDGE, movable)
     assert float((single == codes).double().mean()) > 0.98
-    assert loss(target, single, grid, hessian, None) == pytest.approx(loss(target, codes, grid, hessian, None), rel=0.01)
+    assert loss(target, single, grid, hessian, None) == pytest.approx(
+        loss(target, codes, grid, hessian, None), rel=0.01
+    )

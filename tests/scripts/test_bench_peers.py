@@ -150,7 +150,7 @@ def bench(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
         script,
         "PEERS",
         (
-            script.Peer("fake", "a fake", "fake", "json"),
+            script.Peer("fake", "a fake", "fake", "json", group_size=32),
             script.Peer("fake-fast", "a fast fake", "fake", "json", ("--fast",)),
             script.Peer("absent", "not installed", "fake", "no_such_package"),
             script.Peer("other", "not asked for", "other", "json"),
@@ -158,7 +158,6 @@ def bench(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     )
     return [
         "--model", str(place / "model"), "--run", str(place / "run"), "--out", str(tmp_path / "peers"),
-        "--group-size", "32",
     ]  # fmt: skip
 
 
@@ -178,8 +177,11 @@ def test_tools_that_are_installed_are_measured_and_others_left_out_in_one_line(
         "other is left out: no --peer other=PYTHON was given",
     ]
     weights = tmp_path / "peers-weights"
-    given = f"fake --model {place / 'model'} --tokens {place / 'run' / 'tokens.safetensors'} --group-size 32"
-    assert ran(tmp_path) == [f"{given} --out {weights / 'fake-32'}", f"{given} --fast --out {weights / 'fake-fast-32'}"]
+    given = f"fake --model {place / 'model'} --tokens {place / 'run' / 'tokens.safetensors'} --group-size"
+    assert ran(tmp_path) == [
+        f"{given} 32 --out {weights / 'fake-32'}",
+        f"{given} 64 --fast --out {weights / 'fake-fast-64'}",
+    ]
     first, second = json.loads((tmp_path / "peers.json").read_text())["results"]
     assert (first["name"], second["name"]) == ("fake", "fake-fast")
     assert (first["bits_per_weight"], first["seconds"], first["peak_bytes"]) == (4.5, 61.0, 10**9)
