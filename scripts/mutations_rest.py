@@ -15,6 +15,8 @@ GEMV = "cuda/hybrid_gemv.cu"
 GEMM = "cuda/hybrid_gemm.cu"
 ROUND_EMBEDDINGS = "tests/stages/test_embedding_rounding.py"
 PRODUCTS = ("tests/kernels/test_launch.py",)
+PACKED = "accullm_cli/kernels/packed.py"
+PACKED_PRODUCTS = ("tests/kernels/test_packed.py",)
 
 OF_THE_REST = (
     # -- embedding and output head ---------------------------------------------------------------------------
@@ -139,6 +141,36 @@ OF_THE_REST = (
         'if Path(file).name != file or file in ("", ".", ".."):',
         'if file in ("", ".", ".."):',
         ("tests/formats/test_accullm.py",),
+    ),
+    # -- products on a CPU -----------------------------------------------------------------------------------
+    Mutant(
+        "weights in the middle between two of bfloat16 are rounded up",
+        PACKED,
+        "np.uint32(0x7FFF)",
+        "np.uint32(0x8000)",
+        PACKED_PRODUCTS,
+    ),
+    Mutant("outlier features are left out", PACKED, "y += rows[:,", "y += 0 * rows[:,", PACKED_PRODUCTS),
+    Mutant(
+        "the last group of a row is left out where it is short",
+        PACKED,
+        "range(min(half, octets - begin))",
+        "range(half if half <= octets - begin else 0)",
+        PACKED_PRODUCTS,
+    ),
+    Mutant(
+        "the last row of each thread is left out",
+        PACKED,
+        "in range(first, last):",
+        "in range(first, last - 1):",
+        PACKED_PRODUCTS,
+    ),
+    Mutant(
+        "gradients are lost in products of few tokens",
+        PACKED,
+        "and few and not (x.requires_grad and torch.is_grad_enabled())",
+        "and few",
+        ("tests/test_hf_on_cpu.py",),
     ),
     # -- CUDA kernels, run on the CPU ------------------------------------------------------------------------
     Mutant(

@@ -1,7 +1,7 @@
 """The inner loop of rounding with feedback, compiled by numba: it decides one weight after the other.
 
 The machine code is kept beside this file, or in the user's cache directory, so that only the first run waits for it
-(some five seconds). Nothing in it is reordered or fused, so that the same numbers come out on every CPU.
+(some five seconds). Nothing in rounding is reordered or fused, so that the same numbers come out on every CPU.
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ import torch
 
 # Rows that a thread takes at once where rows do not depend on each other.
 ROWS_PER_TASK = 64
+# What lets a compiler add up several parts of a sum at once, with fused multiplications; the same program still gives
+# the same numbers on the same CPU.
+SUMS_IN_ANY_ORDER = frozenset({"reassoc", "contract", "nsz"})
 
 
-def compiled(function: Callable[..., Any]) -> Any:
-    """`function` as machine code, kept on disk where there is a place to write to."""
+def compiled(function: Callable[..., Any], freedom: frozenset[str] = frozenset()) -> Any:
+    """`function` as machine code, kept on disk where there is a place to write to.
+
+    Args:
+        freedom: what the compiler may do to its floating-point operations, in LLVM's words.
+    """
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        return numba.njit(nogil=True, fastmath=set(freedom), cache=True)(function)
     except RuntimeError:  # no directory to keep it in
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, fastmath=set(freedom))(function)
 
 
 @compiled

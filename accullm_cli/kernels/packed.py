@@ -1,0 +1,189 @@
+"""Products of few tokens by 4-bit weights on a CPU, from the codes as they are stored, compiled by numba.
+
+A weight of 4 bits is an eighth of one in float32, and a product of few tokens waits for its weights. So a row's codes
+are turned into weights where they are multiplied, and no weight is written to memory:
+
+    byte j of a row     low nibble: feature 2 j      high nibble: feature 2 j + 1
+    x                   its even and its odd features apart, so that a loop over bytes reads neighbours
+
+A weight is (code - zero) * scale: of at most 16 significant bits, so exact in float32. For bfloat16 activations it is
+rounded to bfloat16 by its bits, as IEEE 754 rounds to the nearest, ties to even. Sums are float32, in an order that the
+compiler chooses for the CPU, and y is rounded once.
+
+Activations go through in fours, which share the work on the codes. One token is filled up with zeros to four: in groups
+of 64 that is no slower than a loop for one token alone (2.6 and 3.0 ms for a weight [4096, 4096], one thread).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.quant.compiled import SUMS_IN_ANY_ORDER, compiled
+from accullm_cli.quant.linear import QuantizedLinear
+
+PACKED_BITS = 4
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+# Up to here a product of packed weights is faster than dequantizing all of them and multiplying by torch's dense
+# product; the measurement is in docs/kernels.md.
+PACKED_TOKENS = 32
+# Tokens that share the work on the codes.
+TOGETHER = 4
+# Weights times tokens for which a second thread saves more than it costs to start (some 0.1 ms).
+WORTH_A_THREAD = 1 << 20
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A quantized linear [N, K] for products on a CPU: G groups, n outlier features."""
+
+    codes: torch.Tensor  # uint8 [N, ceil(K / 2)], as stored
+    scales: torch.Tensor  # float32 [N, G]
+    zeros: torch.Tensor  # uint8 [N, G]
+    outlier_index: torch.Tensor  # int64 [n]
+    outlier_weight: torch.Tensor  # float32 [N, n], rounded to the compute dtype
+    dtype: torch.dtype  # what activations must be
+    in_features: int
+    group_size: int  # -1: one group per row
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that a product reads, activations aside."""
+        parts = (self.codes, self.scales, self.zeros, self.outlier_index, self.outlier_weight)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+def why_not_packed(bits: int, group_size: int, dtype: torch.dtype) -> str | None:
+    """Why products on a CPU cannot read such a linear as it is stored; None where they can."""
+    if bits != PACKED_BITS:
+        return f"{bits} bits: products on a CPU read codes of {PACKED_BITS} bits"
+    if group_size != -1 and group_size % 2:
+        return f"group size {group_size}: products on a CPU read two codes at once, so it must be even or -1"
+    if dtype not in PACKED_DTYPES:
+        return f"{dtype} activations: products on a CPU compute in float32 or bfloat16"
+    return None
+
+
+def is_worth_packing(x: torch.Tensor) -> bool:
+    """Whether x [..., K] is on the CPU, of so few tokens that they are multiplied fastest so, and needs no gradient."""
+    few = x.numel() <= PACKED_TOKENS * x.shape[-1]
+    return x.device.type == "cpu" and few and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def pack_linear(
+    tensors: Mapping[str, torch.Tensor], in_features: int, bits: int, group_size: int, dtype: torch.dtype
+) -> PackedLinear:
+    """A linear for products on a CPU.
+
+    Args:
+        tensors: of the native format, by suffix (`QuantizedLinear.to_tensors`), on the CPU. The codes are shared.
+        dtype: float32 or bfloat16, that of the activations; outlier weights are rounded to it.
+
+    Raises:
+        AccullmError: another width than 4 bits, an odd group size, another dtype, or tensors that do not fit.
+    """
+    reason = why_not_packed(bits, group_size, dtype)
+    if reason is not None:
+        raise AccullmError(f"no product on a CPU for {reason}")
+    linear = QuantizedLinear.from_tensors(tensors, in_features, bits, group_size)
+    zeros = linear.zeros
+    if zeros is None:
+        zeros = torch.full(linear.scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    return PackedLinear(
+        codes=tensors["qweight"].contiguous(),
+        scales=linear.scales.float().contiguous(),
+        zeros=zeros.contiguous(),
+        outlier_index=linear.outlier_index.long(),
+        outlier_weight=linear.outlier_weight.to(dtype).float(),
+        dtype=dtype,
+        in_features=in_features,
+        group_size=group_size,
+    )
+
+
+def packed_product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., K] W^T + bias: [..., N] in x's dtype, rounded once. Gradients do not flow through it.
+
+    Raises:
+        AccullmError: x is of another dtype than `packed` is for, or not on the CPU.
+    """
+    if x.dtype != packed.dtype or x.device.type != "cpu":
+        raise AccullmError(f"activations are {x.dtype} on {x.device}, but the linear was packed for {packed.dtype}")
+    rows = x.detach().reshape(-1, packed.in_features).float()
+    tokens, features = len(rows), len(packed.codes)
+    padded = -(-tokens // TOGETHER) * TOGETHER
+    pairs = torch.nn.functional.pad(rows, (0, packed.in_features % 2, 0, padded - tokens)).unflatten(1, (-1, 2))
+    even, odd = pairs[..., 0].contiguous(), pairs[..., 1].contiguous()
+    y = torch.empty(padded, features)
+    half = packed.codes.shape[1] if packed.group_size == -1 else packed.group_size // 2
+    tensors = (packed.codes, packed.scales, packed.zeros, even, odd, y)
+    arrays = [tensor.numpy() for tensor in tensors]
+    work = partial(_products, *arrays, half, packed.dtype == torch.bfloat16)
+    _in_threads(work, features, packed.codes.numel() * padded)
+    y = y[:tokens]
+    if len(packed.outlier_index):
+        y += rows[:, packed.outlier_index] @ packed.outlier_weight.T
+    if bias is not None:
+        y += bias.detach().float()
+    return y.to(x.dtype).view(*x.shape[:-1], features)
+
+
+def _in_threads(work: partial[None], rows: int, multiplications: int) -> None:
+    """`work(first=..., last=...)` for parts of the rows, each in a thread of its own."""
+    threads = max(1, min(torch.get_num_threads(), multiplications // WORTH_A_THREAD))
+    if threads == 1:
+        work(0, rows)
+        return
+    bounds = [rows * part // threads for part in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, bounds[:-1], bounds[1:]))
+
+
+# -- machine code ----------------------------------------------------------------------------------------------------
+
+# Indices without a sign: of another the compiler asks whether it counts from the end, and then handles one weight at a
+# time instead of eight.
+_INDEX = np.uintp
+_LOW_NIBBLE, _HIGH_NIBBLE = np.uint8(15), np.uint8(4)
+# bfloat16 is the upper half of float32. Half a unit, less one where the last bit is even, carries what is above it.
+_HALF_BITS, _ONE, _BELOW_HALF, _UPPER = np.uint32(16), np.uint32(1), np.uint32(0x7FFF), np.uint32(0xFFFF0000)
+
+
+@partial(compiled, freedom=SUMS_IN_ANY_ORDER)
+def _weight(code, zero, scale, to_bfloat16):  # type: ignore[no-untyped-def]
+    value = np.float32(np.float32(np.int32(np.int32(code) - zero)) * scale)
+    if to_bfloat16:
+        bits = value.view(np.uint32)
+        bits = np.uint32(np.uint32(bits + _BELOW_HALF + ((bits >> _HALF_BITS) & _ONE)) & _UPPER)
+        return bits.view(np.float32)
+    return value
+
+
+@partial(compiled, freedom=SUMS_IN_ANY_ORDER)
+def _products(codes, scales, zeros, even, odd, y, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
+    """The rows first to last of y [M, N], M a multiple of 4; half: bytes in a group of a row."""
+    octets = codes.shape[1]
+    for n in range(first, last):
+        for quad in range(y.shape[0] // 4):
+            a = _INDEX(4 * quad)
+            b, c, d = a + _INDEX(1), a + _INDEX(2), a + _INDEX(3)
+            sum_a = sum_b = sum_c = sum_d = np.float32(0)
+            for g in range(scales.shape[1]):
+                begin = g * half
+                scale, zero = scales[n, g], np.int32(zeros[n, g])
+                for offset in range(min(half, octets - begin)):
+                    j = _INDEX(begin) + _INDEX(offset)
+                    pair = codes[n, j]
+                    low = _weight(pair & _LOW_NIBBLE, zero, scale, to_bfloat16)
+                    high = _weight(pair >> _HIGH_NIBBLE, zero, scale, to_bfloat16)
+                    sum_a += low * even[a, j] + high * odd[a, j]
+                    sum_b += low * even[b, j] + high * odd[b, j]
+                    sum_c += low * even[c, j] + high * odd[c, j]
+                    sum_d += low * even[d, j] + high * odd[d, j]
+            y[a, n], y[b, n], y[c, n], y[d, n] = sum_a, sum_b, sum_c, sum_d
