@@ -10,8 +10,8 @@ A weight is (code - zero) * scale: of at most 16 significant bits, so exact in f
 rounded to bfloat16 by its bits, as IEEE 754 rounds to the nearest, ties to even. Sums are float32, in an order that the
 compiler chooses for the CPU, and y is rounded once.
 
-Activations go through in fours, which share the work on the codes. One token is filled up with zeros to four: in groups
-of 64 that is no slower than a loop for one token alone (2.6 and 3.0 ms for a weight [4096, 4096], one thread).
+One token has a loop of its own. More go through in fours, the last four filled up with zeros: these share the work on
+the codes, and take twice as long as one (1.4 and 2.7 ms for a weight [4096, 4096] in groups of 64, one thread).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # Up to here a product of packed weights is faster than dequantizing all of them and multiplying by torch's dense
 # product; the measurement is in docs/kernels.md.
 PACKED_TOKENS = 32
-# Tokens that share the work on the codes.
+# Tokens that share the work on the codes, in `_four_tokens`.
 TOGETHER = 4
 # Weights times tokens for which a second thread saves more than it costs to start (some 0.1 ms).
 WORTH_A_THREAD = 1 << 20
@@ -117,14 +117,15 @@ def packed_product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | N
         raise AccullmError(f"activations are {x.dtype} on {x.device}, but the linear was packed for {packed.dtype}")
     rows = x.detach().reshape(-1, packed.in_features).float()
     tokens, features = len(rows), len(packed.codes)
-    padded = -(-tokens // TOGETHER) * TOGETHER
+    padded = tokens if tokens == 1 else -(-tokens // TOGETHER) * TOGETHER
     pairs = torch.nn.functional.pad(rows, (0, packed.in_features % 2, 0, padded - tokens)).unflatten(1, (-1, 2))
     even, odd = pairs[..., 0].contiguous(), pairs[..., 1].contiguous()
     y = torch.empty(padded, features)
     half = packed.codes.shape[1] if packed.group_size == -1 else packed.group_size // 2
     tensors = (packed.codes, packed.scales, packed.zeros, even, odd, y)
     arrays = [tensor.numpy() for tensor in tensors]
-    work = partial(_products, *arrays, half, packed.dtype == torch.bfloat16)
+    kernel = _one_token if padded == 1 else _four_tokens
+    work = partial(kernel, *arrays, half, packed.dtype == torch.bfloat16)
     _in_threads(work, features, packed.codes.numel() * padded)
     y = y[:tokens]
     if len(packed.outlier_index):
@@ -147,15 +148,20 @@ def _in_threads(work: partial[None], rows: int, multiplications: int) -> None:
 
 # -- machine code ----------------------------------------------------------------------------------------------------
 
-# Indices without a sign: of another the compiler asks whether it counts from the end, and then handles one weight at a
-# time instead of eight.
-_INDEX = np.uintp
 _LOW_NIBBLE, _HIGH_NIBBLE = np.uint8(15), np.uint8(4)
 # bfloat16 is the upper half of float32. Half a unit, less one where the last bit is even, carries what is above it.
 _HALF_BITS, _ONE, _BELOW_HALF, _UPPER = np.uint32(16), np.uint32(1), np.uint32(0x7FFF), np.uint32(0xFFFF0000)
 
+# Indices without a sign: of another the compiler asks whether it counts from the end, and then handles one weight at a
+# time instead of eight.
+_INDEX = np.uintp
 
-@partial(compiled, freedom=SUMS_IN_ANY_ORDER)
+fast = partial(compiled, freedom=SUMS_IN_ANY_ORDER)
+# Not inlined, a group costs a call with three arrays: seven times its work.
+inlined = partial(fast, inlined=True)
+
+
+@inlined
 def _weight(code, zero, scale, to_bfloat16):  # type: ignore[no-untyped-def]
     value = np.float32(np.float32(np.int32(np.int32(code) - zero)) * scale)
     if to_bfloat16:
@@ -165,9 +171,32 @@ def _weight(code, zero, scale, to_bfloat16):  # type: ignore[no-untyped-def]
     return value
 
 
-@partial(compiled, freedom=SUMS_IN_ANY_ORDER)
-def _products(codes, scales, zeros, even, odd, y, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
-    """The rows first to last of y [M, N], M a multiple of 4; half: bytes in a group of a row."""
+@inlined
+def _group_by_one(codes, zero, scale, to_bfloat16, even, odd):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for j in range(codes.shape[0]):
+        pair = codes[j]
+        total += _weight(pair & _LOW_NIBBLE, zero, scale, to_bfloat16) * even[j]
+        total += _weight(pair >> _HIGH_NIBBLE, zero, scale, to_bfloat16) * odd[j]
+    return total
+
+
+@fast
+def _one_token(codes, scales, zeros, even, odd, y, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
+    """The rows first to last of y [1, N]; half: bytes in a group of a row."""
+    octets = codes.shape[1]
+    for n in range(first, last):
+        total = np.float32(0)
+        for g in range(scales.shape[1]):
+            begin, end = g * half, min(g * half + half, octets)
+            zero, scale = np.int32(zeros[n, g]), scales[n, g]
+            total += _group_by_one(codes[n, begin:end], zero, scale, to_bfloat16, even[0, begin:end], odd[0, begin:end])
+        y[0, n] = total
+
+
+@fast
+def _four_tokens(codes, scales, zeros, even, odd, y, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
+    """As `_one_token`, for y [M, N], M a multiple of 4: their sums share the work on the codes."""
     octets = codes.shape[1]
     for n in range(first, last):
         for quad in range(y.shape[0] // 4):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numba
@@ -21,16 +22,18 @@ ROWS_PER_TASK = 64
 SUMS_IN_ANY_ORDER = frozenset({"reassoc", "contract", "nsz"})
 
 
-def compiled(function: Callable[..., Any], freedom: frozenset[str] = frozenset()) -> Any:
+def compiled(function: Callable[..., Any], freedom: frozenset[str] = frozenset(), inlined: bool = False) -> Any:
     """`function` as machine code, kept on disk where there is a place to write to.
 
     Args:
         freedom: what the compiler may do to its floating-point operations, in LLVM's words.
+        inlined: make it part of every compiled function that calls it.
     """
+    make = partial(numba.njit, nogil=True, fastmath=set(freedom), forceinline=inlined)
     try:
-        return numba.njit(nogil=True, fastmath=set(freedom), cache=True)(function)
+        return make(cache=True)(function)
     except RuntimeError:  # no directory to keep it in
-        return numba.njit(nogil=True, fastmath=set(freedom))(function)
+        return make()(function)
 
 
 @compiled
