@@ -159,18 +159,40 @@ OF_THE_REST = (
         PACKED_PRODUCTS,
     ),
     Mutant(
-        "the last row of each thread is left out",
+        "the last row of each thread is left out where there is one token",
         PACKED,
-        "in range(first, last):",
-        "in range(first, last - 1):",
+        "y[0, n] = total",
+        "y[0, n] = total if n + 1 < last else y[0, n]",
+        PACKED_PRODUCTS,
+    ),
+    Mutant(
+        "the fourth of four tokens is the third",
+        PACKED,
+        "sum_d += low * even[d, j]",
+        "sum_d += low * even[c, j]",
         PACKED_PRODUCTS,
     ),
     Mutant(
         "gradients are lost in products of few tokens",
         PACKED,
-        "and few and not (x.requires_grad and torch.is_grad_enabled())",
-        "and few",
+        "and not needs_gradient",
+        "",
         ("tests/test_hf_on_cpu.py",),
+    ),
+    # -- speed -----------------------------------------------------------------------------------------------
+    Mutant(
+        "the run that compiles is timed, too",
+        "accullm_cli/stages/speed.py",
+        "statistics.median(prefills[1:])",
+        "statistics.median(prefills)",
+        ("tests/stages/test_speed.py",),
+    ),
+    Mutant(
+        "single tokens are read without those before",
+        "accullm_cli/stages/speed.py",
+        "use_cache=True, **cache)",
+        "use_cache=True)",
+        ("tests/stages/test_speed.py",),
     ),
     # -- CUDA kernels, run on the CPU ------------------------------------------------------------------------
     Mutant(

@@ -71,9 +71,13 @@ def why_not_packed(bits: int, group_size: int, dtype: torch.dtype) -> str | None
 
 
 def is_worth_packing(x: torch.Tensor) -> bool:
-    """Whether x [..., K] is on the CPU, of so few tokens that they are multiplied fastest so, and needs no gradient."""
+    """Whether x [..., K] is on the CPU, of so few tokens that they are multiplied fastest so, and needs no gradient.
+
+    Not while torch compiles or exports a model: it can look into its own operations alone.
+    """
     few = x.numel() <= PACKED_TOKENS * x.shape[-1]
-    return x.device.type == "cpu" and few and not (x.requires_grad and torch.is_grad_enabled())
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    return x.device.type == "cpu" and few and not needs_gradient and not torch.compiler.is_compiling()
 
 
 def pack_linear(

@@ -153,3 +153,21 @@ def test_few_tokens_on_the_cpu_without_gradients_are_worth_it() -> None:
     assert not is_worth_packing(few.requires_grad_())
     with torch.no_grad():
         assert is_worth_packing(few)
+
+
+def test_a_compiled_model_dequantizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile sees through its own operations alone, and takes the branch where it is said to compile."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not is_worth_packing(torch.zeros(1, 64))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_token(value: float) -> None:
+    linear = random_linear(Shape(24, 64, 32, False, 3), torch.float32, seed=1)
+    x = torch.randn(6, 64)
+    clean = hybrid_matmul(x, pack(linear, torch.float32))
+    x[2, 40] = value
+    found = hybrid_matmul(x, pack(linear, torch.float32))
+    others = torch.arange(6) != 2
+    assert torch.equal(found.isfinite(), others[:, None].expand(6, 24))
+    assert torch.equal(found[others], clean[others])
