@@ -5,7 +5,7 @@
 
 Every figure is a median over repeated passes through so many copies of the weight that none is still in the cache when
 it is read again. On a GPU a pass is one CUDA graph, so that launching costs nothing. The limits are measured in the
-same run: copying memory, and a large dense product. `of limit` is the time that moving the weight's bytes, or
+same run: copying memory, and a large dense product. On a GPU, `of limit` is the time that moving the weight's bytes, or
 multiplying, would take at those speeds, over the time it took.
 """
 
@@ -40,7 +40,9 @@ OUTLIERS = 0.005
 ROTATED_BYTES = 160_000_000
 MOST_COPIES = 64
 # A pass on the CPU ends after this long, though not all copies were read: what is so slow does not wait for memory.
-SECONDS_OF_A_PASS = 0.25
+SECONDS_OF_A_PASS = 0.1
+# torch's 4-bit product for CPUs takes seconds for more tokens than these, and is far behind everything else by then.
+INT4_TOKENS_ON_CPU = 16
 
 
 @dataclass(frozen=True)
@@ -207,12 +209,15 @@ def bench_shape(
         dense = seconds_per_call([partial(dense_product, x, weight) for weight in dense_weights], device, repeats)
         row = partial(make_row, limits, (rows, columns, count), dense)
         found.append(row(f"torch {name_of(dtype)}", dense, 2 * rows * columns))
-        for linears, n in ((plain, 0), (with_outliers, outliers)):
+        hybrids = ((plain, 0), (with_outliers, outliers))
+        for linears, n in hybrids if kernels else hybrids[1:]:  # without kernels, outliers make no difference
             for name, calls, weight_bytes in hybrid_calls(linears, x, kernels):
                 found.append(row(name, seconds_per_call(calls, device, repeats), weight_bytes, n))
         if device.type == "cpu":
             calls = [partial(dense_product, x.float(), weight.float()) for weight in dense_weights]
             found.append(row("torch float32", seconds_per_call(calls, device, repeats), 4 * rows * columns))
+        if device.type == "cpu" and count > INT4_TOKENS_ON_CPU:
+            continue
         for other in PACKED_DTYPES if device.type == "cpu" else (torch.bfloat16,):
             name = f"torch int4, {name_of(other)}"
             try:
@@ -256,6 +261,19 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def table_by_engine(rows: Sequence[Row]) -> str:
+    """Microseconds, a line for each product and a column for each engine."""
+    engines = list(dict.fromkeys(row.engine for row in rows))
+    lines = [f"| N x K | tokens | {' | '.join(engines)} |", f"| --- | ---: |{' ---: |' * len(engines)}"]
+    products: dict[tuple[int, int, int], dict[str, float]] = {}
+    for row in rows:
+        products.setdefault((row.out_features, row.in_features, row.tokens), {})[row.engine] = row.microseconds
+    for (out_features, in_features, tokens), times in products.items():
+        cells = [f"{times[engine]:.0f}" if engine in times else "" for engine in engines]
+        lines.append(f"| {out_features} x {in_features} | {tokens} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -296,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{device_name(device)}, torch {torch.__version__}, {dtype}")
     print(f"copy {limits.bytes_per_second / 1e9:.1f} GB/s, dense product {limits.operations_per_second / 1e12:.2f} T/s")
     print()
-    print(table(rows))
+    print(table(rows) if on_gpu else table_by_engine(rows))
     return 0
 
 

@@ -16,6 +16,11 @@ from tests.test_hf import MODELS, export, logits
 from tests.tiny import tiny_llama, tokens
 
 
+@pytest.fixture(autouse=True)
+def _tokens_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "PACKED_TOKENS", tokens().numel())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", ["llama", "gpt2", "mixtral"])
 def test_few_tokens_are_multiplied_as_packed_on_a_cpu_and_many_are_not(

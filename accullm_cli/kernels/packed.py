@@ -30,9 +30,9 @@ from accullm_cli.quant.linear import QuantizedLinear
 
 PACKED_BITS = 4
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
-# Up to here a product of packed weights is faster than dequantizing all of them and multiplying by torch's dense
-# product; the measurement is in docs/kernels.md.
-PACKED_TOKENS = 32
+# The largest number of tokens measured for which every product is faster so than by dequantizing the weight and torch's
+# dense product. At 64 those of small weights are not; docs/kernels.md has the measurement.
+PACKED_TOKENS = 16
 # Tokens that share the work on the codes, in `_four_tokens`.
 TOGETHER = 4
 # Weights times tokens for which a second thread saves more than it costs to start (some 0.1 ms).

@@ -259,7 +259,7 @@ def test_kernels_that_cannot_be_compiled_say_what_is_missing(monkeypatch: pytest
 def test_the_engine_of_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(matmul, "why_no_kernels", lambda device, dtype: None)
-    on_cpu = "CPU: packed 4-bit up to 32 tokens, beyond that torch: dequantize, then multiply"
+    on_cpu = "CPU: packed 4-bit up to 16 tokens, beyond that torch: dequantize, then multiply"
     assert module._matmul_engine().detail == f"{on_cpu}; GPU: hybrid CUDA kernels"
     monkeypatch.setattr(matmul, "why_no_kernels", lambda device, dtype: "CuPy is missing")
     assert module._matmul_engine().detail.endswith("; GPU: torch: dequantize, then multiply (CuPy is missing)")

@@ -51,6 +51,22 @@ def test_without_a_gpu_nothing_is_written(llama: Path, finished: Path) -> None:
     assert snapshot(finished.parent) == before
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_runs_the_whole_artifact_through_the_kernels(llama: Path, finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cupy")
+    on_cpu = validate_artifact(finished, fast_config(llama, finished, machine__run=tmp_path / "cpu"))
+    on_gpu = validate_artifact(
+        finished, fast_config(llama, finished, machine__run=tmp_path / "gpu", machine__device="cuda")
+    )
+    assert on_gpu.speed is not None
+    assert on_gpu.speed.device == torch.cuda.get_device_name(0)
+    assert on_gpu.speed.decode_engine == "CUDA: hybrid_gemv (14 linears)"
+    assert on_gpu.speed.prefill_engine == "CUDA: hybrid_gemm (14 linears)"
+    assert on_gpu.fidelity.perplexity_original == on_cpu.fidelity.perplexity_original
+    assert on_gpu.fidelity.perplexity.value == pytest.approx(on_cpu.fidelity.perplexity.value, rel=0.02)
+
+
 def test_the_speed_of_another_format_is_refused_before_it_is_measured(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     settings = {"export__format": "[compressed-tensors]", "plan__outliers": 0, "plan__group_size": 32}
