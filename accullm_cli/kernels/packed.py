@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -140,14 +141,17 @@ def packed_product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | N
 
 
 def _in_threads(work: partial[None], rows: int, multiplications: int) -> None:
-    """`work(first=..., last=...)` for parts of the rows, each in a thread of its own."""
+    """`work(first, last)` for parts of the rows, the last of them in this thread and each other in one of its own."""
     threads = max(1, min(torch.get_num_threads(), multiplications // WORTH_A_THREAD))
-    if threads == 1:
-        work(0, rows)
-        return
     bounds = [rows * part // threads for part in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, bounds[:-1], bounds[1:]))
+    if threads == 1:
+        work(*bounds)
+        return
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(work, first, last) for first, last in pairwise(bounds[:-1])]
+        work(*bounds[-2:])
+        for other in others:
+            other.result()
 
 
 # -- machine code ----------------------------------------------------------------------------------------------------
