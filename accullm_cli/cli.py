@@ -335,6 +335,7 @@ HELP: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "directory of an artifact. Prints the artifact's path.",
         (
             "accullm validate work/smollm2-135m-int4",
+            "accullm validate work/smollm2-135m-int4 --speed",
             "accullm validate work/smollm2-135m-int4 --original work/smollm2-135m --require 'top1_agreement>=0.9'",
         ),
     ),

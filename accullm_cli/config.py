@@ -258,6 +258,11 @@ class Validation(Section):
         "torch), 'none', or a UTF-8 file. It takes half as many windows, and the contract is not judged on it.",
         example="letters.txt",
     )
+    speed: bool = option(
+        False,
+        "Measure tokens per second, too, of the artifact beside the original, each loaded whole in its turn: reading "
+        "a prompt, and then one token after the other. With --device cuda it always is.",
+    )
     require: list[str] = option(
         [],
         "A condition the artifact must meet, as METRIC<=VALUE or METRIC>=VALUE; give it again for several. "
@@ -288,9 +293,10 @@ class Machine(Section):
     )
     device: str = option(
         "auto",
-        "'auto', 'cpu' or 'cuda:N'.",
+        "Where validate runs the artifact: 'cpu', as does 'auto' so far; or 'cuda', 'cuda:N', the whole model at once "
+        "through the CUDA kernels, in 16 bits. All else computes on the CPU.",
         example="cuda:0",
-        allowed="auto, cpu or cuda:N",
+        allowed="auto, cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
     threads: int | None = option(

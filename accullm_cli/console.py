@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-    from accullm_cli.measure.result import Estimate, Report
+    from accullm_cli.measure.result import Estimate, Report, Speed
 
 JSON_SCHEMA_VERSION = 1
 
@@ -188,6 +188,8 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
             ("top-1, other text", _estimate(other.top1_agreement, "{:.2%}")),
             ("the other text", f"{other.tokens} tokens: {other.text}"),
         ]
+    if report.speed is not None:
+        rows += _speed_rows(report.speed)
     rows += [
         (f"require {clause.text}", f"{verdict(clause.met)} (measured {clause.measured:.6g})")
         for clause in report.contract
@@ -198,6 +200,20 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
     if report.directory:
         rows.append(("report", str(Path(report.directory) / "report.html")))
     return table(rows)
+
+
+def _speed_rows(speed: Speed) -> list[tuple[str, str]]:
+    return [
+        (f"prefill, {speed.prompt_tokens} tokens", _speed(speed.artifact.prefill, speed.original.prefill)),
+        (f"decode, {speed.decoded_tokens} tokens", _speed(speed.artifact.decode, speed.original.decode)),
+        ("engine of prefill", speed.prefill_engine),
+        ("engine of decode", speed.decode_engine),
+        ("timed on", f"{speed.device}, {speed.dtype}"),
+    ]
+
+
+def _speed(artifact: float, original: float) -> str:
+    return f"{artifact:.4g} tokens/s; original {original:.4g} ({artifact / original:.3g} times)"
 
 
 def _estimate(estimate: Estimate, form: str) -> str:

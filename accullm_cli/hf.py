@@ -31,7 +31,8 @@ from accullm_cli.formats.manifest import check_version
 from accullm_cli.formats.shards import TensorInfo, dtype_name, read_header
 from accullm_cli.kernels.check import require_agreement
 from accullm_cli.kernels.layout import TiledLinear, tile, why_not_tiled
-from accullm_cli.kernels.matmul import hybrid_matmul, why_no_kernels
+from accullm_cli.kernels.matmul import Operand, hybrid_matmul, why_no_kernels
+from accullm_cli.kernels.packed import PackedLinear, is_worth_packing, pack_linear, why_not_packed
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan
 
@@ -58,32 +59,38 @@ class HybridWeight(nn.Module):
             wanted = schema.get(f"{plan.name}.{suffix}")
             empty = None if wanted is None else torch.empty(wanted.shape, dtype=wanted.dtype, device="meta")
             self.register_buffer(suffix, empty)
-        self._tiled: TiledLinear | None = None
+        self._prepared: TiledLinear | PackedLinear | None = None
 
     def quantized(self, rows: torch.Tensor | None = None) -> QuantizedLinear:
         """The codes, unpacked; of these rows alone, int64 [R] (of a weight without outliers)."""
+        return QuantizedLinear.from_tensors(self._stored(rows), self.in_features, self.bits, self.group_size)
+
+    def _stored(self, rows: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         tensors = {name: buffer for name, buffer in self._buffers.items() if name in SUFFIXES and buffer is not None}
-        if rows is not None:
-            tensors = {name: buffer[rows] for name, buffer in tensors.items()}
-        return QuantizedLinear.from_tensors(tensors, self.in_features, self.bits, self.group_size)
+        return tensors if rows is None else {name: buffer[rows] for name, buffer in tensors.items()}
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [N, K] in `dtype`."""
         return self.quantized().dequantize(dtype)
 
-    def operand(self, x: torch.Tensor) -> QuantizedLinear | TiledLinear:
-        """What to multiply x by: where the CUDA kernels can run, re-ordered for them at the first product."""
-        if self._tiled is not None and (self._tiled.dtype, self._tiled.tiles.device) == (x.dtype, x.device):
-            return self._tiled
-        if why_no_kernels(x.device, x.dtype) or why_not_tiled(self.bits, self.group_size, x.dtype):
+    def operand(self, x: torch.Tensor) -> Operand:
+        """What to multiply x by: where a kernel of its device serves, what was prepared for it at the first product."""
+        ready, scheme = self._prepared, (self.bits, self.group_size, x.dtype)
+        if isinstance(ready, TiledLinear) and (ready.dtype, ready.tiles.device) == (x.dtype, x.device):
+            return ready
+        if why_no_kernels(x.device, x.dtype) is None and why_not_tiled(*scheme) is None:
+            require_agreement(x.device)
+            self._prepared = tile(self.quantized(), x.dtype)
+            return self._prepared
+        if why_not_packed(*scheme) or not is_worth_packing(x):
             return self.quantized()
-        require_agreement(x.device)
-        self._tiled = tile(self.quantized(), x.dtype)
-        return self._tiled
+        if not isinstance(ready, PackedLinear) or ready.dtype != x.dtype:
+            self._prepared = ready = pack_linear(self._stored(), self.in_features, *scheme)
+        return ready
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> HybridWeight:
         """`model.to(dtype)` and its like change the dtype of what is computed, not of what is stored."""
-        self._tiled = None
+        self._prepared = None
         before = {name: self._buffers[name] for name in _FLOAT_BUFFERS}
         super()._apply(fn, recurse)
         for name, stored in before.items():

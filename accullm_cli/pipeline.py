@@ -17,9 +17,8 @@ from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
 from accullm_cli.formats.manifest import read_manifest, record_fidelity
-from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.measure.contract import judge, parse_requirement
-from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, LinearSummary, Report, StageSummary, Trial
+from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, Report, Trial
 from accullm_cli.model.alias import aliases
 from accullm_cli.model.source import open_source
 from accullm_cli.progress import Progress, silent
@@ -37,11 +36,15 @@ from accullm_cli.stages.calibrate import (
     other_window_count,
 )
 from accullm_cli.stages.checks import GOLDEN_FORMAT, check_config, check_positions, preflight, refuse_golden
+from accullm_cli.stages.device import check_format, wants_speed
 from accullm_cli.stages.estimate import estimate
 from accullm_cli.stages.export import artifact_directories, export, export_inputs, known_files
 from accullm_cli.stages.job import Job, StageOutcome, decide, versions
 from accullm_cli.stages.profile import make_plan, profile, profile_inputs
-from accullm_cli.stages.quantize import block_unit, load_record, quantize, quantize_inputs
+from accullm_cli.stages.quantize import quantize, quantize_inputs
+from accullm_cli.stages.speed import STAGE as SPEED
+from accullm_cli.stages.speed import load_speed, measure_speed, speed_inputs
+from accullm_cli.stages.summary import linear_summaries, stage_summary
 from accullm_cli.stages.validate import (
     artifact_sha256,
     hash_of_files,
@@ -161,6 +164,7 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
         AccullmError: it is not an artifact, or it was made from another model than the original.
     """
     manifest = read_manifest(artifact)
+    check_format(config, manifest.format)
     run = config.machine.run or artifact.with_name(f"{artifact.resolve().name}.validation")
     if Path(config.model).resolve() == artifact.resolve():
         config = config.model_copy(update={"model": _named_original(artifact, manifest.provenance)})
@@ -189,7 +193,7 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
     if only is not None:
         refuse_golden(config, only)
     run = RunDirectory(run_path(config))
-    check_config(config, run, "reference")
+    check_config(config, run, "reference", only == "validate")
     with tempfile.TemporaryDirectory() as scratch, _threads(run, config):
         source = open_source(config.model, Path(scratch), progress)
         job = Job(config, run, source, progress, only)
@@ -245,6 +249,8 @@ def _decide_stages(job: Job, fresh: bool) -> dict[str, Reason]:
             reasons[OTHER_REFERENCE] = decide(job, OTHER_REFERENCE, reference, fresh)
             name = stage_name(format_name, OTHER_TEXT)
             reasons[name] = decide(job, name, validate_inputs(job, artifact, key_of(reference)), fresh)
+        if wants_speed(job.config):
+            reasons[SPEED] = decide(job, SPEED, speed_inputs(job, artifact, key_of(calibrating)), fresh)
     return reasons
 
 
@@ -283,7 +289,8 @@ def _open_job(
 ) -> Iterator[Job]:
     """Lock the run directory, fix the thread count, open the source and refuse what cannot work."""
     directory = RunDirectory(run or run_path(config))
-    check_config(config, directory, "reference" if checks_output else "calibrate")
+    foreign, only_validates = ("reference", only == "validate") if checks_output else ("calibrate", True)
+    check_config(config, directory, foreign, only_validates)
     with directory.locked(), directory.removed_if_refused(), _threads(directory, config) as threads:
         source = open_source(config.model, directory.path, progress)
         job = Job(config, directory, source, progress, only)
@@ -336,6 +343,8 @@ def _validate(job: Job, format_name: str, directory: Path, reference_key: str, f
         other = make_other_reference(job, fresh)
         yield other
         yield validate(job, directory, format_name, other.record.key, fresh, OTHER_TEXT)
+    if wants_speed(job.config):
+        yield measure_speed(job, directory, artifact_sha256(directory), reference_key, fresh)
 
 
 def _convert_golden(job: Job, fresh: bool) -> Report:
@@ -387,10 +396,11 @@ def _finish_report(
         contract=contract,
         contract_met=all(clause.met for clause in contract),
         records=records,
-        stages=tuple(_summary(outcome) for outcome in outcomes),
-        linears=_linear_summaries(job, artifact),
+        stages=tuple(stage_summary(outcome) for outcome in outcomes),
+        linears=linear_summaries(job, artifact),
         versions=versions(),
         other=load_fidelity(job, format_name, OTHER_TEXT) if other_window_count(job) else None,
+        speed=load_speed(job) if wants_speed(job.config) else None,
         search=trials,
         directory=str(destination),
     )
@@ -410,30 +420,3 @@ def _named_original(artifact: Path, provenance: Mapping[str, Any]) -> str:
 def report_path(job: Job, format_name: str) -> Path:
     """The directory of a report: `report` in the run directory, and a directory below it for each format."""
     return job.run.file("report") / format_name
-
-
-def _summary(outcome: StageOutcome) -> StageSummary:
-    record = outcome.record
-    return StageSummary(outcome.name, str(outcome.reason), outcome.reason.runs, record.seconds, record.peak_bytes)
-
-
-def _linear_summaries(job: Job, artifact: StoredArtifact) -> tuple[LinearSummary, ...]:
-    errors: dict[str, float | None] = {}
-    index = 0
-    while (block := load_record(job, block_unit(index))) is not None:
-        errors |= block.relative_errors
-        index += 1
-    return tuple(
-        LinearSummary(
-            name=name,
-            out_features=plan.out_features,
-            in_features=plan.in_features,
-            bits=plan.bits,
-            group_size=plan.group_size,
-            outliers=len(plan.outlier_index),
-            bits_per_weight=8 * artifact.linear_bytes(name) / plan.weights,
-            relative_error=errors.get(name),
-            reason=plan.reason,
-        )
-        for name, plan in artifact.plan.linears.items()
-    )

@@ -5,7 +5,7 @@
 
 Every figure is a median over repeated passes through so many copies of the weight that none is still in the cache when
 it is read again. On a GPU a pass is one CUDA graph, so that launching costs nothing. The limits are measured in the
-same run: copying memory, and a large dense product. `of limit` is the time that moving the weight's bytes, or
+same run: copying memory, and a large dense product. On a GPU, `of limit` is the time that moving the weight's bytes, or
 multiplying, would take at those speeds, over the time it took.
 """
 
@@ -17,7 +17,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -26,18 +26,23 @@ from torch.nn.functional import linear as dense_product
 
 from accullm_cli.kernels.layout import tile
 from accullm_cli.kernels.matmul import engine, hybrid_matmul, why_no_kernels
+from accullm_cli.kernels.packed import PACKED_DTYPES, pack_linear
 from accullm_cli.quant.linear import QuantizedLinear
 
 # Llama-7B: attention, gate and up, down; Llama-70B: gate and up.
 GPU_SHAPES = ("4096x4096", "11008x4096", "4096x11008", "28672x8192")
 GPU_TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 2048)
-CPU_SHAPES = ("1536x576", "4096x4096")
-CPU_TOKENS = (1, 8, 64)
-GROUP_SIZE = 128
+CPU_SHAPES = ("576x576", "1536x576", "4096x4096", "11008x4096")
+CPU_TOKENS = (1, 4, 16, 64, 512)
+GROUP_SIZE = 64
 OUTLIERS = 0.005
 # Weights that are read in turn exceed this: three times the 50 MB of a large GPU's L2, and most CPUs' last cache.
 ROTATED_BYTES = 160_000_000
 MOST_COPIES = 64
+# A pass on the CPU ends after this long, though not all copies were read: what is so slow does not wait for memory.
+SECONDS_OF_A_PASS = 0.1
+# torch's 4-bit product for CPUs takes seconds for more tokens than these, and is far behind everything else by then.
+INT4_TOKENS_ON_CPU = 16
 
 
 @dataclass(frozen=True)
@@ -86,17 +91,9 @@ def cpu_clock() -> Callable[[], float]:
 
 def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> float:
     """The median over `repeats` passes through `calls`, per call."""
-    for call in calls[:2]:
-        call()  # compiles and loads
+    calls[0]()  # compiles and loads
     if device.type == "cpu":
-        clock = cpu_clock()
-        passes = []
-        for _ in range(repeats):
-            begin = clock()
-            for call in calls:
-                call()
-            passes.append((clock() - begin) / len(calls))
-        return statistics.median(passes)
+        return statistics.median(seconds_of_a_pass(calls, cpu_clock()) for _ in range(repeats))
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -114,6 +111,17 @@ def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device
     return statistics.median(passes)
 
 
+def seconds_of_a_pass(calls: Sequence[Callable[[], object]], clock: Callable[[], float]) -> float:
+    """Seconds per call, on the CPU."""
+    begin = clock()
+    for done, call in enumerate(calls, 1):
+        call()
+        elapsed = clock() - begin
+        if elapsed > SECONDS_OF_A_PASS or done == len(calls):
+            return elapsed / done
+    raise ValueError("no calls to time")
+
+
 def measure_limits(device: torch.device, dtype: torch.dtype, repeats: int) -> Limits:
     """The speed of a copy of 256 MB (CPU) or 1 GB, and of a dense product of 1024 or 8192 cubed."""
     on_cpu = device.type == "cpu"
@@ -129,32 +137,40 @@ def measure_limits(device: torch.device, dtype: torch.dtype, repeats: int) -> Li
 # -- engines ---------------------------------------------------------------------------------------------------------
 
 
-def hybrid_calls(
-    linears: Sequence[QuantizedLinear], x: torch.Tensor, kernels: bool
-) -> tuple[str, list[Callable[[], object]], int]:
-    """Name, calls and bytes of the weight, for what a model loaded in transformers does here."""
+Engine = tuple[str, list[Callable[[], object]], int]  # name, calls, and bytes of a weight
+
+
+def hybrid_calls(linears: Sequence[QuantizedLinear], x: torch.Tensor, kernels: bool) -> Iterator[Engine]:
+    """What a model loaded in transformers may do with a linear here."""
     if kernels:
         tiled = [tile(linear, x.dtype) for linear in linears]
-        return engine(tiled[0], len(x)), [partial(hybrid_matmul, x, one) for one in tiled], tiled[0].stored_bytes
+        yield engine(tiled[0], len(x)), [partial(hybrid_matmul, x, one) for one in tiled], tiled[0].stored_bytes
+        return
     stored = [linear.to_tensors() for linear in linears]
 
-    def unpack_and_multiply(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    def unpack_and_multiply(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         return hybrid_matmul(x, QuantizedLinear.from_tensors(tensors, x.shape[1], 4, GROUP_SIZE))
 
-    calls = [partial(unpack_and_multiply, tensors) for tensors in stored]
-    return engine(linears[0], len(x)), calls, linears[0].stored_bytes
+    for dtype in PACKED_DTYPES if x.device.type == "cpu" else (x.dtype,):
+        activations = x.to(dtype)
+        if x.device.type == "cpu":
+            packed = [pack_linear(tensors, x.shape[1], 4, GROUP_SIZE, dtype) for tensors in stored]
+            calls = [partial(hybrid_matmul, activations, one) for one in packed]
+            yield f"{engine(packed[0], len(x))}, {name_of(dtype)}", calls, packed[0].stored_bytes
+        calls = [partial(unpack_and_multiply, tensors, activations) for tensors in stored]
+        yield f"{engine(linears[0], len(x))}, {name_of(dtype)}", calls, linears[0].stored_bytes
 
 
 def torch_int4_calls(linears: Sequence[QuantizedLinear], x: torch.Tensor) -> list[Callable[[], object]]:
-    """torch's own 4-bit product, which wants bfloat16 and keeps its scales in it.
+    """torch's own 4-bit product, which keeps its scales in the format of x.
 
     Raises:
-        RuntimeError: this torch or device has none for the shape.
+        RuntimeError: this torch or device has none for the shape or format.
     """
     calls: list[Callable[[], object]] = []
     for linear in linears:
         # [K / group, N, 2]: scale, and what a code of 8 stands for, which is 0 here.
-        scales = linear.scales.T.to(torch.bfloat16)
+        scales = linear.scales.T.to(x.dtype)
         parameters = torch.stack((scales, torch.zeros_like(scales)), dim=-1).contiguous()
         if x.device.type == "cpu":
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(linear.codes.int(), 1)
@@ -192,20 +208,24 @@ def bench_shape(
         x = torch.randn(count, columns, device=device).to(dtype)
         dense = seconds_per_call([partial(dense_product, x, weight) for weight in dense_weights], device, repeats)
         row = partial(make_row, limits, (rows, columns, count), dense)
-        found.append(row(f"torch {str(dtype)[6:]}", dense, 2 * rows * columns))
-        for linears, n in ((plain, 0), (with_outliers, outliers)):
-            name, calls, weight_bytes = hybrid_calls(linears, x, kernels)
-            found.append(row(name, seconds_per_call(calls, device, repeats), weight_bytes, n))
+        found.append(row(f"torch {name_of(dtype)}", dense, 2 * rows * columns))
+        hybrids = ((plain, 0), (with_outliers, outliers))
+        for linears, n in hybrids if kernels else hybrids[1:]:  # without kernels, outliers make no difference
+            for name, calls, weight_bytes in hybrid_calls(linears, x, kernels):
+                found.append(row(name, seconds_per_call(calls, device, repeats), weight_bytes, n))
         if device.type == "cpu":
             calls = [partial(dense_product, x.float(), weight.float()) for weight in dense_weights]
             found.append(row("torch float32", seconds_per_call(calls, device, repeats), 4 * rows * columns))
-        try:
-            calls = torch_int4_calls(plain, x.to(torch.bfloat16))
-            seconds = seconds_per_call(calls, device, repeats)
-        except RuntimeError as error:
-            print(f"torch int4 {rows}x{columns}: {str(error).splitlines()[0]}", file=sys.stderr)
-        else:
-            found.append(row("torch int4, bfloat16", seconds, plain[0].stored_bytes))
+        if device.type == "cpu" and count > INT4_TOKENS_ON_CPU:
+            continue
+        for other in PACKED_DTYPES if device.type == "cpu" else (torch.bfloat16,):
+            name = f"torch int4, {name_of(other)}"
+            try:
+                seconds = seconds_per_call(torch_int4_calls(plain, x.to(other)), device, repeats)
+            except RuntimeError as error:
+                print(f"{name}, {rows}x{columns}: {str(error).splitlines()[0]}", file=sys.stderr)
+            else:
+                found.append(row(name, seconds, plain[0].stored_bytes))
     return found
 
 
@@ -239,6 +259,23 @@ def table(rows: Sequence[Row]) -> str:
             f"| {row.microseconds:.1f} | {row.of_limit:.0%} | {row.over_dense:.2f} |"
         )
     return "\n".join(lines)
+
+
+def table_by_engine(rows: Sequence[Row]) -> str:
+    """Microseconds, a line for each product and a column for each engine."""
+    engines = list(dict.fromkeys(row.engine for row in rows))
+    lines = [f"| N x K | tokens | {' | '.join(engines)} |", f"| --- | ---: |{' ---: |' * len(engines)}"]
+    products: dict[tuple[int, int, int], dict[str, float]] = {}
+    for row in rows:
+        products.setdefault((row.out_features, row.in_features, row.tokens), {})[row.engine] = row.microseconds
+    for (out_features, in_features, tokens), times in products.items():
+        cells = [f"{times[engine]:.0f}" if engine in times else "" for engine in engines]
+        lines.append(f"| {out_features} x {in_features} | {tokens} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def device_name(device: torch.device) -> str:
@@ -277,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{device_name(device)}, torch {torch.__version__}, {dtype}")
     print(f"copy {limits.bytes_per_second / 1e9:.1f} GB/s, dense product {limits.operations_per_second / 1e12:.2f} T/s")
     print()
-    print(table(rows))
+    print(table(rows) if on_gpu else table_by_engine(rows))
     return 0
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU_TESTS = ("-m", "pytest", "-m", "gpu", "-ra", "tests/kernels")
+GPU_TESTS = ("-m", "pytest", "-m", "gpu", "-ra", "tests/kernels", "tests/pipeline/test_speed.py")
 # Small shapes, every kernel.
 SANITIZED = (*GPU_TESTS, "-k", "odd_shapes or packing or feedback_rounding or graph")
 

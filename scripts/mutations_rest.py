@@ -15,6 +15,8 @@ GEMV = "cuda/hybrid_gemv.cu"
 GEMM = "cuda/hybrid_gemm.cu"
 ROUND_EMBEDDINGS = "tests/stages/test_embedding_rounding.py"
 PRODUCTS = ("tests/kernels/test_launch.py",)
+PACKED = "accullm_cli/kernels/packed.py"
+PACKED_PRODUCTS = ("tests/kernels/test_packed.py",)
 
 OF_THE_REST = (
     # -- embedding and output head ---------------------------------------------------------------------------
@@ -139,6 +141,58 @@ OF_THE_REST = (
         'if Path(file).name != file or file in ("", ".", ".."):',
         'if file in ("", ".", ".."):',
         ("tests/formats/test_accullm.py",),
+    ),
+    # -- products on a CPU -----------------------------------------------------------------------------------
+    Mutant(
+        "weights in the middle between two of bfloat16 are rounded up",
+        PACKED,
+        "np.uint32(0x7FFF)",
+        "np.uint32(0x8000)",
+        PACKED_PRODUCTS,
+    ),
+    Mutant("outlier features are left out", PACKED, "y += rows[:,", "y += 0 * rows[:,", PACKED_PRODUCTS),
+    Mutant(
+        "the last group of a row is left out where it is short",
+        PACKED,
+        "range(min(half, octets - begin))",
+        "range(half if half <= octets - begin else 0)",
+        PACKED_PRODUCTS,
+    ),
+    Mutant(
+        "the last row of each thread is left out where there is one token",
+        PACKED,
+        "y[0, n] = total",
+        "y[0, n] = total if n + 1 < last else y[0, n]",
+        PACKED_PRODUCTS,
+    ),
+    Mutant(
+        "the fourth of four tokens is the third",
+        PACKED,
+        "sum_d += low * even[d, j]",
+        "sum_d += low * even[c, j]",
+        PACKED_PRODUCTS,
+    ),
+    Mutant(
+        "gradients are lost in products of few tokens",
+        PACKED,
+        "and not needs_gradient",
+        "",
+        ("tests/test_hf_on_cpu.py",),
+    ),
+    # -- speed -----------------------------------------------------------------------------------------------
+    Mutant(
+        "the run that compiles is timed, too",
+        "accullm_cli/stages/speed.py",
+        "statistics.median(prefills[1:])",
+        "statistics.median(prefills)",
+        ("tests/stages/test_speed.py",),
+    ),
+    Mutant(
+        "single tokens are read without those before",
+        "accullm_cli/stages/speed.py",
+        "use_cache=True, **cache)",
+        "use_cache=True)",
+        ("tests/stages/test_speed.py",),
     ),
     # -- CUDA kernels, run on the CPU ------------------------------------------------------------------------
     Mutant(

@@ -204,7 +204,10 @@ def test_yaml_written_is_read_back_equal(tmp_path_factory, bits, group_size, out
             "conf.yaml:2: export.format: accullm is given twice; give it once",
         ),
         ("export:\n  out: 7\n", "conf.yaml:2: export.out: 7 is not a path; put it in quotes"),
-        ("machine:\n  device: gpu\n", "conf.yaml:2: machine.device: 'gpu' is not allowed; give auto, cpu or cuda:N"),
+        (
+            "machine:\n  device: gpu\n",
+            "conf.yaml:2: machine.device: 'gpu' is not allowed; give auto, cpu, cuda or cuda:N",
+        ),
         ("machine:\n  seed: -1\n", "conf.yaml:2: machine.seed: -1 is below 0; give 0 to 2**63 - 1"),
         ("model: 7\n", "conf.yaml:1: model: 7 is not text; put it in quotes"),
         ("plan:\n  bits: 4\n  bits: 5\n", "conf.yaml:3: plan.bits: given twice (first in line 2); keep one of the two"),
@@ -302,7 +305,7 @@ def test_no_model_at_all_is_refused():
 
 def test_every_option_has_a_flag_of_its_own_a_help_and_an_example():
     declared = list(options())
-    assert len({option.flag for option in declared}) == len(declared) == 30
+    assert len({option.flag for option in declared}) == len(declared) == 31
     for option in declared:
         assert option.flag.startswith("--")
         assert "_" not in option.flag

@@ -13,7 +13,7 @@ from accullm_cli.console import Console, plain, render, report_text, table, to_j
 from accullm_cli.measure.result import Clause, Report
 from accullm_cli.progress import Event
 from accullm_cli.run import UP_TO_DATE, Reason
-from tests.samples import FIDELITY, a_report
+from tests.samples import FIDELITY, SPEED, a_report
 
 
 class Terminal(io.StringIO):
@@ -244,6 +244,18 @@ def test_json_is_one_versioned_object_and_strict():
 
 def test_what_json_does_not_know_is_text():
     assert plain({1: Reason("new"), "none": None}) == {"1": {"code": "new", "detail": ""}, "none": None}
+
+
+def test_speed_has_lines_of_its_own() -> None:
+    text = " ".join(report_text(replace(a_report(), speed=SPEED)).split())
+    assert (
+        "prefill, 512 tokens 220 tokens/s; original 400 (0.55 times) "
+        "decode, 32 tokens 25 tokens/s; original 20 (1.25 times) "
+        "engine of prefill torch: dequantize, then multiply (210 linears) "
+        "engine of decode CPU: packed 4-bit (210 linears) "
+        "timed on CPU with AVX512, 2 threads, float32 require"
+    ) in text
+    assert "tokens/s" not in report_text(a_report())
 
 
 def test_the_other_text_has_lines_of_its_own() -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import accullm_cli.hf
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
-from accullm_cli.kernels import check, device, matmul
+from accullm_cli.kernels import check, device, matmul, packed
 from accullm_cli.kernels.launch import Device
 from accullm_cli.kernels.layout import TiledLinear, tile
 from accullm_cli.quant.linear import QuantizedLinear
@@ -54,6 +54,12 @@ def plain(tmp_path: Path, made: Made, dtype: torch.dtype = torch.float32) -> nn.
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
     return model(tokens()).logits
+
+
+@pytest.fixture(autouse=True)
+def _dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No products on the CPU but torch's own, so that results can be compared bit for bit."""
+    monkeypatch.setattr(packed, "PACKED_TOKENS", 0)
 
 
 # -- what is computed ---------------------------------------------------------------------------------------

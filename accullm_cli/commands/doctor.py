@@ -185,13 +185,15 @@ def _matmul_engine() -> Check:
         return Check("matmul engine", False, True, "none: torch is missing", "install torch")
     import torch
 
-    from accullm_cli.kernels.matmul import ENGINE, why_no_kernels
+    from accullm_cli.kernels.matmul import ENGINE, PACKED_ENGINE, why_no_kernels
+    from accullm_cli.kernels.packed import PACKED_TOKENS
 
+    on_cpu = f"{PACKED_ENGINE} up to {PACKED_TOKENS} tokens, beyond that {ENGINE}"
     if torch.cuda.is_available():
         reason = why_no_kernels(torch.device("cuda", 0), torch.float16)
         on_gpu = "hybrid CUDA kernels" if reason is None else f"{ENGINE} ({reason})"
-        return Check("matmul engine", True, True, f"CPU: {ENGINE}; GPU: {on_gpu}")
-    return Check("matmul engine", True, True, ENGINE)
+        return Check("matmul engine", True, True, f"{on_cpu}; GPU: {on_gpu}")
+    return Check("matmul engine", True, True, on_cpu)
 
 
 def _kernels() -> Check:
@@ -244,11 +246,13 @@ def int4_self_test() -> tuple[float, float]:
 
     Returns:
         The largest |float32 product - float64 product with the weight read from the packed bytes by hand|, relative
-        to the largest product; and the squared output error with error feedback over that of nearest rounding.
+        to the largest product, of both engines of the CPU; and the squared output error with error feedback over that
+        of nearest rounding.
     """
     import torch
 
     from accullm_cli.kernels.matmul import hybrid_matmul
+    from accullm_cli.kernels.packed import pack_linear
     from accullm_cli.quant.linear import QuantizedLinear
     from accullm_cli.quant.plan import LinearPlan
     from accullm_cli.quant.rounding import RoundingOptions, round_linears
@@ -268,9 +272,10 @@ def int4_self_test() -> tuple[float, float]:
 
     stored, error = stored_and_error("feedback")
     _, nearest_error = stored_and_error("nearest")
-    product = hybrid_matmul(rows, QuantizedLinear.from_tensors(stored, 96, 4, 64)).double()
+    engines = QuantizedLinear.from_tensors(stored, 96, 4, 64), pack_linear(stored, 96, 4, 64, rows.dtype)
+    products = torch.stack([hybrid_matmul(rows, linear) for linear in engines]).double()
     expected = rows.double() @ decode_by_hand(stored, 96, 64).T
-    return float((product - expected).abs().max() / expected.abs().max()), error / nearest_error
+    return float((products - expected).abs().max() / expected.abs().max()), error / nearest_error
 
 
 def decode_by_hand(stored: dict[str, torch.Tensor], in_features: int, group_size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Multiplication by a quantized linear: the CUDA kernels where they serve, plain dequantization elsewhere."""
+"""Multiplication by a quantized linear: by a kernel of the GPU or the CPU where one serves, else dequantization."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.compile import HOW_TO_INSTALL, OLDEST_ARCHITECTURE
 from accullm_cli.kernels.launch import GEMV_TOKENS, plan_product, product_launch
 from accullm_cli.kernels.layout import TiledLinear, why_not_tiled
+from accullm_cli.kernels.packed import PackedLinear, packed_product
 from accullm_cli.kernels.repack import dequantize_launch
 from accullm_cli.quant.linear import QuantizedLinear
 
 # What computes a product, for people.
 ENGINE = "torch: dequantize, then multiply"
+PACKED_ENGINE = "CPU: packed 4-bit"
 GEMV_ENGINE = "CUDA: hybrid_gemv"
 GEMM_ENGINE = "CUDA: hybrid_gemm"
 DENSE_ENGINE = "CUDA: dequantize_tiles, then torch"
@@ -24,32 +26,39 @@ DENSE_ENGINE = "CUDA: dequantize_tiles, then torch"
 FUSED_TOKENS = 128
 
 
-def hybrid_matmul(
-    x: torch.Tensor, linear: QuantizedLinear | TiledLinear, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+Operand = QuantizedLinear | TiledLinear | PackedLinear
+
+
+def hybrid_matmul(x: torch.Tensor, linear: Operand, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ W^T + bias, with W the dequantized weight rounded once to x's dtype.
 
     Args:
-        x: [..., K], on the device of `linear`: float32, float16 or bfloat16; where `linear` is tiled, its dtype.
+        x: [..., K], on the device of `linear`: float32, float16 or bfloat16; where `linear` is tiled or packed, its
+            dtype.
         linear: weight [N, K]. Tiled, it is multiplied by the CUDA kernels, in torch's current stream; one linear must
-            not be in use in two streams at once.
+            not be in use in two streams at once. Packed, it is multiplied on the CPU as it is stored.
         bias: [N] in x's dtype.
 
     Returns:
         [..., N] in x's dtype.
 
     Raises:
-        AccullmError: a tiled linear that is not on a GPU, or for another dtype, or a GPU without kernels.
+        AccullmError: a tiled linear that is not on a GPU, or a GPU without kernels; x of another dtype than the linear
+            was tiled or packed for.
     """
     if isinstance(linear, QuantizedLinear):
         return dense_product(x, linear.dequantize(x.dtype), bias)
+    if isinstance(linear, PackedLinear):
+        return packed_product(x, linear, bias)
     return _tiled_matmul(x, linear, bias)
 
 
-def engine(linear: QuantizedLinear | TiledLinear, tokens: int) -> str:
+def engine(linear: Operand, tokens: int) -> str:
     """What `hybrid_matmul` computes a product of so many tokens with."""
     if isinstance(linear, QuantizedLinear):
         return ENGINE
+    if isinstance(linear, PackedLinear):
+        return PACKED_ENGINE
     if tokens <= GEMV_TOKENS:
         return GEMV_ENGINE
     return GEMM_ENGINE if tokens <= FUSED_TOKENS else DENSE_ENGINE

@@ -39,6 +39,28 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
+class Throughput:
+    """Tokens per second of one model, medians of several runs."""
+
+    prefill: float  # all tokens of a prompt at once
+    decode: float  # one token after the other, with a cache of keys and values
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast the artifact is beside the original, in the same precision on the same device."""
+
+    device: str
+    dtype: str  # "float32", "float16" or "bfloat16"
+    prompt_tokens: int
+    decoded_tokens: int
+    original: Throughput
+    artifact: Throughput
+    prefill_engine: str  # what multiplied by the artifact's quantized linears, and by how many of them
+    decode_engine: str
+
+
+@dataclass(frozen=True)
 class Clause:
     """One `--require` condition and what was measured."""
 
@@ -113,5 +135,6 @@ class Report:
     linears: tuple[LinearSummary, ...]
     versions: dict[str, str]
     other: Fidelity | None = None  # on text of another kind than the contract is judged on
+    speed: Speed | None = None  # where it was measured
     search: tuple[Trial, ...] = ()  # of a golden search, the plans that it measured
     directory: str = ""  # where report.html and report.json lie; empty where none were written

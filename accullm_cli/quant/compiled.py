@@ -1,13 +1,14 @@
 """The inner loop of rounding with feedback, compiled by numba: it decides one weight after the other.
 
 The machine code is kept beside this file, or in the user's cache directory, so that only the first run waits for it
-(some five seconds). Nothing in it is reordered or fused, so that the same numbers come out on every CPU.
+(some five seconds). Nothing in rounding is reordered or fused, so that the same numbers come out on every CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numba
@@ -16,14 +17,23 @@ import torch
 
 # Rows that a thread takes at once where rows do not depend on each other.
 ROWS_PER_TASK = 64
+# What lets a compiler add up several parts of a sum at once, with fused multiplications; the same program still gives
+# the same numbers on the same CPU.
+SUMS_IN_ANY_ORDER = frozenset({"reassoc", "contract", "nsz"})
 
 
-def compiled(function: Callable[..., Any]) -> Any:
-    """`function` as machine code, kept on disk where there is a place to write to."""
+def compiled(function: Callable[..., Any], freedom: frozenset[str] = frozenset(), inlined: bool = False) -> Any:
+    """`function` as machine code, kept on disk where there is a place to write to.
+
+    Args:
+        freedom: what the compiler may do to its floating-point operations, in LLVM's words.
+        inlined: make it part of every compiled function that calls it.
+    """
+    make = partial(numba.njit, nogil=True, fastmath=set(freedom), forceinline=inlined)
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        return make(cache=True)(function)
     except RuntimeError:  # no directory to keep it in
-        return numba.njit(nogil=True)(function)
+        return make()(function)
 
 
 @compiled

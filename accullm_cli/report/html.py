@@ -6,7 +6,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from accullm_cli.measure.result import Clause, Estimate, Fidelity, Report
+from accullm_cli.measure.result import Clause, Estimate, Fidelity, Report, Speed
 from accullm_cli.report import plots
 from accullm_cli.report.page import bullets, collapsed, figure, page, paragraph, section, table
 from accullm_cli.report.schema import to_json
@@ -38,6 +38,7 @@ def render(report: Report) -> str:
         *([] if report.other is None else [_figures("Fidelity on text of another kind", report.other)]),
         *([_search(report)] if report.search else []),
         _sizes(report),
+        *([] if report.speed is None else [_speed(report.speed)]),
         _plots(report),
         _records(report),
         _stages(report),
@@ -162,6 +163,21 @@ def _sizes(report: Report) -> str:
         ),
     ]
     return section("Size", table([("", ""), ("", "number"), ("", "quiet")], rows))
+
+
+def _speed(found: Speed) -> str:
+    columns = [("Tokens per second", ""), ("Artifact", "number"), ("Original", "number"), ("", "number"), ("", "quiet")]
+    figures = (
+        ("Prefill", f"{found.prompt_tokens} tokens at once", "prefill", found.prefill_engine),
+        ("Decode", f"{found.decoded_tokens} tokens, one after the other", "decode", found.decode_engine),
+    )
+    rows = []
+    for name, what, phase, engine in figures:
+        artifact, original = getattr(found.artifact, phase), getattr(found.original, phase)
+        ratio = f"{artifact / original:.3g} times"
+        rows.append((name, f"{artifact:.4g}", f"{original:.4g}", ratio, f"{what}; the artifact by {engine}"))
+    note = f"On {found.device}, both in {found.dtype}; medians of several runs, one sequence at a time."
+    return section("Speed", table(columns, rows), paragraph(note, "note"))
 
 
 def _plots(report: Report) -> str:

@@ -11,6 +11,7 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.text import check_text
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages.calibrate import cut_other_windows, cut_search_windows, open_decoder, other_window_count
+from accullm_cli.stages.device import check_device, check_format
 from accullm_cli.stages.export import artifact_directories, check_output
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.profile import make_plan, refuse_impossible
@@ -19,19 +20,19 @@ from accullm_cli.stages.profile import make_plan, refuse_impossible
 GOLDEN_FORMAT = "accullm"
 
 
-def check_config(config: Config, run: RunDirectory, foreign: str) -> None:
+def check_config(config: Config, run: RunDirectory, foreign: str, only_validates: bool = False) -> None:
     """Refuse what needs no look at the model.
 
     Args:
         foreign: the stage that begins the other kind of work. A conversion and a validation on its own keep files of
             the same names, so neither goes into the other's run directory.
+        only_validates: nothing else will be computed.
     """
     for text in config.validation.require:
         parse_requirement(text)
-    if config.machine.device not in ("auto", "cpu"):
-        raise AccullmError(
-            f"{config.machine.device} is not supported: this version computes on the CPU", "--device", "give cpu"
-        )
+    check_device(config, only_validates)
+    for name in config.export.format:
+        check_format(config, name)
     if config.search.golden:
         search_demands(config.validation.require)
         if config.export.format != [GOLDEN_FORMAT]:

@@ -24,6 +24,8 @@ from accullm_cli.run import (
     reset_peak_memory,
 )
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -112,10 +114,10 @@ def section_inputs(section: str, values: Section, *fields: str) -> dict[str, str
     return {f"config:{section}.{field}": repr(getattr(values, field)) for field in chosen}
 
 
-def machine_inputs() -> dict[str, str]:
-    """What the bytes of a result depend on beside inputs and algorithm: sums differ between kinds of CPU."""
+def machine_inputs(device: torch.device = CPU) -> dict[str, str]:
+    """What the bytes of a result depend on beside inputs and algorithm: sums differ between kinds of CPU and GPU."""
     return {
-        "machine:device": "cpu",
+        "machine:device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "machine:instruction set": torch.backends.cpu.get_cpu_capability(),
         "machine:threads": str(torch.get_num_threads()),
         "version:torch": torch.__version__,

@@ -1,6 +1,7 @@
 """validate: run the exported artifact against the original on held-out text.
 
-The artifact's weights are read back from its files. The original's blocks are not run again: calibrate left its last
+The artifact's weights are read back from its files: on the CPU a block at a time, dequantized to float32; on a GPU all
+at once, multiplied by the CUDA kernels in 16 bits. The original's blocks are not run again: calibrate left its last
 hidden states, which the output head turns into its exact logits. That is the artifact's own head, or, where this is
 quantized, the one in the source.
 """
@@ -8,7 +9,7 @@ quantized, the one in the source.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -37,9 +38,11 @@ from accullm_cli.stages.calibrate import (
     open_decoder,
     validation_text,
 )
+from accullm_cli.stages.device import compute_dtype, device_of
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage
 from accullm_cli.stages.precision import products
 from accullm_cli.stages.streams import StreamStore
+from accullm_cli.stages.whole_model import load_artifact
 
 VERSION = 1
 # Float32 sums in another order change a token's negative log-likelihood by some 1e-5; another head changes it by more.
@@ -88,7 +91,7 @@ def validate_inputs(job: Job, artifact_hash: str, calibrate_key: str) -> dict[st
         "input:calibrate": calibrate_key,
         "config:machine.seed": str(job.config.machine.seed),
         "version:validate": str(VERSION),
-        **machine_inputs(),
+        **machine_inputs(device_of(job.config)),
     }
 
 
@@ -126,7 +129,8 @@ def _measure(job: Job, stage: str, directory: Path, key: str, place: str) -> Fid
     model = build_skeleton(directory)
     decoder = Decoder(model, ArtifactWeights(artifact, model))
     ids = load_tokens(job, place)["validation"]
-    hidden = _run_blocks(job, stage, decoder, ids, key)
+    device = device_of(job.config)
+    logits_of = _on_gpu(job, directory, device) if device.type == "cuda" else _by_blocks(job, stage, decoder, ids, key)
 
     decoder.load_outside()
     originals_head = _head_weight(job) if artifact.plan.embeddings else None
@@ -137,8 +141,30 @@ def _measure(job: Job, stage: str, directory: Path, key: str, place: str) -> Fid
             original = decoder.logits(reference["hidden"][window : window + 1])[0]
             floor = decoder.logits(reference["floor"][window : window + 1])[0]
         _check_head(original, ids[window], reference["negative_log_likelihood"][window], directory)
-        divergence.add(original, decoder.logits(hidden[window : window + 1])[0], ids[window], floor)
+        divergence.add(original, logits_of(window, ids[window]), ids[window], floor)
     return divergence.finish(validation_text(job, place), job.config.machine.seed)
+
+
+# The artifact's, [T, vocabulary], for a window's number and ids [T].
+Logits = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+def _on_gpu(job: Job, directory: Path, device: torch.device) -> Logits:
+    """By the whole model, in the precision in which it will be used there."""
+    model = load_artifact(directory, device, compute_dtype(device, job.source.config))
+
+    @torch.no_grad()
+    def logits_of(window: int, ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model(ids[None].to(model.device), use_cache=False).logits[0]
+        return found.float().cpu()
+
+    return logits_of
+
+
+def _by_blocks(job: Job, stage: str, decoder: Decoder, ids: torch.Tensor, key: str) -> Logits:
+    """By all windows' last hidden states, and the output head that the decoder has by then."""
+    hidden = _run_blocks(job, stage, decoder, ids, key)
+    return lambda window, ids: decoder.logits(hidden[window : window + 1])[0]
 
 
 def _run_blocks(job: Job, stage: str, decoder: Decoder, ids: torch.Tensor, key: str) -> torch.Tensor:

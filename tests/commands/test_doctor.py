@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from accullm_cli.commands import doctor as module
 from accullm_cli.commands.doctor import Check, decode_by_hand, doctor
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels import check, matmul
+from accullm_cli.kernels.packed import PackedLinear
 from accullm_cli.quant import linear, rounding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,6 +176,16 @@ def test_swapped_nibbles_fail_the_self_test(monkeypatch: pytest.MonkeyPatch) -> 
     assert check.hint == "reinstall torch; if it stays, please report it with this output"
 
 
+def test_nibbles_that_the_products_of_a_cpu_swap_fail_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = matmul.packed_product
+
+    def swapped(x: torch.Tensor, linear: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+        return product(x, replace(linear, codes=linear.codes >> 4 | linear.codes << 4), bias)
+
+    monkeypatch.setattr(matmul, "packed_product", swapped)
+    assert found("self-test").detail.startswith("int4 path disagrees: max error ")
+
+
 def test_feedback_that_loses_to_nearest_fails_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     feed = rounding.round_with_feedback
 
@@ -247,7 +259,8 @@ def test_kernels_that_cannot_be_compiled_say_what_is_missing(monkeypatch: pytest
 def test_the_engine_of_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(matmul, "why_no_kernels", lambda device, dtype: None)
-    assert module._matmul_engine().detail == "CPU: torch: dequantize, then multiply; GPU: hybrid CUDA kernels"
+    on_cpu = "CPU: packed 4-bit up to 16 tokens, beyond that torch: dequantize, then multiply"
+    assert module._matmul_engine().detail == f"{on_cpu}; GPU: hybrid CUDA kernels"
     monkeypatch.setattr(matmul, "why_no_kernels", lambda device, dtype: "CuPy is missing")
     assert module._matmul_engine().detail.endswith("; GPU: torch: dequantize, then multiply (CuPy is missing)")
 

@@ -194,7 +194,10 @@ def test_text_that_cannot_be_used(
         ),
         (["--outliers", "60%"], "--outliers: 60% is above 0.5; give 0 to 0.5"),
         (["--require", "mean_kk<=1"], "--require: unknown metric 'mean_kk' in 'mean_kk<=1'; did you mean mean_kl?"),
-        (["--device", "cuda:0"], "--device: cuda:0 is not supported: this version computes on the CPU; give cpu"),
+        (
+            ["--device", "cuda:0"],
+            "--device cuda:0: a conversion computes on the CPU; leave it out, or give it to accullm validate",
+        ),
         (
             ["--format", "compressed-tensors", "--outliers", "0", "--group-size", "64"],
             "--format compressed-tensors: compressed-tensors needs a group size that divides the 96 input features of "

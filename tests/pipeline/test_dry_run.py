@@ -217,7 +217,11 @@ def test_a_dry_run_of_one_stage_ends_with_it_or_refuses_as_it_would(stage: str, 
         ),
         (
             {"machine__device": "cuda:0"},
-            "--device: cuda:0 is not supported: this version computes on the CPU; give cpu",
+            "--device cuda:0: a conversion computes on the CPU; leave it out, or give it to accullm validate",
+        ),
+        (
+            {"export__format": "[compressed-tensors]", "plan__outliers": 0, "validation__speed": True},
+            "--speed: the kernels multiply by the format accullm, not by compressed-tensors; leave it out",
         ),
         (
             {"machine__run": "{tmp}/mine"},

@@ -12,7 +12,7 @@ from accullm_cli.errors import EXIT_MACHINE, MachineError
 from accullm_cli.measure.result import Clause, Trial
 from accullm_cli.report import to_json, write_report
 from accullm_cli.report.html import nats, render
-from tests.samples import FIDELITY, MET, MISSED, a_report, linear
+from tests.samples import FIDELITY, MET, MISSED, SPEED, a_report, linear
 
 
 class Page(HTMLParser):
@@ -213,6 +213,17 @@ def test_place_that_cannot_be_written_is_one_line(tmp_path):
 )
 def test_nats(value, text):
     assert nats(value) == text
+
+
+def test_speed_stands_beside_the_originals_with_its_engines():
+    text = words(replace(a_report(), speed=SPEED))
+    assert (
+        "Speed Tokens per second Artifact Original "
+        "Prefill 220 400 0.55 times 512 tokens at once; the artifact by torch: dequantize, then multiply (210 linears) "
+        "Decode 25 20 1.25 times 32 tokens, one after the other; the artifact by CPU: packed 4-bit (210 linears) "
+        "On CPU with AVX512, 2 threads, both in float32"
+    ) in text
+    assert "Tokens per second" not in words(a_report())
 
 
 def test_the_figures_on_other_text_stand_below_the_contracts():

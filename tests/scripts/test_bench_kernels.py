@@ -44,12 +44,17 @@ def test_every_engine_of_the_cpu_is_timed(capsys: pytest.CaptureFixture[str]) ->
     assert {(row["out_features"], row["in_features"]) for row in rows} == {(64, 256)}
     assert {row["tokens"] for row in rows} == {1, 3}
     names = [(row["engine"], row["outliers"]) for row in rows if row["tokens"] == 3]
-    assert names[:4] == [
+    hybrid = [
+        f"{engine}, {dtype}"
+        for dtype in ("float32", "bfloat16")
+        for engine in ("CPU: packed 4-bit", "torch: dequantize, then multiply")
+    ]
+    wanted = [
         ("torch bfloat16", 0),
-        ("torch: dequantize, then multiply", 0),
-        ("torch: dequantize, then multiply", 1),
+        *((name, 1) for name in hybrid),
         ("torch float32", 0),
     ]
+    assert names[: len(wanted)] == wanted
     assert all(row["microseconds"] > 0 for row in rows)
     assert [row["over_dense"] for row in rows if row["engine"] == "torch bfloat16"] == [1.0, 1.0]
 
@@ -79,6 +84,32 @@ def test_torch_int4_is_given_the_same_weight() -> None:
     scale = torch.tensor(0.01, dtype=torch.float16).to(torch.bfloat16).double()
     wanted = (linear.codes[:, :8].double() - 8).T * scale
     torch.testing.assert_close(call().double(), wanted, rtol=2.0**-8, atol=1e-6)
+
+
+def test_a_slow_pass_ends_before_all_copies_were_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ran = [0.0], [0]
+    monkeypatch.setattr(script, "cpu_clock", lambda: lambda: now[0])
+
+    def call() -> None:
+        now[0] += 0.04
+        ran[0] += 1
+
+    assert script.seconds_per_call([call] * 9, torch.device("cpu"), 2) == pytest.approx(0.04)
+    assert ran[0] == 1 + 2 * 3  # 0.12 s is beyond a pass
+
+
+def test_on_a_cpu_engines_stand_beside_each_other() -> None:
+    rows = [
+        script.Row("torch float32", 64, 32, 1, 0, 12.345, 0.5, 1.0),
+        script.Row("torch int4", 64, 32, 1, 0, 99.9, 0.5, 1.0),
+        script.Row("torch float32", 64, 32, 8, 0, 7.0, 0.5, 1.0),
+    ]
+    assert script.table_by_engine(rows).splitlines() == [
+        "| N x K | tokens | torch float32 | torch int4 |",
+        "| --- | ---: | ---: | ---: |",
+        "| 64 x 32 | 1 | 12 | 100 |",
+        "| 64 x 32 | 8 | 7 |  |",
+    ]
 
 
 def test_the_table_has_a_line_for_each_row() -> None:

@@ -1,0 +1,75 @@
+"""Where validation computes: on the CPU, or on a GPU through the CUDA kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from accullm_cli.config import Config
+from accullm_cli.errors import AccullmError
+from accullm_cli.kernels.matmul import why_no_kernels
+
+# The format whose linears the kernels multiply by.
+KERNEL_FORMAT = "accullm"
+
+
+def device_of(config: Config) -> torch.device:
+    """What `--device` names; 'auto' is the CPU for as long as the kernels have not run on a GPU."""
+    name = config.machine.device
+    return torch.device("cpu") if name == "auto" else torch.device("cuda", 0) if name == "cuda" else torch.device(name)
+
+
+def wants_speed(config: Config) -> bool:
+    """Whether tokens per second are measured: where it is asked for, and always on a GPU."""
+    return config.validation.speed or device_of(config).type == "cuda"
+
+
+def check_device(config: Config, only_validates: bool) -> None:
+    """Refuse a device that is not there, or that this work does not use.
+
+    Raises:
+        AccullmError: one line that says what is missing.
+    """
+    device, where = device_of(config), f"--device {config.machine.device}"
+    if device.type == "cpu":
+        return
+    if not only_validates:
+        raise AccullmError("a conversion computes on the CPU", where, "leave it out, or give it to accullm validate")
+    if not torch.cuda.is_available():
+        raise AccullmError("torch sees no GPU", where, "give cpu; accullm doctor says what is missing")
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        raise AccullmError(f"there is no such GPU among {count}", where, f"give cuda:0 to cuda:{count - 1}")
+    reason = why_no_kernels(device, torch.float16)
+    if reason is not None:
+        raise AccullmError(f"the CUDA kernels cannot run there: {reason}", where, "give cpu")
+
+
+def check_format(config: Config, name: str) -> None:
+    """Refuse to run an artifact whose linears no kernel reads.
+
+    Raises:
+        AccullmError: speed is to be measured, or a GPU used, with another format than the native one.
+    """
+    if wants_speed(config) and name != KERNEL_FORMAT:
+        where = "--speed" if config.validation.speed else f"--device {config.machine.device}"
+        raise AccullmError(f"the kernels multiply by the format {KERNEL_FORMAT}, not by {name}", where, "leave it out")
+
+
+def compute_dtype(device: torch.device, source: Mapping[str, Any]) -> torch.dtype:
+    """What a whole model computes in: float32 on a CPU; on a GPU bfloat16 where the source and the GPU have it."""
+    if device.type == "cpu":
+        return torch.float32
+    stored = source.get("dtype", source.get("torch_dtype"))
+    bfloat16 = stored == "bfloat16" and why_no_kernels(device, torch.bfloat16) is None
+    return torch.bfloat16 if bfloat16 else torch.float16
+
+
+def describe_device(device: torch.device) -> str:
+    """For people: "NVIDIA H200", or "CPU with AVX512, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU with {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads > 1 else ''}"

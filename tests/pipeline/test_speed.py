@@ -1,0 +1,78 @@
+"""Speed in a conversion's and a validation's report, and devices that are not there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from accullm_cli.pipeline import convert, dry_run, run_stage, validate_artifact
+from accullm_cli.report import from_json, to_json
+from tests.pipeline.observe import refusal, snapshot
+from tests.streaming import fast_config
+
+
+def test_speed_is_measured_where_it_is_asked_for(llama: Path, tmp_path: Path) -> None:
+    config = fast_config(llama, tmp_path / "out", validation__speed=True)
+    planned = [stage.name for stage in dry_run(config).stages]
+    report = convert(config)
+    assert report.speed is not None
+    assert (report.speed.prompt_tokens, report.speed.decoded_tokens) == (48, 32)
+    assert [stage.name for stage in report.stages] == planned
+    assert planned[-2:] == ["validate accullm", "validate speed"]
+    assert from_json(to_json(report)) == report
+    again = convert(config)
+    assert again.speed == report.speed
+    assert not any(stage.ran for stage in again.stages)
+    without = convert(fast_config(llama, tmp_path / "out"))
+    assert without.speed is None
+    assert without.fidelity == report.fidelity
+    assert replace(without, stages=(), speed=None) == replace(again, stages=(), speed=None)
+
+
+def test_validate_alone_measures_speed(llama: Path, finished: Path, tmp_path: Path) -> None:
+    config = fast_config(llama, finished, validation__speed=True)
+    (report,) = run_stage("validate", config).reports
+    assert report.speed is not None
+    moved = fast_config(llama, finished, validation__speed=True, machine__run=tmp_path / "run")
+    assert validate_artifact(finished, moved).speed is not None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_written(llama: Path, finished: Path) -> None:
+    line = "--device cuda:0: torch sees no GPU; give cpu; accullm doctor says what is missing"
+    config = fast_config(llama, finished, machine__device="cuda:0")
+    before = snapshot(finished.parent)
+    assert refusal(lambda: validate_artifact(finished, config)) == line
+    assert refusal(lambda: run_stage("validate", config)) == line
+    assert refusal(lambda: dry_run(config, only="validate")) == line
+    assert snapshot(finished.parent) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_runs_the_whole_artifact_through_the_kernels(llama: Path, finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cupy")
+    on_cpu = validate_artifact(finished, fast_config(llama, finished, machine__run=tmp_path / "cpu"))
+    on_gpu = validate_artifact(
+        finished, fast_config(llama, finished, machine__run=tmp_path / "gpu", machine__device="cuda")
+    )
+    assert on_gpu.speed is not None
+    assert on_gpu.speed.device == torch.cuda.get_device_name(0)
+    assert on_gpu.speed.decode_engine == "CUDA: hybrid_gemv (14 linears)"
+    assert on_gpu.speed.prefill_engine == "CUDA: hybrid_gemm (14 linears)"
+    assert on_gpu.fidelity.perplexity_original == on_cpu.fidelity.perplexity_original
+    assert on_gpu.fidelity.perplexity.value == pytest.approx(on_cpu.fidelity.perplexity.value, rel=0.02)
+
+
+def test_the_speed_of_another_format_is_refused_before_it_is_measured(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = {"export__format": "[compressed-tensors]", "plan__outliers": 0, "plan__group_size": 32}
+    convert(fast_config(llama, out, **settings))
+    config = fast_config(llama, out, validation__speed=True)
+    assert refusal(lambda: validate_artifact(out, config)) == (
+        "--speed: the kernels multiply by the format accullm, not by compressed-tensors; leave it out"
+    )
+    assert not out.with_name("out.validation").exists()

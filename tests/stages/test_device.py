@@ -1,0 +1,124 @@
+"""Where validation computes: which devices are refused, in which words, and what is computed in on each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from accullm_cli.config import Config
+from accullm_cli.errors import AccullmError
+from accullm_cli.stages import device as module
+from accullm_cli.stages.device import check_device, check_format, compute_dtype, describe_device, device_of, wants_speed
+from accullm_cli.stages.job import machine_inputs
+from tests.tiny import tiny_config
+
+GPU = torch.device("cuda", 0)
+
+
+def on(device: str, **settings: object) -> Config:
+    return tiny_config(Path("model"), Path("out"), machine__device=device, **settings)
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, count: int, reason: str | None = None) -> None:
+    """As if torch saw so many GPUs, on which the kernels can run unless there is a reason."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(module, "why_no_kernels", lambda device, dtype: reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("auto", torch.device("cpu")), ("cpu", torch.device("cpu")), ("cuda", GPU), ("cuda:3", torch.device("cuda", 3))],
+)
+def test_names_of_devices(name: str, device: torch.device) -> None:
+    assert device_of(on(name)) == device
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "reason", "line"),
+    [
+        ("auto", 0, None, None),
+        ("cpu", 0, None, None),
+        ("cuda:1", 2, None, None),
+        ("cuda", 0, None, "--device cuda: torch sees no GPU; give cpu; accullm doctor says what is missing"),
+        ("cuda:2", 2, None, "--device cuda:2: there is no such GPU among 2; give cuda:0 to cuda:1"),
+        (
+            "cuda:0",
+            1,
+            "CuPy is missing: pip install it",
+            "--device cuda:0: the CUDA kernels cannot run there: CuPy is missing: pip install it; give cpu",
+        ),
+    ],
+)
+def test_devices_for_a_validation(
+    name: str, count: int, reason: str | None, line: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, count, reason)
+    if line is None:
+        check_device(on(name), only_validates=True)
+        return
+    with pytest.raises(AccullmError) as refusal:
+        check_device(on(name), only_validates=True)
+    assert refusal.value.line() == line
+
+
+def test_a_conversion_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 1)
+    check_device(on("cpu"), only_validates=False)
+    with pytest.raises(AccullmError) as refusal:
+        check_device(on("cuda"), only_validates=False)
+    assert refusal.value.line() == (
+        "--device cuda: a conversion computes on the CPU; leave it out, or give it to accullm validate"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "where"), [(on("cuda"), "--device cuda"), (on("cpu", validation__speed=True), "--speed")]
+)
+def test_kernels_read_one_format(config: Config, where: str) -> None:
+    assert wants_speed(config)
+    check_format(config, "accullm")
+    with pytest.raises(AccullmError) as refusal:
+        check_format(config, "compressed-tensors")
+    assert refusal.value.line() == (
+        f"{where}: the kernels multiply by the format accullm, not by compressed-tensors; leave it out"
+    )
+
+
+def test_without_either_any_format_is_measured() -> None:
+    assert not wants_speed(on("auto"))
+    check_format(on("auto"), "compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("stored", "no_bfloat16", "dtype"),
+    [
+        ("bfloat16", None, torch.bfloat16),
+        ("bfloat16", "compute capability 7.5", torch.float16),
+        ("float16", None, torch.float16),
+        ("float32", None, torch.float16),
+    ],
+)
+def test_gpus_compute_in_16_bits(
+    stored: str, no_bfloat16: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, 1, no_bfloat16)
+    assert compute_dtype(GPU, {"dtype": stored}) == compute_dtype(GPU, {"torch_dtype": stored}) == dtype
+    assert compute_dtype(torch.device("cpu"), {"dtype": stored}) == torch.float32
+
+
+def test_a_result_of_a_gpu_is_not_taken_for_one_of_the_cpu_or_of_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of kind {device.index}")
+    kinds = [machine_inputs(device)["machine:device"] for device in (torch.device("cpu"), GPU, torch.device("cuda", 1))]
+    assert kinds == ["cpu", "GPU of kind 0", "GPU of kind 1"]
+    assert machine_inputs() == machine_inputs(torch.device("cpu"))
+    assert describe_device(GPU) == "GPU of kind 0"
+
+
+def test_a_cpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for threads, words in ((1, "1 thread"), (2, "2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert describe_device(torch.device("cpu")) == f"CPU with AVX2, {words}"
