@@ -32,7 +32,7 @@ ROUNDS = 2
 def _descend_rows(  # type: ignore[no-untyped-def]
     first, last, error, product, slope, hessian, ridge, fisher, scale, group, movable, largest, sweeps, codes
 ):
-    """Rows `first` to `last`. slope: G P of these rows alone; the same memory as those rows of P where there is no G."""
+    """Rows `first` to `last`. slope: G P of these rows alone; the same memory as their P where there is no G."""
     columns, rows_feed = error.shape[1], fisher.shape[0] > 0
     lowest = largest - largest  # 0 of the weights' type
     for n in range(first, last):
@@ -87,7 +87,8 @@ def descend(
         movable: bool [K], the columns on the grid.
         fisher: G, [N, N], positive definite; None for the identity: rows do not feed each other then.
     """
-    assert codes.is_contiguous() and error.is_contiguous(), "both are changed in place"
+    assert codes.is_contiguous(), "codes are changed in place"
+    assert error.is_contiguous(), "errors are changed in place"
     count = len(codes)
     product = error @ hessian + ridge * error
     group = torch.arange(codes.shape[1]) // grid.columns_per_group
