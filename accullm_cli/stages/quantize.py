@@ -38,7 +38,7 @@ from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.profile import load_plan
 from accullm_cli.stages.streams import StreamStore
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
