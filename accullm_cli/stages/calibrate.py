@@ -150,6 +150,14 @@ def _reference_inputs(job: Job, text: str, windows: int) -> dict[str, str]:
     }
 
 
+def measured_windows(job: Job, decoder: Decoder) -> int:
+    """Of the calibration windows, how many the original runs over, for statistics and gradients; quantize reads all."""
+    samples = job.config.calibration.samples
+    if any(slot.expert is not None for slots in decoder.slots for slot in slots):
+        return samples
+    return min(samples, max(STATISTICS_WINDOWS, job.config.gradient_samples))
+
+
 def open_decoder(job: Job) -> Decoder:
     """The source's decoder, without weights yet; refuses a checkpoint that does not fit its configuration."""
     model = build_skeleton(job.source.directory)
@@ -218,7 +226,7 @@ def _run_original(
     write_file(tokens_path, lambda path: save_file(ids, path, metadata={"texts": texts}))
 
     decoder = open_decoder(job)
-    measured = _measured_windows(job, decoder, calibration.ids)
+    measured = calibration.ids[: measured_windows(job, decoder)]
     decoder.load_outside()
     store = StreamStore(job.run.file("calibrate/streams.safetensors"))
     keys = [key_of({"stage": key, "block": str(index)}) for index in range(len(decoder.block_names))]
@@ -274,13 +282,6 @@ def _run_original(
         return Work((tokens_path, reference_path), job.source.records)
     outputs = (tokens_path, reference_path, *(stats_path(job, index) for index in range(total)), *gradients)
     return Work(outputs, (*job.source.records, *_unreached(job, total)))
-
-
-def _measured_windows(job: Job, decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
-    """The calibration windows that the original runs over, for statistics and gradients; quantize reads all of them."""
-    if any(slot.expert is not None for slots in decoder.slots for slot in slots):
-        return ids
-    return ids[: max(STATISTICS_WINDOWS, job.config.gradient_samples)]
 
 
 def _cut(job: Job, cut: Callable[..., Windows], text: str, windows: int) -> Windows:

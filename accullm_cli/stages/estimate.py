@@ -9,7 +9,7 @@ import torch
 
 from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
 from accullm_cli.quant.plan import Plan
-from accullm_cli.stages.calibrate import STATISTICS_WINDOWS, other_window_count
+from accullm_cli.stages.calibrate import measured_windows, other_window_count
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.precision import products
 
@@ -77,7 +77,7 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     peak = BASE_BYTES + FLOAT * (largest + streams)
     peak += FLOAT * 4 * TOKENS_PER_BATCH * widest
 
-    seconds = _operations(job, plan, vocabulary * hidden) / (SHARE_OF_FULL_SPEED * _operations_per_second())
+    seconds = _operations(job, decoder, plan, vocabulary * hidden) / (SHARE_OF_FULL_SPEED * _operations_per_second())
     return Estimated(stored, int(peak), round(seconds, 1))
 
 
@@ -88,14 +88,14 @@ def _fisher_elements(job: Job, decoder: Decoder) -> int:
     return max(sum(slot.out_features**2 for slot in slots if slot.expert is None) for slots in decoder.slots)
 
 
-def _operations(job: Job, plan: Plan, head_weights: int) -> float:
+def _operations(job: Job, decoder: Decoder, plan: Plan, head_weights: int) -> float:
     """Multiplications and additions of all stages."""
     calibration, rounding = job.config.calibration, job.config.rounding
     tokens = calibration.samples * calibration.seq_len
     held_out = (job.config.validation.windows + other_window_count(job)) * calibration.seq_len
     weights = sum(linear.weights for linear in plan.linears.values())
     with_gradient = job.config.gradient_samples * calibration.seq_len
-    measured = min(tokens, max(with_gradient, STATISTICS_WINDOWS * calibration.seq_len))
+    measured = measured_windows(job, decoder) * calibration.seq_len
     # Calibrate runs the held-out text and its noise floor, validate the artifact.
     passes = measured + 3 * held_out + PASSES_OF_GRADIENTS * with_gradient
     grams = 0.0
