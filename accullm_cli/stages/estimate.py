@@ -22,8 +22,8 @@ PASSES_OF_THE_ROUNDED = 1.5
 # Windows with gradients go through each block once more in calibrate, and back through it there and in quantize.
 PASSES_OF_GRADIENTS = 3.0
 # Of a large matrix product's speed (250 GFLOP/s a core), what is left between attention, norms and a block's products.
-# With it error feedback on a Llama of 135M parameters, 128 windows of 512 tokens, is said to take 5 min 14 s on two cores;
-# without the text of another kind, which the estimate holds, it took 4 min 25 s.
+# With it error feedback on a Llama of 135M parameters, 128 windows of 512 tokens, is said to take 5 min 14 s on two
+# cores; without the text of another kind, which the estimate holds, it took 4 min 25 s.
 SHARE_OF_FULL_SPEED = 0.5
 # What rounding takes for each weight, in operations at that speed: the search for scales and the loop over columns wait
 # for memory rather than for arithmetic. One core takes 21 s for that Llama's 106 million weights (16 s without search).
