@@ -169,14 +169,14 @@ def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
 # -- the format of GPTQ, which AutoRound and GPTQModel save ------------------------------------------------------
 
 
-def gptq_weights(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def gptq_weights(stored: Mapping[str, torch.Tensor], group_size: int) -> dict[str, torch.Tensor]:
     """Every linear's weight in the first version of the format of GPTQ, float32 [N, K] by the linear's name."""
     suffix = ".qweight"
     names = [name.removesuffix(suffix) for name in stored if name.endswith(suffix)]
-    return {name: gptq_weight(stored, name) for name in names}
+    return {name: gptq_weight(stored, name, group_size) for name in names}
 
 
-def gptq_weight(stored: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+def gptq_weight(stored: Mapping[str, torch.Tensor], name: str, group_size: int) -> torch.Tensor:
     """One linear's weight, float32 [N, K].
 
     qweight int32 [K / 8, N] holds 8 codes of one output feature, low bits first; qzeros int32 [groups, N / 8] the zero
@@ -187,8 +187,7 @@ def gptq_weight(stored: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     # A zero point of 0, less 1, is stored as 15.
     zeros = (unpack(stored[f"{name}.qzeros"]).T + 1) & (2**BITS - 1)  # [N, groups]
     scales = stored[f"{name}.scales"].float().T  # [N, groups]
-    features = codes.shape[1]
-    group = stored.get(f"{name}.g_idx", torch.arange(features) // (features // scales.shape[1])).long()
+    group = stored.get(f"{name}.g_idx", torch.arange(codes.shape[1]) // group_size).long()
     return (codes - zeros[:, group]).float() * scales[:, group]
 
 
@@ -228,7 +227,7 @@ def auto_round(task: Task) -> Quantized:
     tool.save_quantized(str(task.artifact), format=packing, inplace=True)
     cost = task.cost()
     stored = stored_tensors(task.artifact)
-    return Quantized(cost, stored, gptq_weights(stored), in_memory, {**settings, "format": packing})
+    return Quantized(cost, stored, gptq_weights(stored, task.group_size), in_memory, {**settings, "format": packing})
 
 
 def hqq(task: Task) -> Quantized:
@@ -288,12 +287,12 @@ def llm_compressor(task: Task) -> Quantized:
     model.save_pretrained(task.artifact, save_compressed=True)
     cost = task.cost()
     stored = stored_tensors(task.artifact)
-    weights = {name: compressed_weight(stored, name) for name in in_memory}
+    weights = {name: compressed_weight(stored, name, task.group_size) for name in in_memory}
     settings = {"modifier": "GPTQModifier", "weights": scheme}
     return Quantized(cost, stored, weights, in_memory, settings)
 
 
-def compressed_weight(stored: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+def compressed_weight(stored: Mapping[str, torch.Tensor], name: str, group_size: int) -> torch.Tensor:
     """One linear's weight, float32 [N, K], from the pack-quantized format of compressed-tensors.
 
     weight_packed int32 [N, K / 8] holds 8 codes of one row, low bits first, from -8 to 7 with 8 added; weight_scale
@@ -305,8 +304,8 @@ def compressed_weight(stored: Mapping[str, torch.Tensor], name: str) -> torch.Te
         zeros = torch.full(scales.shape, 2 ** (BITS - 1))
     else:
         zeros = unpack(packed_zeros.T).T[: len(scales)]  # [N, groups]
-    group_size = codes.shape[1] // scales.shape[1]
-    return (codes - zeros.repeat_interleave(group_size, 1)).float() * scales.repeat_interleave(group_size, 1)
+    group = torch.arange(codes.shape[1]) // group_size
+    return (codes - zeros[:, group]).float() * scales[:, group]
 
 
 def gptqmodel(task: Task) -> Quantized:
@@ -327,7 +326,7 @@ def gptqmodel(task: Task) -> Quantized:
     in_memory = {
         name: module.dequantize_weight().T for name, module in loaded.named_modules() if hasattr(module, "qweight")
     }
-    return Quantized(cost, stored, gptq_weights(stored), in_memory, settings)
+    return Quantized(cost, stored, gptq_weights(stored, task.group_size), in_memory, settings)
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,12 @@ def expected_weight(
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("group_of", [None, [0, 1, 1, 0] * 4])
+SHORT_LAST_GROUP = [0] * 16 + [1] * 8  # of 24 features in groups of 16
+
+
+@pytest.mark.parametrize("group_of", [None, [0, 1, 1, 0] * 6])
 def test_the_format_of_gptq_is_read_element_by_element(group_of: list[int] | None) -> None:
-    codes, zeros, scales = random_codes(8, 16), random_codes(8, 2), random_scales(8, 2)
+    codes, zeros, scales = random_codes(8, 24), random_codes(8, 2), random_scales(8, 2)
     zeros[0, 0] = 0  # less 1 it is stored as 15
     stored = {
         "a.b.qweight": packed(codes).T.contiguous(),
@@ -76,15 +79,15 @@ def test_the_format_of_gptq_is_read_element_by_element(group_of: list[int] | Non
     }
     if group_of is not None:
         stored["a.b.g_idx"] = torch.tensor(group_of, dtype=torch.int32)
-    weights = script.gptq_weights(stored)
+    weights = script.gptq_weights(stored, 16)
     assert list(weights) == ["a.b"]
     assert weights["a.b"].dtype == torch.float32
-    assert weights["a.b"].tolist() == expected_weight(codes, zeros, scales, group_of or [0] * 8 + [1] * 8)
+    assert weights["a.b"].tolist() == expected_weight(codes, zeros, scales, group_of or SHORT_LAST_GROUP)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_format_of_compressed_tensors_is_read_as_its_package_packs_it(symmetric: bool) -> None:
-    codes, scales = random_codes(12, 16), random_scales(12, 2)
+    codes, scales = random_codes(12, 24), random_scales(12, 2)
     zeros = torch.full((12, 2), 8) if symmetric else random_codes(12, 2)
     stored = {
         "a.weight_packed": pack_to_int32((codes - 8).to(torch.int8), 4),
@@ -92,8 +95,8 @@ def test_the_format_of_compressed_tensors_is_read_as_its_package_packs_it(symmet
     }
     if not symmetric:
         stored["a.weight_zero_point"] = pack_to_int32((zeros - 8).to(torch.int8), 4, packed_dim=0).contiguous()
-    weight = script.compressed_weight(stored, "a")
-    assert weight.tolist() == expected_weight(codes, zeros, scales, [0] * 8 + [1] * 8)
+    weight = script.compressed_weight(stored, "a", 16)
+    assert weight.tolist() == expected_weight(codes, zeros, scales, SHORT_LAST_GROUP)
 
 
 def test_the_format_of_hqq_is_read_element_by_element() -> None:

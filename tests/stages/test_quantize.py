@@ -231,3 +231,30 @@ def test_parts_make_no_difference(finished: tuple[Path, Path], tmp_path: Path, m
         expected, found = shard(run, index), shard(tmp_path / "out.run", index)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_block_is_run_again_from_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    begun: list[tuple[str, ...]] = []
+    run = Decoder.run
+
+    def spy(self, index, block, hidden, known=None, **filler):  # type: ignore[no-untyped-def]
+        if known is not None and not filler:  # of the rounded block, and not to find out where a run can begin
+            begun.append(tuple(name.rsplit(".", 1)[1] for name in known))
+        return run(self, index, block, hidden, known, **filler)
+
+    with opened(short_config(source, tmp_path / "out", calibration__samples=1)) as job:
+        done = run_to(job, "profile")
+        keys = done["calibrate"].record.key, done["profile"].record.key
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "run", spy)
+            quantize(job, *keys)
+        shards = [shard(job.run.path, index) for index in range(2)]
+        monkeypatch.setattr(Decoder, "shortcuts", lambda *args: ())
+        quantize(job, *keys, force=True)
+        # For q, k and v, for o, for gate and up, for down, and at the end for the next block.
+        assert begun == 2 * [(), (), ("o_proj",), ("o_proj",), ("o_proj", "down_proj")]
+        for index, expected in enumerate(shards):
+            found = shard(job.run.path, index)
+            assert expected.keys() == found.keys()
+            assert all(torch.equal(expected[name], found[name]) for name in expected)
