@@ -169,6 +169,12 @@ ROWS: tuple[Conversion, ...] = (
     *(average(bits) for bits in (4.1, 4.25, 4.31, 4.4, 4.62, 4.99)),
     effort("fast"),
     effort("balanced"),
+    Conversion(
+        "windows-256",
+        "average of 4.4 bits, --effort best, 256 windows",
+        ("--bits", "4.4", "--effort", "best", "--samples", "256"),
+        has_own_run=True,
+    ),
 )
 
 
