@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -49,6 +49,10 @@ class Grid:
         """The weights [N, K] that codes stand for."""
         scale, zero = self.per_column(codes.shape[1])
         return (codes - zero) * scale
+
+    def rows(self, part: slice) -> Grid:
+        """The grid of some rows."""
+        return replace(self, scale=self.scale[part], zero=self.zero[part])
 
     def per_column(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of every weight: two tensors [N, count]."""
@@ -101,8 +105,8 @@ def scale_table(
     scale = _spanning(low, high, bits, symmetric, margin)
     scale = scale[scale > 0]
     if not len(scale):
-        return storable.with_table(1.0, 1.0, scale_bits)
-    return storable.with_table(smallest_range * float(scale.min()), float(scale.max()), scale_bits)
+        return storable.with_table(1.0, 1.0, scale_bits, weight.device)
+    return storable.with_table(smallest_range * float(scale.min()), float(scale.max()), scale_bits, weight.device)
 
 
 def searched_grid(
