@@ -50,8 +50,10 @@ class Draft:
             descend(self.codes[part], error, own, self.hessian, self.ridge, movable, fisher, loops)
 
     def _parts(self) -> list[slice]:
-        """Some rows at a time, as the errors are as large as the weights."""
-        return [slice(start, start + ROWS_TOGETHER) for start in range(0, len(self.target), ROWS_TOGETHER)]
+        """Some rows at a time, as errors are as large as weights; on a GPU, where small steps are slow, all of them."""
+        count = len(self.target)
+        together = count if self.target.is_cuda else ROWS_TOGETHER
+        return [slice(start, start + together) for start in range(0, count, together)]
 
     def _errors(self, rows: slice) -> tuple[Grid, torch.Tensor, torch.Tensor]:
         """Of some rows: their grid, code - zero point (0 in outlier columns), and E; [R, K] both."""

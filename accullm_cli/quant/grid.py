@@ -17,6 +17,8 @@ SEARCHED_RANGES = tuple(1.0 - 0.02 * step for step in range(21))
 # Weights that a pass of many small steps takes at once: its dozen temporaries stay in the processor's cache (for
 # [8192, 3072] a third of the time), and weigh nothing beside a block.
 CHUNK_ELEMENTS = 1 << 18
+# The same on a GPU, where small steps cost their launches; some 64 MB each.
+CHUNK_ELEMENTS_OF_A_GPU = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,8 @@ def _search_rows(
 
 def row_chunks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The rows of [N, K] in parts of about CHUNK_ELEMENTS, as views."""
-    return weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
+    elements = CHUNK_ELEMENTS_OF_A_GPU if weight.is_cuda else CHUNK_ELEMENTS
+    return weight.split(max(1, elements // weight.shape[1]))
 
 
 def _grid_of_range(
