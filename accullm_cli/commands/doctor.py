@@ -204,7 +204,7 @@ def _kernels() -> Check:
     import torch
 
     from accullm_cli.kernels.check import compile_all, largest_disagreement
-    from accullm_cli.kernels.rounding_check import rounding_disagreement
+    from accullm_cli.kernels.rounding_check import loops_of, rounding_disagreement
 
     gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability(0) if gpu else (9, 0)
@@ -215,7 +215,7 @@ def _kernels() -> Check:
             return Check(name, True, False, f"{count} compile for sm_{architecture}; no GPU to run them on")
         device = torch.device("cuda", 0)
         error = largest_disagreement(device)
-        rounding_error = rounding_disagreement(device)
+        rounding_error = rounding_disagreement(loops_of(device))
     except AccullmError as refused:
         return Check(name, False, False, f"not run: {refused.what}", refused.hint or "see docs/kernels.md")
     if error is not None:

@@ -49,8 +49,8 @@ class SweepStruct(ctypes.Structure):
     )
 
 
-def cuda_loops(launch: Callable[[Launch, torch.device], None], shared_bytes: int) -> Loops:
-    """The loops for weights on a GPU.
+def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], None], shared_bytes: int) -> Loops:
+    """The loops of a GPU.
 
     Where rows feed each other, a tile is a chain through all of its weights, and the CPU rounds it: it goes there and
     back. Descent does so by itself (quant.descent).
@@ -65,16 +65,16 @@ def cuda_loops(launch: Callable[[Launch, torch.device], None], shared_bytes: int
             return COMPILED.round_tile(tile)
         own = _contiguous(tile)
         codes, error = torch.empty_like(own.wanted, dtype=torch.uint8), torch.empty_like(own.wanted)
-        launch(tile_launch(own, codes, error), codes.device)
+        launch(tile_launch(own, codes, error), device)
         return codes, error
 
     def sweep(rows: Sweep) -> None:
         grid = replace(rows.grid, scale=rows.grid.scale.contiguous())
         own = replace(rows, hessian=rows.hessian.contiguous(), grid=grid)
         curvature = curvature_of(own)  # a launch holds addresses alone
-        launch(sweep_launch(own, curvature, shared_bytes), own.codes.device)
+        launch(sweep_launch(own, curvature, shared_bytes), device)
 
-    return Loops(round_tile, sweep)
+    return Loops(device, round_tile, sweep)
 
 
 def tile_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:

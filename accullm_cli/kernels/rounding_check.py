@@ -27,14 +27,15 @@ def checked_loops(device: torch.device) -> Loops:
     """
     if device.type == "cpu":
         return COMPILED
-    error = rounding_disagreement(device)
+    loops = loops_of(device)
+    error = rounding_disagreement(loops)
     if error is not None:
         raise AccullmError(
             f"the CUDA kernels round otherwise than the CPU: {error}",
             str(device),
             "convert on the CPU, and please report this with the output of accullm doctor",
         )
-    return loops_of(device)
+    return loops
 
 
 def loops_of(device: torch.device) -> Loops:
@@ -42,16 +43,13 @@ def loops_of(device: torch.device) -> Loops:
     from accullm_cli.kernels.device import describe, launch
 
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return cuda_loops(launch, describe(index).shared_bytes)
+    return cuda_loops(device, launch, describe(index).shared_bytes)
 
 
-def rounding_disagreement(device: torch.device, loops: Loops | None = None) -> str | None:
-    """Round a tile, at random and not, and sweep over some rows, by the loops there and the CPU's here.
+def rounding_disagreement(loops: Loops) -> str | None:
+    """Round a tile, at random and not, and sweep over some rows, by these loops and by the CPU's.
 
     Both add up the same terms in the same order, so that any numbers will do, and all bits have to be equal.
-
-    Args:
-        loops: default: the kernels of the device.
 
     Returns:
         What differs; None where nothing does.
@@ -59,16 +57,15 @@ def rounding_disagreement(device: torch.device, loops: Loops | None = None) -> s
     Raises:
         AccullmError: the kernels cannot be compiled for the device.
     """
-    loops = loops_of(device) if loops is None else loops
     draw = torch.Generator().manual_seed(0)
     for what, tile in _tiles(draw):
-        there: Tile = _copied(tile, device)
+        there: Tile = _copied(tile, loops.device)
         codes, error = COMPILED.round_tile(tile)
         found_codes, found_error = loops.round_tile(there)
         if not _equal((found_codes, codes), (found_error, error), (there.fed, tile.fed)):
             return f"{what}: {_different(found_codes, codes)}"
     rows = _sweep(draw)
-    moved: Sweep = _copied(rows, device)
+    moved: Sweep = _copied(rows, loops.device)
     COMPILED.sweep(rows)
     loops.sweep(moved)
     if not _equal((moved.codes, rows.codes), (moved.error, rows.error)):

@@ -183,7 +183,7 @@ def sweep(rows: Sweep, product: torch.Tensor | None = None, fisher: torch.Tensor
             there.copy_(here)
 
 
-COMPILED = Loops(round_tile, sweep)
+COMPILED = Loops(torch.device("cpu"), round_tile, sweep)
 
 
 def _array(tensor: torch.Tensor) -> Any:

@@ -1,7 +1,7 @@
 """The two inner loops of rounding: what decides one weight after the other, and so cannot be a product of matrices.
 
-Whoever calls rounding says which make of them runs: those that numba compiles for the CPU (`quant.compiled.COMPILED`),
-or kernels for the device that the weights are on (`kernels.rounding`).
+Whoever calls rounding says which make of them runs, and so where: those that numba compiles for the CPU
+(`quant.compiled.COMPILED`), or a GPU's kernels (`kernels.rounding`).
 """
 
 from __future__ import annotations
@@ -64,9 +64,11 @@ class Sweep:
 class Loops:
     """One make of the two.
 
+    device: the one they are for, where all that belongs to rounding then happens.
     round_tile: codes, uint8 [N, C], and what they miss of `wanted`, [N, C].
     sweep: does its work in place.
     """
 
+    device: torch.device
     round_tile: Callable[[Tile], tuple[torch.Tensor, torch.Tensor]]
     sweep: Callable[[Sweep], None]

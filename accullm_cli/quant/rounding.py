@@ -99,7 +99,7 @@ def round_linears(
     fishers: Mapping[str, torch.Tensor] | None = None,
     loops: Loops = COMPILED,
 ) -> dict[str, RoundedLinear]:
-    """Round the linears that read one input, on the device that weights and matrices are on.
+    """Round the linears that read one input.
 
     Args:
         weights: the source's weight [N, K] of each linear, in the working dtype (float32; float64 in tests).
@@ -109,16 +109,17 @@ def round_linears(
         pulls: C = Y^T O / T of each linear, [K, N]; a linear without one is rounded towards its own weight.
         importance: [K], weight of a column's squared error for the choice of grids; default: the Hessian's diagonal.
         fishers: G of each linear, [N, N]; in one that has none, rows do not feed each other.
-        loops: what decides weight after weight.
+        loops: what decides weight after weight. Everything goes to its device, a linear at a time, and comes back.
 
     Returns:
-        For each linear the quantized weight and records. One factorization is made for each distinct set of outlier
-        features, however many linears share it.
+        For each linear the quantized weight, on the device of its weight, and records. One factorization is made for
+        each distinct set of outlier features, however many linears share it.
 
     Raises:
         AccullmError: a matrix holds NaN or Inf, or the Hessian cannot be factored at any damping up to its own mean.
     """
-    pulls, fishers = dict(pulls or {}), fishers or {}
+    pulls, fishers, device = dict(pulls or {}), fishers or {}, loops.device
+    hessian = _sent(hessian, device)
     for name, what, matrix in (
         (next(iter(weights)), "Hessian", hessian),
         *((name, "pull of earlier errors", pull) for name, pull in pulls.items()),
@@ -128,6 +129,7 @@ def round_linears(
             raise AccullmError(f"the {what} holds NaN or Inf", name, "check the calibration text and model")
     if importance is None and hessian is not None:
         importance = hessian.diagonal()
+    importance = _sent(importance, device)
     without_data: tuple[str, ...] = ()
     if hessian is None and options.method != "nearest":
         options = replace(options, method="nearest")
@@ -143,15 +145,23 @@ def round_linears(
             factor = factor_hessian(hessian, options.damping, outliers, options.outlier_mode == "compensating")
         for name in names:
             linears[name], own_records = _round_one(
-                weights[name], pulls.pop(name, None), plans[name], options, source_dtype, importance, hessian, factor,
-                fishers.get(name), loops,
+                weights[name].to(device), _sent(pulls.pop(name, None), device), plans[name], options, source_dtype,
+                importance, hessian, factor, _sent(fishers.get(name), device), loops,
             )  # fmt: skip
             records[name] = without_data + own_records
         del factor  # before the errors are measured, which takes room for whole weights
     return {
-        name: RoundedLinear(linears[name], relative_error(weight, linears[name], hessian), records[name])
+        name: RoundedLinear(
+            linears[name].to(weight.device),
+            relative_error(weight.to(device), linears[name], hessian),
+            records[name],
+        )
         for name, weight in weights.items()
     }
+
+
+def _sent(matrix: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if matrix is None else matrix.to(device)
 
 
 def _round_one(

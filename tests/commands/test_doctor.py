@@ -18,6 +18,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.kernels import check, matmul, rounding_check
 from accullm_cli.kernels.packed import PackedLinear
 from accullm_cli.quant import draft, linear
+from accullm_cli.quant.compiled import COMPILED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -230,7 +231,8 @@ def answering(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(check, "compile_all", compile_all)
     monkeypatch.setattr(check, "largest_disagreement", lambda device: disagreement)
-    monkeypatch.setattr(rounding_check, "rounding_disagreement", lambda device: rounding_disagreement)
+    monkeypatch.setattr(rounding_check, "loops_of", lambda device: COMPILED)
+    monkeypatch.setattr(rounding_check, "rounding_disagreement", lambda loops: rounding_disagreement)
     return asked
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from accullm_cli.kernels.layout import TiledLinear, tile
 from accullm_cli.kernels.matmul import hybrid_matmul
 from accullm_cli.kernels.repack import dequantize_launch, pack_launch, unpack_launch
 from accullm_cli.kernels.rounding import cuda_loops
-from accullm_cli.kernels.rounding_check import checked_loops, rounding_disagreement
+from accullm_cli.kernels.rounding_check import checked_loops, loops_of, rounding_disagreement
 from accullm_cli.quant.compiled import COMPILED
 from accullm_cli.quant.loops import Sweep, Tile
 from accullm_cli.quant.plan import LinearPlan
@@ -120,7 +121,7 @@ def test_packing_and_dequantizing_exactly(dtype: torch.dtype) -> None:
 
 
 def test_the_check_before_rounding_passes() -> None:
-    assert rounding_disagreement(GPU) is None
+    assert rounding_disagreement(loops_of(GPU)) is None
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
@@ -147,7 +148,7 @@ def test_a_rounding_sweep_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, col
     grid = replace(rows.grid, scale=rows.grid.scale.to(GPU), zero=rows.grid.zero.to(GPU))
     there: Sweep = replace(rows, **parts, grid=grid)
     COMPILED.sweep(rows)
-    cuda_loops(launch, min(shared_bytes, describe(0).shared_bytes)).sweep(there)
+    cuda_loops(GPU, launch, min(shared_bytes, describe(0).shared_bytes)).sweep(there)
     assert torch.equal(there.codes.cpu(), rows.codes)
     assert torch.equal(there.error.cpu(), rows.error)
 
@@ -157,12 +158,7 @@ def test_rounding_writes_the_pinned_bytes(name: str, monkeypatch: pytest.MonkeyP
     """Every sum of these problems is exact, so that the products around the kernels are those of the CPU, too."""
     from tests import test_pinned
 
-    def round_there(weights, plans, options, dtype, hessian, pulls):  # type: ignore[no-untyped-def]
-        weights, pulls = ({name: part.to(GPU) for name, part in parts.items()} for parts in (weights, pulls))
-        found = round_linears(weights, plans, options, dtype, hessian.to(GPU), pulls, loops=checked_loops(GPU))
-        return {name: replace(result, linear=result.linear.to(CPU)) for name, result in found.items()}
-
-    monkeypatch.setattr(test_pinned, "round_linears", round_there)
+    monkeypatch.setattr(test_pinned, "round_linears", partial(round_linears, loops=checked_loops(GPU)))
     assert sha256_of(CASES[name].rounded(CASES[name].made(), torch.float32)) == PINNED[name][1]
 
 
@@ -176,19 +172,19 @@ def test_rounding_random_numbers_differs_in_few_codes(method: str, mode: str, wi
     options = RoundingOptions(method, mode, damping=0.3)  # type: ignore[arg-type]
     gradients = torch.randn(2000, 700, generator=torch.Generator().manual_seed(1))
     fisher = gradients.T @ gradients / 2000
-    results = []
-    for device in (CPU, GPU):
-        fishers = {"a": fisher.to(device)} if with_fisher else {}
-        found = round_linears(
-            {"a": problem.weight.float().to(device)}, {"a": plan}, options, torch.bfloat16,
-            problem.hessian.float().to(device), {"a": problem.pull.float().to(device)}, fishers=fishers,
-            loops=checked_loops(device),
-        )["a"]  # fmt: skip
-        results.append((found.linear.to(CPU), found.relative_error))
-    (here, error), (there, error_there) = results
-    assert error is not None
-    assert error_there == pytest.approx(error, rel=0.01)
-    assert float((here.codes != there.codes).double().mean()) < 0.02
+    fishers = {"a": fisher} if with_fisher else {}
+    here, there, again = (
+        round_linears(
+            {"a": problem.weight.float()}, {"a": plan}, options, torch.bfloat16, problem.hessian.float(),
+            {"a": problem.pull.float()}, fishers=fishers, loops=checked_loops(device),
+        )["a"]
+        for device in (CPU, GPU, GPU)
+    )  # fmt: skip
+    assert here.relative_error is not None
+    assert there.relative_error == pytest.approx(here.relative_error, rel=0.01)
+    assert float((here.linear.codes != there.linear.codes).double().mean()) < 0.02
+    for suffix, tensor in there.linear.to_tensors().items():
+        assert torch.equal(again.linear.to_tensors()[suffix], tensor), f"{suffix}: runs differ"
 
 
 # -- streams and graphs ------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ GROUP_SIZE = 16
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 ORDERS = st.sampled_from([FORWARDS, BACKWARDS, SHUFFLED])
 AMPLE = 99 * 1024  # bytes of shared memory
-EMULATED = cuda_loops(lambda what, device: emulate(what), AMPLE)
+EMULATED = cuda_loops(torch.device("cpu"), lambda what, device: emulate(what), AMPLE)
 
 # -- a tile of feedback ------------------------------------------------------------------------------------
 
@@ -312,7 +312,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(what.kernel)
         emulate(what)
 
-    loops = cuda_loops(launch, AMPLE)
+    loops = cuda_loops(torch.device("cpu"), launch, AMPLE)
     monkeypatch.setattr(test_pinned, "round_linears", lambda *args: round_linears(*args, loops=loops))
     return names
 

@@ -46,7 +46,7 @@ def forgetful_sweep(rows: Sweep) -> None:
     ],
 )
 def test_what_rounds_otherwise_is_found(loops: Loops, found: str | None) -> None:
-    said = rounding_disagreement(CPU, loops)
+    said = rounding_disagreement(loops)
     assert said == found or (said and found and re.fullmatch(found, said))
 
 
@@ -62,7 +62,7 @@ def test_a_device_that_rounds_otherwise_rounds_nothing(as_on_a_gpu: Callable[[Lo
     meta = torch.device("meta")
     as_on_a_gpu(COMPILED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounding_check, "rounding_disagreement", lambda where: "descend: 3 of 26880 codes")
+        patch.setattr(rounding_check, "rounding_disagreement", lambda loops: "descend: 3 of 26880 codes")
         with pytest.raises(AccullmError) as refusal:
             checked_loops(meta)
     assert refusal.value.line() == (
@@ -70,7 +70,7 @@ def test_a_device_that_rounds_otherwise_rounds_nothing(as_on_a_gpu: Callable[[Lo
         "please report this with the output of accullm doctor"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounding_check, "rounding_disagreement", lambda where: None)
+        patch.setattr(rounding_check, "rounding_disagreement", lambda loops: None)
         assert checked_loops(meta) is COMPILED
     checked_loops.cache_clear()
 
@@ -79,4 +79,6 @@ def test_a_device_that_rounds_otherwise_rounds_nothing(as_on_a_gpu: Callable[[Lo
 def test_the_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "launch", lambda what, where: emulate(what))
     monkeypatch.setattr(device, "describe", lambda index: Device(4, 99 * 1024))
-    assert rounding_disagreement(CPU, rounding_check.loops_of(torch.device("cuda", 0))) is None
+    loops = rounding_check.loops_of(torch.device("cuda", 3))
+    assert loops.device == torch.device("cuda", 3)
+    assert rounding_disagreement(replace(loops, device=CPU)) is None

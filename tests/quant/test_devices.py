@@ -1,16 +1,22 @@
-"""Rounding happens where the weights are: every tensor that it makes is made there."""
+"""Rounding happens on the device of its loops: all is sent and made there, and comes back."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+from accullm_cli.quant.compiled import COMPILED
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
-from tests.quant.elsewhere import Elsewhere, as_if_there_were_a_gpu
+from tests.quant.elsewhere import THERE, Elsewhere, as_if_there_were_a_gpu
 from tests.quant.references import correlated_problem
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which needs no stand-in")
+
+# Those of the CPU, to which what lies there comes and from which it goes back.
+LOOPS = replace(COMPILED, device=THERE)
 
 
 def test_the_stand_in_refuses_what_a_gpu_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,26 +45,23 @@ def test_rounding_follows_its_weights(
     here = round_linears({"a": weight}, {"a": plan}, options, torch.bfloat16, hessian, {"a": pull}, fishers=fishers)[
         "a"
     ]
-    with as_if_there_were_a_gpu(monkeypatch) as go:
+    with as_if_there_were_a_gpu(monkeypatch):
         found = round_linears(
-            {"a": go(weight)}, {"a": plan}, options, torch.bfloat16, go(hessian), {"a": go(pull)},
-            fishers={name: go(fisher) for name, fisher in fishers.items()},
-        )["a"]  # fmt: skip
-        parts = [part for part in vars(found.linear).values() if isinstance(part, torch.Tensor)]
-        assert all(isinstance(part, Elsewhere) for part in parts)
-        back = found.linear.to(torch.device("cpu"))
+            {"a": weight}, {"a": plan}, options, torch.bfloat16, hessian, {"a": pull}, fishers=fishers, loops=LOOPS
+        )["a"]
     assert found.relative_error == here.relative_error
     for suffix, tensor in here.linear.to_tensors().items():
-        assert torch.equal(back.to_tensors()[suffix], tensor), suffix
+        back = found.linear.to_tensors()[suffix]
+        assert type(back) is torch.Tensor, f"{suffix} stayed there"
+        assert torch.equal(back, tensor), suffix
 
 
 def test_rounding_without_data_does_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, plan = torch.randn(5, 70), LinearPlan("a", 5, 70, 4, 32, True, (3,))
     options = RoundingOptions("feedback")
     here = round_linears({"a": weight}, {"a": plan}, options, torch.bfloat16)["a"]
-    with as_if_there_were_a_gpu(monkeypatch) as go:
-        found = round_linears({"a": go(weight)}, {"a": plan}, options, torch.bfloat16)["a"]
-        back = found.linear.to(torch.device("cpu"))
+    with as_if_there_were_a_gpu(monkeypatch):
+        found = round_linears({"a": weight}, {"a": plan}, options, torch.bfloat16, loops=LOOPS)["a"]
     assert found.records == here.records
-    assert torch.equal(back.codes, here.linear.codes)
-    assert torch.equal(back.scales, here.linear.scales)
+    assert torch.equal(found.linear.codes, here.linear.codes)
+    assert torch.equal(found.linear.scales, here.linear.scales)
