@@ -293,8 +293,8 @@ class Machine(Section):
     )
     device: str = option(
         "auto",
-        "Where validate runs the artifact: 'cpu', as does 'auto' so far; or 'cuda', 'cuda:N', the whole model at once "
-        "through the CUDA kernels, in 16 bits. All else computes on the CPU.",
+        "Where quantize rounds and validate runs the artifact: 'cpu', as does 'auto' so far; or 'cuda', 'cuda:N', "
+        "through the CUDA kernels (validate the whole model at once, in 16 bits). All else computes on the CPU.",
         example="cuda:0",
         allowed="auto, cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",

@@ -36,7 +36,7 @@ from accullm_cli.stages.calibrate import (
     other_window_count,
 )
 from accullm_cli.stages.checks import GOLDEN_FORMAT, check_config, check_positions, preflight, refuse_golden
-from accullm_cli.stages.device import check_format, wants_speed
+from accullm_cli.stages.device import check_format, describe_device, device_of, wants_speed
 from accullm_cli.stages.estimate import estimate
 from accullm_cli.stages.export import artifact_directories, export, export_inputs, known_files
 from accullm_cli.stages.job import Job, StageOutcome, decide, versions
@@ -83,7 +83,8 @@ class DryRun:
 
     stages: as the run would find them, but that of an artifact made of changed inputs nothing is known, so that it
     counts as changed; a stage asked for alone is the last one.
-    peak_bytes and seconds are estimates. bits_per_weight is exact for the native format, or within the average that was
+    device: where weights are rounded and artifacts run. peak_bytes and seconds are estimates for the CPU; what a GPU
+    saves is not in them. bits_per_weight is exact for the native format, or within the average that was
     asked for; artifact_bytes are its tensors and the tokenizer files, to which a few kilobytes of JSON and headers
     come.
     """
@@ -92,6 +93,7 @@ class DryRun:
     run: str
     artifact: str
     stages: tuple[PlannedStage, ...]
+    device: str
     bits_per_weight: float
     artifact_bytes: int
     peak_bytes: int
@@ -208,6 +210,7 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
             run=str(run.path),
             artifact=str(artifact_path(config)),
             stages=stages,
+            device=describe_device(device_of(config)),
             bits_per_weight=plan.bits_per_weight,
             artifact_bytes=estimated.artifact_bytes,
             peak_bytes=estimated.peak_bytes,

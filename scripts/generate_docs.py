@@ -94,7 +94,7 @@ Escape codes are written to terminals only, and colours not at all where `NO_COL
 | `convert`, `validate` | the artifact's path, one line for each format | `reports`: [schema](report.schema.json) |
 | `calibrate`, `profile`, `quantize` | the run directory | `stage` |
 | `export` | the artifact's path, one line for each format | `stage` |
-| any of these with `--dry-run` | what would run and why, size, memory, time | `dry_run` |
+| any of these with `--dry-run` | what would run, why and on which device, size, memory, time | `dry_run` |
 | `inspect` | what is in it | `inspection` |
 | `compare` | both side by side | `comparison` |
 | `verify` | the files, and what is wrong with them | `verification` |

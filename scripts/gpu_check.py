@@ -2,8 +2,9 @@
 
     python scripts/gpu_check.py [FOLDER]        default: work/gpu_check
 
-Runs, one after the other: doctor, the tests with the marker `gpu`, the same under compute-sanitizer's memcheck and
-racecheck where it is installed (a few tests: it is slow), the table of machine code for this GPU, and the benchmark.
+Runs, one after the other: doctor, the tests with the marker `gpu` (rounding has to give the codes of the CPU among
+them), the table of machine code for this GPU, the time that rounding a block of Llama-7B takes, the benchmark of
+products, and some of the tests under compute-sanitizer's memcheck and racecheck where it is installed: it is slow.
 Each one's output lies in FOLDER; a line for each says whether it passed. Exits with 1 if one did not.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 GPU_TESTS = ("-m", "pytest", "-m", "gpu", "-ra", "tests/kernels", "tests/pipeline/test_speed.py")
 # Small shapes, every kernel.
-SANITIZED = (*GPU_TESTS, "-k", "odd_shapes or packing or feedback_rounding or graph")
+SANITIZED = (*GPU_TESTS, "-k", "odd_shapes or packing or rounding_tile or rounding_sweep or graph")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def steps(architecture: int, sanitizer: str | None) -> list[Step]:
         Step("doctor", (python, "-m", "accullm_cli", "doctor")),
         Step("tests", (python, *GPU_TESTS)),
         Step("machine_code", (python, "scripts/kernel_table.py", str(architecture))),
+        Step("rounding", (python, "scripts/time_rounding.py")),
         Step("bench", (python, "scripts/bench_kernels.py")),
         Step("bench_bfloat16", (python, "scripts/bench_kernels.py", "--dtype", "bfloat16")),
     ]

@@ -19,7 +19,6 @@ class Mutant:
 ROUNDING = "accullm_cli/quant/rounding.py"
 FEEDBACK = "accullm_cli/quant/feedback.py"
 COMPILED = "accullm_cli/quant/compiled.py"
-DESCENT = "accullm_cli/quant/descent.py"
 GRID = "accullm_cli/quant/grid.py"
 SCALES = "accullm_cli/quant/scales.py"
 PACKING = "accullm_cli/quant/packing.py"
@@ -49,21 +48,21 @@ OF_THE_MATHEMATICS = (
     ),
     Mutant(
         "descent forgets what a changed code does to the slopes of its row",
-        DESCENT,
+        COMPILED,
         "product[n, j] -= moved * hessian[k, j]",
         "product[n, j] -= 0 * moved * hessian[k, j]",
         ("tests/quant/test_descent.py",),
     ),
     Mutant(
         "descent forgets what a changed code does to the slopes of other rows",
-        DESCENT,
+        COMPILED,
         "weight = fisher[m, n] * moved",
         "weight = fisher[m, n] * moved if m == n else 0 * moved",
         ("tests/quant/test_descent.py",),
     ),
     Mutant(
         "descent moves codes of outlier features",
-        DESCENT,
+        COMPILED,
         "if not movable[k] or not curvature > lowest:",
         "if not curvature > lowest:",
         ("tests/quant/test_descent.py",),

@@ -197,13 +197,14 @@ def _matmul_engine() -> Check:
 
 
 def _kernels() -> Check:
-    """Do the CUDA kernels compile, and (on a GPU) agree with plain dequantization? Only a disagreement fails doctor."""
+    """Do the CUDA kernels compile, and (on a GPU) agree with float64 and the CPU? Only a disagreement fails doctor."""
     name = "cuda kernels"
     if _import("torch")[0] is None:
         return Check(name, False, False, "not compiled: torch is missing", "install torch")
     import torch
 
     from accullm_cli.kernels.check import compile_all, largest_disagreement
+    from accullm_cli.kernels.rounding_check import loops_of, rounding_disagreement
 
     gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability(0) if gpu else (9, 0)
@@ -212,12 +213,20 @@ def _kernels() -> Check:
         count = compile_all(architecture)
         if not gpu:
             return Check(name, True, False, f"{count} compile for sm_{architecture}; no GPU to run them on")
-        error = largest_disagreement(torch.device("cuda", 0))
+        device = torch.device("cuda", 0)
+        error = largest_disagreement(device)
+        rounding_error = rounding_disagreement(loops_of(device))
     except AccullmError as refused:
         return Check(name, False, False, f"not run: {refused.what}", refused.hint or "see docs/kernels.md")
     if error is not None:
         return Check(name, False, True, f"disagree with float64: {error}", "please report it with this output")
-    return Check(name, True, False, f"{count} compile for sm_{architecture} and agree with float64")
+    if rounding_error is not None:
+        return Check(
+            name, False, True, f"round otherwise than the CPU: {rounding_error}", "please report it with this output"
+        )
+    return Check(
+        name, True, False, f"{count} compile for sm_{architecture}, agree with float64 and round as the CPU does"
+    )
 
 
 def _self_test() -> Check:

@@ -1,4 +1,4 @@
-"""Do the kernels compile, and do they agree with float64? What `accullm doctor` asks."""
+"""Do the kernels compile, and do those that multiply agree with float64? What `accullm doctor` asks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from accullm_cli.kernels.matmul import FUSED_TOKENS, engine, hybrid_matmul
 from accullm_cli.quant.linear import QuantizedLinear
 
 SOURCES = ("hybrid_gemv.cu", "hybrid_gemm.cu", "repack.cu")
+ROUNDING_SOURCES = ("feedback_round.cu", "descend.cu")
 # One for each kernel and each of its sizes.
 TOKENS = (1, GEMV_TOKENS, GEMV_TOKENS + 1, FUSED_TOKENS // 2, FUSED_TOKENS, FUSED_TOKENS + 1)
 
@@ -27,7 +28,7 @@ def compile_all(architecture: int) -> int:
     builds = [(source, defines(torch.float16)) for source in SOURCES]
     if architecture >= 80:  # tensor cores before know no bfloat16
         builds += [(source, defines(torch.bfloat16)) for source in SOURCES]
-    builds.append(("feedback_round.cu", ("REAL=float",)))
+    builds += [(source, ("REAL=float",)) for source in ROUNDING_SOURCES]
     for source, define in builds:
         compile_kernels(source, define, architecture)
     return len(builds)

@@ -1,4 +1,4 @@
-"""The inner loop of rounding with feedback, compiled by numba: it decides one weight after the other.
+"""The inner loops of rounding, compiled by numba for the CPU.
 
 The machine code is kept beside this file, or in the user's cache directory, so that only the first run waits for it
 (some five seconds). Nothing in rounding is reordered or fused, so that the same numbers come out on every CPU.
@@ -14,6 +14,9 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+
+from accullm_cli.quant.loops import Loops, Sweep, Tile
+from accullm_cli.quant.philox import uniform
 
 # Rows that a thread takes at once where rows do not depend on each other.
 ROWS_PER_TASK = 64
@@ -82,49 +85,117 @@ def _round_rows(  # type: ignore[no-untyped-def]
                 fed[n, j] += lost * upper[k, j]
 
 
-def round_tile(
-    wanted: torch.Tensor,
-    fed: torch.Tensor,
-    upper: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    group: torch.Tensor,
-    largest_code: int,
-    rows: tuple[torch.Tensor, torch.Tensor] | None = None,
-    chance: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a tile of weights, N rows by C columns in the order of rounding, with the feedback inside of it.
-
-    Args:
-        wanted: the targets, [N, C], in the working dtype as all that follows.
-        fed: what earlier columns feed to each weight, [N, C]; at the end, in place, what all columns before it feed.
-        upper: U of the tile's columns, [C, C], unit upper triangular.
-        scale, zero: the rows' grid, [N, G]; group: int64 [C], each column's group.
-        rows: where rows feed each other, too: what rows before the tile feed to each weight [N, C] (overwritten), and
-            V of the tile's rows [N, N], unit upper triangular.
-        chance: for stochastic rounding: share [N, C] and noise [N, C], as `stochastic_code` wants them.
-
-    Returns:
-        Codes, uint8 [N, C], and what they miss of `wanted`, [N, C].
-    """
-    codes, error = torch.empty(wanted.shape, dtype=torch.uint8), torch.empty_like(wanted)
-    none = wanted.new_empty(0, 0)
-    row_fed, row_upper = rows or (none, none)
-    share, noise = chance or (none, none)
-    tensors = (wanted, fed, upper, row_fed, row_upper, scale, zero, group)
-    arrays = [tensor.contiguous().numpy() for tensor in tensors]
-    assert fed.is_contiguous(), "fed is written in place"
-    largest = arrays[0].dtype.type(largest_code)
-    rest = [tensor.contiguous().numpy() for tensor in (share, noise, codes, error)]
+def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a tile with the feedback inside of it; see `Loops`. What is on another device comes here and goes back."""
+    fed = tile.fed.cpu().contiguous()
+    none = fed.new_empty(0, 0)
+    row_fed, row_upper = tile.rows or (none, none)
+    tensors = (tile.wanted, fed, tile.upper, row_fed, row_upper, tile.scale, tile.zero, tile.group)
+    arrays = [_array(tensor) for tensor in tensors]
+    largest = arrays[0].dtype.type(tile.largest_code)
+    share = noise = none
+    if tile.chance is not None:
+        chance = tile.chance
+        share, noise = chance.share, uniform(chance.seed, chance.stream, chance.features, len(fed)).to(fed.dtype).T
+    codes, error = torch.empty(fed.shape, dtype=torch.uint8), torch.empty_like(fed)
+    rest = [_array(tensor) for tensor in (share, noise, codes, error)]
 
     def work(first: int, last: int) -> None:
         _round_rows(first, last, *arrays, largest, *rest)
 
-    threads = torch.get_num_threads()
-    if rows is not None or threads == 1 or len(wanted) <= ROWS_PER_TASK:
-        work(0, len(wanted))
+    if tile.rows is not None:
+        work(0, len(fed))
     else:
-        starts = range(0, len(wanted), ROWS_PER_TASK)
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, starts, [min(start + ROWS_PER_TASK, len(wanted)) for start in starts]))
-    return codes, error
+        _share_out(work, len(fed))
+    if fed is not tile.fed:
+        tile.fed.copy_(fed)
+    return codes.to(tile.fed.device), error.to(tile.fed.device)
+
+
+@compiled
+def _sweep_rows(  # type: ignore[no-untyped-def]
+    codes, error, product, slope, hessian, ridge, fisher, scale, group, movable, largest, sweeps
+):
+    """slope: G P of these rows; the same memory as `product`, P, where there is no G."""
+    rows, columns, rows_feed = error.shape[0], error.shape[1], fisher.shape[0] > 0
+    lowest = largest - largest  # 0 of the weights' type
+    for n in range(rows):
+        for _ in range(sweeps):
+            moved_any = False
+            for k in range(columns):
+                step = scale[n, group[k]]
+                curvature = (hessian[k, k] + ridge) * step
+                if rows_feed:
+                    curvature *= fisher[n, n]
+                if not movable[k] or not curvature > lowest:
+                    continue
+                steps = np.rint(slope[n, k] / curvature)
+                if steps == lowest:
+                    continue
+                before = codes[n, k] + lowest
+                code = min(max(before + steps, lowest), largest)
+                moved = (code - before) * step
+                if moved == lowest:
+                    continue
+                moved_any = True
+                codes[n, k] = np.uint8(code)
+                error[n, k] -= moved
+                for j in range(columns):
+                    product[n, j] -= moved * hessian[k, j]
+                product[n, k] -= moved * ridge
+                if rows_feed:
+                    for m in range(rows):
+                        weight = fisher[m, n] * moved
+                        for j in range(columns):
+                            slope[m, j] -= weight * hessian[k, j]
+                        slope[m, k] -= weight * ridge
+            if not moved_any:
+                break
+
+
+def sweep(rows: Sweep, product: torch.Tensor | None = None, fisher: torch.Tensor | None = None) -> None:
+    """Move codes one at a time; see `Loops`. What is on another device comes here and goes back.
+
+    Args:
+        product, fisher: where these rows feed each other: their P = E (H + ridge), [N, K], changed in place, and their
+            G, [N, N]. The slope is that of G P then.
+    """
+    changed = rows.codes, rows.error, rows.slope if product is None else product
+    codes, error, own_product = (tensor.cpu() for tensor in changed)
+    slope = own_product if product is None else rows.slope.cpu()
+    group = torch.arange(codes.shape[1]) // rows.grid.columns_per_group
+    weights = slope.new_empty(0, 0) if fisher is None else fisher
+    constants = (rows.hessian, slope.new_tensor(rows.ridge), weights, rows.grid.scale, group, rows.movable)
+    hessian, ridge, among, scale, groups, movable = (_array(tensor) for tensor in constants)
+    largest = scale.dtype.type(rows.grid.largest_code)
+
+    def work(first: int, last: int) -> None:
+        own = slice(first, last)
+        parts = [tensor[own].numpy() for tensor in (codes, error, own_product, slope)]
+        _sweep_rows(*parts, hessian, ridge[()], among, scale[own], groups, movable, largest, rows.most)
+
+    if fisher is None:
+        _share_out(work, len(codes))
+    else:
+        work(0, len(codes))
+    for there, here in zip(changed, (codes, error, own_product), strict=True):
+        if here is not there:
+            there.copy_(here)
+
+
+COMPILED = Loops(torch.device("cpu"), round_tile, sweep)
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    return tensor.cpu().contiguous().numpy()
+
+
+def _share_out(work: Callable[[int, int], None], count: int) -> None:
+    """Do `work` from row to row, for all rows that do not feed each other, on as many threads as torch has."""
+    threads = torch.get_num_threads()
+    if threads == 1 or count <= ROWS_PER_TASK:
+        work(0, count)
+        return
+    starts = range(0, count, ROWS_PER_TASK)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, starts, [min(start + ROWS_PER_TASK, count) for start in starts]))

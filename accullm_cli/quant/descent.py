@@ -13,60 +13,17 @@ move, which makes it cheap beside the pass before.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
 import torch
 
-from accullm_cli.quant.compiled import ROWS_PER_TASK, compiled
+from accullm_cli.quant.compiled import COMPILED, sweep
 from accullm_cli.quant.grid import Grid
+from accullm_cli.quant.loops import Loops, Sweep
 
 # Sweeps over a row; fewer where one changes nothing.
 SWEEPS = 4
 # Rows whose slopes are kept up to date together where rows feed each other, and sweeps over all of these blocks.
 ROWS_IN_STEP = 16
 ROUNDS = 2
-
-
-@compiled
-def _descend_rows(  # type: ignore[no-untyped-def]
-    first, last, error, product, slope, hessian, ridge, fisher, scale, group, movable, largest, sweeps, codes
-):
-    """Rows `first` to `last`. slope: G P of these rows alone; the same memory as their P where there is no G."""
-    columns, rows_feed = error.shape[1], fisher.shape[0] > 0
-    lowest = largest - largest  # 0 of the weights' type
-    for n in range(first, last):
-        for _ in range(sweeps):
-            moved_any = False
-            for k in range(columns):
-                step = scale[n, group[k]]
-                curvature = (hessian[k, k] + ridge) * step
-                if rows_feed:
-                    curvature *= fisher[n, n]
-                if not movable[k] or not curvature > lowest:
-                    continue
-                steps = np.rint(slope[n - first, k] / curvature)
-                if steps == lowest:
-                    continue
-                before = codes[n, k] + lowest
-                code = min(max(before + steps, lowest), largest)
-                moved = (code - before) * step
-                if moved == lowest:
-                    continue
-                moved_any = True
-                codes[n, k] = np.uint8(code)
-                error[n, k] -= moved
-                for j in range(columns):
-                    product[n, j] -= moved * hessian[k, j]
-                product[n, k] -= moved * ridge
-                if rows_feed:
-                    for m in range(first, last):
-                        weight = fisher[m, n] * moved
-                        for j in range(columns):
-                            slope[m - first, j] -= weight * hessian[k, j]
-                        slope[m - first, k] -= weight * ridge
-            if not moved_any:
-                break
 
 
 def descend(
@@ -77,8 +34,12 @@ def descend(
     ridge: float,
     movable: torch.Tensor,
     fisher: torch.Tensor | None = None,
+    loops: Loops = COMPILED,
 ) -> None:
     """Change codes, one at a time, as long as that lowers tr(G E (H + ridge) E^T).
+
+    Where rows feed each other, their blocks are a chain, and within a block all weights are: too little at a time for a
+    GPU, so that the sweeps run on the CPU wherever the tensors are.
 
     Args:
         codes: uint8 [N, K]; changed in place.
@@ -89,26 +50,14 @@ def descend(
     """
     assert codes.is_contiguous(), "codes are changed in place"
     assert error.is_contiguous(), "errors are changed in place"
-    count = len(codes)
     product = error @ hessian + ridge * error
-    group = torch.arange(codes.shape[1]) // grid.columns_per_group
-    tensors = (hessian, hessian.new_tensor(ridge), hessian.new_empty(0, 0) if fisher is None else fisher, grid.scale)
-    matrix, damping, rows, scale = (tensor.contiguous().numpy() for tensor in tensors)
-    largest = scale.dtype.type(grid.largest_code)
-
-    def work(first: int, last: int, slope: torch.Tensor, sweeps: int) -> None:
-        _descend_rows(
-            first, last, error.numpy(), product.numpy(), slope.numpy(), matrix, damping[()], rows, scale,
-            group.numpy(), movable.numpy(), largest, sweeps, codes.numpy(),
-        )  # fmt: skip
-
-    if fisher is not None:
-        for _ in range(ROUNDS):
-            for first in range(0, count, ROWS_IN_STEP):
-                last = min(first + ROWS_IN_STEP, count)
-                work(first, last, fisher[first:last] @ product, SWEEPS // ROUNDS)
+    if fisher is None:
+        loops.sweep(Sweep(codes, error, product, hessian, ridge, grid, movable, SWEEPS))
         return
-    starts = range(0, count, ROWS_PER_TASK)
-    ends = [min(start + ROWS_PER_TASK, count) for start in starts]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(lambda first, last: work(first, last, product[first:last], SWEEPS), starts, ends))
+    hessian = hessian.cpu()
+    for _ in range(ROUNDS):
+        for start in range(0, len(codes), ROWS_IN_STEP):
+            own = slice(start, start + ROWS_IN_STEP)
+            slope = fisher[own] @ product
+            rows = Sweep(codes[own], error[own], slope, hessian, ridge, grid.rows(own), movable, SWEEPS // ROUNDS)
+            sweep(rows, product[own], fisher[own, own])

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.quant.compiled import round_tile
+from accullm_cli.quant.compiled import COMPILED
 from accullm_cli.quant.grid import Grid
-from accullm_cli.quant.philox import uniform
+from accullm_cli.quant.loops import Chance, Loops, Tile
 from accullm_cli.quant.stochastic import feedback_share
 
 # Columns whose mutual feedback is applied one by one; that of all earlier columns comes as one matrix product.
@@ -61,7 +61,7 @@ def factor_hessian(
         AccullmError: not positive definite even with damping equal to the mean of the diagonal.
     """
     diagonal = hessian.diagonal()
-    is_outlier = torch.zeros(len(diagonal), dtype=torch.bool)
+    is_outlier = torch.zeros(len(diagonal), dtype=torch.bool, device=hessian.device)
     is_outlier[list(outliers)] = True
     by_size = torch.argsort(diagonal, descending=True, stable=True)
     order = by_size[~is_outlier[by_size]]
@@ -77,7 +77,7 @@ def factor_hessian(
         # the place of its argument, laid out by columns (which H, being symmetric, is as well).
         cholesky = hessian[reverse[:, None], reverse].T
         cholesky.diagonal().add_(damping * mean)
-        failed = torch.empty((), dtype=torch.int32)
+        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(cholesky, out=(cholesky, failed))
         if not failed:
             break
@@ -110,6 +110,7 @@ def round_with_feedback(
     source_dtype: torch.dtype,
     generator: tuple[int, int] | None = None,
     rows: Factor | None = None,
+    loops: Loops = COMPILED,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Round the columns of `target` in order, each from its value plus the errors fed forward to it.
 
@@ -127,7 +128,7 @@ def round_with_feedback(
     """
     assert generator is None or rows is None, "rows do not feed each other at random"
     order, count = factor.order, len(target)
-    row_order = torch.arange(count) if rows is None else rows.order
+    row_order = torch.arange(count, device=target.device) if rows is None else rows.order
     row_block = count if rows is None else ROW_BLOCK
     group = order // grid.columns_per_group
     wanted = target[:, order] if rows is None else target[row_order[:, None], order]
@@ -135,7 +136,7 @@ def round_with_feedback(
     error = torch.empty_like(wanted)
     # The errors with all that their row fed to them: what a row passes on to those below it.
     carried = torch.empty_like(wanted) if rows is not None else wanted[:0]
-    codes = torch.zeros(target.shape, dtype=torch.uint8)
+    codes = torch.zeros(target.shape, dtype=torch.uint8, device=target.device)
     clamped, share, gridded = 0, None, slice(0, rounded_features)
     if generator is not None:
         own_scale = scale[:, group[gridded]]
@@ -155,12 +156,12 @@ def round_with_feedback(
             if down is not None:
                 from_above = (down[:top].T @ carried[:top, columns], down[top:])
             if generator is not None and share is not None:
-                noise = uniform(*generator, order[columns], count).to(target.dtype)
-                chance = (share[:, columns], noise.T)
-            own_codes, error[part, columns] = round_tile(
+                chance = Chance(share[:, columns], *generator, order[columns])
+            tile = Tile(
                 wanted[part, columns], fed, feedback[start:], scale[part], zero[part], group[columns],
                 grid.largest_code, from_above, chance,
             )  # fmt: skip
+            own_codes, error[part, columns] = loops.round_tile(tile)
             codes[row_order[part, None], order[columns]] = own_codes
             if rows is not None:
                 carried[part, columns] = error[part, columns] + fed

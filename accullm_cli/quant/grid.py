@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,8 @@ SEARCHED_RANGES = tuple(1.0 - 0.02 * step for step in range(21))
 # Weights that a pass of many small steps takes at once: its dozen temporaries stay in the processor's cache (for
 # [8192, 3072] a third of the time), and weigh nothing beside a block.
 CHUNK_ELEMENTS = 1 << 18
+# The same on a GPU, where small steps cost their launches; some 64 MB each.
+CHUNK_ELEMENTS_OF_A_GPU = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Grid:
         """The weights [N, K] that codes stand for."""
         scale, zero = self.per_column(codes.shape[1])
         return (codes - zero) * scale
+
+    def rows(self, part: slice) -> Grid:
+        """The grid of some rows."""
+        return replace(self, scale=self.scale[part], zero=self.zero[part])
 
     def per_column(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of every weight: two tensors [N, count]."""
@@ -101,8 +107,8 @@ def scale_table(
     scale = _spanning(low, high, bits, symmetric, margin)
     scale = scale[scale > 0]
     if not len(scale):
-        return storable.with_table(1.0, 1.0, scale_bits)
-    return storable.with_table(smallest_range * float(scale.min()), float(scale.max()), scale_bits)
+        return storable.with_table(1.0, 1.0, scale_bits, weight.device)
+    return storable.with_table(smallest_range * float(scale.min()), float(scale.max()), scale_bits, weight.device)
 
 
 def searched_grid(
@@ -203,7 +209,8 @@ def _search_rows(
 
 def row_chunks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The rows of [N, K] in parts of about CHUNK_ELEMENTS, as views."""
-    return weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
+    elements = CHUNK_ELEMENTS_OF_A_GPU if weight.is_cuda else CHUNK_ELEMENTS
+    return weight.split(max(1, elements // weight.shape[1]))
 
 
 def _grid_of_range(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -48,6 +48,11 @@ class QuantizedLinear:
             weight[part] = values.mul_(spread(self.scales[part].to(torch.float32), size, count))
         weight[:, self.outlier_index.long()] = self.outlier_weight.to(dtype)
         return weight
+
+    def to(self, device: torch.device) -> QuantizedLinear:
+        """The same linear on a device."""
+        moved = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     @property
     def scale_bits(self) -> int:

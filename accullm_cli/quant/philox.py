@@ -46,10 +46,10 @@ def uniform(seed: int, stream: int, columns: torch.Tensor, rows: int) -> torch.T
     quads = -(-rows // 4)
     shape = (len(columns), quads)
     counter = (
-        torch.arange(quads).expand(shape),
+        torch.arange(quads, device=columns.device).expand(shape),
         columns[:, None].expand(shape),
-        torch.full(shape, stream),
-        torch.zeros(shape, dtype=torch.int64),
+        torch.full(shape, stream, device=columns.device),
+        torch.zeros(shape, dtype=torch.int64, device=columns.device),
     )
     words = torch.stack(philox(counter, (seed & _MASK, seed >> 32)), dim=-1).reshape(len(columns), -1)[:, :rows]
     return (words >> 8).to(torch.float32) * 2.0**-24

@@ -45,10 +45,12 @@ from typing import Literal
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.quant.descent import descend
+from accullm_cli.quant.compiled import COMPILED
+from accullm_cli.quant.draft import Draft
 from accullm_cli.quant.feedback import ROWS_TOGETHER, Factor, corrected_target, factor_hessian, round_with_feedback
-from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, fitted_scales, minmax_grid, scale_table, searched_grid
+from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, minmax_grid, scale_table, searched_grid
 from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.loops import Loops
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.scales import StorableScales
 
@@ -95,6 +97,7 @@ def round_linears(
     pulls: Mapping[str, torch.Tensor] | None = None,
     importance: torch.Tensor | None = None,
     fishers: Mapping[str, torch.Tensor] | None = None,
+    loops: Loops = COMPILED,
 ) -> dict[str, RoundedLinear]:
     """Round the linears that read one input.
 
@@ -106,15 +109,17 @@ def round_linears(
         pulls: C = Y^T O / T of each linear, [K, N]; a linear without one is rounded towards its own weight.
         importance: [K], weight of a column's squared error for the choice of grids; default: the Hessian's diagonal.
         fishers: G of each linear, [N, N]; in one that has none, rows do not feed each other.
+        loops: what decides weight after weight. Everything goes to its device, a linear at a time, and comes back.
 
     Returns:
-        For each linear the quantized weight and records. One factorization is made for each distinct set of outlier
-        features, however many linears share it.
+        For each linear the quantized weight, on the device of its weight, and records. One factorization is made for
+        each distinct set of outlier features, however many linears share it.
 
     Raises:
         AccullmError: a matrix holds NaN or Inf, or the Hessian cannot be factored at any damping up to its own mean.
     """
-    pulls, fishers = dict(pulls or {}), fishers or {}
+    pulls, fishers, device = dict(pulls or {}), fishers or {}, loops.device
+    hessian = _sent(hessian, device)
     for name, what, matrix in (
         (next(iter(weights)), "Hessian", hessian),
         *((name, "pull of earlier errors", pull) for name, pull in pulls.items()),
@@ -124,6 +129,7 @@ def round_linears(
             raise AccullmError(f"the {what} holds NaN or Inf", name, "check the calibration text and model")
     if importance is None and hessian is not None:
         importance = hessian.diagonal()
+    importance = _sent(importance, device)
     without_data: tuple[str, ...] = ()
     if hessian is None and options.method != "nearest":
         options = replace(options, method="nearest")
@@ -139,15 +145,23 @@ def round_linears(
             factor = factor_hessian(hessian, options.damping, outliers, options.outlier_mode == "compensating")
         for name in names:
             linears[name], own_records = _round_one(
-                weights[name], pulls.pop(name, None), plans[name], options, source_dtype, importance, hessian, factor,
-                fishers.get(name),
+                weights[name].to(device), _sent(pulls.pop(name, None), device), plans[name], options, source_dtype,
+                importance, hessian, factor, _sent(fishers.get(name), device), loops,
             )  # fmt: skip
             records[name] = without_data + own_records
         del factor  # before the errors are measured, which takes room for whole weights
     return {
-        name: RoundedLinear(linears[name], relative_error(weight, linears[name], hessian), records[name])
+        name: RoundedLinear(
+            linears[name].to(weight.device),
+            relative_error(weight.to(device), linears[name], hessian),
+            records[name],
+        )
         for name, weight in weights.items()
     }
+
+
+def _sent(matrix: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if matrix is None else matrix.to(device)
 
 
 def _round_one(
@@ -160,6 +174,7 @@ def _round_one(
     hessian: torch.Tensor | None,
     factor: Factor | None,
     fisher: torch.Tensor | None,
+    loops: Loops,
 ) -> tuple[QuantizedLinear, tuple[str, ...]]:
     """Round one linear of weight [N, K]; with what was treated differently from the plan.
 
@@ -173,10 +188,12 @@ def _round_one(
         records += (f"Hessian not positive definite: damping raised to {factor.damping:g}",)
     target = weight if factor is None or pull is None else corrected_target(weight, pull, factor)
     del pull
-    outliers = torch.tensor(plan.outlier_index, dtype=torch.int64)
-    is_outlier = torch.zeros(weight.shape[1], dtype=torch.bool)
+    outliers = torch.tensor(plan.outlier_index, dtype=torch.int64, device=weight.device)
+    is_outlier = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
     is_outlier[outliers] = True
-    grid = _grid(target, torch.ones(weight.shape[1]) if importance is None else importance, plan, options, is_outlier)
+    if importance is None:
+        importance = torch.ones(weight.shape[1], device=weight.device)
+    grid = _grid(target, importance, plan, options, is_outlier)
     kept = weight[:, outliers].to(source_dtype)
     if factor is None or hessian is None:
         codes = grid.round_to_nearest(target).to(torch.uint8)
@@ -186,19 +203,21 @@ def _round_one(
         rows = None if fisher is None or stochastic else factor_hessian(fisher, ROW_DAMPING)
         fits = options.grid == "fit" and not stochastic
         codes, kept, clamped = _round_columns(
-            target, grid, factor, kept, source_dtype, generator, None if fits else rows
+            target, grid, factor, kept, source_dtype, generator, None if fits else rows, loops
         )
         if fits:
-            grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge)
+            grid = Draft(target, grid, codes, outliers, kept, hessian, factor.ridge).fitted().grid
             del codes  # they weigh as much as the artifact's, beside the next ones
-            codes, kept, _ = _round_columns(target, grid, factor, kept, source_dtype, None, rows)
+            codes, kept, _ = _round_columns(target, grid, factor, kept, source_dtype, None, rows, loops)
+            draft = Draft(target, grid, codes, outliers, kept, hessian, factor.ridge)
             if rows is not None and fisher is not None:
                 fisher = fisher.clone()
                 fisher.diagonal().add_(rows.ridge)
-                _descend(grid, target, codes, outliers, kept, hessian, factor.ridge, fisher)
+                draft.descend(fisher)
             for _ in range(DESCENTS if rows is None else 0):
-                _descend(grid, target, codes, outliers, kept, hessian, factor.ridge)
-                grid = _fitted(grid, target, codes, outliers, kept, hessian, factor.ridge)
+                draft.descend(loops=loops)
+                draft = draft.fitted()
+            grid = draft.grid
         if clamped:
             records += (f"{clamped} weights lie outside the grid of stochastic rounding and were clamped",)
     codes[:, outliers] = grid.zero[:, outliers // grid.columns_per_group].to(torch.uint8)
@@ -223,6 +242,7 @@ def _round_columns(
     source_dtype: torch.dtype,
     generator: tuple[int, int] | None,
     rows: Factor | None,
+    loops: Loops,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """`round_with_feedback` with the outlier weights [N, n] in the order of their features.
 
@@ -231,7 +251,7 @@ def _round_columns(
     """
     rounded_features = target.shape[1] - kept.shape[1]
     codes, compensating, clamped = round_with_feedback(
-        target, grid, factor, rounded_features, source_dtype, generator, rows
+        target, grid, factor, rounded_features, source_dtype, generator, rows, loops
     )
     if compensating.shape[1]:
         kept = compensating[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)
@@ -258,71 +278,6 @@ def _grid(
     if searches:
         return searched_grid(target, importance, plan.bits, plan.group_size, plan.symmetric, storable, is_outlier)
     return minmax_grid(target, plan.bits, plan.group_size, plan.symmetric, storable, is_outlier, margin)
-
-
-def _fitted(
-    grid: Grid,
-    target: torch.Tensor,
-    codes: torch.Tensor,
-    outliers: torch.Tensor,
-    kept: torch.Tensor,
-    hessian: torch.Tensor,
-    ridge: float,
-) -> Grid:
-    """The grid with its scales fitted to the codes, some rows at a time.
-
-    Args:
-        codes: uint8 [N, K]; kept: [N, n], the weights of the outlier columns.
-    """
-    fitted = []
-    for part in _parts(len(target), ROWS_TOGETHER):
-        own, steps, error = _errors(grid, target, codes, outliers, kept, part)
-        fitted.append(fitted_scales(own.scale, error, steps, hessian, ridge, grid.columns_per_group, grid.storable))
-    return replace(grid, scale=torch.cat(fitted))
-
-
-def _descend(
-    grid: Grid,
-    target: torch.Tensor,
-    codes: torch.Tensor,
-    outliers: torch.Tensor,
-    kept: torch.Tensor,
-    hessian: torch.Tensor,
-    ridge: float,
-    fisher: torch.Tensor | None = None,
-) -> None:
-    """Change codes [N, K] one at a time, in place, as long as that lowers the loss; without `fisher` some rows at once.
-
-    Args:
-        kept: [N, n], the weights of the outlier columns, which stay as they are.
-    """
-    movable = torch.ones(target.shape[1], dtype=torch.bool)
-    movable[outliers] = False
-    for part in _parts(len(target), ROWS_TOGETHER if fisher is None else len(target)):
-        own, _, error = _errors(grid, target, codes, outliers, kept, part)
-        descend(codes[part], error, own, hessian, ridge, movable, fisher)
-
-
-def _errors(
-    grid: Grid,
-    target: torch.Tensor,
-    codes: torch.Tensor,
-    outliers: torch.Tensor,
-    kept: torch.Tensor,
-    rows: slice,
-) -> tuple[Grid, torch.Tensor, torch.Tensor]:
-    """Of some rows: their grid, code - zero point (0 in outlier columns), and W* - Q; [R, K] both."""
-    own = Grid(grid.scale[rows], grid.zero[rows], grid.bits, grid.columns_per_group, grid.symmetric)
-    scale, zero = own.per_column(target.shape[1])
-    steps = codes[rows].to(target.dtype) - zero
-    steps[:, outliers] = 0
-    error = target[rows] - steps * scale
-    error[:, outliers] -= kept[rows].to(target.dtype)
-    return own, steps, error.contiguous()
-
-
-def _parts(count: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def relative_error(weight: torch.Tensor, linear: QuantizedLinear, hessian: torch.Tensor | None) -> float | None:

@@ -46,13 +46,19 @@ class StorableScales:
         step = 2.0**-7 if self.dtype == "bfloat16" else 2.0**-10
         return torch.where(rounded < scale, round_scale(scale * (1 + step), self.dtype), rounded)
 
-    def with_table(self, smallest: float, largest: float, bits: int) -> StorableScales:
-        """A table of 2**bits scales in equal ratios between these two, both included."""
+    def with_table(
+        self, smallest: float, largest: float, bits: int, device: torch.device | None = None
+    ) -> StorableScales:
+        """A table of 2**bits scales in equal ratios between these two, both included.
+
+        Args:
+            device: where the table is wanted; it is made on the CPU, so that it is the same on every one.
+        """
         largest = float(self.round_up(torch.tensor(largest, dtype=torch.float64)))
         smallest = max(smallest, largest / LARGEST_RATIO)
         exponents = torch.linspace(0, 1, 2**bits, dtype=torch.float64)
         table = self.round(smallest * (largest / smallest) ** exponents)
-        return StorableScales(self.dtype, table.to(torch.float16))
+        return StorableScales(self.dtype, table.to(torch.float16).to(device))
 
 
 def round_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:

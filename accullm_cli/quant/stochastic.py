@@ -28,7 +28,7 @@ def feedback_share(
         scale: [M, N].
         feedback: U, [M, M], unit upper triangular.
     """
-    identity = torch.eye(len(feedback), dtype=feedback.dtype)
+    identity = torch.eye(len(feedback), dtype=feedback.dtype, device=feedback.device)
     inverse = torch.linalg.solve_triangular(feedback, identity, upper=True, unitriangular=True)
     variance = inverse.triu_(1).square_().T @ scale.square().div_(4)
     deviation = variance.sqrt_().div_(scale)

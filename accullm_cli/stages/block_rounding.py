@@ -19,6 +19,7 @@ from accullm_cli.quant.plan import Plan
 from accullm_cli.quant.rounding import RoundedLinear, RoundingOptions, round_linears
 from accullm_cli.quant.stats import GramMatrices
 from accullm_cli.stages.calibrate import PROBE_TOKENS, load_block_stats, stats_path
+from accullm_cli.stages.device import loops_of
 from accullm_cli.stages.gradients import load_gradient
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.precision import precision_of, products
@@ -90,6 +91,7 @@ def round_with_streams(
                     gram.take_hessian(),
                     gram.take_pulls(weights),
                     fishers={name: fishers.pop(name) for name in group if name in fishers},
+                    loops=loops_of(job.config),
                 )
                 for name, result in found.items():
                     slot_of[name].write(pair.rounded, result.linear.dequantize(torch.float32))
@@ -115,6 +117,7 @@ def round_without_streams(job: Job, plan: Plan, pair: BlockPair) -> dict[str, Ro
                 rounding_options(job, plan),
                 stored_dtype(pair.decoder, pair.index, slot),
                 importance=entry.second_moment if entry.tokens else None,
+                loops=loops_of(job.config),
             )
     return rounded
 

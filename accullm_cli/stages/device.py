@@ -1,4 +1,4 @@
-"""Where validation computes: on the CPU, or on a GPU through the CUDA kernels."""
+"""Where weights are rounded and artifacts run: on the CPU, or on a GPU through the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.matmul import why_no_kernels
+from accullm_cli.kernels.rounding_check import checked_loops
+from accullm_cli.quant.loops import Loops
 
 # The format whose linears the kernels multiply by.
 KERNEL_FORMAT = "accullm"
@@ -21,22 +23,28 @@ def device_of(config: Config) -> torch.device:
     return torch.device("cpu") if name == "auto" else torch.device("cuda", 0) if name == "cuda" else torch.device(name)
 
 
+def loops_of(config: Config) -> Loops:
+    """What rounds weights there."""
+    return checked_loops(device_of(config))
+
+
 def wants_speed(config: Config) -> bool:
     """Whether tokens per second are measured: where it is asked for, and always on a GPU."""
     return config.validation.speed or device_of(config).type == "cuda"
 
 
 def check_device(config: Config, only_validates: bool) -> None:
-    """Refuse a device that is not there, or that this work does not use.
+    """Refuse a device that is not there, or that does not do what is wanted of it.
+
+    Args:
+        only_validates: nothing will be rounded.
 
     Raises:
-        AccullmError: one line that says what is missing.
+        AccullmError: one line that says what is missing, or which kernel is wrong there.
     """
     device, where = device_of(config), f"--device {config.machine.device}"
     if device.type == "cpu":
         return
-    if not only_validates:
-        raise AccullmError("a conversion computes on the CPU", where, "leave it out, or give it to accullm validate")
     if not torch.cuda.is_available():
         raise AccullmError("torch sees no GPU", where, "give cpu; accullm doctor says what is missing")
     count = torch.cuda.device_count()
@@ -45,6 +53,8 @@ def check_device(config: Config, only_validates: bool) -> None:
     reason = why_no_kernels(device, torch.float16)
     if reason is not None:
         raise AccullmError(f"the CUDA kernels cannot run there: {reason}", where, "give cpu")
+    if not only_validates:
+        checked_loops(device)
 
 
 def check_format(config: Config, name: str) -> None:

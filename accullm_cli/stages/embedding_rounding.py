@@ -19,6 +19,7 @@ from accullm_cli.quant.plan import Plan
 from accullm_cli.quant.rounding import round_linears
 from accullm_cli.quant.stats import GramMatrices
 from accullm_cli.stages.block_rounding import rounding_options
+from accullm_cli.stages.device import loops_of
 from accullm_cli.stages.job import Job
 
 # Weights that are rounded at once: the dozen float32 matrices of their size weigh no more than a large block. The
@@ -53,7 +54,9 @@ def round_embedding(
         name = f"{slot.name} part {len(parts)}"
         own = replace(plan.embeddings[slot.name], name=name, out_features=len(weight))
         pulls = {} if drift is None else {name: drift @ weight.T}
-        found = round_linears({name: weight}, {name: own}, options, stored.dtype, hessian, pulls)[name]
+        found = round_linears(
+            {name: weight}, {name: own}, options, stored.dtype, hessian, pulls, loops=loops_of(job.config)
+        )[name]
         parts.append(found.linear.to_tensors())
         records |= dict.fromkeys(found.records)
     return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}, list(records)

@@ -5,6 +5,8 @@ Within a block the linears are rounded in the order the block computes them, so 
 input it will really get, and its target makes up for what was lost before it (see quant.rounding). An embedding that
 is only looked up is rounded before the blocks, if it is to be quantized at all, and the output head behind them.
 
+Rounding happens on the device that was asked for (quant.rounding); streams, Hessians and all else stay on the CPU.
+
 It leaves in the run directory, for each block,
     quantize/block-00000.safetensors    the block as the native format stores it (docs/format.md)
     quantize/block-00000.json           its key, relative errors and records
@@ -32,6 +34,7 @@ from accullm_cli.quant.rounding import RoundedLinear
 from accullm_cli.run import UP_TO_DATE, Reason, compare_inputs, file_sha256, key_of, write_file, write_text
 from accullm_cli.stages.block_rounding import BlockPair, round_with_streams, round_without_streams
 from accullm_cli.stages.calibrate import PROBE_TOKENS, load_tokens, open_decoder
+from accullm_cli.stages.device import device_of
 from accullm_cli.stages.embedding_rounding import head_gram, round_embedding
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
 from accullm_cli.stages.precision import precision_of, products
@@ -99,7 +102,7 @@ def quantize_inputs(job: Job, calibrate_key: str, profile_key: str) -> dict[str,
         "input:profile": profile_key,
         "config:machine.seed": str(job.config.machine.seed),
         **section_inputs("rounding", job.config.rounding),
-        **machine_inputs(),
+        **machine_inputs(device_of(job.config)),
         "machine:precision": precision_of(job),
     }
 

@@ -15,9 +15,10 @@ import torch
 from accullm_cli.commands import doctor as module
 from accullm_cli.commands.doctor import Check, decode_by_hand, doctor
 from accullm_cli.errors import AccullmError
-from accullm_cli.kernels import check, matmul
+from accullm_cli.kernels import check, matmul, rounding_check
 from accullm_cli.kernels.packed import PackedLinear
-from accullm_cli.quant import linear, rounding
+from accullm_cli.quant import draft, linear
+from accullm_cli.quant.compiled import COMPILED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -187,13 +188,13 @@ def test_nibbles_that_the_products_of_a_cpu_swap_fail_the_self_test(monkeypatch:
 
 
 def test_feedback_that_loses_to_nearest_fails_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    descend = rounding.descend
+    descend = draft.descend
 
     def shifted(codes: torch.Tensor, *arguments: object) -> None:  # the last step: none after it puts codes right
         descend(codes, *arguments)  # type: ignore[arg-type]
         codes.add_(1).clamp_(max=15)
 
-    monkeypatch.setattr(rounding, "descend", shifted)
+    monkeypatch.setattr(draft, "descend", shifted)
     check = found("self-test")
     assert not check.ok
     assert check.detail.startswith("error feedback leaves ")
@@ -211,7 +212,11 @@ def test_a_factorization_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch
 
 
 def answering(
-    monkeypatch: pytest.MonkeyPatch, gpu: bool, disagreement: str | None = None, error: AccullmError | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: bool,
+    disagreement: str | None = None,
+    error: AccullmError | None = None,
+    rounding_disagreement: str | None = None,
 ) -> list[int]:
     """As if the kernels compiled (or raised) and gave this answer; the architectures they were compiled for."""
     asked: list[int] = []
@@ -226,6 +231,8 @@ def answering(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(check, "compile_all", compile_all)
     monkeypatch.setattr(check, "largest_disagreement", lambda device: disagreement)
+    monkeypatch.setattr(rounding_check, "loops_of", lambda device: COMPILED)
+    monkeypatch.setattr(rounding_check, "rounding_disagreement", lambda loops: rounding_disagreement)
     return asked
 
 
@@ -236,7 +243,9 @@ def test_kernels_are_compiled_where_no_gpu_can_run_them(monkeypatch: pytest.Monk
 
 def test_kernels_are_compared_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = answering(monkeypatch, gpu=True)
-    assert module._kernels() == Check("cuda kernels", True, False, "7 compile for sm_89 and agree with float64")
+    assert module._kernels() == Check(
+        "cuda kernels", True, False, "7 compile for sm_89, agree with float64 and round as the CPU does"
+    )
     assert asked == [89]
 
 
@@ -247,6 +256,17 @@ def test_a_kernel_that_disagrees_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         False,
         True,
         "disagree with float64: CUDA: hybrid_gemv with 1 tokens is off by 3 in whole numbers",
+        "please report it with this output",
+    )
+
+
+def test_a_kernel_that_rounds_otherwise_than_the_cpu_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, gpu=True, rounding_disagreement="descend: 3 of 26880 codes")
+    assert module._kernels() == Check(
+        "cuda kernels",
+        False,
+        True,
+        "round otherwise than the CPU: descend: 3 of 26880 codes",
         "please report it with this output",
     )
 

@@ -335,6 +335,14 @@ static inline Number atomicAdd(Number* pointer, Number value) {
     *pointer += value;
     return before;
 }
+// In shared memory.
+template <class Number>
+static inline Number atomicMin(Number* pointer, Number value) {
+    emulation::check_shared(pointer, sizeof(Number), "atomicMin");
+    const Number before = *pointer;
+    *pointer = std::min(before, value);
+    return before;
+}
 
 // What the caller of the library calls: launches `kernel` with arguments behind pointers, as cuLaunchKernel takes them.
 namespace emulation {

@@ -196,7 +196,7 @@ def test_text_that_cannot_be_used(
         (["--require", "mean_kk<=1"], "--require: unknown metric 'mean_kk' in 'mean_kk<=1'; did you mean mean_kl?"),
         (
             ["--device", "cuda:0"],
-            "--device cuda:0: a conversion computes on the CPU; leave it out, or give it to accullm validate",
+            "--device cuda:0: torch sees no GPU; give cpu; accullm doctor says what is missing",
         ),
         (
             ["--format", "compressed-tensors", "--outliers", "0", "--group-size", "64"],

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from accullm_cli.kernels.check import largest_disagreement
 from accullm_cli.kernels.device import describe, launch
-from accullm_cli.kernels.feedback import feedback_launch
 from accullm_cli.kernels.layout import TiledLinear, tile
 from accullm_cli.kernels.matmul import hybrid_matmul
 from accullm_cli.kernels.repack import dequantize_launch, pack_launch, unpack_launch
+from accullm_cli.kernels.rounding import cuda_loops
+from accullm_cli.kernels.rounding_check import checked_loops, loops_of, rounding_disagreement
+from accullm_cli.quant.compiled import COMPILED
+from accullm_cli.quant.loops import Sweep, Tile
+from accullm_cli.quant.plan import LinearPlan
+from accullm_cli.quant.rounding import RoundingOptions, round_linears
 from tests.kernels.linears import Shape, exact_weight, random_linear
-from tests.kernels.test_feedback import check_against_exact_numbers, random_block
 from tests.kernels.test_launch import UNIT
+from tests.kernels.test_rounding import random_sweep, random_tile
+from tests.quant.references import correlated_problem
+from tests.test_pinned import CASES, PINNED, sha256_of
 
 
 def why_not() -> str | None:
@@ -25,7 +34,7 @@ def why_not() -> str | None:
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
-GPU = torch.device("cuda", 0)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DTYPES = [torch.float16, torch.bfloat16]
 
 # (out, in) features of the linears of Llama-7B, 13B and 70B, Qwen2.5-7B and Mixtral-8x7B, once each.
@@ -108,17 +117,77 @@ def test_packing_and_dequantizing_exactly(dtype: torch.dtype) -> None:
     assert torch.equal(weight.double().cpu(), exact_weight(linear, dtype))
 
 
+# -- rounding ----------------------------------------------------------------------------------------------
+
+
+def test_the_check_before_rounding_passes() -> None:
+    assert rounding_disagreement(loops_of(GPU)) is None
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_feedback_rounding(dtype: torch.dtype, stochastic: bool) -> None:
-    from dataclasses import replace
+def test_a_rounding_tile_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, stochastic: bool) -> None:
+    tile = random_tile(100, 50, dtype, seed=2, stochastic=stochastic)
+    parts = {name: part.to(GPU, copy=True) for name, part in vars(tile).items() if isinstance(part, torch.Tensor)}
+    if tile.chance is not None:
+        chance = tile.chance
+        parts["chance"] = replace(chance, share=chance.share.to(GPU), features=chance.features.to(GPU))
+    there: Tile = replace(tile, **parts)
+    codes, error = COMPILED.round_tile(tile)
+    found_codes, found_error = checked_loops(GPU).round_tile(there)
+    for found, wanted in ((found_codes, codes), (found_error, error), (there.fed, tile.fed)):
+        assert torch.equal(found.cpu(), wanted)
 
-    block = random_block(100, 50, 90, dtype, seed=2, stochastic=stochastic)
-    moved = {name: part.to(GPU) for name, part in vars(block).items() if isinstance(part, torch.Tensor)}
-    there = replace(block, **moved)  # type: ignore[arg-type]
-    launch(feedback_launch(there), GPU)
-    back = {name: part.cpu() for name, part in vars(there).items() if isinstance(part, torch.Tensor)}
-    check_against_exact_numbers(replace(block, **back), slack=1e-3 if dtype == torch.float32 else 1e-9)  # type: ignore[arg-type]
+
+@pytest.mark.parametrize("shared_bytes", [99 * 1024, 64])  # where a row's slope fits in, and where not
+@pytest.mark.parametrize("columns", [40, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rounding_sweep_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, columns: int, shared_bytes: int) -> None:
+    rows = random_sweep(20, columns, dtype, seed=3)
+    parts = {name: part.to(GPU, copy=True) for name, part in vars(rows).items() if isinstance(part, torch.Tensor)}
+    grid = replace(rows.grid, scale=rows.grid.scale.to(GPU), zero=rows.grid.zero.to(GPU))
+    there: Sweep = replace(rows, **parts, grid=grid)
+    COMPILED.sweep(rows)
+    cuda_loops(GPU, launch, min(shared_bytes, describe(0).shared_bytes)).sweep(there)
+    assert torch.equal(there.codes.cpu(), rows.codes)
+    assert torch.equal(there.error.cpu(), rows.error)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rounding_writes_the_pinned_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sum of these problems is exact, so that the products around the kernels are those of the CPU, too."""
+    from tests import test_pinned
+
+    monkeypatch.setattr(test_pinned, "round_linears", partial(round_linears, loops=checked_loops(GPU)))
+    assert sha256_of(CASES[name].rounded(CASES[name].made(), torch.float32)) == PINNED[name][1]
+
+
+@pytest.mark.parametrize("with_fisher", [False, True])
+@pytest.mark.parametrize("mode", ["untouched", "compensating"])
+@pytest.mark.parametrize("method", ["nearest", "feedback", "stochastic"])
+def test_rounding_random_numbers_differs_in_few_codes(method: str, mode: str, with_fisher: bool) -> None:
+    """Torch adds up in another order on a GPU: a value within a rounding error of the middle may go the other way."""
+    problem = correlated_problem(700, 1000, 3000, seed=4)
+    plan = LinearPlan("a", 700, 1000, 4, 64, False, (3, 70, 150), scale_bits=6)
+    options = RoundingOptions(method, mode, damping=0.3)  # type: ignore[arg-type]
+    gradients = torch.randn(2000, 700, generator=torch.Generator().manual_seed(1))
+    fisher = gradients.T @ gradients / 2000
+    fishers = {"a": fisher} if with_fisher else {}
+    here, there, again = (
+        round_linears(
+            {"a": problem.weight.float()}, {"a": plan}, options, torch.bfloat16, problem.hessian.float(),
+            {"a": problem.pull.float()}, fishers=fishers, loops=checked_loops(device),
+        )["a"]
+        for device in (CPU, GPU, GPU)
+    )  # fmt: skip
+    assert here.relative_error is not None
+    assert there.relative_error == pytest.approx(here.relative_error, rel=0.01)
+    assert float((here.linear.codes != there.linear.codes).double().mean()) < 0.02
+    for suffix, tensor in there.linear.to_tensors().items():
+        assert torch.equal(again.linear.to_tensors()[suffix], tensor), f"{suffix}: runs differ"
+
+
+# -- streams and graphs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

@@ -33,6 +33,7 @@ def test_a_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:
     assert (planned.run, planned.artifact) == (str(place / "out.run"), str(place / "out"))
     assert planned.stages == tuple(PlannedStage(name, "new", True) for name in (*STAGES[:-1], "validate accullm"))
     assert planned.peak_bytes > 100_000_000
+    assert planned.device.startswith("CPU with ")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_a_dry_run_of_one_stage_ends_with_it_or_refuses_as_it_would(stage: str, 
         ),
         (
             {"machine__device": "cuda:0"},
-            "--device cuda:0: a conversion computes on the CPU; leave it out, or give it to accullm validate",
+            "--device cuda:0: torch sees no GPU; give cpu; accullm doctor says what is missing",
         ),
         (
             {"export__format": "[compressed-tensors]", "plan__outliers": 0, "validation__speed": True},

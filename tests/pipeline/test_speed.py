@@ -11,7 +11,7 @@ import torch
 from accullm_cli.pipeline import convert, dry_run, run_stage, validate_artifact
 from accullm_cli.report import from_json, to_json
 from tests.pipeline.observe import refusal, snapshot
-from tests.streaming import fast_config
+from tests.streaming import fast_config, short_config
 
 
 def test_speed_is_measured_where_it_is_asked_for(llama: Path, tmp_path: Path) -> None:
@@ -65,6 +65,20 @@ def test_a_gpu_runs_the_whole_artifact_through_the_kernels(llama: Path, finished
     assert on_gpu.speed.prefill_engine == "CUDA: hybrid_gemm (14 linears)"
     assert on_gpu.fidelity.perplexity_original == on_cpu.fidelity.perplexity_original
     assert on_gpu.fidelity.perplexity.value == pytest.approx(on_cpu.fidelity.perplexity.value, rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_conversion_rounds_on_a_gpu(llama: Path, tmp_path: Path) -> None:
+    """Its products differ in their last bits from the CPU's, and so do few of the codes."""
+    pytest.importorskip("cupy")
+    on_cpu = convert(short_config(llama, tmp_path / "cpu"))
+    convert(short_config(llama, tmp_path / "gpu", machine__device="cuda"))
+    # Both measured on the CPU.
+    config = short_config(llama, tmp_path / "gpu", machine__run=tmp_path / "run")
+    on_gpu = validate_artifact(tmp_path / "gpu", config)
+    assert on_gpu.bits_per_weight == on_cpu.bits_per_weight
+    assert on_gpu.fidelity.mean_kl.value == pytest.approx(on_cpu.fidelity.mean_kl.value, rel=0.05)
 
 
 def test_the_speed_of_another_format_is_refused_before_it_is_measured(llama: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from accullm_cli.quant import compiled
 from accullm_cli.quant.compiled import round_tile, stochastic_code
+from accullm_cli.quant.loops import Tile
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -24,7 +25,7 @@ def test_threads_share_the_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         own = fed.clone()
-        found.append((*round_tile(wanted, own, upper, scale, zero, group, 15), own))
+        found.append((*round_tile(Tile(wanted, own, upper, scale, zero, group, 15)), own))
     for one, three in zip(*found, strict=True):
         assert torch.equal(one, three)
     codes, error, _ = found[0]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accullm_cli.quant import descent
+from accullm_cli.quant import compiled, descent
 from accullm_cli.quant.descent import descend
 from accullm_cli.quant.grid import Grid, minmax_grid
 
@@ -80,7 +80,7 @@ def test_rows_do_not_depend_on_how_they_are_shared_out(monkeypatch: pytest.Monke
     target, codes, grid, hessian = problem(5, 50, 16)
     movable, again = torch.ones(16, dtype=torch.bool), codes.clone()
     descend(codes, target - grid.values(codes.double()), grid, hessian, RIDGE, movable)
-    monkeypatch.setattr(descent, "ROWS_PER_TASK", 7)
+    monkeypatch.setattr(compiled, "ROWS_PER_TASK", 7)
     descend(again, target - grid.values(again.double()), grid, hessian, RIDGE, movable)
     assert torch.equal(codes, again)
 

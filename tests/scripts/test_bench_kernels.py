@@ -26,6 +26,7 @@ def load_script(name: str) -> Any:
 
 script = load_script("bench_kernels")
 check = load_script("gpu_check")
+clock = load_script("time_rounding")
 
 
 @pytest.fixture
@@ -141,11 +142,11 @@ def test_everything_is_run_in_one_call(tmp_path: Path, monkeypatch: pytest.Monke
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"Some GPU, torch {torch.__version__}; output in {tmp_path / 'out'}"
     assert [line.split(":")[0] for line in lines[1:]] == [
-        "doctor", "tests", "machine_code", "bench", "bench_bfloat16", "memcheck", "racecheck",
+        "doctor", "tests", "machine_code", "rounding", "bench", "bench_bfloat16", "memcheck", "racecheck",
     ]  # fmt: skip
     assert lines[1].startswith("doctor: FAILED with 3 in ")
     assert ran[2][-1] == "90"
-    assert ran[5][:3] == ("/opt/compute-sanitizer", "--tool", "memcheck")
+    assert ran[6][:3] == ("/opt/compute-sanitizer", "--tool", "memcheck")
     for command in ran:
         for part in command:
             assert not part.startswith("scripts/") or (ROOT / part).is_file()
@@ -155,3 +156,23 @@ def test_everything_is_run_in_one_call(tmp_path: Path, monkeypatch: pytest.Monke
 def test_without_a_gpu_it_says_so(capsys: Any) -> None:
     assert check.main([]) == 1
     assert capsys.readouterr().err == "error: torch sees no GPU; accullm doctor says why\n"
+
+
+# -- scripts/time_rounding.py ------------------------------------------------------------------------------
+
+
+def test_the_time_of_a_block_is_held_against_the_target(capsys: Any) -> None:
+    assert clock.main(["--device", "cpu", "--shrink", "128", "--repeats", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:10].strip() for line in lines] == ["q, k, v", "o", "gate, up", "down", "block"]
+    assert "32x32 + 32x32 + 32x32" in lines[0]
+    assert "32x86" in lines[3]
+    assert lines[4].endswith(" s, within the target of 2 s")
+    seconds = [float(line.split(" s")[0].split()[-1]) for line in lines]
+    assert seconds[4] == pytest.approx(sum(seconds[:4]), abs=0.003)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_rounding_is_not_timed_where_there_is_no_gpu(capsys: Any) -> None:
+    assert clock.main([]) == 2
+    assert capsys.readouterr().err == "error: cuda:0: torch sees no GPU; accullm doctor says why\n"

@@ -1,7 +1,8 @@
-"""Where validation computes: which devices are refused, in which words, and what is computed in on each."""
+"""Where rounding and validation compute: which devices are refused, in which words, and what is computed in on each."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,18 @@ import torch
 
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
+from accullm_cli.quant.compiled import COMPILED
+from accullm_cli.quant.loops import Loops
 from accullm_cli.stages import device as module
-from accullm_cli.stages.device import check_device, check_format, compute_dtype, describe_device, device_of, wants_speed
+from accullm_cli.stages.device import (
+    check_device,
+    check_format,
+    compute_dtype,
+    describe_device,
+    device_of,
+    loops_of,
+    wants_speed,
+)
 from accullm_cli.stages.job import machine_inputs
 from tests.tiny import tiny_config
 
@@ -21,11 +32,16 @@ def on(device: str, **settings: object) -> Config:
     return tiny_config(Path("model"), Path("out"), machine__device=device, **settings)
 
 
+def checked_loops(device: torch.device) -> Loops:
+    return replace(COMPILED, device=device)
+
+
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int, reason: str | None = None) -> None:
     """As if torch saw so many GPUs, on which the kernels can run unless there is a reason."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(module, "why_no_kernels", lambda device, dtype: reason)
+    monkeypatch.setattr(module, "checked_loops", checked_loops)
 
 
 @pytest.mark.parametrize(
@@ -52,26 +68,37 @@ def test_names_of_devices(name: str, device: torch.device) -> None:
         ),
     ],
 )
-def test_devices_for_a_validation(
-    name: str, count: int, reason: str | None, line: str | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("only_validates", [False, True])
+def test_devices_that_are_there_and_others(
+    name: str, count: int, reason: str | None, line: str | None, only_validates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(monkeypatch, count, reason)
     if line is None:
-        check_device(on(name), only_validates=True)
+        check_device(on(name), only_validates)
         return
     with pytest.raises(AccullmError) as refusal:
-        check_device(on(name), only_validates=True)
+        check_device(on(name), only_validates)
     assert refusal.value.line() == line
 
 
-def test_a_conversion_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_kernels_round_otherwise_than_the_cpu_nothing_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 1)
+    asked: list[torch.device] = []
+
+    def refuse(device: torch.device) -> Loops:
+        asked.append(device)
+        raise AccullmError("the CUDA kernels round otherwise than the CPU: descend: 3 of 26880 codes", str(device))
+
+    monkeypatch.setattr(module, "checked_loops", refuse)
+    check_device(on("cuda"), only_validates=True)
     check_device(on("cpu"), only_validates=False)
-    with pytest.raises(AccullmError) as refusal:
+    with pytest.raises(AccullmError, match="round otherwise than the CPU"):
         check_device(on("cuda"), only_validates=False)
-    assert refusal.value.line() == (
-        "--device cuda: a conversion computes on the CPU; leave it out, or give it to accullm validate"
-    )
+    assert asked == [GPU]
+
+
+def test_on_a_cpu_the_compiled_loops_round() -> None:
+    assert loops_of(on("auto")) is COMPILED
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,178 @@
+"""The inner loops of rounding on a GPU: the launches of cuda/feedback_round.cu and cuda/descend.cu.
+
+Their sums are those of the CPU's compiled loops, term for term, so that the same arguments give the same codes. What
+differs between the devices are the matrix products and factorizations around them, which torch computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.kernels.launch import Launch
+from accullm_cli.quant.compiled import COMPILED
+from accullm_cli.quant.loops import Loops, Sweep, Tile
+
+REALS = {torch.float32: "float", torch.float64: "double"}
+# A warp holds a row's columns in registers, four per lane.
+MOST_COLUMNS = 128
+ROWS_PER_BLOCK = 8
+# What a block of cuda/descend.cu has, and what it keeps in shared memory before the slope.
+SWEEP_THREADS = 256
+TURN_BYTES = 16
+
+
+class TileStruct(ctypes.Structure):
+    """`Tile` of cuda/feedback_round.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("wanted", "fed", "upper", "scale", "zero", "group", "share")),
+        *((name, ctypes.c_void_p) for name in ("features", "codes", "error")),
+        ("seed", ctypes.c_uint64),
+        ("stream", ctypes.c_uint32),
+        *((name, ctypes.c_int) for name in ("rows", "columns", "groups", "largest_code")),
+    )
+
+
+class SweepStruct(ctypes.Structure):
+    """`Sweep` of cuda/descend.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "error", "slope", "hessian", "curvature", "scale")),
+        ("ridge", ctypes.c_double),
+        *((name, ctypes.c_int) for name in ("columns", "groups", "columns_per_group", "largest_code")),
+        *((name, ctypes.c_int) for name in ("most", "slope_is_shared")),
+    )
+
+
+def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], None], shared_bytes: int) -> Loops:
+    """The loops of a GPU.
+
+    Where rows feed each other, a tile is a chain through all of its weights, and the CPU rounds it: it goes there and
+    back. Descent does so by itself (quant.descent).
+
+    Args:
+        launch: `kernels.device.launch`.
+        shared_bytes: that one block of the device may have.
+    """
+
+    def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+        if tile.rows is not None:
+            return COMPILED.round_tile(tile)
+        own = _contiguous(tile)
+        codes, error = torch.empty_like(own.wanted, dtype=torch.uint8), torch.empty_like(own.wanted)
+        launch(tile_launch(own, codes, error), device)
+        return codes, error
+
+    def sweep(rows: Sweep) -> None:
+        grid = replace(rows.grid, scale=rows.grid.scale.contiguous())
+        own = replace(rows, hessian=rows.hessian.contiguous(), grid=grid)
+        curvature = curvature_of(own)  # a launch holds addresses alone
+        launch(sweep_launch(own, curvature, shared_bytes), device)
+
+    return Loops(device, round_tile, sweep)
+
+
+def tile_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
+    """The launch that rounds a tile, all of whose tensors are contiguous.
+
+    Args:
+        codes: uint8 [N, C]; written, as is error [N, C].
+
+    Raises:
+        AccullmError: more than 128 columns, or a working dtype other than float32 and float64.
+    """
+    rows, columns = tile.wanted.shape
+    if columns > MOST_COLUMNS:
+        raise AccullmError(f"no CUDA kernel rounds {columns} columns at once: {MOST_COLUMNS} at most")
+    chance = tile.chance
+    arguments = TileStruct(
+        *(tensor.data_ptr() for tensor in (tile.wanted, tile.fed, tile.upper, tile.scale, tile.zero, tile.group)),
+        None if chance is None else chance.share.data_ptr(),
+        None if chance is None else chance.features.data_ptr(),
+        codes.data_ptr(),
+        error.data_ptr(),
+        0 if chance is None else chance.seed,
+        0 if chance is None else chance.stream,
+        rows,
+        columns,
+        tile.scale.shape[1],
+        tile.largest_code,
+    )
+    return Launch(
+        source="feedback_round.cu",
+        kernel="feedback_round",
+        defines=_defines(tile.wanted.dtype),
+        grid=(-(-rows // ROWS_PER_BLOCK), 1, 1),
+        threads=ROWS_PER_BLOCK * 32,
+        shared_bytes=0,
+        arguments=(arguments,),
+    )
+
+
+def curvature_of(rows: Sweep) -> torch.Tensor:
+    """The diagonal of H + ridge, and 0 in columns whose codes stay as they are: [K]."""
+    return (rows.hessian.diagonal() + rows.ridge).masked_fill(~rows.movable, 0)
+
+
+def sweep_launch(rows: Sweep, curvature: torch.Tensor, shared_bytes: int) -> Launch:
+    """The launch that moves codes, whose tensors are all contiguous.
+
+    A row's slope is kept in shared memory where `shared_bytes` are enough for it.
+
+    Args:
+        curvature: [K], from `curvature_of`.
+
+    Raises:
+        AccullmError: a working dtype other than float32 and float64.
+    """
+    count, columns = rows.codes.shape
+    wanted = TURN_BYTES + columns * rows.slope.element_size()
+    fits = wanted <= shared_bytes
+    grid = rows.grid
+    arguments = SweepStruct(
+        *(tensor.data_ptr() for tensor in (rows.codes, rows.error, rows.slope, rows.hessian, curvature, grid.scale)),
+        rows.ridge,
+        columns,
+        grid.scale.shape[1],
+        grid.columns_per_group,
+        grid.largest_code,
+        rows.most,
+        fits,
+    )
+    return Launch(
+        source="descend.cu",
+        kernel="descend",
+        defines=_defines(rows.slope.dtype),
+        grid=(count, 1, 1),
+        threads=SWEEP_THREADS,
+        shared_bytes=wanted if fits else TURN_BYTES,
+        arguments=(arguments,),
+    )
+
+
+def _defines(dtype: torch.dtype) -> tuple[str, ...]:
+    if dtype not in REALS:
+        raise AccullmError(f"no CUDA kernel rounds in {dtype}: float32 or float64")
+    return (f"REAL={REALS[dtype]}",)
+
+
+def _contiguous(tile: Tile) -> Tile:
+    """The same tile, whose `fed` is so already: it is written in place."""
+    assert tile.fed.is_contiguous(), "what is fed is written in place"
+    chance = tile.chance
+    if chance is not None:
+        chance = replace(chance, share=chance.share.contiguous(), features=chance.features.contiguous())
+    return replace(
+        tile,
+        wanted=tile.wanted.contiguous(),
+        upper=tile.upper.contiguous(),
+        scale=tile.scale.contiguous(),
+        zero=tile.zero.contiguous(),
+        group=tile.group.contiguous(),
+        chance=chance,
+    )

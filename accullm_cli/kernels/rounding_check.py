@@ -1,0 +1,119 @@
+"""Do the kernels of rounding do on a device what the CPU's loops do? Asked before anything is rounded there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.kernels.rounding import MOST_COLUMNS, cuda_loops
+from accullm_cli.quant.compiled import COMPILED
+from accullm_cli.quant.grid import Grid
+from accullm_cli.quant.loops import Chance, Loops, Sweep, Tile
+
+ROWS, GROUP_SIZE = 70, 48  # no multiple of a block's rows; a last short group
+
+
+@cache
+def checked_loops(device: torch.device) -> Loops:
+    """The loops of rounding for a device: on a GPU kernels, once they have shown that they are right there.
+
+    Raises:
+        AccullmError: they round otherwise than the CPU, or cannot be compiled for the device.
+    """
+    if device.type == "cpu":
+        return COMPILED
+    loops = loops_of(device)
+    error = rounding_disagreement(loops)
+    if error is not None:
+        raise AccullmError(
+            f"the CUDA kernels round otherwise than the CPU: {error}",
+            str(device),
+            "convert on the CPU, and please report this with the output of accullm doctor",
+        )
+    return loops
+
+
+def loops_of(device: torch.device) -> Loops:
+    """The kernels of a GPU, checked or not."""
+    from accullm_cli.kernels.device import describe, launch
+
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return cuda_loops(device, launch, describe(index).shared_bytes)
+
+
+def rounding_disagreement(loops: Loops) -> str | None:
+    """Round a tile, at random and not, and sweep over some rows, by these loops and by the CPU's.
+
+    Both add up the same terms in the same order, so that any numbers will do, and all bits have to be equal.
+
+    Returns:
+        What differs; None where nothing does.
+
+    Raises:
+        AccullmError: the kernels cannot be compiled for the device.
+    """
+    draw = torch.Generator().manual_seed(0)
+    for what, tile in _tiles(draw):
+        there: Tile = _copied(tile, loops.device)
+        codes, error = COMPILED.round_tile(tile)
+        found_codes, found_error = loops.round_tile(there)
+        if not _equal((found_codes, codes), (found_error, error), (there.fed, tile.fed)):
+            return f"{what}: {_different(found_codes, codes)}"
+    rows = _sweep(draw)
+    moved: Sweep = _copied(rows, loops.device)
+    COMPILED.sweep(rows)
+    loops.sweep(moved)
+    if not _equal((moved.codes, rows.codes), (moved.error, rows.error)):
+        return f"descend: {_different(moved.codes, rows.codes)}"
+    return None
+
+
+def _tiles(draw: torch.Generator) -> Iterator[tuple[str, Tile]]:
+    """Two tiles, one of them to be rounded at random."""
+    order = torch.randperm(MOST_COLUMNS, generator=draw)
+    for chance in (None, Chance(torch.rand(ROWS, MOST_COLUMNS, generator=draw), 2**63 + 5, 7, order)):
+        wanted, fed = (torch.randn(ROWS, MOST_COLUMNS, generator=draw) for _ in range(2))
+        upper = torch.randn(MOST_COLUMNS, MOST_COLUMNS, generator=draw) / 16
+        grid = _grid(draw)
+        tile = Tile(wanted, fed, upper, grid.scale, grid.zero, order // GROUP_SIZE, grid.largest_code, chance=chance)
+        yield "feedback_round" if chance is None else "feedback_round at random", tile
+
+
+def _sweep(draw: torch.Generator) -> Sweep:
+    """Rows whose codes are far from the best, over more columns than a block has threads."""
+    columns = 3 * MOST_COLUMNS
+    inputs = torch.randn(2 * columns, columns, generator=draw)
+    hessian = inputs.T @ inputs / len(inputs)
+    codes = torch.randint(0, 16, (ROWS, columns), generator=draw, dtype=torch.uint8)
+    error = torch.randn(ROWS, columns, generator=draw) / 8
+    movable = torch.arange(columns) % 9 != 4
+    return Sweep(codes, error, error @ hessian, hessian, 0.01, _grid(draw, columns), movable, 3)
+
+
+def _grid(draw: torch.Generator, columns: int = MOST_COLUMNS) -> Grid:
+    scale = torch.rand(ROWS, -(-columns // GROUP_SIZE), generator=draw) / 4 + 0.125
+    return Grid(scale, torch.full_like(scale, 8.0), 4, GROUP_SIZE, False)
+
+
+def _copied(task: Any, device: torch.device) -> Any:
+    """Every tensor of it as one of its own on the device."""
+    parts: dict[str, Any] = {}
+    for name, part in vars(task).items():
+        if isinstance(part, torch.Tensor):
+            parts[name] = part.to(device, copy=True)
+        elif isinstance(part, Chance | Grid):
+            parts[name] = _copied(part, device)
+    return replace(task, **parts)
+
+
+def _equal(*pairs: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    return all(torch.equal(there.cpu(), here) for there, here in pairs)
+
+
+def _different(there: torch.Tensor, here: torch.Tensor) -> str:
+    return f"{int((there.cpu() != here).sum())} of {here.numel()} codes"

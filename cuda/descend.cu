@@ -1,0 +1,99 @@
+// Coordinate descent over the codes of rows that do not feed each other (accullm_cli/quant/descent.py).
+//
+// Moving the code of column k by d steps of size s changes a row's loss by -2 d s slope_k + d^2 s^2 (H_kk + ridge), so
+// it moves to the whole number next to slope_k / (s (H_kk + ridge)), and then
+//
+//     slope_j -= d s H_kj  for all j,      slope_k -= d s ridge.
+//
+//     grid    a row per block                  its slope lies in shared memory, where K numbers fit there
+//     block   256 threads, 256 columns at a time:
+//
+//             would it move?   . . . x . . x . . .      each thread asks for its own column
+//             first that would       ^                  it moves; all threads update the slope, which takes all columns
+//             go on from               . . . . . . . .  the one behind it
+//
+// Columns before the first that moves have seen the slope that they would see one after the other, so this is the same
+// as to decide in turn. Only some 3 in 100 move; a step that moves nothing takes three barriers for 256 columns.
+//
+// The limit is the rows of H that the moves read, each K numbers, from L2 or, where K is large, from memory.
+#include <real.cuh>
+
+constexpr int THREADS = 256;
+constexpr int BLOCKS = 4;  // of a multiprocessor, for which registers suffice; without that NVRTC spills some for 8
+constexpr int NOBODY = 0x7FFFFFFF;
+
+// See `Sweep` of accullm_cli/quant/loops.py.
+struct Sweep {
+    u8* codes;              // [N, K], changed in place
+    real* error;            // [N, K], likewise
+    real* slope;            // [N, K], used up (or only read)
+    const real* hessian;    // H [K, K]
+    const real* curvature;  // [K], the diagonal of H + ridge; 0 in columns that stay as they are
+    const real* scale;      // [N, G]
+    double ridge;
+    int columns;
+    int groups;
+    int columns_per_group;
+    int largest_code;
+    int most;  // sweeps
+    int slope_is_shared;
+};
+
+// What the threads of a block tell each other; the slope follows in shared memory.
+struct Turn {
+    int mover;   // the first column that would move
+    real moved;  // by how much
+};
+constexpr int TURN_BYTES = 16;
+static_assert(sizeof(Turn) <= TURN_BYTES, "the slope begins behind it");
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) descend(Sweep sweep) {
+    DYNAMIC_SHARED(shared);
+    Turn* const turn = reinterpret_cast<Turn*>(shared);
+    const u64 row = blockIdx.x, first = row * sweep.columns;
+    const real ridge = static_cast<real>(sweep.ridge);
+    real* slope = sweep.slope + first;
+    if (sweep.slope_is_shared) {
+        slope = reinterpret_cast<real*>(shared + TURN_BYTES);
+        for (int j = threadIdx.x; j < sweep.columns; j += THREADS) slope[j] = sweep.slope[first + j];
+    }
+    for (int count = 0; count < sweep.most; count++) {
+        bool moved_any = false;
+        for (int start = 0; start < sweep.columns;) {
+            if (threadIdx.x == 0) turn->mover = NOBODY;
+            __syncthreads();  // the slope is up to date for all
+            const int k = start + threadIdx.x;
+            real code = 0, moved = 0;
+            if (k < sweep.columns) {
+                const real step = sweep.scale[row * sweep.groups + k / sweep.columns_per_group];
+                const real curvature = sweep.curvature[k] * step;
+                if (curvature > 0) {
+                    const real before = sweep.codes[first + k];
+                    code = between(before + rint(slope[k] / curvature), 0, sweep.largest_code);
+                    moved = (code - before) * step;
+                }
+            }
+            if (moved != 0) atomicMin(&turn->mover, k);
+            __syncthreads();
+            const int mover = turn->mover;
+            if (k == mover) {
+                turn->moved = moved;
+                sweep.codes[first + k] = static_cast<u8>(code);
+                sweep.error[first + k] -= moved;
+            }
+            __syncthreads();  // all know the mover, and by how much it moved
+            if (mover == NOBODY) {
+                start += THREADS;
+                continue;
+            }
+            const real* const row_of_hessian = sweep.hessian + static_cast<u64>(mover) * sweep.columns;
+            for (int j = threadIdx.x; j < sweep.columns; j += THREADS) {
+                slope[j] -= turn->moved * row_of_hessian[j];
+                if (j == mover) slope[j] -= turn->moved * ridge;
+            }
+            moved_any = true;
+            start = mover + 1;
+        }
+        if (!moved_any) return;  // all threads of the block
+    }
+}
