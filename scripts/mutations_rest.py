@@ -359,8 +359,8 @@ OF_THE_REST = (
     Mutant(
         "a search begins anew where another contract was searched for before",
         SEARCH,
-        "measured = [] if force else _load(job, key)",
-        "measured = []",
+        "known = [] if force else _load(job, key)",
+        "known = []",
         ("tests/test_search.py",),
     ),
     Mutant(
