@@ -35,7 +35,14 @@ from accullm_cli.stages.calibrate import (
     other_reference_inputs,
     other_window_count,
 )
-from accullm_cli.stages.checks import GOLDEN_FORMAT, check_config, check_positions, preflight, refuse_golden
+from accullm_cli.stages.checks import (
+    GOLDEN_FORMAT,
+    check_config,
+    check_lengths,
+    check_positions,
+    preflight,
+    refuse_golden,
+)
 from accullm_cli.stages.device import check_format, describe_device, device_of, wants_speed
 from accullm_cli.stages.estimate import estimate
 from accullm_cli.stages.export import artifact_directories, export, export_inputs, known_files
@@ -177,6 +184,7 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
             raise AccullmError(
                 f"was made from another model than {job.source.origin}", artifact, "name its original with --original"
             )
+        check_lengths(job)
         reference = make_reference(job, fresh)
         validated = _validate(job, manifest.format, artifact, reference.record.key, fresh)
         return _finish_report(job, manifest.format, artifact, [reference, *validated])

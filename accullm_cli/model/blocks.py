@@ -152,6 +152,16 @@ class Decoder:
             )
         return first[0].detach().clone()
 
+    def embed_all(self, ids: torch.Tensor) -> torch.Tensor:
+        """As `embed`, for any number of windows, some of them at a time; [windows, tokens, hidden], written once."""
+        hidden = torch.zeros(0, ids.shape[1], 1)
+        for rows in batches(*ids.shape):
+            part = self.embed(ids[rows])
+            if not rows.start:
+                hidden = part.new_empty(len(ids), *part.shape[1:])
+            hidden[rows] = part
+        return hidden
+
     def run(
         self,
         index: int,

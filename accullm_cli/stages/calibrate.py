@@ -304,13 +304,8 @@ def _tokenize(job: Job) -> tuple[Windows, Windows]:
 
 
 def _embed(decoder: Decoder, calibration: torch.Tensor, validation: torch.Tensor) -> _Streams:
-    def embed(ids: torch.Tensor) -> torch.Tensor:
-        if not len(ids):
-            return torch.zeros(0, ids.shape[1], 1)
-        return torch.cat([decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
-
-    hidden = embed(validation)
-    return _Streams(embed(calibration), hidden, hidden.to(torch.bfloat16).float())
+    hidden = decoder.embed_all(validation)
+    return _Streams(decoder.embed_all(calibration), hidden, hidden.to(torch.bfloat16).float())
 
 
 def _advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

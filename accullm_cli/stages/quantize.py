@@ -297,23 +297,27 @@ class _Streams:
         self._precision = precision_of(job)
         self._store = _stream_store(job)
         ids = load_tokens(job)["calibration"]
+        reads_original = job.config.rounding.target == "corrected" or job.config.gradient_samples > 0
         decoder.load_outside()
         decoder.embed(ids[:1, :PROBE_TOKENS])
-        embedded = self._embed(ids)
-        reads_original = job.config.rounding.target == "corrected" or job.config.gradient_samples > 0
         self.original: torch.Tensor | None = None
         if restored is None:
-            self.position, self.rounded = 0, embedded
-            self.original = embedded.clone() if reads_original else None
+            self.position, self.rounded = 0, decoder.embed_all(ids)
+            if reads_original:
+                self.original = self.rounded
             if embedding is not None:
                 module = decoder.model.get_input_embeddings()
                 module.weight = nn.Parameter(torch.empty(0), False)  # the original's makes room
                 module.weight = nn.Parameter(embedding.dequantize(torch.float32), False)
-                self.rounded = self._embed(ids)
+                self.rounded = decoder.embed_all(ids)
         else:
             self.position, self.rounded = restored[0], restored[1]["rounded"]
             self.original = restored[1].get("original")
+            for rows in batches(*ids.shape):
+                decoder.embed(ids[rows])  # what the model passes to its blocks is then known
         decoder.release_outside()
+        if self.original is self.rounded:
+            self.original = self.rounded.clone()
 
     @classmethod
     def needed(
@@ -332,10 +336,6 @@ class _Streams:
             tensors = load_file(shard_path(job, units[0].name))
             embedding = _linear_of(tensors, next(iter(units[0].linears.values())))
         return cls(job, decoder, embedding, _stream_store(job).restore(keys))
-
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """What goes into the first block, [S, T, hidden]."""
-        return torch.cat([self._decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
 
     def _advance(self, stream: torch.Tensor, index: int, block: nn.Module) -> None:
         with products(self._precision):

@@ -173,7 +173,7 @@ def _run_blocks(job: Job, stage: str, decoder: Decoder, ids: torch.Tensor, key: 
     store = StreamStore(job.run.file(f"{stage.replace(' ', '-')}-stream.safetensors"))
     keys = [key_of({"stage": key, "block": str(index)}) for index in range(total)]
     decoder.load_outside()
-    hidden = torch.cat([decoder.embed(ids[rows]) for rows in batches(*ids.shape)])
+    hidden = decoder.embed_all(ids)
     decoder.release_outside()
     start = 0
     if (restored := store.restore(keys)) is not None:

@@ -66,6 +66,16 @@ def test_an_artifact_whose_original_has_no_name_to_find_it_by(artifact: Path) ->
     )
 
 
+def test_other_text_that_is_too_short_is_refused_before_any_work(llama: Path, artifact: Path, tmp_path: Path) -> None:
+    letters = tmp_path / "letters.txt"
+    letters.write_text("dear sir " * 6)
+    config = fast_config(llama, artifact, validation__other_text=letters)
+    assert refusal(lambda: validate_artifact(artifact, config)) == (
+        f"other text {letters}: has 1 windows, and an interval needs 2; give more text, or --other-text none"
+    )
+    assert not artifact.with_name("moved.validation").exists()
+
+
 def test_what_is_no_artifact_is_refused(llama: Path, tmp_path: Path) -> None:
     config = fast_config(llama, tmp_path / "out")
     assert refusal(lambda: validate_artifact(llama, config)) == (
