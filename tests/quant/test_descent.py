@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.quant import compiled, descent
@@ -43,6 +43,7 @@ def loss(
 @pytest.mark.parametrize("with_rows", [False, True])
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 40), columns=st.integers(1, 20), bits=st.integers(2, 4))
+@example(seed=87997, rows=39, columns=10, bits=4)  # 30 rounds are not enough
 def test_no_single_code_can_be_improved_at_the_end(
     with_rows: bool, seed: int, rows: int, columns: int, bits: int
 ) -> None:
@@ -52,8 +53,9 @@ def test_no_single_code_can_be_improved_at_the_end(
     before, kept = loss(target, codes, grid, hessian, fisher), codes.clone()
     error = target - grid.values(codes.double())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(descent, "SWEEPS", 60)
-        patch.setattr(descent, "ROUNDS", 30)
+        # Far beyond where it ends: blocks of rows that feed each other take some dozens of rounds.
+        patch.setattr(descent, "SWEEPS", 1000)
+        patch.setattr(descent, "ROUNDS", 500)
         descend(codes, error, grid, hessian, RIDGE, movable, fisher)
     after = loss(target, codes, grid, hessian, fisher)
     assert after <= before * (1 + 1e-12)
