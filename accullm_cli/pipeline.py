@@ -24,7 +24,7 @@ from accullm_cli.model.source import open_source
 from accullm_cli.progress import Progress, silent
 from accullm_cli.report import write_report
 from accullm_cli.run import Reason, RunDirectory, key_of, write_text
-from accullm_cli.search import search
+from accullm_cli.search import known_plans, search
 from accullm_cli.stages.calibrate import (
     OTHER_REFERENCE,
     OTHER_TEXT,
@@ -228,10 +228,12 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
 
 def _decide_search(job: Job, fresh: bool) -> dict[str, Reason]:
     """As `_decide_stages`, for a golden search, of which no more is known than where it begins and may end."""
-    plans = job.config.search.max_plans
+    calibrating = calibrate_inputs(job)
+    plans, known = job.config.search.max_plans, 0 if fresh else known_plans(job, key_of(calibrating))
+    begun = f", and {known} known from an earlier search" if known else ""
     return {
-        "calibrate": decide(job, "calibrate", calibrate_inputs(job), fresh),
-        "search": Reason("new", f"up to {plans} plans; time is estimated for one"),
+        "calibrate": decide(job, "calibrate", calibrating, fresh),
+        "search": Reason("new", f"up to {plans} plans{begun}; time is estimated for one"),
     }
 
 

@@ -35,7 +35,7 @@ from accullm_cli.measure.result import Clause, Fidelity, Trial
 from accullm_cli.progress import Event
 from accullm_cli.quant.budget import Choices
 from accullm_cli.run import RunDirectory, key_of, write_text
-from accullm_cli.stages.calibrate import SEARCH_TEXT, make_search_reference, open_decoder
+from accullm_cli.stages.calibrate import SEARCH_TEXT, make_search_reference, open_decoder, search_reference_inputs
 from accullm_cli.stages.checks import GOLDEN_FORMAT
 from accullm_cli.stages.export import export
 from accullm_cli.stages.job import Job, StageOutcome
@@ -103,7 +103,7 @@ def search(job: Job, calibrated: StageOutcome, force: bool = False) -> Found:
     choices = average_choices(job, decoder, load_stats(job, decoder))
     curve = choices.curve()
     lowest, highest = _bounds(job, curve)
-    key = _key(job, calibrated, reference)
+    key = _key(job, calibrated.record.key, reference.record.key)
     known = [] if force else _load(job, key)
     measured = [plan for plan in known if plan.bits <= highest]
     beyond = [plan for plan in known if plan.bits > highest]  # of a search that was allowed more
@@ -261,11 +261,16 @@ def _clear(job: Job, keep: set[float]) -> None:
 # -- what was measured -------------------------------------------------------------------------------------
 
 
-def _key(job: Job, calibrated: StageOutcome, reference: StageOutcome) -> str:
+def known_plans(job: Job, calibrate_key: str) -> int:
+    """How many plans an earlier search measured that this one would begin with."""
+    return len(_load(job, _key(job, calibrate_key, key_of(search_reference_inputs(job)))))
+
+
+def _key(job: Job, calibrate_key: str, reference_key: str) -> str:
     """Of all that the figures depend on, but for the average."""
-    inputs = {**profile_inputs(job, calibrated.record.key), **quantize_inputs(job, calibrated.record.key, "")}
+    inputs = {**profile_inputs(job, calibrate_key), **quantize_inputs(job, calibrate_key, "")}
     inputs.pop("config:plan.bits")
-    return key_of({**inputs, "input:reference": reference.record.key})
+    return key_of({**inputs, "input:reference": reference_key})
 
 
 def _trials_path(job: Job) -> Path:

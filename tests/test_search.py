@@ -145,6 +145,20 @@ def test_asked_again_it_computes_nothing(llama: Path, first: tuple[Path, list[Ev
     assert {name: (out / name).read_bytes() for name in artifact_files(out)} == before
 
 
+def test_a_dry_run_tells_the_plans_that_are_known(llama: Path, first: tuple[Path, list[Event]], tmp_path: Path) -> None:
+    out, _ = first
+    run = out.with_name("out.run")
+    known = len(convert(golden(llama, out, "mean_kl<=0.02")).search)
+    for limit in ("0.02", "0.3"):  # whatever is demanded of them
+        calibrate, search = dry_run(golden(llama, tmp_path / "out", f"mean_kl<={limit}", machine__run=run)).stages
+        assert not calibrate.runs
+        assert f"up to 5 plans, and {known} known from an earlier search; " in search.reason
+    begun_anew = dry_run(golden(llama, tmp_path / "out", "mean_kl<=0.02", machine__run=run), fresh=True).stages[1]
+    assert "known" not in begun_anew.reason
+    reseeded = golden(llama, tmp_path / "out", "mean_kl<=0.02", machine__run=run, machine__seed=1)
+    assert "known" not in dry_run(reseeded).stages[1].reason
+
+
 def test_another_contract_begins_with_what_is_known(
     llama: Path, first: tuple[Path, list[Event]], tmp_path: Path
 ) -> None:

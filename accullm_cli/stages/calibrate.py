@@ -87,7 +87,7 @@ def make_reference(job: Job, force: bool = False) -> StageOutcome:
 
 def make_search_reference(job: Job, force: bool = False) -> StageOutcome:
     """As `make_reference`, for the other windows of that text that a search over plans is measured on."""
-    return _reference(job, "search reference", SEARCH_TEXT, cut_search_windows, _validation_inputs(job), force)
+    return _reference(job, "search reference", SEARCH_TEXT, cut_search_windows, search_reference_inputs(job), force)
 
 
 def make_other_reference(job: Job, force: bool = False) -> StageOutcome:
@@ -108,6 +108,11 @@ def cut_search_windows(job: Job) -> Windows:
 def cut_other_windows(job: Job) -> Windows:
     """Those of the text of another kind."""
     return _cut(job, other_windows, job.config.validation.other_text, other_window_count(job))
+
+
+def search_reference_inputs(job: Job) -> dict[str, str]:
+    """What the reference for the windows of a search depends on: the text that those of the contract are cut from."""
+    return _validation_inputs(job)
 
 
 def other_reference_inputs(job: Job) -> dict[str, str]:
