@@ -181,6 +181,8 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
         ("top-1 agreement", _estimate(found.top1_agreement, "{:.2%}")),
         ("measured on", f"{found.tokens} tokens: {found.text}"),
     ]
+    if found.arithmetic != "float32":
+        rows.append(("computed in", found.arithmetic))
     if report.other is not None:
         other = report.other
         rows += [

@@ -151,6 +151,13 @@ def test_the_report_shows_every_figure_with_its_interval():
     ]
 
 
+def test_the_report_says_where_an_artifact_was_not_run_in_float32():
+    report = a_report(())
+    assert "computed in" not in report_text(report)
+    on_gpu = dataclasses.replace(report.fidelity, arithmetic="bfloat16 on Some GPU")
+    assert "computed in            bfloat16 on Some GPU\n" in report_text(dataclasses.replace(report, fidelity=on_gpu))
+
+
 def test_the_report_gives_the_verdict_clause_by_clause():
     met = Clause("mean_kl<=0.07", "mean_kl", "<=", 0.07, 0.06612, True)
     missed = Clause("kl_max<=1", "kl_max", "<=", 1.0, 3.25, False)

@@ -263,7 +263,8 @@ def _fidelity_lines(report: Report) -> list[str]:
     ]
     lines = [
         _FIDELITY_START,
-        f"Measured on {measured.tokens} tokens in {measured.windows} windows of held-out text.",
+        f"Measured on {measured.tokens} tokens in {measured.windows} windows of held-out text, "
+        f"the artifact in {measured.arithmetic}.",
         "",
         "| | measured | 95% confidence interval |",
         "| --- | --- | --- |",

@@ -36,6 +36,7 @@ class Fidelity:
     mean_kl_floor: Estimate  # the original against itself with one bfloat16 rounding per block
     kl_of_window: tuple[float, ...]  # mean KL of each window, for paired comparisons
     kl_histogram: tuple[tuple[float, int], ...]  # (upper edge in nats, tokens), logarithmic bins
+    arithmetic: str = "float32"  # what the artifact was run in; the original in float32 always
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ def _figures(heading: str, found: Fidelity) -> str:
     columns = [("Figure", ""), ("Value", "number"), ("95% interval", "number"), ("", "quiet")]
     note = (
         f"KL(original ‖ artifact) of the next-token distributions at {found.tokens:,} positions in {found.windows} "
-        f"windows. Text: {found.text}. Intervals come from resampling whole windows."
+        f"windows, the artifact in {found.arithmetic}. Text: {found.text}. Intervals come from resampling whole "
+        "windows."
     )
     if found.windows < _FEW_WINDOWS:
         note += f" From {found.windows} windows they are too narrow: measure more."

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
 from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
+from accullm_cli.formats.shards import dtype_name
 from accullm_cli.measure.divergence import Divergence
 from accullm_cli.measure.result import Estimate, Fidelity
 from accullm_cli.model.blocks import Decoder, batches
@@ -38,7 +39,7 @@ from accullm_cli.stages.calibrate import (
     open_decoder,
     validation_text,
 )
-from accullm_cli.stages.device import compute_dtype, device_of
+from accullm_cli.stages.device import compute_dtype, describe_device, device_of
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage
 from accullm_cli.stages.precision import products
 from accullm_cli.stages.streams import StreamStore
@@ -142,7 +143,11 @@ def _measure(job: Job, stage: str, directory: Path, key: str, place: str) -> Fid
             floor = decoder.logits(reference["floor"][window : window + 1])[0]
         _check_head(original, ids[window], reference["negative_log_likelihood"][window], directory)
         divergence.add(original, logits_of(window, ids[window]), ids[window], floor)
-    return divergence.finish(validation_text(job, place), job.config.machine.seed)
+    found = divergence.finish(validation_text(job, place), job.config.machine.seed)
+    if device.type == "cpu":
+        return found
+    dtype = compute_dtype(device, job.source.config)
+    return replace(found, arithmetic=f"{dtype_name(dtype)} on {describe_device(device)}")
 
 
 # The artifact's, [T, vocabulary], for a window's number and ids [T].

@@ -150,6 +150,7 @@ def test_on_a_gpu_the_whole_model_gives_the_logits(
     assert went == [(torch.device("cuda", 0), torch.bfloat16)]
     assert on_gpu.perplexity_original == on_cpu.perplexity_original
     assert on_gpu.mean_kl_floor == on_cpu.mean_kl_floor
+    assert (on_cpu.arithmetic, on_gpu.arithmetic) == ("float32", "bfloat16 on Some GPU")
     # One rounding to bfloat16 after the other moves it a little, and so it is measured.
     assert on_gpu.perplexity != on_cpu.perplexity
     assert on_gpu.perplexity.value == pytest.approx(on_cpu.perplexity.value, rel=0.02)
