@@ -133,14 +133,14 @@ OF_THE_REST = (
         "accullm_cli/formats/stored.py",
         "if info.shape != wanted.shape:",
         "if len(info.shape) != len(wanted.shape):",
-        ("tests/formats/test_accullm.py",),
+        ("tests/formats/test_accullm_refusals.py",),
     ),
     Mutant(
         "an index may point outside its directory",
         "accullm_cli/formats/shards.py",
         'if Path(file).name != file or file in ("", ".", ".."):',
         'if file in ("", ".", ".."):',
-        ("tests/formats/test_accullm.py",),
+        ("tests/formats/test_accullm_refusals.py",),
     ),
     # -- products on a CPU -----------------------------------------------------------------------------------
     Mutant(

@@ -17,7 +17,7 @@ from accullm_cli.formats.accullm import AccullmFormat
 from accullm_cli.formats.base import ModelShape
 from accullm_cli.quant.plan import LinearPlan, Plan
 from tests.artifacts import Made, empty, make_parts
-from tests.formats.test_accullm import edit_json
+from tests.formats.test_accullm_refusals import edit_json
 from tests.tiny import tiny_llama
 
 EMBEDDING = "model.embed_tokens"
