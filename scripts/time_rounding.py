@@ -9,6 +9,7 @@ timed is all that quantize does to round a block, the way there and back include
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ GROUP_SIZE, BITS, OUTLIERS = 64, 4, 0.005
 
 
 def seconds_of(shapes: Sequence[tuple[int, int]], loops: Loops, options: RoundingOptions, repeats: int) -> float:
-    """The fastest of several times that rounding some linears of one input takes."""
+    """How long rounding the linears of one input takes: the median, after one time that compiles and is not counted."""
     draw = torch.Generator().manual_seed(0)
     features = shapes[0][1]
     rows = torch.randn(2048, features, generator=draw).to(loops.device)
@@ -49,11 +50,11 @@ def seconds_of(shapes: Sequence[tuple[int, int]], loops: Loops, options: Roundin
         plans[name] = LinearPlan(name, out_features, in_features, BITS, GROUP_SIZE, False, outliers, scale_bits=6)
         pulls[name] = torch.randn(in_features, out_features, generator=draw) * 1e-3
     found = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         begin = time.perf_counter()
         round_linears(weights, plans, options, torch.bfloat16, hessian, pulls, loops=loops)
         found.append(time.perf_counter() - begin)
-    return min(found)
+    return statistics.median(found[1:])
 
 
 def main(arguments: Sequence[str]) -> int:
