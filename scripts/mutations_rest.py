@@ -30,7 +30,7 @@ OF_THE_REST = (
     Mutant(
         "blocks behind a rounded embedding are rounded for the original's",
         QUANTIZE,
-        "                self.rounded = self._embed(ids)\n",
+        "                self.rounded = decoder.embed_all(ids)\n",
         "",
         (f"{ROUND_EMBEDDINGS}::test_blocks_behind_a_rounded_embedding_are_rounded_for_it",),
     ),
