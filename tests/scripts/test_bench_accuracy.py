@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,9 @@ import pytest
 from accullm_cli.console import plain
 from accullm_cli.measure.result import StageSummary
 from tests.samples import report_of
-from tests.scripts.test_prepare_demo_model import SCRIPT as SIBLING
+from tests.scripts.loading import load_script
 
-SCRIPT = SIBLING.with_name("bench_accuracy.py")
-
-
-def load_script() -> Any:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("bench_accuracy", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_accuracy"] = module  # where dataclasses look for the types of their fields
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("bench_accuracy")
 ROW = {row.name: row for row in script.ROWS}
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,10 +14,9 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.measure.result import Estimate
 from accullm_cli.pipeline import run_path
 from accullm_cli.stages.calibrate import calibrate
+from tests.scripts.loading import SCRIPTS, load_script
 from tests.streaming import opened, reference_model, short_config
 from tests.tiny import make_checkpoint
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_peers.py"
 
 # Stands in for run_peer.py: quantizes nothing, notes that it ran, and fails where it is told to.
 FAKE_RUNNER = """
@@ -35,18 +32,7 @@ shutil.copy(place / "weights.safetensors", out / "weights.safetensors")
 }))
 """
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_peers", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_peers"] = module  # where dataclasses look for the types of their fields
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("bench_peers")
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +222,7 @@ def test_a_peer_without_a_tools_name_is_refused(capsys: pytest.CaptureFixture[st
 
 
 def test_every_row_is_of_a_tool_that_run_peer_has() -> None:
-    runner = (SCRIPT.with_name("run_peer.py")).read_text()
+    runner = (SCRIPTS / "run_peer.py").read_text()
     for peer in script.PEERS:
         assert f'"{peer.tool}": Runner(' in runner
         for flag in peer.flags[::2]:

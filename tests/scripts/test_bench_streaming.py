@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from accullm_cli.errors import MachineError
 from accullm_cli.model.source import open_source
+from tests.scripts.loading import load_script
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_streaming.py"
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -26,18 +24,7 @@ TINY = {
     "num_hidden_layers": 3,
 }
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_streaming", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_streaming"] = module  # where dataclasses look for the types of their fields
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("bench_streaming")
 
 
 @pytest.fixture(scope="module")

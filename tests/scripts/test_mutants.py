@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from tests.scripts.loading import SCRIPTS
 
 
 def test_every_mutant_finds_its_line_and_its_tests(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,20 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from accullm_cli.errors import AccullmError
 from accullm_cli.run import file_sha256
 from tests.model import test_gguf
+from tests.scripts.loading import SCRIPTS, load_script
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_demo_model.py"
+SCRIPT = SCRIPTS / "prepare_demo_model.py"
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_demo_model", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("prepare_demo_model")
 
 
 def llama(tied: bool) -> LlamaForCausalLM:

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from accullm_cli import convert
+from tests.scripts.loading import load_script
 from tests.streaming import short_config
 from tests.tiny import make_checkpoint
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "probe_training.py"
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("probe_training", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["probe_training"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("probe_training")
 
 
 @pytest.fixture(scope="module")

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "run_peer.py"
+from tests.scripts.loading import load_script
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_peer", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run_peer"] = module  # where dataclasses look for the types of their fields
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("run_peer")
 
 
 def random_codes(*shape: int) -> torch.Tensor:
