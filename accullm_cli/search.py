@@ -35,7 +35,7 @@ from accullm_cli.measure.result import Clause, Fidelity, Trial
 from accullm_cli.progress import Event
 from accullm_cli.quant.budget import Choices
 from accullm_cli.run import RunDirectory, key_of, write_text
-from accullm_cli.stages.calibrate import SEARCH_TEXT, make_search_reference, open_decoder, search_reference_inputs
+from accullm_cli.stages.calibrate import SEARCH_TEXT, make_search_reference, open_decoder, validation_reference_inputs
 from accullm_cli.stages.checks import GOLDEN_FORMAT
 from accullm_cli.stages.export import export
 from accullm_cli.stages.job import Job, StageOutcome
@@ -263,7 +263,7 @@ def _clear(job: Job, keep: set[float]) -> None:
 
 def known_plans(job: Job, calibrate_key: str) -> int:
     """How many plans an earlier search measured that this one would begin with."""
-    return len(_load(job, _key(job, calibrate_key, key_of(search_reference_inputs(job)))))
+    return len(_load(job, _key(job, calibrate_key, key_of(validation_reference_inputs(job)))))
 
 
 def _key(job: Job, calibrate_key: str, reference_key: str) -> str:

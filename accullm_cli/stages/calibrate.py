@@ -82,12 +82,14 @@ def calibrate_inputs(job: Job) -> dict[str, str]:
 
 def make_reference(job: Job, force: bool = False) -> StageOutcome:
     """As `calibrate`, for the validation text alone: what `validate` needs of the original."""
-    return _reference(job, "reference", VALIDATION_TEXT, cut_validation_windows, _validation_inputs(job), force)
+    return _reference(
+        job, "reference", VALIDATION_TEXT, cut_validation_windows, validation_reference_inputs(job), force
+    )
 
 
 def make_search_reference(job: Job, force: bool = False) -> StageOutcome:
     """As `make_reference`, for the other windows of that text that a search over plans is measured on."""
-    return _reference(job, "search reference", SEARCH_TEXT, cut_search_windows, search_reference_inputs(job), force)
+    return _reference(job, "search reference", SEARCH_TEXT, cut_search_windows, validation_reference_inputs(job), force)
 
 
 def make_other_reference(job: Job, force: bool = False) -> StageOutcome:
@@ -110,9 +112,9 @@ def cut_other_windows(job: Job) -> Windows:
     return _cut(job, other_windows, job.config.validation.other_text, other_window_count(job))
 
 
-def search_reference_inputs(job: Job) -> dict[str, str]:
-    """What the reference for the windows of a search depends on: the text that those of the contract are cut from."""
-    return _validation_inputs(job)
+def validation_reference_inputs(job: Job) -> dict[str, str]:
+    """What the references for the contract's windows and for a search's depend on: they are cut from one text."""
+    return _reference_inputs(job, job.config.validation.text, job.config.validation.windows)
 
 
 def other_reference_inputs(job: Job) -> dict[str, str]:
@@ -136,10 +138,6 @@ def _reference(
             return _run_original(job, stage, key_of(inputs), none, found, place)
 
     return run_stage(job, stage, inputs, force, work)
-
-
-def _validation_inputs(job: Job) -> dict[str, str]:
-    return _reference_inputs(job, job.config.validation.text, job.config.validation.windows)
 
 
 def _reference_inputs(job: Job, text: str, windows: int) -> dict[str, str]:
