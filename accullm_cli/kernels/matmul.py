@@ -70,13 +70,27 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"device {device}: the kernels need a GPU of NVIDIA"
     if torch.version.hip is not None:
         return "this torch is built for ROCm: the kernels need a GPU of NVIDIA"
-    if importlib.util.find_spec("cupy") is None:
-        return f"CuPy is missing: {HOW_TO_INSTALL}"
+    reason = _why_no_cupy(device)
+    if reason is not None:
+        return reason
     major, minor = torch.cuda.get_device_capability(device)
     if 10 * major + minor < OLDEST_ARCHITECTURE:
         return f"compute capability {major}.{minor}: the kernels need 7.5 or newer"
     if dtype == torch.bfloat16 and major < 8:
         return f"compute capability {major}.{minor} multiplies no bfloat16: load the model in float16"
+    return None
+
+
+def _why_no_cupy(device: torch.device) -> str | None:
+    """Why CuPy cannot be used there; None where it can."""
+    if importlib.util.find_spec("cupy") is None:
+        return f"CuPy is missing: {HOW_TO_INSTALL}"
+    from accullm_cli.kernels.device import describe
+
+    try:
+        describe(device.index or 0)
+    except (ImportError, RuntimeError) as error:  # a package for another CUDA: CuPy's errors are RuntimeErrors
+        return f"CuPy cannot use it ({str(error).strip().partition(chr(10))[0]}): {HOW_TO_INSTALL}"
     return None
 
 

@@ -145,7 +145,30 @@ def test_which_gpus_have_kernels(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(matmul.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(device, "describe", lambda index: Device(multiprocessors=4, shared_bytes=99 * 1024))
     assert why_no_kernels(torch.device("cuda", 0), dtype) == reason
+
+
+def test_a_cupy_that_does_not_fit_the_driver_is_named() -> None:
+    pytest.importorskip("cupy")
+    if torch.cuda.is_available():
+        pytest.skip("CuPy may work here")
+    reason = why_no_kernels(torch.device("cuda", 0), torch.float16)
+    assert reason is not None
+    assert re.fullmatch(
+        r"CuPy cannot use it \(.*cudaError.*\): pip install 'accullm\[cuda12\]' .*, as the driver's version", reason
+    )
+
+
+def test_a_cupy_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(index: int) -> None:
+        raise ImportError("libcuda.so.1: cannot open shared object file\nmore lines")
+
+    monkeypatch.setattr(matmul.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(device, "describe", refuse)
+    reason = why_no_kernels(torch.device("cuda", 0), torch.float16)
+    assert reason is not None
+    assert reason.startswith("CuPy cannot use it (libcuda.so.1: cannot open shared object file): pip install")
 
 
 def test_without_cupy_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
