@@ -162,6 +162,15 @@ class Decoder:
             hidden[rows] = part
         return hidden
 
+    def learn_calls(self, ids: torch.Tensor) -> None:
+        """Find out what the model passes to its blocks for batches of these windows [windows, tokens].
+
+        `embed` does that, too; this is for windows whose hidden states are there already.
+        """
+        rows = batches(*ids.shape)
+        for some in rows[:1] + rows[1:][-1:]:  # the last batch may be a smaller one
+            self.embed(ids[some])
+
     def run(
         self,
         index: int,

@@ -236,16 +236,16 @@ def _run_original(
     finished = 0
     while finished < len(keys) and _block_key(stats_path(job, finished)) == keys[finished]:
         finished += 1
-    decoder.embed(validation.ids[:1, :PROBE_TOKENS])
+    decoder.learn_calls(validation.ids[:1, :PROBE_TOKENS])
     restored = store.restore(keys[:finished])
     if restored is None:
         start, streams = 0, _embed(decoder, measured, validation.ids)
     else:
         start, streams = restored[0], _Streams(**restored[1])
-        _embed(decoder, measured, validation.ids)  # the decoder learns what its blocks are called with
+        for ids in (measured, validation.ids):
+            decoder.learn_calls(ids)
     with_gradient = min(job.config.gradient_samples, len(measured))
-    for rows in batches(with_gradient, measured.shape[1]):
-        decoder.embed(measured[rows])  # likewise, for as few windows
+    decoder.learn_calls(measured[:with_gradient])
     decoder.release_outside()
     total = len(keys)
     for index in range(start, total):

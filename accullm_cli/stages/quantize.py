@@ -299,7 +299,7 @@ class _Streams:
         ids = load_tokens(job)["calibration"]
         reads_original = job.config.rounding.target == "corrected" or job.config.gradient_samples > 0
         decoder.load_outside()
-        decoder.embed(ids[:1, :PROBE_TOKENS])
+        decoder.learn_calls(ids[:1, :PROBE_TOKENS])
         self.original: torch.Tensor | None = None
         if restored is None:
             self.position, self.rounded = 0, decoder.embed_all(ids)
@@ -313,8 +313,7 @@ class _Streams:
         else:
             self.position, self.rounded = restored[0], restored[1]["rounded"]
             self.original = restored[1].get("original")
-            for rows in batches(*ids.shape):
-                decoder.embed(ids[rows])  # what the model passes to its blocks is then known
+            decoder.learn_calls(ids)
         decoder.release_outside()
         if self.original is self.rounded:
             self.original = self.rounded.clone()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from accullm_cli.formats.shards import dtype_name
 from accullm_cli.measure.result import Speed, Throughput
 from accullm_cli.progress import Event
 from accullm_cli.run import Reason, write_text
@@ -82,7 +83,7 @@ def _measure(job: Job, artifact: Path) -> Speed:
     of_original = time_model(load_original(job, device, dtype), prompt, following)
     return Speed(
         device=describe_device(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         prompt_tokens=prompt.numel(),
         decoded_tokens=following.numel(),
         original=of_original,
