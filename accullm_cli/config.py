@@ -304,8 +304,8 @@ class Machine(Section):
     )
     precision: Literal["auto", "float32"] = option(
         "auto",
-        "Of the matrix products in calibrate and quantize: 'auto' lets CPUs with AMX round their elements to bfloat16, "
-        "which is faster there. Validation always computes in float32.",
+        "Of the matrix products in calibrate and quantize: 'auto' rounds their elements to bfloat16 on CPUs that "
+        "multiply those faster (AMX, AVX512_BF16). Validation always computes in float32.",
     )
     seed: int = option(0, "Seed of every random choice.", allowed="0 to 2**63 - 1", ge=0, lt=2**63)
 

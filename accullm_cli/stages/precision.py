@@ -2,17 +2,20 @@
 
 PyTorch leaves products of float32 matrices to its BLAS, unless it is told that their elements may be rounded to
 bfloat16: then oneDNN computes them. On CPUs with AMX it does round; on others with AVX-512 it does not, and takes half
-as long as a BLAS that does not use the CPU's full width. Which of the two it is, is measured.
+as long as a BLAS that does not use the CPU's full width. Which of the two it is, is measured. Among the others are some
+that have instructions for products of bfloat16 (AVX512_BF16), for which matrices are rounded here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from accullm_cli.stages.job import Job
 
@@ -23,17 +26,36 @@ ROUNDED = 1e-5
 
 def precision_of(job: Job) -> Precision:
     """Of the products of calibrate and quantize on this machine."""
-    return "bfloat16" if job.config.machine.precision == "auto" and onednn_rounds() else "float32"
+    fast = job.config.machine.precision == "auto" and (onednn_rounds() or _multiplies_bfloat16())
+    return "bfloat16" if fast else "float32"
 
 
 @contextmanager
 def products(precision: Precision) -> Iterator[None]:
     """Compute the products of float32 matrices with at least this precision, and as fast as that allows."""
-    if not _has_onednn() or (precision == "float32" and onednn_rounds()):
+    with ExitStack() as stack:
+        if _has_onednn() and not (precision == "float32" and onednn_rounds()):
+            stack.enter_context(_onednn())
+        if precision == "bfloat16" and not onednn_rounds() and _multiplies_bfloat16():
+            stack.enter_context(Bfloat16Products())
         yield
-    else:
-        with _onednn():
-            yield
+
+
+class Bfloat16Products(TorchFunctionMode):
+    """While active, linears and the sums of Gram matrices multiply elements rounded to bfloat16.
+
+    The CPU adds up in float32; a product is rounded to bfloat16 once more, and then float32 again. Attention is left
+    as it is.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is nn.functional.linear and not kwargs and args[0].dtype == torch.float32:
+            rounded = [None if value is None else value.bfloat16() for value in args]
+            return func(*rounded).float()
+        if func is torch.Tensor.addmm_ and not kwargs and args[0].dtype == torch.float32:
+            total, left, right = args
+            return total.add_(left.bfloat16() @ right.bfloat16())
+        return func(*args, **(kwargs or {}))
 
 
 @lru_cache(maxsize=1)
@@ -47,6 +69,12 @@ def onednn_rounds() -> bool:
     with _onednn():
         error = (left @ right).double() - exact
     return float(error.norm() / exact.norm()) > ROUNDED
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, and torch says so (2.10 and later)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16"))
 
 
 def _has_onednn() -> bool:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from accullm_cli.pipeline import convert
 from accullm_cli.stages import block_rounding, calibrate, precision, quantize, validate
-from accullm_cli.stages.precision import Precision, onednn_rounds, products
+from accullm_cli.stages.precision import Bfloat16Products, Precision, onednn_rounds, products
 from tests.streaming import short_config
 from tests.tiny import make_checkpoint
 
@@ -47,6 +48,50 @@ def test_the_setting_ends_with_an_error_too() -> None:
     with pytest.raises(RuntimeError), products("bfloat16"):
         raise RuntimeError(setting.fp32_precision)
     assert setting.fp32_precision == before
+
+
+def test_linears_and_sums_multiply_bfloat16_and_add_in_float32() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(70, 300, generator=generator), torch.randn(40, 300, generator=generator)
+    bias = torch.randn(40, generator=generator)
+    with Bfloat16Products():
+        found = nn.functional.linear(x, weight, bias)
+        without_bias = nn.functional.linear(x, weight)
+        total = torch.ones(300, 300).addmm_(x.T, x)
+        untouched = x @ weight.T
+    exact = x.bfloat16().double() @ weight.bfloat16().double().T
+    size = x.double().abs() @ weight.double().abs().T
+    unit = 2.0**-8  # of one rounding to bfloat16; sums in float32 add next to nothing
+    assert found.dtype == torch.float32
+    assert bool(((found - bias - exact).abs() <= unit * (exact.abs() + 2 * bias.abs()) + 1e-6 * size).all())
+    assert bool(((without_bias - exact).abs() <= unit * exact.abs() + 1e-6 * size).all())
+    gram = x.bfloat16().double().T @ x.bfloat16().double()
+    assert bool(((total - 1 - gram).abs() <= unit * gram.abs() + 1e-6 * (x.abs().T @ x.abs() + 1)).all())
+    assert torch.equal(untouched, x @ weight.T)
+
+
+def test_gradients_pass_rounded_products() -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(4))
+    with Bfloat16Products():
+        nn.functional.linear(x, weight).sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    wanted = weight.bfloat16().double().sum(0)
+    assert bool(((x.grad - wanted).abs() <= 2.0**-8 * wanted.abs() + 1e-4).all())
+
+
+@pytest.mark.parametrize(("multiplies", "rounded"), [(True, True), (False, False)])
+def test_what_the_cpu_multiplies_faster_is_rounded(
+    multiplies: bool, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "onednn_rounds", lambda: False)
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: multiplies)
+    x, weight = torch.full((1, 32), 1 + 2.0**-12), torch.ones(1, 32)
+    with products("bfloat16"):
+        assert (float(nn.functional.linear(x, weight)) == 32) == rounded
+    with products("float32"):
+        assert float(nn.functional.linear(x, weight)) > 32
 
 
 @pytest.mark.parametrize(("rounds", "wanted", "used"), [(True, "float32", "none"), (False, "float32", "bf16")])
@@ -86,14 +131,22 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("rounds", "wanted"), [(True, "auto"), (False, "auto"), (True, "float32")])
+@pytest.mark.parametrize("wanted", ["auto", "float32"])
+@pytest.mark.parametrize(("rounds", "multiplies"), [(True, False), (False, True), (False, False)])
 def test_validation_is_float32_and_rounding_what_was_asked_for(
-    rounds: bool, wanted: str, seen: set[tuple[str, str]], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rounds: bool,
+    multiplies: bool,
+    wanted: str,
+    seen: set[tuple[str, str]],
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "onednn_rounds", lambda: rounds)
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: multiplies)
     convert(short_config(llama, tmp_path / "out", machine__precision=wanted))
     everything = {("calibrate", "float32"), ("quantize", "float32"), ("validate", "float32")}
-    own = "bfloat16" if rounds and wanted == "auto" else "float32"
+    own = "bfloat16" if (rounds or multiplies) and wanted == "auto" else "float32"
     assert seen == everything | {(name, own) for name in ("calibrate", "block_rounding")}
 
 
