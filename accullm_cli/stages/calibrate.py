@@ -242,8 +242,8 @@ def _run_original(
         start, streams = 0, _embed(decoder, measured, validation.ids)
     else:
         start, streams = restored[0], _Streams(**restored[1])
-        for ids in (measured, validation.ids):
-            decoder.learn_calls(ids)
+        for windows in (measured, validation.ids):
+            decoder.learn_calls(windows)
     with_gradient = min(job.config.gradient_samples, len(measured))
     decoder.learn_calls(measured[:with_gradient])
     decoder.release_outside()

@@ -50,8 +50,8 @@ class Bfloat16Products(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func is nn.functional.linear and not kwargs and args[0].dtype == torch.float32:
-            rounded = [None if value is None else value.bfloat16() for value in args]
-            return func(*rounded).float()
+            x, weight, bias = (*args, None)[:3]
+            return func(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()).float()
         if func is torch.Tensor.addmm_ and not kwargs and args[0].dtype == torch.float32:
             total, left, right = args
             return total.add_(left.bfloat16() @ right.bfloat16())
@@ -73,7 +73,7 @@ def onednn_rounds() -> bool:
 
 def _multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16, and torch says so (2.10 and later)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16"))
 
 
