@@ -143,7 +143,7 @@ def average(bits: float) -> Conversion:
 
 
 def effort(name: str) -> Conversion:
-    """An average of 4.4 bits with a preset; that of `best` is the row average-4.4."""
+    """An average of 4.4 bits with a preset."""
     flags = ("--bits", "4.4", "--effort", name)
     return Conversion(f"effort-{name}", f"average of 4.4 bits, --effort {name}", flags, has_own_run=True)
 
@@ -169,12 +169,7 @@ ROWS: tuple[Conversion, ...] = (
     *(average(bits) for bits in (4.1, 4.25, 4.31, 4.4, 4.62, 4.99)),
     effort("fast"),
     effort("balanced"),
-    Conversion(
-        "windows-256",
-        "average of 4.4 bits, --effort best, 256 windows",
-        ("--bits", "4.4", "--effort", "best", "--samples", "256"),
-        has_own_run=True,
-    ),
+    effort("best"),
 )
 
 

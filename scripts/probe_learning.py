@@ -6,7 +6,7 @@ scales and outliers, block after block, each for what the blocks before it make 
 how the error of each block changes on this text and on held-out text, and the mean KL there before and after. A block
 whose error on its own text has grown gets its codes back.
 
-    accullm convert work/smollm2-135m --out ART --run RUN --bits 4.4 --effort best
+    accullm convert work/smollm2-135m --out ART --run RUN --bits 4.4 --outlier-mode compensating --gradient-samples 128
     python scripts/probe_learning.py work/smollm2-135m ART --tokens RUN/tokens.safetensors --blocks 2
 
 Only linears that are a torch.nn.Linear are learned. One block of each model is in memory, and three streams.

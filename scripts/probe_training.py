@@ -4,7 +4,7 @@ The gradient of KL(original || artifact) over calibration windows, with respect 
 the artifact, is where any such training begins. A Kronecker-factored Newton step (K-FAC, arXiv 1503.05671) moves all
 weights along it, freely and off their grids: more than training codes, scales or outlier columns could do.
 
-    accullm convert work/smollm2-135m --out ART --run RUN --bits 4.4 --effort best
+    accullm convert work/smollm2-135m --out ART --run RUN --bits 4.4 --outlier-mode compensating --gradient-samples 128
     python scripts/probe_training.py work/smollm2-135m ART --tokens RUN/tokens.safetensors
 
 Both models, the gradient and the factors are in memory at once, in float32: some 5 GB for 135 million weights.

@@ -85,7 +85,7 @@ def test_set_keeps_text_that_looks_like_a_number():
 
 def test_a_preset_is_found_by_its_name():
     assert load_config("m", files=["fast"]).calibration.samples == 16
-    assert load_config("m", files=["best"]).gradient_samples == 128
+    assert load_config("m", files=["best"]).gradient_samples == 256
 
 
 def test_a_file_of_that_name_wins_over_the_preset(tmp_path, monkeypatch):

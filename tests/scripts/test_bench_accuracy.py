@@ -57,7 +57,7 @@ def test_rows_share_the_run_and_each_has_an_artifact_of_its_own(tmp_path: Path) 
     assert len({command[command.index("--out") + 1] for command in commands}) == len(commands)
     runs = {row.name: command[command.index("--run") + 1] for row, command in zip(script.ROWS, commands, strict=True)}
     # Other windows would take the place of those that the other tools calibrate on.
-    for name in ("effort-fast", "effort-balanced", "windows-256"):
+    for name in ("effort-fast", "effort-balanced", "effort-best"):
         assert runs.pop(name) == str(tmp_path / "accuracy-artifacts" / f"{name}.run")
     assert set(runs.values()) == {str(tmp_path / "accuracy.run")}
 
