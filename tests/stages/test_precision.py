@@ -152,7 +152,8 @@ def test_validation_is_float32_and_rounding_what_was_asked_for(
 
 def test_another_precision_rounds_anew(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "onednn_rounds", lambda: True)
-    convert(short_config(llama, tmp_path / "out", rounding__method="nearest"))
+    settings = {"rounding__method": "nearest", "machine__precision": "auto"}
+    convert(short_config(llama, tmp_path / "out", **settings))
     report = convert(short_config(llama, tmp_path / "out", rounding__method="nearest", machine__precision="float32"))
     reasons = {stage.name: stage.reason for stage in report.stages}
     assert "machine changed (precision)" in reasons["calibrate"]
