@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -100,28 +101,31 @@ class Probe:
         # Hidden states behind the blocks that are done: the original's, and the artifact's with codes learned and not.
         self._wanted, self._learned = self._original.embed_all(ids), self._rounded.embed_all(ids)
         self._before = self._learned[self._count :].clone()
-        self._plain: dict[str, nn.Linear] = {}  # of the block that is learned, by path
 
     def learn(self, iterations: int, blocks: int | None = None) -> list[str]:
         """Learn the codes of the first blocks, or of all, and run all; the lines of a table, one for each learned."""
         lines = []
         for index in range(len(self._original.block_names)):
-            self._advance(self._original, index, self._original.load_block(index), self._wanted)
-            self._original.release_block(index)
-            block = self._rounded.load_block(index)
+            original, block = self._original.load_block(index), self._rounded.load_block(index)
+            self._advance(self._original, index, original, self._wanted)
             self._advance(self._rounded, index, block, self._before)
             if blocks is None or index < blocks:
                 before = self._errors(index, block)
-                linears = self._replace_linears(index, block)
+                own = {path: block.get_submodule(path) for path in self._learnable(index, block)}
+                linears = {path: self._learned_linear(index, path, original) for path in own}
+                _replace(block, linears)
                 self._descend(index, block, list(linears.values()), iterations)
                 ratios = [new / old for old, new in zip(before, self._errors(index, block), strict=True)]
                 moved = sum(int(linear.moved.sum()) for linear in linears.values())
                 share = moved / max(1, sum(linear.position.numel() for linear in linears.values()))
                 lines.append(f"| {index} | {share:.2%} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
                 print(lines[-1], file=sys.stderr, flush=True)
-                self._put_back(block, linears, learned=ratios[0] < 1)
+                _replace(block, own)
+                for path, linear in linears.items() if ratios[0] < 1 else ():
+                    own[path].weight = nn.Parameter(linear.weight().detach(), requires_grad=False)
             self._advance(self._rounded, index, block, self._learned)
             self._rounded.release_block(index)
+            self._original.release_block(index)
         return lines
 
     def mean_kl(self) -> tuple[float, float]:
@@ -165,27 +169,22 @@ class Probe:
                 for position, gradient in zip(positions, gradients, strict=True):
                     position.sub_(step * gradient.sign())
 
-    def _replace_linears(self, index: int, block: nn.Module) -> dict[str, LearnedLinear]:
-        """Put learned linears in the places of the block's quantized ones; by their paths in it."""
-        original = self._original.load_block(index)
-        learned = {}
-        for path, module in list(block.named_modules()):
-            plan = self._artifact.plan.linears.get(f"{self._original.block_names[index]}.{path}")
-            if isinstance(module, nn.Linear) and plan is not None and plan.bits < 16:
-                weight = original.get_submodule(path).weight
-                learned[path] = LearnedLinear(self._artifact.linear(plan.name), weight)
-                self._plain[path] = module
-                block.set_submodule(path, learned[path])
-        self._original.release_block(index)
-        return learned
+    def _learnable(self, index: int, block: nn.Module) -> list[str]:
+        """The paths of a block's quantized linears in it."""
+        bits = {name: plan.bits for name, plan in self._artifact.plan.linears.items()}
+        name = self._original.block_names[index]
+        paths = [path for path, module in block.named_modules() if isinstance(module, nn.Linear)]
+        return [path for path in paths if bits.get(f"{name}.{path}", 16) < 16]
 
-    def _put_back(self, block: nn.Module, linears: dict[str, LearnedLinear], learned: bool) -> None:
-        """Put the block's own linears back, with the learned weights or their own."""
-        for path, linear in linears.items():
-            module = self._plain.pop(path)
-            if learned:
-                module.weight = nn.Parameter(linear.weight().detach(), requires_grad=False)
-            block.set_submodule(path, module)
+    def _learned_linear(self, index: int, path: str, original: nn.Module) -> LearnedLinear:
+        linear = self._artifact.linear(f"{self._original.block_names[index]}.{path}")
+        return LearnedLinear(linear, original.get_submodule(path).weight)
+
+
+def _replace(block: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules into a block by their paths."""
+    for path, module in modules.items():
+        block.set_submodule(path, module)
 
 
 def main(arguments: list[str] | None = None) -> int:
