@@ -70,6 +70,22 @@ def test_streamed_logits_are_exactly_those_of_transformers(name: str, tmp_path: 
     assert torch.equal(block_by_block(streamed(directory, tmp_path), ids), expected)
 
 
+@pytest.mark.parametrize(("windows", "sizes"), [(1, [1]), (2, [2]), (8, [2, 2]), (7, [2, 1]), (2050, [2, 2])])
+def test_calls_of_all_batches_are_learned_from_two(
+    windows: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of two windows of 256 tokens; the last may hold one."""
+    decoder = in_memory(tiny_llama())
+    ids = random_ids(windows, 256) % 64
+    embedded: list[int] = []
+    embed = decoder.embed
+    monkeypatch.setattr(decoder, "embed", lambda some: embedded.append(len(some)) or embed(some))
+    decoder.learn_calls(ids)
+    assert embedded == sizes
+    for size in sizes:
+        assert decoder.run(0, decoder.load_block(0), torch.zeros(size, 256, 32)).shape == (size, 256, 32)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma2", "opt", "gpt-neox"])
 def test_the_heads_input_is_what_hooks_see(name: str, tmp_path: Path) -> None:
     directory = make_checkpoint(name, tmp_path / "model")
