@@ -33,6 +33,7 @@ from accullm_cli.kernels.check import require_agreement
 from accullm_cli.kernels.layout import TiledLinear, tile, why_not_tiled
 from accullm_cli.kernels.matmul import Operand, hybrid_matmul, why_no_kernels
 from accullm_cli.kernels.packed import PackedLinear, is_worth_packing, pack_linear, why_not_packed
+from accullm_cli.lazy_weight import LazyWeight
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan
 
@@ -47,9 +48,13 @@ _FLOAT_BUFFERS = ("scales", "scale_table", "outlier_weight")
 class HybridWeight(nn.Module):
     """A weight [N, K] as codes, group scales and outlier features, in the buffers of the native format."""
 
-    def __init__(self, plan: LinearPlan, outliers: int, outlier_dtype: torch.dtype) -> None:
-        """Empty buffers on the meta device."""
+    like: torch.Tensor
+
+    def __init__(self, plan: LinearPlan, outliers: int, outlier_dtype: torch.dtype, dtype: torch.dtype) -> None:
+        """Empty buffers on the meta device; `dtype`: of the activations."""
         super().__init__()
+        # Follows `model.to(...)`, and so knows the dtype of the activations.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
         self.in_features = plan.in_features
         self.out_features = plan.out_features
         self.bits = plan.bits
@@ -108,9 +113,28 @@ class HybridLinear(HybridWeight):
 
     bias: nn.Parameter | None
 
-    def __init__(self, plan: LinearPlan, outliers: int, outlier_dtype: torch.dtype, bias: nn.Parameter | None) -> None:
-        super().__init__(plan, outliers, outlier_dtype)
+    def __init__(
+        self,
+        plan: LinearPlan,
+        outliers: int,
+        outlier_dtype: torch.dtype,
+        dtype: torch.dtype,
+        bias: nn.Parameter | None,
+        transposed: bool = False,
+    ) -> None:
+        super().__init__(plan, outliers, outlier_dtype, dtype)
+        self.transposed = transposed  # a Conv1D's weight is [K, N]
         self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> LazyWeight:
+        """For modeling code that reads it; `forward` does not."""
+        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        return LazyWeight(shape, self.like, self._dequantized)
+
+    def _dequantized(self) -> torch.Tensor:
+        weight = self.dequantize(self.like.dtype)
+        return weight.T if self.transposed else weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N] in x's dtype."""
@@ -120,17 +144,13 @@ class HybridLinear(HybridWeight):
 class HybridEmbedding(HybridWeight):
     """Stands in for a torch.nn.Embedding; only the rows that are looked up are dequantized."""
 
-    like: torch.Tensor
-
     def __init__(self, plan: LinearPlan, embedding: nn.Embedding, dtype: torch.dtype) -> None:
-        super().__init__(plan, 0, dtype)
+        super().__init__(plan, 0, dtype, dtype)
         # What the model's own kind of embedding makes of a row, such as scale it, it does still.
         self.lookup = embedding
         del embedding.weight
         embedding.weight = torch.empty(0)  # no parameter: a place for the rows
         embedding.padding_idx = None
-        # Follows `model.to(...)`, and so knows the dtype of the activations.
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device="meta"), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids, int64 [...], to [..., K] in the model's dtype."""
@@ -168,32 +188,70 @@ class KeptWeight(nn.Module):
 
 
 class HybridExperts(nn.Module):
-    """Stands in for a parameter [E, N, K] that stacks experts: indexing gives one expert's weight [N, K]."""
+    """Stands in for a parameter that holds the weights of E experts: [E, N, K], or as `transposed` says [E, K, N].
+
+    Indexing gives one expert's weight; everything else that is done to a tensor is done to all of them, dequantized. A
+    parameter of two dimensions, [E N, K] or [E K, N], is used as a whole.
+    """
 
     like: torch.Tensor
+    _is_hf_initialized = True  # nothing of it is left to initialize
 
-    def __init__(self, experts: list[HybridWeight | KeptWeight], dtype: torch.dtype) -> None:
+    def __init__(
+        self, experts: list[HybridWeight | KeptWeight], dtype: torch.dtype, shape: torch.Size, transposed: bool
+    ) -> None:
         super().__init__()
+        self.transposed = transposed
+        self.stored_shape = shape
         for number, expert in enumerate(experts):
             self.add_module(str(number), expert)
         # Follows `model.to(...)`, and so knows the dtype of the activations.
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device="meta"), persistent=False)
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return func(*map(_as_weight, args), **{key: _as_weight(value) for key, value in (kwargs or {}).items()})
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return self.stored_shape[0]
 
-    def __getitem__(self, index: int | torch.Tensor) -> torch.Tensor:
-        """One expert's weight [N, K] in the model's dtype.
-
-        Raises:
-            TypeError: `index` is more than one number: only transformers' eager experts work on quantized ones.
-        """
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """One expert's weight, or another part of the parameter, in the model's dtype."""
         number = index.item() if isinstance(index, torch.Tensor) and index.numel() == 1 else index
-        if not isinstance(number, int):
-            raise TypeError("quantized experts are read one at a time: use experts_implementation='eager'")
+        if isinstance(number, int) and len(self.stored_shape) == 3:
+            return self._expert(number % len(self))
+        return self.as_weight()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not hasattr(torch.Tensor, name):
+                raise
+        return getattr(self.as_weight(), name)
+
+    def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
+        return self.as_weight() @ other
+
+    def __rmatmul__(self, other: torch.Tensor) -> torch.Tensor:
+        return other @ self.as_weight()
+
+    def as_weight(self) -> LazyWeight:
+        """The whole parameter."""
+        return LazyWeight(self.stored_shape, self.like, self._dequantized)
+
+    def _dequantized(self) -> torch.Tensor:
+        return torch.stack([self._expert(number) for number in range(len(self._modules))]).view(self.stored_shape)
+
+    def _expert(self, number: int) -> torch.Tensor:
         expert = self.get_submodule(str(number))
         assert isinstance(expert, HybridWeight | KeptWeight)
-        return expert.dequantize(self.like.dtype)
+        weight = expert.dequantize(self.like.dtype)
+        return weight.T if self.transposed else weight
+
+
+def _as_weight(value: Any) -> Any:
+    return value._dequantized() if isinstance(value, HybridExperts) else value
 
 
 # -- what transformers calls -------------------------------------------------------------------------------
@@ -209,6 +267,7 @@ class AccullmConfig(QuantizationConfigMixin):
         linears: Mapping[str, Mapping[str, Any]] | None = None,
         skipped: list[str] | None = None,
         embeddings: Mapping[str, Mapping[str, Any]] | None = None,
+        stacks: Mapping[str, Mapping[str, Any]] | None = None,
         **common: Any,
     ) -> None:
         self.quant_method = "accullm"
@@ -217,6 +276,7 @@ class AccullmConfig(QuantizationConfigMixin):
         self.linears = dict(linears or {})
         self.skipped = list(skipped or [])
         self.embeddings = dict(embeddings or {})
+        self.stacks = dict(stacks or {})
         for key in SCHEME_KEYS:
             setattr(self, key, common.get(key, DEFAULT_SCHEME.get(key)))
 
@@ -305,7 +365,7 @@ def replace_linears(
         if attribute.isdigit() and isinstance(_find(model, parent_name), nn.Parameter):
             stacks[parent_name] = None
             continue
-        _replace_linear(model, name, config, _outlier_dtype(name, stored))
+        _replace_linear(model, name, config, _outlier_dtype(name, stored), dtype)
     for name in stacks:
         _replace_stack(model, name, config, stored, dtype)
 
@@ -321,7 +381,7 @@ def replace_embeddings(model: PreTrainedModel, config: AccullmConfig, dtype: tor
     for name in config.embeddings:
         module = _find(model, name)
         if module is head and head is not None:
-            _replace_linear(model, name, config, dtype)
+            _replace_linear(model, name, config, dtype, dtype)
             continue
         if not isinstance(module, nn.Embedding):
             raise _not_in_model(model, f"embedding {name}")
@@ -331,12 +391,12 @@ def replace_embeddings(model: PreTrainedModel, config: AccullmConfig, dtype: tor
         tied = [target for target, source in model.all_tied_weights_keys.items() if source == f"{name}.weight"]
         if head is not None and f"{names[head]}.weight" in tied:
             _put(model, names[head], TiedHead(hybrid, _empty_bias(head)))
-            # Nothing is left to tie: what transformers would look for is gone.
-            del model.all_tied_weights_keys[f"{names[head]}.weight"]
-            model._tied_weights_keys = dict(model.all_tied_weights_keys)
+            _untie(model, f"{names[head]}.weight")
 
 
-def _replace_linear(model: nn.Module, name: str, config: AccullmConfig, outlier_dtype: torch.dtype) -> None:
+def _replace_linear(
+    model: nn.Module, name: str, config: AccullmConfig, outlier_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
     """Swap a Linear or a Conv1D for a HybridLinear."""
     module = _find(model, name)
     if isinstance(module, nn.Linear):
@@ -346,7 +406,17 @@ def _replace_linear(model: nn.Module, name: str, config: AccullmConfig, outlier_
     else:
         raise _not_in_model(model, f"linear layer {name}")
     plan, outliers = _plan(name, shape, config)
-    _put(model, name, HybridLinear(plan, outliers, outlier_dtype, _empty_bias(module)))
+    transposed = isinstance(module, Conv1D)
+    _put(model, name, HybridLinear(plan, outliers, outlier_dtype, dtype, _empty_bias(module), transposed))
+    _untie(model, f"{name}.weight")
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    """Nothing is left to tie where a weight was swapped: what transformers would look for is gone."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for target in [target for target, source in tied.items() if name in (target, source)]:
+        del tied[target]
+    model._tied_weights_keys = dict(tied)  # type: ignore[assignment]
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -362,22 +432,27 @@ def _empty_bias(module: Any) -> nn.Parameter | None:
 def _replace_stack(
     model: nn.Module, name: str, config: AccullmConfig, stored: Mapping[str, TensorInfo], dtype: torch.dtype
 ) -> None:
-    """Swap a parameter [E, N, K] for a HybridExperts."""
+    """Swap a parameter that holds experts for a HybridExperts."""
     parent_name, _, attribute = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     parameter = getattr(parent, attribute)
-    if parameter.dim() != 3 or getattr(parent, "is_transposed", False):
+    stack = config.stacks.get(name, {})
+    count, transposed = stack.get("experts", len(parameter)), bool(stack.get("transposed", False))
+    if len(parameter.shape) not in (2, 3) or parameter.numel() % (count * parameter.shape[-1]):
         raise _not_in_model(model, f"linear layer {name}")
-    count, rows, columns = parameter.shape
+    columns = parameter.shape[-1]
+    rows = parameter.numel() // (count * columns)
+    shape = (columns, rows) if transposed else (rows, columns)
     experts: list[HybridWeight | KeptWeight] = []
     for full in (f"{name}.{number}" for number in range(count)):
         if full in config.linears:
-            plan, outliers = _plan(full, (rows, columns), config)
-            experts.append(HybridWeight(plan, outliers, _outlier_dtype(full, stored)))
+            plan, outliers = _plan(full, shape, config)
+            experts.append(HybridWeight(plan, outliers, _outlier_dtype(full, stored), dtype))
         else:
-            experts.append(KeptWeight(rows, columns, parameter.dtype))
+            experts.append(KeptWeight(*shape, parameter.dtype))
     delattr(parent, attribute)
-    setattr(parent, attribute, HybridExperts(experts, dtype))
+    setattr(parent, attribute, HybridExperts(experts, dtype, parameter.shape, transposed))
+    _untie(model, name)
 
 
 def _plan(name: str, shape: tuple[int, int], config: AccullmConfig) -> tuple[LinearPlan, int]:
@@ -435,13 +510,11 @@ def check_complete(model: PreTrainedModel, stored: Mapping[str, TensorInfo], whe
 
 
 def mark_initialized(model: nn.Module) -> None:
-    """Keep the model's own initialization away from modules around hybrid ones: it writes to weights that are gone.
+    """Keep the model's own initialization away from hybrid modules: `check_complete` found all they have in the files.
 
-    Nothing of theirs is left to initialize, as `check_complete` has found every tensor in the files; but a module with
-    a buffer that is never stored (rotary frequencies, a causal mask) still has to compute it.
+    Modules around them initialize what is left, such as buffers that are computed and never stored.
     """
     for module in model.modules():
-        contains_hybrid = any(isinstance(child, HybridWeight | HybridExperts) for child in module.modules())
-        own_kind = isinstance(module, HybridExperts | HybridEmbedding)
-        if contains_hybrid and (own_kind or not module._non_persistent_buffers_set):
-            module._is_hf_initialized = True  # type: ignore[assignment]
+        if isinstance(module, HybridWeight | HybridExperts | KeptWeight | TiedHead):
+            for inner in module.modules():
+                inner._is_hf_initialized = True  # type: ignore[assignment]

@@ -33,8 +33,8 @@ from accullm_cli.measure.divergence import Divergence
 from accullm_cli.measure.result import Estimate, Fidelity
 from accullm_cli.model.blocks import Decoder, batches
 from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
-from accullm_cli.model.slots import find_slots
 from accullm_cli.model.source import ModelSource, open_source
+from accullm_cli.model.structure import Structure, read_structure
 from accullm_cli.progress import silent
 from accullm_cli.run import file_sha256, key_of, write_text
 from accullm_cli.units import duration, size
@@ -275,8 +275,11 @@ class Reference:
 class PeerWeights(Checkpoint):
     """The original's weights with a tool's in place of the linears in the blocks."""
 
-    def __init__(self, source: ModelSource, model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, source: ModelSource, model: Any, structure: Structure, weights: Mapping[str, torch.Tensor]
+    ) -> None:
         super().__init__(source, model)
+        self._slots = dict(zip(structure.blocks, structure.slots, strict=True))
         self._replacements = weights
 
     def load(self, prefixes: Iterable[str]) -> None:
@@ -288,7 +291,7 @@ class PeerWeights(Checkpoint):
         for prefix in prefixes:
             super().load([prefix])
             block = self.model.get_submodule(prefix).float()
-            for slot in find_slots(block, prefix):
+            for slot in self._slots[prefix]:
                 weight = self._replacements.get(slot.name)
                 if weight is None or weight.shape != (slot.out_features, slot.in_features):
                     raise AccullmError("was not quantized, or has another shape", slot.name)
@@ -299,7 +302,8 @@ class PeerWeights(Checkpoint):
 def compare(reference: Reference, weights: Path) -> Fidelity:
     """How far the original with these weights is from the original, on the validation ids."""
     model = build_skeleton(reference.source.directory)
-    decoder = Decoder(model, PeerWeights(reference.source, model, load_file(weights)))
+    structure = read_structure(model)
+    decoder = Decoder(model, PeerWeights(reference.source, model, structure, load_file(weights)), structure)
     decoder.load_outside()
     rows = batches(*reference.ids.shape)
     hidden = torch.cat([decoder.embed(reference.ids[batch]) for batch in rows])

@@ -166,17 +166,18 @@ class _Converted:
 
     def __init__(self, directory: Path) -> None:
         from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
-        from accullm_cli.model.slots import find_blocks, find_slots
         from accullm_cli.model.source import open_source
+        from accullm_cli.model.structure import read_structure
 
         with tempfile.TemporaryDirectory() as cache:
             source = open_source(str(directory), Path(cache))
         self._model = build_skeleton(source.directory)
         self._checkpoint = Checkpoint(source, self._model)
+        structure = read_structure(self._model)
         self._slots = {
             slot.name: (block, slot)
-            for block in find_blocks(self._model)
-            for slot in find_slots(self._model.get_submodule(block), block)
+            for block, slots in zip(structure.blocks, structure.slots, strict=True)
+            for slot in slots
         }
         self._loaded: str | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.assemble import assemble, refuse
-from accullm_cli.formats.base import ModelShape, Objection, Parts
+from accullm_cli.formats.base import ModelShape, Objection, Parts, Stack
 from accullm_cli.formats.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -72,7 +72,8 @@ class AccullmFormat:
             AccullmError: the plan is impossible, or the parts do not fit it.
         """
         refuse(self.objections(parts.plan, parts.shape), directory)
-        config = {"quantization_config": quantization_config(parts.plan), "transformers_weights": LOADER_GUARD}
+        described = quantization_config(parts.plan, parts.shape.stacks)
+        config = {"quantization_config": described, "transformers_weights": LOADER_GUARD}
         assemble(directory, parts, self.name, config, link_or_copy)
         self.open(directory)
 
@@ -144,11 +145,11 @@ def _scale_problems(linear: QuantizedLinear, stored: Mapping[str, torch.Tensor])
 # -- what config.json says ---------------------------------------------------------------------------------
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
+def quantization_config(plan: Plan, stacks: Mapping[str, Stack] | None = None) -> dict[str, Any]:
     """What a loader must know before it reads a tensor.
 
     The most frequent scheme stands at the top; `linears` names every quantized linear with what differs from it.
-    `embeddings` is there where embedding or head are quantized.
+    `embeddings` is there where embedding or head are quantized, `stacks` where experts are not stored as [E, N, K].
     """
     quantized = {name: scheme_of(linear) for name, linear in plan.linears.items() if linear.bits != 16}
     common = {
@@ -165,6 +166,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         },
         "skipped": [name for name, linear in plan.linears.items() if linear.bits == 16],
         **({"embeddings": embedding_schemes(plan)} if plan.embeddings else {}),
+        **({"stacks": {name: asdict(stack) for name, stack in stacks.items()}} if stacks else {}),
     }
 
 

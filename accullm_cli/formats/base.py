@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,17 +22,27 @@ class Objection:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """How a parameter holds the weights [N, K] of its experts: one behind the other, `transposed` as [K, N] each."""
+
+    experts: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What a format may ask about a model before any weight is read.
 
     kinds: for each linear of the plan, "linear" (torch.nn.Linear), "conv1d" (transformers' Conv1D, whose weight is
     stored [K, N]) or "expert" (one slice of a parameter that stacks experts).
     dtype: the dtype of the source's weights.
+    stacks: by its name, how a parameter with experts holds them, where that is not [E, N, K].
     """
 
     model_type: str
     dtype: torch.dtype
     kinds: Mapping[str, str]
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -13,13 +13,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.dry_pass import Path, is_same, replace_at, value_at
 from accullm_cli.model.shortcut import Shortcut
-from accullm_cli.model.slots import CaptureInputs, InputIdentity, find_blocks, find_slots
+from accullm_cli.model.slots import CaptureInputs, InputIdentity
+from accullm_cli.model.structure import Structure, read_structure
 
 # Tokens that go through a block at once: enough for full speed of the matrix products, and few enough that their
 # activations stay in the processor's cache. On a 135M Llama, two cores busy with other work too, 512 tokens took about
 # a third of the time that 4096 took, token for token.
 TOKENS_PER_BATCH = 512
+
+
+# What runs in place of a block: (index, hidden states, args, kwargs) of a call to hidden states.
+_StandIn = Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
 
 
 class _EnoughError(Exception):
@@ -41,10 +47,51 @@ class Trace:
 
 @dataclass(frozen=True)
 class _Call:
-    """What the model passes to one block beside the hidden states."""
+    """What the model passes to one block, None in the places of what depends on the tokens.
+
+    extras: the places of the values beside the hidden states that depend on them, and the numbers of the extras there.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    extras: Mapping[Path, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a stream [windows, tokens, features] consists of: hidden states, and behind them the extras.
+
+    Extras are what blocks are passed beside the hidden states and depends on the tokens, such as embeddings of their
+    own. They come along unchanged.
+    shapes: of each, hidden states first, without windows and tokens. dtypes: likewise, as the model passes it.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @staticmethod
+    def of(values: Sequence[torch.Tensor]) -> _Layout:
+        return _Layout(tuple(value.shape[2:] for value in values), tuple(value.dtype for value in values))
+
+    @property
+    def features(self) -> int:
+        """Of the hidden states alone."""
+        return self.shapes[0].numel()
+
+    def join(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One stream of all values. Token ids and the like are exact up to 2**24 in float32."""
+        rows = [value.reshape(*value.shape[:2], -1) for value in values]
+        return rows[0] if len(rows) == 1 else torch.cat([row.float() for row in rows], dim=-1)
+
+    def split(self, stream: torch.Tensor) -> list[torch.Tensor]:
+        """The values of a stream."""
+        if len(self.shapes) == 1:
+            return [stream.view(*stream.shape[:2], *self.shapes[0])]
+        parts = stream.split([shape.numel() for shape in self.shapes], dim=-1)
+        return [
+            part.reshape(*part.shape[:2], *shape).to(dtype)
+            for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
+        ]
 
 
 class Weights(Protocol):
@@ -54,8 +101,8 @@ class Weights(Protocol):
         """Put every parameter under these module names into the model."""
         ...
 
-    def load_outside(self, blocks: Iterable[str]) -> None:
-        """Put every parameter outside the given blocks into the model."""
+    def load_outside(self, blocks: Iterable[str], without: Container[str] = frozenset()) -> None:
+        """Put every parameter outside the given blocks into the model, but those in `without`."""
         ...
 
     def warm(self, prefix: str) -> None:
@@ -72,7 +119,9 @@ class Weights(Protocol):
 
 
 class Decoder:
-    """A decoder-only model. Hidden states are float32 [windows, tokens, hidden]; token ids int64.
+    """A decoder-only model. Streams of hidden states are float32 [windows, tokens, features]; token ids int64.
+
+    Where blocks are passed more that depends on the tokens, that lies behind the hidden states in a stream's features.
 
     `load_outside()` must come before `embed` and `logits`. Between those, `release_outside()` makes room for blocks:
     with large vocabularies embedding and head weigh as much as several.
@@ -80,13 +129,15 @@ class Decoder:
     Args:
         model: the skeleton, with parameters on the meta device.
         weights: what fills it.
+        structure: of the model, where that is known.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: Weights) -> None:
+    def __init__(self, model: PreTrainedModel, weights: Weights, structure: Structure | None = None) -> None:
         self.model = model
         self.weights = weights
-        self.block_names = find_blocks(self.model)
-        self.slots = [find_slots(self._block(index), name) for index, name in enumerate(self.block_names)]
+        self.structure = structure or read_structure(model)
+        self.block_names = list(self.structure.blocks)
+        self.slots = [list(slots) for slots in self.structure.slots]
         inside = tuple(f"{name}." for name in self.block_names)
         # The parameters outside the blocks as they were before loading, to return to.
         self._unloaded = {
@@ -95,13 +146,13 @@ class Decoder:
             if not name.startswith(inside)
         }
         self._calls: dict[tuple[int, int], list[_Call]] = {}
-        self._returns_tuple: bool | None = None
+        self._layout: _Layout | None = None
 
     # -- weights -------------------------------------------------------------------------------------------
 
     def load_outside(self) -> None:
         """Read embeddings, final norm and output head, in float32."""
-        self.weights.load_outside(self.block_names)
+        self.weights.load_outside(self.block_names, self.structure.unused)
         self.model.tie_weights()
         for parameter in self.model.parameters():
             if parameter.device.type != "meta":
@@ -129,28 +180,45 @@ class Decoder:
 
     @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """What goes into the first block, for token ids [windows, tokens]."""
-        if self._returns_tuple is None:
-            self._learn_return_type(ids[:1, :8])
-        calls: list[_Call] = []
-        first: list[torch.Tensor] = []
+        """What goes into the first block, for token ids [windows, tokens].
 
-        def record(index: int, hidden: torch.Tensor, call: _Call) -> torch.Tensor:
-            calls.append(call)
+        Raises:
+            AccullmError: the model passes other values to its blocks than for the windows before.
+        """
+        calls: list[_Call] = []
+        values: list[torch.Tensor] = []
+
+        def record(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            shape = self.structure.calls[index]
             if index == 0:
-                first.append(hidden)
+                values.append(hidden)
+            extras: dict[Path, int] = {}
+            for path in shape.per_token:
+                value = value_at(args, kwargs, path)
+                # Often one tensor for all blocks.
+                extras[path] = next((n for n, other in enumerate(values) if n and is_same(value, other)), len(values))
+                if extras[path] == len(values):
+                    values.append(value)
+            calls.append(_Call(*replace_at(args, kwargs, dict.fromkeys([shape.hidden, *extras])), extras))
             if index == len(self.block_names) - 1:
                 raise _EnoughError
             return hidden
 
         self._run_shell(ids, record)
-        shape = (ids.shape[0], ids.shape[1])
-        known = self._calls.setdefault(shape, calls)
-        if not all(_same(a, b) for a, b in zip(known, calls, strict=True)):
+        layout = _Layout.of(values)
+        self._layout = self._layout or layout
+        known = self._calls.setdefault((ids.shape[0], ids.shape[1]), calls)
+        if layout != self._layout or not all(_same(a, b) for a, b in zip(known, calls, strict=True)):
             raise AccullmError(
-                "blocks that are passed token-dependent values are not supported", type(self.model).__name__
+                "passes values to its blocks that depend on the text in a way that is not supported",
+                type(self.model).__name__,
             )
-        return first[0].detach().clone()
+        return layout.join(values).detach().clone()
+
+    def states(self, stream: torch.Tensor) -> torch.Tensor:
+        """The hidden states alone of a stream, as a view that may be written to."""
+        assert self._layout is not None
+        return stream[..., : self._layout.features]
 
     def embed_all(self, ids: torch.Tensor) -> torch.Tensor:
         """As `embed`, for any number of windows, some of them at a time; [windows, tokens, hidden], written once."""
@@ -185,11 +253,15 @@ class Decoder:
             known: what these linears read, [T, K], where that need not be computed again: see `shortcuts`.
             filler: in place of what is then not computed.
         """
-        call = self._calls[hidden.shape[0], hidden.shape[1]][index]
+        assert self._layout is not None
+        call, shape = self._calls[hidden.shape[0], hidden.shape[1]][index], self.structure.calls[index]
+        states, *extras = self._layout.split(hidden)
+        values = {path: extras[number - 1] for path, number in call.extras.items()}
+        args, kwargs = replace_at(call.args, call.kwargs, {shape.hidden: states, **values})
         shortcut = Shortcut(block, self.slots[index], known, filler) if known else nullcontext()
         with torch.set_grad_enabled(hidden.requires_grad), shortcut:
-            output = block(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+            output = shape.returned.take(block(*args, **kwargs))
+            return self._layout.join([output, *extras])
 
     def run_capturing(
         self,
@@ -199,14 +271,14 @@ class Decoder:
         on_input: Callable[[str, torch.Tensor], None],
         on_sum: Callable[[str, torch.Tensor], None] | None = None,
         last: frozenset[tuple[str, str]] = frozenset(),
-        on_output: Callable[[str, torch.Tensor], None] | None = None,
+        on_gradient: Callable[[str, torch.Tensor], None] | None = None,
         known: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor | None:
         """As `run`, calling `on_input(name, x [..., K])` for each product of an input with a linear's weight.
 
         Args:
             on_sum: is called with (name, sum [..., N]) where a linear's output is added to a tensor of its shape.
-            on_output: is called with (name, y [..., N]), the product itself.
+            on_gradient: is called in a backward pass with (name, g [..., N]), the gradient of the product.
             last: pairs of "input" or "sum" and a linear's name; stop as soon as all of these were seen. The result is
                 then None.
             known: as for `run`; of products that are not computed nothing is told.
@@ -225,7 +297,7 @@ class Decoder:
 
         try:
             on_sum = None if on_sum is None else watched("sum", on_sum)
-            with CaptureInputs(block, self.slots[index], watched("input", on_input), on_sum, on_output):
+            with CaptureInputs(block, self.slots[index], watched("input", on_input), on_sum, on_gradient):
                 return self.run(index, block, hidden, known)
         except _EnoughError:
             return None
@@ -233,11 +305,8 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [windows, tokens, vocabulary] for the last block's output; with gradients if it asks for them."""
 
-        def substitute(index: int, ignored: torch.Tensor, call: _Call) -> torch.Tensor:
-            return hidden
-
         with torch.set_grad_enabled(hidden.requires_grad):
-            output = self._run_shell(torch.zeros(hidden.shape[:2], dtype=torch.int64), substitute)
+            output = self._run_shell_behind(hidden)
         assert output is not None
         return output.logits
 
@@ -252,7 +321,7 @@ class Decoder:
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(stop)
         try:
-            self._run_shell(torch.zeros(hidden.shape[:2], dtype=torch.int64), lambda index, ignored, call: hidden)
+            self._run_shell_behind(hidden)
         finally:
             handle.remove()
         return read[0]
@@ -329,26 +398,30 @@ class Decoder:
     def _block(self, index: int) -> nn.Module:
         return self.model.get_submodule(self.block_names[index])
 
-    def _run_shell(self, ids: torch.Tensor, stand_in: Callable[[int, torch.Tensor, _Call], torch.Tensor]) -> Any:
-        """Run the model with `stand_in(index, hidden, call)` in place of each block; None where it stopped."""
+    def _run_shell(self, ids: torch.Tensor, stand_in: _StandIn) -> Any:
+        """Run the model with `stand_in` in place of each block; None where it stopped."""
         with self._replaced_blocks(stand_in):
             try:
                 return self.model(input_ids=ids, use_cache=False)
             except _EnoughError:
                 return None
 
+    def _run_shell_behind(self, stream: torch.Tensor) -> Any:
+        """As `_run_shell`, from the last block's output on."""
+        assert self._layout is not None
+        states = self._layout.split(stream)[0]
+        ids = torch.zeros(stream.shape[:2], dtype=torch.int64)
+        return self._run_shell(ids, lambda index, hidden, args, kwargs: states)
+
     @contextmanager
-    def _replaced_blocks(self, stand_in: Callable[[int, torch.Tensor, _Call], torch.Tensor]) -> Iterator[None]:
+    def _replaced_blocks(self, stand_in: _StandIn) -> Iterator[None]:
         blocks = [self._block(index) for index in range(len(self.block_names))]
 
         def replacement(index: int) -> Callable[..., Any]:
+            shape = self.structure.calls[index]
+
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if args:
-                    hidden, args = args[0], args[1:]
-                else:
-                    hidden = kwargs.pop("hidden_states")
-                result = stand_in(index, hidden, _Call(args, kwargs))
-                return (result,) if self._returns_tuple else result
+                return shape.returned.wrap(stand_in(index, value_at(args, kwargs, shape.hidden), args, kwargs))
 
             return forward
 
@@ -360,20 +433,6 @@ class Decoder:
             for block in blocks:
                 del block.forward
 
-    def _learn_return_type(self, ids: torch.Tensor) -> None:
-        """Run the first block once, to see whether blocks of this architecture return a tuple."""
-
-        def record(index: int, hidden: torch.Tensor, call: _Call) -> torch.Tensor:
-            calls.append((hidden, call))
-            raise _EnoughError
-
-        calls: list[tuple[torch.Tensor, _Call]] = []
-        self._run_shell(ids, record)
-        hidden, call = calls[0]
-        block = self.load_block(0)
-        self._returns_tuple = isinstance(block(hidden, *call.args, **call.kwargs), tuple)
-        self.release_block(0)
-
 
 def batches(windows: int, tokens: int) -> list[slice]:
     """Slices of windows that go through a block at once."""
@@ -384,7 +443,7 @@ def batches(windows: int, tokens: int) -> list[slice]:
 def _same(a: Any, b: Any) -> bool:
     """Whether two calls pass the same values."""
     if isinstance(a, _Call):
-        return _same(a.args, b.args) and _same(dict(a.kwargs), dict(b.kwargs))
+        return a.extras == b.extras and _same(a.args, b.args) and _same(dict(a.kwargs), dict(b.kwargs))
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.shape == b.shape and bool((a == b).all())
     if isinstance(a, tuple | list):

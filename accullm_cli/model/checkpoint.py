@@ -16,7 +16,7 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -28,8 +28,23 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.model.source import ModelSource, TensorInfo, check_finite, check_shapes
+from accullm_cli.model.supported import model_class
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# By the names that safetensors has for them: those of weights, and those of buffers and tables.
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+}
 
 
 def build_skeleton(directory: Path) -> PreTrainedModel:
@@ -43,7 +58,9 @@ def build_skeleton(directory: Path) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
+        model: PreTrainedModel = model_class(config)._from_config(
+            config, dtype=torch.float32, experts_implementation="eager"
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -59,6 +76,7 @@ class Checkpoint:
         self.source = source
         self.model = model
         self._rules = get_model_conversion_mapping(model)
+        self._tied = dict(model.all_tied_weights_keys)
         self._sources = self._match_names()
         self._check_complete()
         self._give_source_dtypes()
@@ -66,8 +84,12 @@ class Checkpoint:
         self._meta = dict(model.named_parameters(remove_duplicate=False))
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype of the parameter `name`."""
-        return self._meta[name].dtype
+        """The stored dtype of the parameter or buffer `name`."""
+        if name in self._meta:
+            return self._meta[name].dtype
+        if name in self._sources:
+            return DTYPES[self.source.tensors[self._sources[name][0]].dtype]
+        return self.model.get_buffer(name).dtype  # as the class computes it: it is not stored
 
     def load(self, prefixes: Iterable[str]) -> None:
         """Read every parameter under the given module names, as stored, and check that it is finite.
@@ -78,11 +100,14 @@ class Checkpoint:
         prefixes = tuple(f"{prefix}." for prefix in prefixes)
         wanted = {name for name in self._sources if name.startswith(prefixes)}
         self._load(wanted)
+        for name, other in self._tied.items():
+            if name.startswith(prefixes) and name not in self._sources:
+                self._place(name, self._value(other) if other in wanted else self.read(other))
 
-    def load_outside(self, blocks: Iterable[str]) -> None:
-        """Read every parameter that lies outside the given blocks."""
+    def load_outside(self, blocks: Iterable[str], without: Container[str] = frozenset()) -> None:
+        """Read every parameter that lies outside the given blocks, but those in `without`."""
         prefixes = tuple(f"{block}." for block in blocks)
-        self._load({name for name in self._sources if not name.startswith(prefixes)})
+        self._load({name for name in self._sources if not name.startswith(prefixes) and name not in without})
 
     def warm(self, prefix: str) -> None:
         """Have the system read what `load` of this module will want into its page cache, while the caller goes on.
@@ -105,9 +130,8 @@ class Checkpoint:
 
     def release(self, prefix: str) -> None:
         """Drop the weights of one module."""
-        for name, _ in list(self.model.get_submodule(prefix).named_parameters()):
-            module_name, _, attribute = f"{prefix}.{name}".rpartition(".")
-            setattr(self.model.get_submodule(module_name), attribute, self._meta[f"{prefix}.{name}"])
+        for name, _ in list(self.model.get_submodule(prefix).named_parameters(remove_duplicate=False)):
+            self._place(f"{prefix}.{name}", self._meta[f"{prefix}.{name}"])
 
     def outside(
         self, blocks: Iterable[str], without: Container[str] = frozenset()
@@ -119,83 +143,81 @@ class Checkpoint:
                 yield name, self.read(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """One parameter in its stored dtype; the model does not keep it."""
+        """One parameter or buffer in its stored dtype; the model does not keep a parameter."""
         self._load({name})
-        value = self.model.get_parameter(name).data
-        module_name, _, attribute = name.rpartition(".")
-        setattr(self.model.get_submodule(module_name), attribute, self._meta[name])
+        value = self._value(name).data
+        for other in self._siblings.get(name, [name]):
+            if other in self._meta:
+                self._place(other, self._meta[other])
         return value
 
     # -- names ---------------------------------------------------------------------------------------------
 
     def _match_names(self) -> dict[str, list[str]]:
-        """For each parameter (the first one of a conversion with several results) the stored tensors it is made of."""
+        """For each parameter and buffer the stored tensors that it is made of."""
         renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
+        converter_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         targets = self.model.state_dict()
-        tied = set(self.model.all_tied_weights_keys)
         sources: dict[str, list[str]] = {}
         self._converted: set[str] = set()
+        # The results of one conversion, by the name of each.
+        self._siblings: dict[str, list[str]] = {}
         prefix = self.model.base_model_prefix
         for stored in self.source.tensors:
             name, pattern = rename_source_key(stored, renamings, converters, prefix, targets)
             if name not in targets and stored in targets:
                 name, pattern = stored, None
-            if name not in targets or name in tied:
+            if name not in targets or name in self._tied:
                 continue
-            sources.setdefault(name, []).append(stored)
+            results = [name]
             if pattern is not None:
-                self._converted.add(name)
+                first, *others = converter_of[pattern].target_patterns
+                results += [other for other in (name.replace(first, part) for part in others) if other in targets]
+                self._converted.update(results)
+                self._siblings |= dict.fromkeys(results, results)
+            for result in results:
+                sources.setdefault(result, []).append(stored)
         return {name: sources[name] for name in targets if name in sources}
 
     def _check_complete(self) -> None:
         parameters = {name: tuple(tensor.shape) for name, tensor in self.model.named_parameters()}
-        tied = set(self.model.all_tied_weights_keys)
-        if not self._converted:
-            plain = {self._sources[name][0]: shape for name, shape in parameters.items() if name in self._sources}
-            absent = {name: shape for name, shape in parameters.items() if name not in {*self._sources, *tied}}
-            check_shapes(self.source, plain | absent)
-            return
-        covered = set(self._sources) | tied
-        for name in self._converted:
-            covered |= {other for other in parameters if other.rpartition(".")[0] == name.rpartition(".")[0]}
-        missing = sorted(set(parameters) - covered)
-        if missing:
-            raise AccullmError(
-                f"tensor {missing[0]} is missing from the checkpoint", self.source.directory, "download it again"
-            )
         plain = {
-            self._sources[name][0]: parameters[name]
-            for name in self._sources
+            stored[0]: parameters[name]
+            for name, stored in self._sources.items()
             if name not in self._converted and name in parameters
         }
-        check_shapes(self.source, plain)
+        absent = {name: shape for name, shape in parameters.items() if name not in {*self._sources, *self._tied}}
+        check_shapes(self.source, plain | absent)
 
     def _give_source_dtypes(self) -> None:
         """Make each meta parameter's dtype that of its stored tensor, so that loading never casts."""
-        for name, stored in self._sources.items():
-            dtype = DTYPES[self.source.tensors[stored[0]].dtype]
+        made_of = {**self._sources, **{name: self._sources.get(other, []) for name, other in self._tied.items()}}
+        for name, stored in made_of.items():
             module_name, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(module_name)
-            if attribute in module._parameters:
+            if stored and module._parameters.get(attribute) is not None:
+                dtype = DTYPES[self.source.tensors[stored[0]].dtype]
                 meta = torch.empty(module._parameters[attribute].shape, dtype=dtype, device="meta")
                 setattr(module, attribute, nn.Parameter(meta, requires_grad=False))
 
     def _check_conversions(self) -> None:
         """Convert once without values what is stored in other parts: shapes alone tell what does not fit."""
         stored = {part: self.source.tensors[part] for name in self._converted for part in self._sources[name]}
-        self._convert(
-            {part: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for part, info in stored.items()},
-            "meta",
-        )
+        tensors = {
+            part: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for part, info in stored.items()
+        }
+        try:
+            self._convert(tensors, "meta")
+        except NotImplementedError:
+            return  # a conversion that needs values: it is checked when these are read
 
     # -- tensors -------------------------------------------------------------------------------------------
 
     def _load(self, names: set[str]) -> None:
         by_file: dict[str, list[str]] = {}
-        for name in names:
-            for stored in self._sources[name]:
-                by_file.setdefault(str(self.source.tensors[stored].file), []).append(stored)
+        for stored in dict.fromkeys(part for name in names for part in self._sources[name]):
+            by_file.setdefault(str(self.source.tensors[stored].file), []).append(stored)
         handles = [safe_open(file, framework="pt") for file in by_file]
         slices = {
             stored: handle.get_slice(stored)
@@ -205,9 +227,18 @@ class Checkpoint:
         self._convert(slices)
         for name in names:
             try:
-                check_finite(name, self.model.get_parameter_or_buffer(name).data)
+                check_finite(name, self._value(name).data)
             except AccullmError as error:
                 raise AccullmError(error.what, self.source.directory, error.hint) from None
+
+    def _value(self, name: str) -> torch.Tensor:
+        value: torch.Tensor = self.model.get_parameter_or_buffer(name)
+        return value
+
+    def _place(self, name: str, value: torch.Tensor) -> None:
+        module_name, _, attribute = name.rpartition(".")
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        setattr(self.model.get_submodule(module_name), attribute, parameter)
 
     def _convert(self, tensors: Mapping[str, Any], device: str = "cpu") -> None:
         """Put stored tensors (or slices of files) into the model, by transformers' conversion rules."""

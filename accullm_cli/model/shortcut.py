@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from accullm_cli.model.slots import PRODUCTS, LinearSlot
+from accullm_cli.model.slots import LinearSlot, SlotWeights
 
 
 class Shortcut(TorchFunctionMode):
@@ -24,7 +24,7 @@ class Shortcut(TorchFunctionMode):
     ) -> None:
         """`inputs`: by the name of a linear, [T, K]. `filler`: what stands in for a product that is not computed."""
         super().__init__()
-        self._slot_of = {slot.read(block).data_ptr(): slot for slot in slots}
+        self._weights = SlotWeights(block, slots)
         self._inputs = dict(inputs)
         self._filler = filler
 
@@ -32,15 +32,14 @@ class Shortcut(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._inputs:
             return func(*args, **kwargs)
-        position = PRODUCTS.get(func)
-        if position is not None:
-            value, weight = args[position : position + 2]
-            slot = self._slot_of.get(weight.data_ptr())
-            if slot is not None and slot.name in self._inputs:
-                known = self._inputs.pop(slot.name).view(value.shape)
-                return func(*args[:position], known, *args[position + 1 :], **kwargs)
-            if slot is not None:
-                return value.new_full((*value.shape[:-1], slot.out_features), self._filler)
+        match = self._weights.find(func, args, kwargs)
+        # Only of the plain form; whatever else is multiplied goes on as it is.
+        if match is not None and len(match[1]) == 1 and not match[0].is_columns and not kwargs:
+            product, (slot,) = match
+            if slot.name in self._inputs:
+                known = self._inputs.pop(slot.name).view(product.value.shape)
+                return func(*args[: product.position], known, *args[product.position + 1 :])
+            return product.value.new_full((*product.value.shape[:-1], slot.out_features), self._filler)
         if func is nn.functional.scaled_dot_product_attention:
             query, _, values = args[:3]
             return query.new_full((*query.shape[:-1], values.shape[-1]), self._filler)

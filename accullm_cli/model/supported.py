@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from accullm_cli.errors import AccullmError
 
 
@@ -83,9 +85,9 @@ def _check_causal(config: Mapping[str, Any], path: Path) -> None:
     architectures = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, model_type)]
     if config.get("is_encoder_decoder"):
         kind = "an encoder-decoder"
-    elif not set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+    elif not _is_language_model(str(architectures[0])):
         kind = "not a causal language model"
-    elif model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder"):
+    elif model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (config.get("is_decoder") or config.get("causal")):
         kind = "an encoder"  # transformers lends BERT and its kin a causal head, which counts with is_decoder only
     else:
         return
@@ -94,6 +96,24 @@ def _check_causal(config: Mapping[str, Any], path: Path) -> None:
         path,
         "decoder-only causal language models (LlamaForCausalLM and the like) can be converted",
     )
+
+
+def _is_language_model(architecture: str) -> bool:
+    """Whether it is a class of transformers that generates text, alone or from text and images or sound."""
+    from transformers.models.auto import modeling_auto
+
+    names = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    names |= {*modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()}
+    return architecture in names or (architecture.endswith("ForCausalLM") and hasattr(transformers, architecture))
+
+
+def model_class(config: Any) -> type[Any]:
+    """The class of transformers that a configuration names, or that `AutoModelForCausalLM` makes of it."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is not None and isinstance(config, named.config_class):
+        return named
+    found: type[Any] = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    return found
 
 
 def _check_readable(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import nn
@@ -10,19 +10,17 @@ from transformers import PreTrainedModel
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.base import Artifact
-from accullm_cli.model.slots import LinearSlot, find_blocks, find_slots
+from accullm_cli.model.structure import Structure
 
 
 class ArtifactWeights:
     """Fills `model` from an artifact, linears and embeddings dequantized to float32 (see model.blocks.Weights)."""
 
-    def __init__(self, artifact: Artifact, model: PreTrainedModel) -> None:
+    def __init__(self, artifact: Artifact, model: PreTrainedModel, structure: Structure) -> None:
         self.artifact = artifact
         self.model = model
         self._meta = dict(model.named_parameters(remove_duplicate=False))
-        self._slots: dict[str, list[LinearSlot]] = {
-            name: find_slots(model.get_submodule(name), name) for name in find_blocks(model)
-        }
+        self._slots = dict(zip(structure.blocks, structure.slots, strict=True))
 
     def load(self, prefixes: Iterable[str]) -> None:
         """Put every tensor of the given blocks into the model."""
@@ -40,13 +38,15 @@ class ArtifactWeights:
             self._place(sorted(stored))
             self._check_filled(block, prefix)
 
-    def load_outside(self, blocks: Iterable[str]) -> None:
+    def load_outside(self, blocks: Iterable[str], without: Container[str] = frozenset()) -> None:
         prefixes = tuple(f"{block}." for block in blocks)
-        self._place([name for name in self.artifact.names() if not name.startswith(prefixes)])
+        self._place([name for name in self.artifact.names() if not name.startswith(prefixes) and name not in without])
         for name in self.artifact.plan.embeddings:
             self._set(f"{name}.weight", self.artifact.linear(name).dequantize(torch.float32))
         self.model.tie_weights()
-        outside = [name for name, _ in self.model.named_parameters() if not name.startswith(prefixes)]
+        outside = [
+            name for name, _ in self.model.named_parameters() if not name.startswith(prefixes) and name not in without
+        ]
         for name in outside:
             if self.model.get_parameter(name).device.type == "meta":
                 raise AccullmError(f"tensor {name} is missing", self.artifact.path, "copy the artifact again")
@@ -55,7 +55,7 @@ class ArtifactWeights:
         """Nothing: an artifact was written or hashed a moment ago, so that its files are in the page cache."""
 
     def release(self, prefix: str) -> None:
-        for name, _ in list(self.model.get_submodule(prefix).named_parameters()):
+        for name, _ in list(self.model.get_submodule(prefix).named_parameters(remove_duplicate=False)):
             self._set(f"{prefix}.{name}", self._meta[f"{prefix}.{name}"])
 
     def dtype(self, name: str) -> torch.dtype:

@@ -183,14 +183,16 @@ def _run_original(
             if name in wanted.sums:
                 captures.write(batch, f"sum {name}", _as_rows(value.detach()))
 
-        def watch(name: str, value: torch.Tensor) -> None:
-            if name in grams and value.requires_grad:
-                value.register_hook(lambda of_output: grams[name].add(_as_rows(of_output)))
+        def add_gradient(name: str, of_output: torch.Tensor) -> None:
+            if name in grams:
+                grams[name].add(_as_rows(of_output))
 
         # The last batch with a gradient may have it for some of its windows only.
         own = None if gradient is None else gradient[rows]
         hidden = original[rows].clone().requires_grad_(own is not None and len(own) > 0)
-        output = pair.decoder.run_capturing(pair.index, pair.original, hidden, keep_input, keep_sum, on_output=watch)
+        output = pair.decoder.run_capturing(
+            pair.index, pair.original, hidden, keep_input, keep_sum, on_gradient=add_gradient
+        )
         assert output is not None
         if own is not None and len(own):
             output[: len(own)].backward(own.float())

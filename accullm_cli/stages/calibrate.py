@@ -261,7 +261,7 @@ def _run_original(
         streams = _Streams(
             streams.calibration,
             _advance(decoder, index, block, streams.validation),
-            _advance(decoder, index, block, streams.floor).to(torch.bfloat16).float(),
+            _rounded(decoder, _advance(decoder, index, block, streams.floor)),
         )
         decoder.release_block(index)
         store.store_if_due(keys[index], vars(streams))
@@ -308,7 +308,14 @@ def _tokenize(job: Job) -> tuple[Windows, Windows]:
 
 def _embed(decoder: Decoder, calibration: torch.Tensor, validation: torch.Tensor) -> _Streams:
     hidden = decoder.embed_all(validation)
-    return _Streams(decoder.embed_all(calibration), hidden, hidden.to(torch.bfloat16).float())
+    return _Streams(decoder.embed_all(calibration), hidden, _rounded(decoder, hidden.clone()))
+
+
+def _rounded(decoder: Decoder, stream: torch.Tensor) -> torch.Tensor:
+    """A stream with its hidden states rounded to bfloat16, in place."""
+    states = decoder.states(stream)
+    states.copy_(states.to(torch.bfloat16))
+    return stream
 
 
 def _advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

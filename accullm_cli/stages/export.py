@@ -134,7 +134,7 @@ def _parts(job: Job, decoder: Decoder) -> Parts:
         shape=model_shape(job, decoder),
         blocks=tuple(shards[unit.name] for unit in units if unit.block is not None),
         outside=checkpoint.outside(decoder.block_names, {f"{name}.weight" for name in plan.embeddings}),
-        provenance=_provenance(job, [unit.name for unit in units]),
+        provenance=_provenance(job, decoder, [unit.name for unit in units]),
         embeddings=tuple(shards[unit.name] for unit in units if unit.block is None),
     )
 
@@ -151,14 +151,14 @@ def _checked_shard(job: Job, unit: str) -> Path:
     return path
 
 
-def _provenance(job: Job, units: list[str]) -> Mapping[str, Any]:
+def _provenance(job: Job, decoder: Decoder, units: list[str]) -> Mapping[str, Any]:
     """Where the artifact comes from, without anything that differs between two runs of the same conversion."""
     config = job.config.model_dump(mode="json", exclude={"model", "export", "machine"})
     # The contract is judged, not built in; texts are named by what they are, not where they lie.
     config["validation"].pop("require")
     for section, key in (("calibration", "text"), ("validation", "text"), ("validation", "other_text")):
         config[section][key] = Path(config[section][key]).name
-    records = [*job.source.records]
+    records = [*job.source.records, *decoder.structure.records]
     for unit in units:
         record = load_record(job, unit)
         records += record.records if record else []

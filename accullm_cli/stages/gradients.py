@@ -112,17 +112,13 @@ def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor
     block = decoder.load_block(index)
     sums = {slot.name: torch.zeros((), dtype=torch.float64) for slot in decoder.slots[index]}
 
-    def watch(name: str, value: torch.Tensor) -> None:
-        def add(of_output: torch.Tensor) -> None:
-            sums[name] += of_output.square().sum(dtype=torch.float64)
-
-        if value.requires_grad:
-            value.register_hook(add)
+    def add(name: str, of_output: torch.Tensor) -> None:
+        sums[name] += of_output.square().sum(dtype=torch.float64)
 
     found = []
     for rows in batches(*hidden.shape[:2]):
         inputs = hidden[rows].float().requires_grad_()
-        output = decoder.run_capturing(index, block, inputs, lambda name, value: None, on_output=watch)
+        output = decoder.run_capturing(index, block, inputs, lambda name, value: None, on_gradient=add)
         assert output is not None
         found.append(torch.autograd.grad(output, inputs, gradient[rows].float())[0])
     decoder.release_block(index)

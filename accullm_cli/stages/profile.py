@@ -14,7 +14,7 @@ import torch
 from accullm_cli.config import PlanOptions
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
-from accullm_cli.formats.base import ModelShape
+from accullm_cli.formats.base import ModelShape, Stack
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import DTYPES
@@ -49,7 +49,7 @@ def profile(job: Job, calibrate_key: str, force: bool = False) -> StageOutcome:
         plan_path, picture = job.run.file("plan.json"), job.run.file("outliers.html")
         write_text(plan_path, json.dumps(asdict(plan), indent=1))
         draw_outlier_map(stats, plan, picture)
-        return Work((plan_path, picture))
+        return Work((plan_path, picture), decoder.structure.records)
 
     return run_stage(job, "profile", inputs, force, work)
 
@@ -190,7 +190,13 @@ def source_dtype(job: Job) -> torch.dtype:
 def model_shape(job: Job, decoder: Decoder) -> ModelShape:
     """What formats ask about the model before any weight is read."""
     kinds = {slot.name: slot.kind for slots in decoder.slots for slot in slots}
-    return ModelShape(str(job.source.config.get("model_type", "")), source_dtype(job), kinds)
+    stacks = {
+        f"{block}.{slot.parameter}": Stack(slot.experts, slot.transposed)
+        for block, slots in zip(decoder.block_names, decoder.slots, strict=True)
+        for slot in slots
+        if slot.expert == 0 and (slot.transposed or decoder.model.get_parameter(f"{block}.{slot.parameter}").dim() == 2)
+    }
+    return ModelShape(str(job.source.config.get("model_type", "")), source_dtype(job), kinds, stacks)
 
 
 def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:

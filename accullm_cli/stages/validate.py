@@ -27,6 +27,7 @@ from accullm_cli.measure.result import Estimate, Fidelity
 from accullm_cli.model.blocks import Decoder, batches
 from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
 from accullm_cli.model.embeddings import find_embeddings
+from accullm_cli.model.structure import read_structure
 from accullm_cli.progress import Event
 from accullm_cli.run import UP_TO_DATE, Reason, file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights
@@ -128,7 +129,8 @@ def hash_of_files(files: Mapping[str, str]) -> str:
 def _measure(job: Job, stage: str, directory: Path, key: str, place: str) -> Fidelity:
     artifact = open_artifact(directory)
     model = build_skeleton(directory)
-    decoder = Decoder(model, ArtifactWeights(artifact, model))
+    structure = read_structure(model)
+    decoder = Decoder(model, ArtifactWeights(artifact, model, structure), structure)
     ids = load_tokens(job, place)["validation"]
     device = device_of(job.config)
     logits_of = _on_gpu(job, directory, device) if device.type == "cuda" else _by_blocks(job, stage, decoder, ids, key)

@@ -240,7 +240,8 @@ def test_a_missing_expert_is_refused_when_the_checkpoint_is_opened(tmp_path: Pat
     with pytest.raises(AccullmError) as refusal:
         streamed(directory, tmp_path)
     assert refusal.value.line() == (
-        f"{directory}: tensor model.layers.1.mlp.experts.down_proj is missing from the checkpoint; download it again"
+        f"{directory}: tensor model.layers.1.mlp.experts.gate_up_proj is missing (and 1 more); "
+        "download the weights again, or correct config.json"
     )
 
 
@@ -250,7 +251,7 @@ def test_a_missing_tensor_beside_experts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AccullmError) as refusal:
         streamed(directory, tmp_path)
     assert refusal.value.line() == (
-        f"{directory}: tensor model.norm.weight is missing from the checkpoint; download it again"
+        f"{directory}: tensor model.norm.weight is missing; download the weights again, or correct config.json"
     )
 
 

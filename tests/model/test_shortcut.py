@@ -10,7 +10,7 @@ from torch import nn
 
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.shortcut import Shortcut
-from accullm_cli.model.slots import find_slots
+from accullm_cli.model.slots import LinearSlot
 from tests.model.test_blocks import in_memory, tiny_llama
 from tests.streaming import random_ids, streamed
 from tests.tiny import CONFIGS, make_checkpoint
@@ -78,7 +78,7 @@ class Leaking(nn.Module):
 
     def __init__(self, leaks: bool) -> None:
         super().__init__()
-        self.first, self.second, self.leaks = nn.Linear(8, 8), nn.Linear(8, 8), leaks
+        self.first, self.second, self.leaks = nn.Linear(32, 32), nn.Linear(32, 32), leaks
 
     def forward(self, hidden: torch.Tensor, **ignored: object) -> torch.Tensor:
         inside = self.first(hidden)
@@ -90,9 +90,10 @@ class Leaking(nn.Module):
 def test_a_product_that_is_read_elsewhere_too_is_no_place_to_begin(leaks: bool) -> None:
     """However little of it is read."""
     decoder = in_memory(tiny_llama())
-    hidden = decoder.embed(random_ids(1, 8).clamp(max=63))[..., :8]
+    hidden = decoder.embed(random_ids(1, 8).clamp(max=63))
     block = Leaking(leaks)
-    decoder.slots[0] = find_slots(block, "block")
+    names = ("first", "second")
+    decoder.slots[0] = [LinearSlot(f"block.{name}", f"{name}.weight", "linear", 32, 32) for name in names]
     with torch.no_grad():
         found = decoder.shortcuts(0, block, hidden, decoder.trace(0, block, hidden))
     assert found == (() if leaks else ("block.second",))

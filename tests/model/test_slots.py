@@ -1,22 +1,13 @@
-"""Where a block's linear weights are: found from the module graph, read, written, and seen in use."""
+"""A block's linear weights: read, written, and seen in use."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.pytorch_utils import Conv1D
 
-from accullm_cli.errors import AccullmError
-from accullm_cli.model.slots import CaptureInputs, InputIdentity, LinearSlot, find_blocks, find_slots, share_weights
-from tests.tiny import CONFIGS
-
-
-def skeleton(name: str) -> nn.Module:
-    with init_empty_weights():
-        return AutoModelForCausalLM.from_config(CONFIGS[name]())
+from accullm_cli.model.slots import CaptureInputs, InputIdentity, LinearSlot, share_weights
 
 
 class Experts(nn.Module):
@@ -31,114 +22,18 @@ class Mixture(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.router = nn.Linear(8, 4, bias=False)
-        self.gate = nn.Linear(8, 1, bias=False)
         self.shared = nn.Linear(8, 6, bias=False)
         self.experts = Experts(4, 5, 8)
 
 
-@pytest.mark.parametrize(
-    ("name", "blocks"),
-    [
-        ("llama", ["model.layers.0", "model.layers.1"]),
-        ("gpt2", ["transformer.h.0", "transformer.h.1"]),
-        ("opt", ["model.decoder.layers.0", "model.decoder.layers.1"]),
-        ("gpt-neox", ["gpt_neox.layers.0", "gpt_neox.layers.1"]),
-        ("mixtral", ["model.layers.0", "model.layers.1"]),
-    ],
-)
-def test_blocks_are_the_outermost_list_of_linears(name: str, blocks: list[str]) -> None:
-    assert find_blocks(skeleton(name)) == blocks
+def linear_slot(block: nn.Module, parameter: str = "weight") -> LinearSlot:
+    return LinearSlot("b.w", parameter, "linear", *block.get_parameter(parameter).shape)
 
 
-def test_of_several_lists_the_one_with_most_weights_counts() -> None:
-    model = nn.Module()
-    model.vision = nn.ModuleList([nn.Linear(4, 4) for _ in range(9)])
-    model.text = nn.ModuleList([nn.Linear(16, 16)])
-    assert find_blocks(model) == ["text.0"]
-
-
-def test_a_list_inside_a_block_is_not_the_blocks() -> None:
-    """As in checkpoints of experts as modules: the inner list of one block alone must not win, whatever its size."""
-    block = nn.Module()
-    block.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(8)])
-    model = nn.Module()
-    model.layers = nn.ModuleList([block])
-    assert find_blocks(model) == ["layers.0"]
-
-
-def test_a_model_without_a_list_of_linears_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ModuleList([nn.LayerNorm(4)]))
-    with pytest.raises(AccullmError) as refusal:
-        find_blocks(model)
-    assert refusal.value.line() == "Sequential: no list of decoder blocks with linear layers in this architecture"
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        (
-            "phi3",
-            {
-                "self_attn.o_proj": ("linear", 64, 64),
-                "self_attn.qkv_proj": ("linear", 128, 64),
-                "mlp.gate_up_proj": ("linear", 192, 64),
-                "mlp.down_proj": ("linear", 64, 96),
-            },
-        ),
-        (
-            "gpt2",
-            {
-                "attn.c_attn": ("conv1d", 192, 64),
-                "attn.c_proj": ("conv1d", 64, 64),
-                "mlp.c_fc": ("conv1d", 256, 64),
-                "mlp.c_proj": ("conv1d", 64, 256),
-            },
-        ),
-        (
-            "qwen2-moe",
-            {
-                "self_attn.q_proj": ("linear", 64, 64),
-                "self_attn.k_proj": ("linear", 32, 64),
-                "self_attn.v_proj": ("linear", 32, 64),
-                "self_attn.o_proj": ("linear", 64, 64),
-                **{f"mlp.experts.gate_up_proj.{e}": ("expert", 64, 64) for e in range(4)},
-                **{f"mlp.experts.down_proj.{e}": ("expert", 64, 32) for e in range(4)},
-                "mlp.shared_expert.gate_proj": ("linear", 48, 64),
-                "mlp.shared_expert.up_proj": ("linear", 48, 64),
-                "mlp.shared_expert.down_proj": ("linear", 64, 48),
-            },
-        ),
-    ],
-)
-def test_slots_of_an_architecture(name: str, expected: dict[str, tuple[str, int, int]]) -> None:
-    """With all their shapes, and without the router and the gate of the shared expert."""
-    model = skeleton(name)
-    block = find_blocks(model)[1]
-    slots = find_slots(model.get_submodule(block), block)
-    found = {slot.name: (slot.kind, slot.out_features, slot.in_features) for slot in slots}
-    assert found == {f"{block}.{name}": shape for name, shape in expected.items()}
-
-
-def test_what_scores_experts_is_no_slot_but_its_neighbours_are() -> None:
-    names = [slot.name for slot in find_slots(Mixture(), "b")]
-    assert names == ["b.shared", *(f"b.experts.up.{e}" for e in range(4))]
-
-
-def test_experts_stored_the_other_way_round_are_refused() -> None:
-    config = GptOssConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        vocab_size=32,
-    )
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(AccullmError) as refusal:
-        find_blocks(model)
-    assert refusal.value.line() == "mlp.experts.gate_up_proj: experts stored [experts, in, out] are not supported"
+MIXTURE_SLOTS = [
+    LinearSlot("b.shared", "shared.weight", "linear", 6, 8),
+    *(LinearSlot(f"b.experts.up.{e}", "experts.up", "expert", 5, 8, e, 4) for e in range(4)),
+]
 
 
 # -- reading and writing -----------------------------------------------------------------------------------
@@ -146,7 +41,7 @@ def test_experts_stored_the_other_way_round_are_refused() -> None:
 
 def test_conv1d_reads_and_writes_its_transpose() -> None:
     block = nn.ModuleDict({"c": Conv1D(6, 4)})
-    (slot,) = find_slots(block, "b")
+    slot = LinearSlot("b.c", "c.weight", "conv1d", 6, 4, transposed=True)
     stored = block["c"].weight.detach().clone()
     assert torch.equal(slot.read(block), stored.T)
     wanted = torch.randn(6, 4)
@@ -159,7 +54,7 @@ def test_conv1d_reads_and_writes_its_transpose() -> None:
 
 def test_writing_one_expert_leaves_the_others() -> None:
     block = Mixture()
-    slots = {slot.name: slot for slot in find_slots(block, "b")}
+    slots = {slot.name: slot for slot in MIXTURE_SLOTS}
     before = block.experts.up.detach().clone()
     wanted = torch.randn(5, 8)
     slots["b.experts.up.2"].write(block, wanted)
@@ -169,7 +64,7 @@ def test_writing_one_expert_leaves_the_others() -> None:
 
 def test_a_shared_block_can_be_written_without_touching_the_original() -> None:
     block = Mixture()
-    slots = find_slots(block, "b")
+    slots = MIXTURE_SLOTS
     before = {name: value.clone() for name, value in block.state_dict().items()}
     other = share_weights(block, slots)
     for slot in slots:
@@ -180,15 +75,15 @@ def test_a_shared_block_can_be_written_without_touching_the_original() -> None:
 
 def test_a_shared_block_takes_memory_for_its_experts_alone() -> None:
     block = Mixture()
-    other = share_weights(block, find_slots(block, "b"))
+    other = share_weights(block, MIXTURE_SLOTS)
     shared = {name for name, value in block.named_parameters() if other.get_parameter(name) is value}
-    assert shared == {"router.weight", "gate.weight", "shared.weight"}
+    assert shared == {"router.weight", "shared.weight"}
 
 
 def test_a_shared_block_computes_the_same_before_it_is_written() -> None:
     block = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     x = torch.randn(2, 4)
-    assert torch.equal(share_weights(block, find_slots(block, "b"))(x), block(x))
+    assert torch.equal(share_weights(block, [linear_slot(block, "0.weight")])(x), block(x))
 
 
 # -- inputs ------------------------------------------------------------------------------------------------
@@ -223,16 +118,77 @@ def test_every_way_to_multiply_by_a_weight_is_seen(product) -> None:  # type: ig
 def test_experts_are_told_apart_by_their_slices() -> None:
     block = Mixture()
     seen: list[tuple[str, float]] = []
-    with CaptureInputs(block, find_slots(block, "b"), lambda name, value: seen.append((name, float(value[0, 0])))):
+    with CaptureInputs(block, MIXTURE_SLOTS, lambda name, value: seen.append((name, float(value[0, 0])))):
         for expert in (2, 0):
             nn.functional.linear(torch.full((1, 8), float(expert)), block.experts.up[expert])
     assert seen == [("b.experts.up.2", 2.0), ("b.experts.up.0", 0.0)]
 
 
+@pytest.mark.parametrize("is_stored_transposed", [False, True])
+def test_experts_of_one_product_are_told_apart(is_stored_transposed: bool) -> None:
+    """As Llama 4 multiplies: every expert's input by its weight, in one function."""
+    block = nn.Module()
+    block.up = nn.Parameter(torch.randn(4, 8, 5) if is_stored_transposed else torch.randn(4, 5, 8))
+    slots = [LinearSlot(f"b.up.{e}", "up", "expert", 5, 8, e, 4, is_stored_transposed) for e in range(4)]
+    seen: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
+    x = torch.randn(4, 3, 8, requires_grad=True)
+    weight = block.up if is_stored_transposed else block.up.mT
+    with CaptureInputs(block, slots, seen.__setitem__, on_gradient=gradients.__setitem__):
+        output = torch.bmm(x, weight)
+    scale = torch.arange(12.0).view(4, 3, 1)
+    (output * scale).sum().backward()
+    for e, slot in enumerate(slots):
+        assert torch.equal(slot.read(block), weight[e].T)
+        assert torch.equal(seen[slot.name], x[e])
+        assert torch.equal(gradients[slot.name], scale[e].expand(3, 5))
+
+
+def test_a_weight_on_the_left_reads_columns() -> None:
+    """As Mamba multiplies: the input's features lie in rows."""
+    block = nn.Linear(5, 3, bias=False)
+    seen: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
+    x = torch.randn(2, 7, 5, requires_grad=True)
+    with CaptureInputs(block, [linear_slot(block)], seen.__setitem__, on_gradient=gradients.__setitem__):
+        output = block.weight @ x.mT
+    factor = torch.randn(2, 7, 3)
+    (output * factor.mT).sum().backward()
+    assert torch.equal(seen["b.w"], x)
+    assert torch.equal(gradients["b.w"], factor)
+
+
+def test_parts_of_a_parameter_of_two_dimensions_are_experts() -> None:
+    """As DBRX stores them: [E N, K], the last ones used from the other side."""
+    block = nn.Module()
+    block.w1, block.w2 = nn.Parameter(torch.randn(12, 5)), nn.Parameter(torch.randn(12, 5))
+    slots = [LinearSlot(f"b.w1.{e}", "w1", "expert", 3, 5, e, 4) for e in range(4)]
+    slots += [LinearSlot(f"b.w2.{e}", "w2", "expert", 5, 3, e, 4, transposed=True) for e in range(4)]
+    seen: list[str] = []
+    with CaptureInputs(block, slots, lambda name, value: seen.append(name)):
+        for e in (3, 0):
+            hidden = torch.ones(1, 5) @ block.w1.view(4, 3, 5)[e].T
+            hidden @ block.w2.view(4, 3, 5)[e]
+    assert seen == ["b.w1.3", "b.w2.3", "b.w1.0", "b.w2.0"]
+    slots[2].write(block, torch.full((3, 5), 7.0))
+    slots[4].write(block, torch.arange(15.0).view(5, 3))
+    assert bool((block.w1[6:9] == 7).all())
+    assert torch.equal(block.w2[:3], torch.arange(15.0).view(5, 3).T)
+
+
+def test_a_weight_that_is_used_in_another_shape_is_not_seen() -> None:
+    block = nn.Linear(6, 4, bias=False)
+    seen: list[str] = []
+    with torch.no_grad(), CaptureInputs(block, [linear_slot(block)], lambda name, value: seen.append(name)):
+        nn.functional.linear(torch.ones(1, 6), block.weight[:2])
+        torch.ones(1, 4) @ block.weight
+    assert seen == []
+
+
 def test_nothing_is_seen_outside_of_the_capture() -> None:
     block = nn.Linear(5, 3)
     seen: list[str] = []
-    with CaptureInputs(block, find_slots(block, "b"), lambda name, value: seen.append(name)):
+    with CaptureInputs(block, [linear_slot(block)], lambda name, value: seen.append(name)):
         pass
     block(torch.zeros(1, 5))
     assert seen == []
