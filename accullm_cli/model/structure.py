@@ -191,8 +191,9 @@ def _learn_calls(
                 raise AccullmError(f"{what}, which is not supported", where)
             if not _is_equal(value, changed.get(path)):
                 if value.shape[:2] != (WINDOWS, TOKENS):
-                    what = f"block {visit.block} is passed {_named(path)} of shape {list(value.shape)}, which depends on the text"
-                    raise AccullmError(f"{what} but is not one value for each token; that is not supported", where)
+                    what = f"block {visit.block} is passed {_named(path)} of shape {list(value.shape)}"
+                    why = "which depends on the text but is not one value for each token; that is not supported"
+                    raise AccullmError(f"{what}, {why}", where)
                 per_token.append(path)
         calls.append(BlockCall(seen.visits[number].hidden, returned[number], tuple(per_token)))
     # The last product is the output head's.
