@@ -197,7 +197,7 @@ def _learn_calls(
                 per_token.append(path)
         calls.append(BlockCall(seen.visits[number].hidden, returned[number], tuple(per_token)))
     # The last product is the output head's.
-    if not _is_equal(base.read_outside[-1], other_ids.read_outside[-1]):
+    if not _is_equal(base.last_read, other_ids.last_read):
         raise AccullmError("its output reads more than what the last block returns, which is not supported", where)
     return tuple(calls)
 
@@ -207,8 +207,10 @@ def _named(path: Path) -> str:
     return ".".join(rest) if kind == "kwargs" else f"argument {'.'.join(rest)}"
 
 
-def _is_equal(a: torch.Tensor, b: torch.Tensor | None) -> bool:
-    return b is not None and a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+def _is_equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return (
+        a is not None and b is not None and a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+    )
 
 
 # -- matrices ----------------------------------------------------------------------------------------------
@@ -223,24 +225,29 @@ def _sort_matrices(
     used: set[str] = set()
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     outer = {id(parameter) for module in ends if module is not None for parameter in module.parameters()}
-    # Tied parameters are watched under the first of their names.
-    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    # Tied parameters are watched under the first of their names; each is used where its own block uses it.
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.dim() < 2:
             continue
         if id(parameter) in outer:
             used.add(name)
             continue
-        module = model.get_submodule(name.rpartition(".")[0])
+        watched, *others = names_of[id(parameter)]
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
-        watched = first_name[id(parameter)]
-        reason = _why_left(watched, parameter, module, block, seen)
+        visits = {blocks.index(block)} if others and block else {None, *range(len(blocks))}
+        uses = {use for visit in visits for use in seen.uses.get(watched, {}).get(visit, ())}
+        is_read = bool(visits & seen.read.get(watched, set()))
+        module = model.get_submodule(name.rpartition(".")[0])
+        reason = _why_left(parameter, module, block, uses, is_read, watched in seen.choosing)
         if reason != _UNUSED:
             used.add(name)
         if reason is not None:
             left[name] = reason, parameter.numel()
         elif block is not None:
-            (use,) = seen.uses[watched]
+            (use,) = uses
             assert use is not None
             slots[block] += _slots_of(name, name.removeprefix(f"{block}."), module, parameter, use)
     unused = frozenset(name for name, (reason, _) in left.items() if reason == _UNUSED)
@@ -251,17 +258,23 @@ def _sort_matrices(
 _UNUSED = "not used for text"
 
 
-def _why_left(name: str, parameter: torch.Tensor, module: nn.Module, block: str | None, seen: DryPass) -> str | None:
-    """Why a matrix is not rounded; None where it is a linear weight of a block."""
-    uses = seen.uses.get(name, set())
+def _why_left(
+    parameter: torch.Tensor, module: nn.Module, block: str | None, uses: set[Use | None], is_read: bool, chooses: bool
+) -> str | None:
+    """Why a matrix is not rounded; None where it is a linear weight of a block.
+
+    Args:
+        uses: how it is multiplied. is_read: whether something else than a product reads it.
+        chooses: whether its product is compared to choose by.
+    """
     use = next(iter(uses)) if len(uses) == 1 else None
-    if not uses and name not in seen.read:
+    if not uses and not is_read:
         return _UNUSED
     if isinstance(module, _CONVOLUTIONS):
         return "convolution"
-    if name in seen.choosing:
+    if chooses:
         return "router"
-    if use is None or name in seen.read:
+    if use is None or is_read:
         return "embedding" if isinstance(module, nn.Embedding) else "not multiplied as a linear layer"
     if block is None:
         return "outside of the blocks"
