@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import accullm_cli.hf  # noqa: F401  teaches transformers the format
 from accullm_cli.pipeline import convert
+from tests.kinds import KINDS
 from tests.tiny import CONFIGS, make_checkpoint, tiny_config
 
 
 def logits_of(directory: Path, ids: torch.Tensor) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    """By the class that config.json names, as its users load it."""
+    named = json.loads((directory / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, named).from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(input_ids=ids).logits.double()
 
@@ -25,9 +30,10 @@ def mean_kl(original: torch.Tensor, other: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *KINDS])
 def test_report_says_what_transformers_measures(name: str, tmp_path: Path) -> None:
-    source = make_checkpoint(name, tmp_path / "model")
+    source = tmp_path / "model"
+    KINDS[name].save(source) if name in KINDS else make_checkpoint(name, source)
     config = tiny_config(source, tmp_path / "out")
     report = convert(config)
 

@@ -300,8 +300,8 @@ def test_a_decoder_that_needs_an_encoder_is_refused() -> None:
         vocab_size=80, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, pad_token_id=1
     )
     assert refusal(BartForCausalLM(config)) == (
-        "BartForCausalLM: its blocks need more than text: model.decoder.layers.0.encoder_attn.k_proj and others are not "
-        "used without it; decoder-only language models can be converted, not the decoder of an encoder-decoder"
+        "BartForCausalLM: its blocks need more than text: model.decoder.layers.0.encoder_attn.k_proj and others are "
+        "not used without it; decoder-only language models can be converted, not the decoder of an encoder-decoder"
     )
 
 
