@@ -13,7 +13,7 @@ DEMO_OUT := work/smollm2-135m-int4
 DEMO_ARGS := --samples 64
 TEST_ARGS :=
 
-.PHONY: setup demo test lint bench docs mutants clean
+.PHONY: setup demo test lint bench docs mutants mutants-quick clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -51,6 +51,9 @@ docs: $(STAMP)
 
 mutants: $(STAMP)
 	$(PY) scripts/mutants.py
+
+mutants-quick: $(STAMP)
+	$(PY) scripts/mutants.py --quick
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
