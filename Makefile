@@ -34,9 +34,10 @@ $(DEMO_MODEL)/config.json: | $(STAMP)
 demo: $(STAMP) $(DEMO_MODEL)/config.json
 	$(ACCULLM) convert $(DEMO_MODEL) --out $(DEMO_OUT) $(DEMO_ARGS)
 
-# One thread for each of two workers: rounding is exact only for a fixed thread count, and cores are few.
+# One thread for each of two workers: rounding is exact only for a fixed thread count, and cores are few. Whole files go
+# to a worker, so that what the tests of a file share is made once; in their order, as the longest comes early.
 test: $(STAMP) $(DEMO_MODEL)/config.json
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -23,16 +23,14 @@ def _packaged_texts_are_read_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _figures_are_not_rendered() -> Iterator[None]:
-    """Rendering its figures takes more than half of a tiny conversion, and few tests look at them.
-
-    They are made in every test, and rendered in those that use `rendered_figures`.
-    """
+def _figures_are_not_drawn() -> Iterator[None]:
+    """Drawing its figures takes four fifths of a tiny conversion, and few tests look at them: see `drawn_figures`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_rendered", lambda figure: "<svg></svg>")
+        patch.setattr(plots, "_rendered", lambda height, draw: "<svg></svg>")
         yield
 
 
 @pytest.fixture
-def rendered_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at figures, or that see whether they can be drawn."""
     monkeypatch.setattr(plots, "_rendered", RENDERED)

@@ -25,7 +25,7 @@ def mean_kl(original: torch.Tensor, other: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.usefixtures("rendered_figures")
+@pytest.mark.usefixtures("drawn_figures")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_report_says_what_transformers_measures(name: str, tmp_path: Path) -> None:
     source = make_checkpoint(name, tmp_path / "model")

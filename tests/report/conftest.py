@@ -4,5 +4,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _figures_are_rendered(rendered_figures: None) -> None:
+def _figures_are_drawn(drawn_figures: None) -> None:
     """In all tests of this folder."""
