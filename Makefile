@@ -13,7 +13,7 @@ DEMO_OUT := work/smollm2-135m-int4
 DEMO_ARGS := --samples 64
 TEST_ARGS :=
 
-.PHONY: setup demo test lint bench docs mutants clean
+.PHONY: setup demo test lint bench docs mutants mutants-quick clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -34,9 +34,10 @@ $(DEMO_MODEL)/config.json: | $(STAMP)
 demo: $(STAMP) $(DEMO_MODEL)/config.json
 	$(ACCULLM) convert $(DEMO_MODEL) --out $(DEMO_OUT) $(DEMO_ARGS)
 
-# One thread for each of two workers: rounding is exact only for a fixed thread count, and cores are few.
+# One thread for each of two workers: rounding is exact only for a fixed thread count, and cores are few. Whole files go
+# to a worker, so that what the tests of a file share is made once; in their order, as the longest comes early.
 test: $(STAMP) $(DEMO_MODEL)/config.json
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -51,6 +52,9 @@ docs: $(STAMP)
 
 mutants: $(STAMP)
 	$(PY) scripts/mutants.py
+
+mutants-quick: $(STAMP)
+	$(PY) scripts/mutants.py --quick
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

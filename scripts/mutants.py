@@ -1,10 +1,11 @@
 """Break the code on purpose, one line at a time, and see that a test turns red.
 
-    python scripts/mutants.py [WORD]      all mutants, or those whose file or reason contains WORD
+    python scripts/mutants.py [--quick] [WORD ...]      all mutants, or those whose file or reason contains each WORD
 
-Each mutant is applied to a copy of the checkout, in which its tests run. First the same tests run without any mutant:
-one that is red already proves nothing. Exits with 1 if a mutant survives, if its tests do not run, or if the line it
-changes is no longer there exactly once.
+The mutants are edits of the kind that a test passes by unless it was written for them: a block's edge, a barrier, a
+sign, a step too few. With --quick only those run whose tests take seconds. Each is applied to a copy of the checkout,
+in which its tests run. First the same tests run without any mutant: one that is red already proves nothing. Exits
+with 1 if a mutant survives, if its tests do not run, or if the line it changes is no longer there exactly once.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-
-from mutations import OF_THE_MATHEMATICS, Mutant
-from mutations_rest import OF_THE_REST
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = (".*", "work", "build", "dist", "__pycache__")
@@ -29,11 +28,226 @@ TIME_LIMIT = 180  # seconds for one mutant; the slowest takes a quarter of it
 TESTS_FAILED = 1  # pytest's exit code; others mean that the tests did not run
 
 
+@dataclass(frozen=True)
+class Mutant:
+    """One edit: `old`, which occurs once in `file`, becomes `new`; one of `tests` must fail."""
+
+    why: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    quick: bool = False
+
+
+FEEDBACK = "accullm_cli/quant/feedback.py"
+COMPILED = "accullm_cli/quant/compiled.py"
+PACKED = "accullm_cli/kernels/packed.py"
+QUANTIZE = "accullm_cli/stages/quantize.py"
+GEMV = "cuda/hybrid_gemv.cu"
+PIECES = "cuda/pieces.cuh"
+
+ROUNDING_TESTS = ("tests/quant/test_rounding.py",)
+PACKED_TESTS = ("tests/kernels/test_packed.py",)
+PRODUCT_TESTS = ("tests/kernels/test_launch.py",)
+KERNEL_ROUNDING_TESTS = ("tests/kernels/test_rounding.py",)
+
+MUTANTS = (
+    # -- rounding ------------------------------------------------------------------------------------------
+    Mutant(
+        "errors of earlier blocks of columns are not fed on",
+        FEEDBACK,
+        "fed = error[part, :start] @ feedback[:start]",
+        "fed = 0 * (error[part, :start] @ feedback[:start])",
+        ROUNDING_TESTS,
+        quick=True,
+    ),
+    Mutant(
+        "the error of the column just before is not fed on",
+        COMPILED,
+        "for j in range(k + 1, columns):",
+        "for j in range(k + 2, columns):",
+        ROUNDING_TESTS,
+        quick=True,
+    ),
+    Mutant(
+        "compensating columns do not see the errors of earlier blocks",
+        FEEDBACK,
+        "fed = torch.addmm(wanted[:, start:end], error[:, :start], feedback[:start])",
+        "fed = wanted[:, start:end].clone()",
+        ROUNDING_TESTS,
+    ),
+    Mutant(
+        "compensating outliers are stored in the order of rounding",
+        "accullm_cli/quant/rounding.py",
+        "kept = compensating[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)",
+        "kept = compensating.to(source_dtype)",
+        ROUNDING_TESTS,
+    ),
+    Mutant(
+        "the target moves the wrong way",
+        FEEDBACK,
+        "rows[:, reverse] += torch.linalg",
+        "rows[:, reverse] -= torch.linalg",
+        ROUNDING_TESTS,
+    ),
+    Mutant(
+        "rows of earlier blocks pass nothing on",
+        FEEDBACK,
+        "(down[:top].T @ carried[:top, columns], down[top:])",
+        "(0 * (down[:top].T @ carried[:top, columns]), down[top:])",
+        ("tests/quant/test_row_feedback.py",),
+    ),
+    Mutant(
+        "descent forgets what a changed code does to the slopes of other rows",
+        COMPILED,
+        "weight = fisher[m, n] * moved",
+        "weight = fisher[m, n] * moved if m == n else 0 * moved",
+        ("tests/quant/test_descent.py",),
+    ),
+    Mutant(
+        "the drift has the wrong sign",
+        "accullm_cli/quant/stats.py",
+        "original_rows.to(rows.dtype) - rows",
+        "rows - original_rows.to(rows.dtype)",
+        ("tests/quant/test_stats.py",),
+        quick=True,
+    ),
+    Mutant(
+        "Philox stops a round early",
+        "accullm_cli/quant/philox.py",
+        "_ROUNDS = 10",
+        "_ROUNDS = 9",
+        ("tests/quant/test_stochastic.py",),
+    ),
+    # -- grids, codes and what is stored -------------------------------------------------------------------
+    Mutant(
+        "an asymmetric range need not include 0",
+        "accullm_cli/quant/grid.py",
+        "return padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0), size",
+        "return padded.amin(-1), padded.amax(-1).clamp(min=0), size",
+        ("tests/quant/test_grid.py",),
+    ),
+    Mutant(
+        "the largest scale overflows in bfloat16",
+        "accullm_cli/quant/scales.py",
+        ".clamp(max=65280.0)",
+        ".clamp(max=65536.0)",
+        ("tests/quant/test_grid.py",),
+    ),
+    Mutant(
+        "the zero point of symmetric codes is one too low",
+        "accullm_cli/quant/linear.py",
+        "zero = 2 ** (self.bits - 1) if self.zeros is None",
+        "zero = 2 ** (self.bits - 1) - 1 if self.zeros is None",
+        ("tests/quant/test_linear.py",),
+        quick=True,
+    ),
+    Mutant(
+        "nibbles are swapped",
+        "accullm_cli/quant/packing.py",
+        "torch.stack((packed & 15, packed >> 4), dim=-1)",
+        "torch.stack((packed >> 4, packed & 15), dim=-1)",
+        ("tests/quant/test_packing.py",),
+        quick=True,
+    ),
+    Mutant(
+        "the last, partly filled byte is cut off",
+        "accullm_cli/quant/packing.py",
+        "return (count * bits + 7) // 8",
+        "return max(1, count * bits // 8)",
+        ("tests/quant/test_packing.py",),
+        quick=True,
+    ),
+    Mutant(
+        "zero points are packed along the groups",
+        "accullm_cli/formats/compressed_tensors.py",
+        "_words(pack(linear.zeros.T, linear.bits)).T.contiguous()",
+        "_words(pack(linear.zeros, linear.bits))",
+        ("tests/formats/test_compressed_tensors.py",),
+    ),
+    # -- run directory and measure -------------------------------------------------------------------------
+    Mutant(
+        "a file appears before its content is on the disk",
+        "accullm_cli/run.py",
+        "os.fsync(file.fileno())",
+        "file.flush()",
+        ("tests/test_run.py",),
+    ),
+    Mutant(
+        "a block's key forgets the block before",
+        QUANTIZE,
+        '"input:block before": previous,',
+        '"input:block before": "",',
+        ("tests/end_to_end/test_block_chain.py",),
+    ),
+    Mutant(
+        "the divergence is weighted by the artifact",
+        "accullm_cli/measure/divergence.py",
+        "kl.append(_kl(original, artifact))",
+        "kl.append(_kl(artifact, original))",
+        ("tests/measure/test_divergence.py",),
+    ),
+    # -- products on a CPU ---------------------------------------------------------------------------------
+    Mutant(
+        "weights in the middle between two of bfloat16 are rounded up",
+        PACKED,
+        "np.uint32(0x7FFF)",
+        "np.uint32(0x8000)",
+        PACKED_TESTS,
+    ),
+    Mutant(
+        "the last group of a row is left out where it is short",
+        PACKED,
+        "range(min(half, octets - begin))",
+        "range(half if half <= octets - begin else 0)",
+        PACKED_TESTS,
+    ),
+    # -- CUDA kernels, run on the CPU ----------------------------------------------------------------------
+    Mutant(
+        "a tile is read before it has landed",
+        GEMV,
+        "        wait_for_copies<STAGES - 2>();\n        const u8* const stage",
+        "        wait_for_copies<STAGES>();\n        const u8* const stage",
+        PRODUCT_TESTS,
+    ),
+    Mutant(
+        "warps do not wait for each other's sums",
+        GEMV,
+        "    }\n    __syncthreads();\n    u32* const flag",
+        "    }\n    u32* const flag",
+        PRODUCT_TESTS,
+    ),
+    Mutant(
+        "a stage is filled while other warps still read it",
+        "cuda/hybrid_gemm.cu",
+        "        __syncthreads();\n        fetch(shared + before);\n        const u8* const stage",
+        "        fetch(shared + before);\n        __syncthreads();\n        const u8* const stage",
+        PRODUCT_TESTS,
+    ),
+    Mutant(
+        "the last of several parts of K is not added",
+        PIECES,
+        "for (int split = 0; split < splits; split++) value +=",
+        "for (int split = 0; split < splits - 1; split++) value +=",
+        PRODUCT_TESTS,
+    ),
+    Mutant(
+        "the next column of a block is not told the error",
+        "cuda/feedback_round.cu",
+        "if (column > k && column < tile.columns)",
+        "if (column > k + 1 && column < tile.columns)",
+        (f"{KERNEL_ROUNDING_TESTS[0]}::test_a_tile_is_that_of_the_compiled_loop_bit_for_bit",),
+    ),
+)
+
+
 def main(words: list[str]) -> int:
+    quick, words = "--quick" in words, [word for word in words if word != "--quick"]
     mutants = [
         mutant
-        for mutant in (*OF_THE_MATHEMATICS, *OF_THE_REST)
-        if all(word in mutant.file + mutant.why for word in words)
+        for mutant in MUTANTS
+        if (mutant.quick or not quick) and all(word in mutant.file + mutant.why for word in words)
     ]
     misplaced = [mutant for mutant in mutants if (ROOT / mutant.file).read_text().count(mutant.old) != 1]
     for mutant in misplaced:

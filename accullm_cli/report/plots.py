@@ -52,16 +52,21 @@ def svg(name: str, description: str, height: float, draw: Callable[[Figure], Non
         description: what the picture shows, for those who cannot see it.
         height: inches.
     """
+    text = _rendered(height, draw)
+    element = text[text.index("<svg") :].strip()
+    element = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", element)
+    return element.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
+
+
+def _rendered(height: float, draw: Callable[[Figure], None]) -> str:
+    """The text of an SVG file."""
     with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=(WIDTH, height))
         draw(figure)
         buffer = io.StringIO()
         # None drops a field; a date would make each file another.
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    element = text[text.index("<svg") :].strip()
-    element = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", element)
-    return element.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
+    return buffer.getvalue()
 
 
 def block_and_kind(name: str) -> tuple[int | None, str]:

@@ -30,6 +30,7 @@ def mean_kl(original: torch.Tensor, other: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+@pytest.mark.usefixtures("drawn_figures")
 @pytest.mark.parametrize("name", [*CONFIGS, *KINDS])
 def test_report_says_what_transformers_measures(name: str, tmp_path: Path) -> None:
     source = tmp_path / "model"

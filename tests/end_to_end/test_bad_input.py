@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -258,20 +256,26 @@ def test_a_read_only_place(whole: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert err.count("\n") == 1
 
 
-def test_a_disk_that_is_full_in_the_middle(whole: Path, tmp_path: Path) -> None:
+@contextmanager
+def full_disk() -> Iterator[None]:
     """A limit on the size of files stands in for the disk: the first file that is larger cannot be written."""
-    program = "import sys; from accullm_cli.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", program, "convert", whole, "--out", tmp_path / "out", *SMALL, "--quiet"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
-    full = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=limit)
+def test_a_disk_that_is_full_in_the_middle(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(whole), "--out", str(tmp_path / "out"), *SMALL]
+    with full_disk():
+        full = refusal(capfd, *arguments)
     file = tmp_path / "out.run" / "reference.safetensors"
-    assert full.returncode == 4, full.stderr
-    assert full.stderr == f"error: {file}: cannot be written (File too large); run the same command again to resume\n"
+    message = f"error: {file}: cannot be written (File too large); run the same command again to resume\n"
+    assert full == (4, message)
     assert not (tmp_path / "out").exists()
     assert not file.exists()
-    again = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (again.returncode, again.stdout) == (0, f"{tmp_path / 'out'}\n"), again.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", *arguments, "--quiet"])
+    assert (ended.value.code, *capfd.readouterr()) == (0, f"{tmp_path / 'out'}\n", "")

@@ -15,6 +15,7 @@ from accullm_cli.config import Config
 from accullm_cli.pipeline import convert
 from accullm_cli.progress import Event
 from accullm_cli.stages import streams
+from tests.streaming import short_config
 from tests.tiny import make_checkpoint, tiny_config
 
 KILLS = 24
@@ -25,7 +26,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 from accullm_cli.pipeline import convert
 from accullm_cli.stages import streams
-from tests.tiny import tiny_config
+from tests.streaming import short_config
 
 model, out, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 streams.SECONDS_BETWEEN_STORES = 0.0  # so that stored streams are restored, too
@@ -36,7 +37,7 @@ while killed < kills:
     child = os.fork()
     if child == 0:
         streams.SECONDS_BETWEEN_STORES = rng.choice([0.0, 1e9])
-        convert(tiny_config(model, out, calibration__gradient_samples=2))
+        convert(short_config(model, out, calibration__gradient_samples=2))
         os._exit(0)
     time.sleep(rng.uniform(0, longest))
     rng.random()
@@ -64,7 +65,7 @@ def contents(directory: Path) -> dict[str, str]:
 
 def with_gradients(model: Path, out: Path, **settings: object) -> Config:
     """So that the backward pass is interrupted, too."""
-    return tiny_config(model, out, calibration__gradient_samples=2, **settings)
+    return short_config(model, out, calibration__gradient_samples=2, **settings)
 
 
 @pytest.fixture(scope="module")

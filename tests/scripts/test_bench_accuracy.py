@@ -113,6 +113,7 @@ def test_the_text_above_says_on_what_it_was_measured() -> None:
     assert lines[-2:] == ["    accullm convert 'a b'", "    python run_peer.py  # tool 1.2"]
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_conversions_run_in_order_and_results_are_kept_after_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +225,7 @@ def test_other_tools_are_measured_on_the_same_run(tmp_path: Path, monkeypatch: p
     assert [result.name for result in script.read_results(tmp_path / "accuracy")] == ["peer tool"]
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_the_plot_shows_every_line(tmp_path: Path) -> None:
     results = [script.result_of(ROW[name], report(), ()) for name in ("nearest-64", "average-4.1", "average-4.4")]
     picture = script.draw([*results, peer()])

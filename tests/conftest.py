@@ -1,0 +1,36 @@
+"""What would take most of the suite's time without being what a test is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+
+from accullm_cli.model import packaged_text
+from accullm_cli.report import plots
+
+RENDERED = plots._rendered
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _packaged_texts_are_read_once() -> Iterator[None]:
+    """Looking through Python's files takes longer than all the rest of a tiny conversion."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("code", "licences", "headers"):
+            patch.setattr(packaged_text, name, cache(getattr(packaged_text, name)))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _figures_are_not_drawn() -> Iterator[None]:
+    """Drawing its figures takes four fifths of a tiny conversion, and few tests look at them: see `drawn_figures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_rendered", lambda height, draw: "<svg></svg>")
+        yield
+
+
+@pytest.fixture
+def drawn_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at figures, or that see whether they can be drawn."""
+    monkeypatch.setattr(plots, "_rendered", RENDERED)
