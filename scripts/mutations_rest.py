@@ -289,7 +289,7 @@ OF_THE_REST = (
     Mutant(
         "descent on a GPU moves codes of outlier features",
         "accullm_cli/kernels/rounding.py",
-        ".masked_fill(~rows.movable, 0)",
+        ".masked_fill(~descent.movable, 0)",
         "",
         ("tests/kernels/test_rounding.py",),
     ),
@@ -317,8 +317,8 @@ OF_THE_REST = (
     Mutant(
         "a table does not reach down to what the search may come to",
         ROUNDING,
-        "smallest = SEARCHED_RANGES[-1] if searches else 1.0",
-        "smallest = 4.0 if searches else 1.0",
+        "SEARCHED_RANGES[-1] if searches else 1.0",
+        "4.0 if searches else 1.0",
         ("tests/quant/test_rounding.py",),
     ),
     Mutant(

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.quant.compiled import SUMS_IN_ANY_ORDER, compiled
 from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.loops import SUMS_IN_ANY_ORDER, compiled
 
 PACKED_BITS = 4
 PACKED_DTYPES = (torch.float32, torch.bfloat16)

@@ -16,13 +16,12 @@ from accullm_cli.kernels.matmul import hybrid_matmul
 from accullm_cli.kernels.repack import dequantize_launch, pack_launch, unpack_launch
 from accullm_cli.kernels.rounding import cuda_loops
 from accullm_cli.kernels.rounding_check import checked_loops, loops_of, rounding_disagreement
-from accullm_cli.quant.compiled import COMPILED
-from accullm_cli.quant.loops import Sweep, Tile
+from accullm_cli.quant.loops import COMPILED, Descent, Tile
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
 from tests.kernels.linears import Shape, exact_weight, random_linear
 from tests.kernels.test_launch import UNIT
-from tests.kernels.test_rounding import random_sweep, random_tile
+from tests.kernels.test_rounding import random_descent, random_tile
 from tests.quant.references import correlated_problem
 from tests.test_pinned import CASES, PINNED, sha256_of
 
@@ -142,13 +141,13 @@ def test_a_rounding_tile_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, stoc
 @pytest.mark.parametrize("shared_bytes", [99 * 1024, 64])  # where a row's slope fits in, and where not
 @pytest.mark.parametrize("columns", [40, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_rounding_sweep_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, columns: int, shared_bytes: int) -> None:
-    rows = random_sweep(20, columns, dtype, seed=3)
+def test_a_rounding_descent_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, columns: int, shared_bytes: int) -> None:
+    rows = random_descent(20, columns, dtype, seed=3)
     parts = {name: part.to(GPU, copy=True) for name, part in vars(rows).items() if isinstance(part, torch.Tensor)}
     grid = replace(rows.grid, scale=rows.grid.scale.to(GPU), zero=rows.grid.zero.to(GPU))
-    there: Sweep = replace(rows, **parts, grid=grid)
-    COMPILED.sweep(rows)
-    cuda_loops(GPU, launch, min(shared_bytes, describe(0).shared_bytes)).sweep(there)
+    there: Descent = replace(rows, **parts, grid=grid)
+    COMPILED.descend(rows)
+    cuda_loops(GPU, launch, min(shared_bytes, describe(0).shared_bytes)).descend(there)
     assert torch.equal(there.codes.cpu(), rows.codes)
     assert torch.equal(there.error.cpu(), rows.error)
 
