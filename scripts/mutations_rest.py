@@ -175,8 +175,8 @@ OF_THE_REST = (
     Mutant(
         "gradients are lost in products of few tokens",
         PACKED,
-        "and not needs_gradient",
-        "",
+        "if needs_gradient(x, bias):",
+        "if False:",
         ("tests/test_hf_on_cpu.py",),
     ),
     # -- speed -----------------------------------------------------------------------------------------------
@@ -245,11 +245,11 @@ OF_THE_REST = (
         PRODUCTS,
     ),
     Mutant(
-        "the counter of arrivals is left as it is",
-        "cuda/pieces.cuh",
-        "        if (threadIdx.x == 0) *arrived = 0;  // for the next launch\n",
-        "",
-        PRODUCTS,
+        "the counters of arrivals do not begin at 0",
+        "accullm_cli/kernels/matmul.py",
+        "arrived = torch.zeros(",
+        "arrived = torch.ones(",
+        ("tests/kernels/test_matmul.py",),
     ),
     Mutant(
         "outlier columns are not written over what their codes stand for",
