@@ -253,10 +253,10 @@ OF_THE_REST = (
     ),
     Mutant(
         "outlier columns are not written over what their codes stand for",
-        "cuda/repack.cu",
+        "cuda/dequantize.cu",
         "out[static_cast<u64>(feature) * weight.in_features + k] = outliers[place];",
         "",
-        ("tests/kernels/test_repack.py",),
+        ("tests/kernels/test_launch.py",),
     ),
     Mutant(
         "the next column of a block is not told the error",

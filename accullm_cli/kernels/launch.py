@@ -24,6 +24,8 @@ GEMM_FEATURES = 128  # output features of a block
 GEMM_STAGE_BYTES = 8 * (512 + 2 * 128)
 GEMM_TOKEN_BYTES = 144
 GEMM_STAGES = {32: 4, 64: 3, 128: 3}  # by tokens of a block
+DEQUANTIZE_THREADS = 256
+DEQUANTIZE_BLOCKS = 8  # per multiprocessor, so that the last ones do not run alone
 # Warps per multiprocessor that keep its memory requests coming; the kernel's registers admit 32.
 WANTED_WARPS = 32
 # A part of K below this many tiles per warp costs more to sum up than it saves.
@@ -184,6 +186,15 @@ def product_launch(
     )
     arguments = (weight_struct(tiled), product)
     return Launch(plan.source, plan.kernel, defines(tiled.dtype), plan.grid, plan.threads, plan.shared_bytes, arguments)
+
+
+def dequantize_launch(tiled: TiledLinear, weight: torch.Tensor, device: Device) -> Launch:
+    """The launch that writes the weight that `tiled` stands for, with outliers, into `weight` [N, K] in its dtype."""
+    strips, tiles = tiled.tiles.shape[:2]
+    parts = min(tiles, max(1, DEQUANTIZE_BLOCKS * device.multiprocessors // strips))
+    arguments = (weight_struct(tiled), ctypes.c_void_p(weight.data_ptr()))
+    grid = (strips, parts, 1)
+    return Launch("dequantize.cu", "dequantize_tiles", defines(tiled.dtype), grid, DEQUANTIZE_THREADS, 0, arguments)
 
 
 def weight_struct(tiled: TiledLinear) -> WeightStruct:

@@ -9,10 +9,9 @@ from torch.nn.functional import linear as dense_product
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.compile import HOW_TO_INSTALL, OLDEST_ARCHITECTURE
-from accullm_cli.kernels.launch import GEMV_TOKENS, plan_product, product_launch
+from accullm_cli.kernels.launch import GEMV_TOKENS, dequantize_launch, plan_product, product_launch
 from accullm_cli.kernels.layout import TiledLinear, why_not_tiled
 from accullm_cli.kernels.packed import PackedLinear, needs_gradient, packed_product
-from accullm_cli.kernels.repack import dequantize_launch
 from accullm_cli.quant.linear import QuantizedLinear
 
 # What computes a product, for people.

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.kernels.launch import Device, ProductPlan, plan_product, product_launch
+from accullm_cli.kernels.launch import Device, ProductPlan, dequantize_launch, plan_product, product_launch
 from accullm_cli.kernels.layout import TiledLinear, tile
 from accullm_cli.kernels.matmul import aligned_rows
 from tests.cuda_emulation import BACKWARDS, FORWARDS, SHUFFLED, guarded, needs_compiler, poisoned, run
@@ -164,6 +164,29 @@ def test_every_code_zero_point_and_scale_becomes_the_weight_of_the_format(dtype:
         ]
     )
     assert torch.equal(found.double().T, exact_weight(linear, dtype))
+
+
+# -- dequantizing ------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=60)
+@given(
+    shapes(70, 700),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+    st.sampled_from([1, 4, 40]),
+    st.sampled_from([FORWARDS, SHUFFLED]),
+    st.integers(0, 999),
+)
+def test_dequantizing_gives_the_weight_of_the_format(
+    shape: Shape, dtype: torch.dtype, multiprocessors: int, order: int, seed: int
+) -> None:
+    linear = random_linear(shape, dtype, seed)
+    tiled = guarded_linear(tile(linear, dtype))
+    weight = poisoned(shape.out_features, shape.in_features, dtype=dtype)
+    launch = dequantize_launch(tiled, weight, Device(multiprocessors, 0))
+    run(launch, [*(part for part in vars(tiled).values() if isinstance(part, torch.Tensor)), weight], order)
+    assert torch.equal(weight.double(), exact_weight(linear, dtype))
 
 
 # -- plans -------------------------------------------------------------------------------------------------
