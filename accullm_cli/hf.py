@@ -28,9 +28,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.accullm import DEFAULT_SCHEME, LOADER_GUARD, SCHEME_KEYS, SUFFIXES, linear_schema
 from accullm_cli.formats.manifest import check_version
-from accullm_cli.formats.shards import TensorInfo, dtype_name, read_header
+from accullm_cli.formats.shards import dtype_name, tensors_of
 from accullm_cli.kernels.matmul import hybrid_matmul
 from accullm_cli.kernels.stored_weight import StoredWeight
+from accullm_cli.model.integrity import TensorInfo
 from accullm_cli.quant.linear import check_outlier_index
 from accullm_cli.quant.plan import LinearPlan
 
@@ -211,7 +212,7 @@ class AccullmQuantizer(HfQuantizer):
         """
         stored: dict[str, TensorInfo] = {}
         for file in checkpoint_files or []:
-            stored |= read_header(Path(file))
+            stored |= tensors_of(Path(file))
         where = model.config.name_or_path
         config, dtype = self.quantization_config, dtype or torch.get_default_dtype()
         for name in (*config.linears, *config.embeddings):
@@ -356,7 +357,7 @@ def _plan(name: str, shape: tuple[int, int], config: AccullmConfig) -> tuple[Lin
 
 def _outlier_dtype(name: str, stored: Mapping[str, TensorInfo]) -> torch.dtype:
     info = stored.get(f"{name}.outlier_weight")
-    return torch.float16 if info is None else info.dtype
+    return torch.float16 if info is None else info.torch_dtype
 
 
 def _find(model: nn.Module, name: str) -> object:
@@ -393,8 +394,9 @@ def check_complete(model: PreTrainedModel, stored: Mapping[str, TensorInfo], whe
             continue
         if info.shape != tuple(tensor.shape):
             raise AccullmError(f"tensor {name} has shape {list(info.shape)}, expected {list(tensor.shape)}", where)
-        if name.rpartition(".")[2] in SUFFIXES and info.dtype != tensor.dtype:
-            raise AccullmError(f"tensor {name} is {dtype_name(info.dtype)}, expected {dtype_name(tensor.dtype)}", where)
+        dtype = info.torch_dtype
+        if name.rpartition(".")[2] in SUFFIXES and dtype != tensor.dtype:
+            raise AccullmError(f"tensor {name} is {dtype_name(dtype)}, expected {dtype_name(tensor.dtype)}", where)
     for name in stored:
         if name.endswith(".qweight") and name not in wanted:
             raise AccullmError(f"tensor {name} has no place in {type(model).__name__}", where)

@@ -247,11 +247,11 @@ def check_owners(path: Path, files: TensorFiles, plan: Plan) -> None:
             continue
         linear = quantized.get(owner)
         if linear is None:
-            raise AccullmError(f"tensor {name} belongs to no quantized linear of {MANIFEST_NAME}", path / info.file)
+            raise AccullmError(f"tensor {name} belongs to no quantized linear of {MANIFEST_NAME}", info.file)
         if suffix == "scales" and linear.scale_bits != 16:
-            raise AccullmError(f"tensor {name} is stored beside the table of {owner}", path / info.file)
+            raise AccullmError(f"tensor {name} is stored beside the table of {owner}", info.file)
         if suffix == "qzeros" and linear.symmetric:
-            raise AccullmError(f"tensor {name} is stored although {owner} is symmetric", path / info.file)
+            raise AccullmError(f"tensor {name} is stored although {owner} is symmetric", info.file)
 
 
 def with_outliers(path: Path, manifest: Manifest, files: TensorFiles) -> Plan:
@@ -264,6 +264,6 @@ def with_outliers(path: Path, manifest: Manifest, files: TensorFiles) -> Plan:
     linears = dict(manifest.plan.linears)
     for tensor, index in indices.items():
         name = tensor.removesuffix(".outlier_index")
-        check_outlier_index(index, linears[name].in_features, tensor, path / files.infos[tensor].file)
+        check_outlier_index(index, linears[name].in_features, tensor, files.infos[tensor].file)
         linears[name] = replace(linears[name], outlier_index=tuple(index.tolist()))
     return replace(manifest.plan, linears=linears)
