@@ -32,7 +32,6 @@ class LinearRow:
     bits_per_weight: float
     outliers: int
     first_outliers: tuple[int, ...]
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,6 @@ def _linear_rows(artifact: StoredArtifact, linears: Mapping[str, LinearPlan]) ->
             bits_per_weight=8 * artifact.linear_bytes(name) / linear.weights,
             outliers=len(linear.outlier_index),
             first_outliers=linear.outlier_index[:FIRST_OUTLIERS],
-            reason=linear.reason,
         )
 
 
@@ -159,7 +157,6 @@ def _inspect_checkpoint(path: Path) -> Inspection:
             bits_per_weight=8.0 * info.torch_dtype.itemsize,
             outliers=0,
             first_outliers=(),
-            reason="",
         )
         for name, info in infos.items()
         if len(info.shape) == 2 and info.torch_dtype.is_floating_point
