@@ -129,11 +129,11 @@ def check_schema(path: Path, files: TensorFiles, schema: Mapping[str, Mapping[st
 
 
 def _check_tensor(name: str, info: TensorInfo, wanted: TensorSchema) -> None:
-    dtype, shape = info.torch_dtype, info.shape
+    dtype = info.torch_dtype
     if dtype != wanted.dtype:
         raise AccullmError(f"tensor {name} is {dtype_name(dtype)}, expected {dtype_name(wanted.dtype)}", info.file)
-    if shape != wanted.shape:
-        raise AccullmError(f"tensor {name} has shape {list(shape)}, expected {list(wanted.shape)}", info.file)
+    if info.shape != wanted.shape:
+        raise AccullmError(f"tensor {name} has shape {list(info.shape)}, expected {list(wanted.shape)}", info.file)
 
 
 def not_finite(name: str, tensor: torch.Tensor) -> Iterator[str]:
