@@ -11,7 +11,7 @@ loaded in or moved to: the weights are rounded to the activations' dtype when th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,81 +28,36 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.accullm import DEFAULT_SCHEME, LOADER_GUARD, SCHEME_KEYS, SUFFIXES, linear_schema
 from accullm_cli.formats.manifest import check_version
-from accullm_cli.formats.shards import TensorInfo, dtype_name, read_header
-from accullm_cli.kernels.check import require_agreement
-from accullm_cli.kernels.layout import TiledLinear, tile, why_not_tiled
-from accullm_cli.kernels.matmul import Operand, hybrid_matmul, why_no_kernels
-from accullm_cli.kernels.packed import PackedLinear, is_worth_packing, pack_linear, why_not_packed
+from accullm_cli.formats.shards import dtype_name, tensors_of
+from accullm_cli.kernels.matmul import hybrid_matmul
+from accullm_cli.kernels.stored_weight import StoredWeight
 from accullm_cli.lazy_weight import LazyWeight
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.model.integrity import TensorInfo
+from accullm_cli.quant.linear import check_outlier_index
 from accullm_cli.quant.plan import LinearPlan
 
 logger = logging.get_logger(__name__)
-
-_FLOAT_BUFFERS = ("scales", "scale_table", "outlier_weight")
 
 
 # -- modules -----------------------------------------------------------------------------------------------
 
 
-class HybridWeight(nn.Module):
+class HybridWeight(StoredWeight):
     """A weight [N, K] as codes, group scales and outlier features, in the buffers of the native format."""
 
     like: torch.Tensor
 
     def __init__(self, plan: LinearPlan, outliers: int, outlier_dtype: torch.dtype, dtype: torch.dtype) -> None:
         """Empty buffers on the meta device; `dtype`: of the activations."""
-        super().__init__()
-        # Follows `model.to(...)`, and so knows the dtype of the activations.
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
-        self.in_features = plan.in_features
-        self.out_features = plan.out_features
-        self.bits = plan.bits
-        self.group_size = plan.group_size
         schema = linear_schema(plan, outliers, outlier_dtype)
+        buffers: dict[str, torch.Tensor | None] = {}
         for suffix in SUFFIXES:
             wanted = schema.get(f"{plan.name}.{suffix}")
-            empty = None if wanted is None else torch.empty(wanted.shape, dtype=wanted.dtype, device="meta")
-            self.register_buffer(suffix, empty)
-        self._prepared: TiledLinear | PackedLinear | None = None
-
-    def quantized(self, rows: torch.Tensor | None = None) -> QuantizedLinear:
-        """The codes, unpacked; of these rows alone, int64 [R] (of a weight without outliers)."""
-        return QuantizedLinear.from_tensors(self._stored(rows), self.in_features, self.bits, self.group_size)
-
-    def _stored(self, rows: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        tensors = {name: buffer for name, buffer in self._buffers.items() if name in SUFFIXES and buffer is not None}
-        return tensors if rows is None else {name: buffer[rows] for name, buffer in tensors.items()}
-
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight [N, K] in `dtype`."""
-        return self.quantized().dequantize(dtype)
-
-    def operand(self, x: torch.Tensor) -> Operand:
-        """What to multiply x by: where a kernel of its device serves, what was prepared for it at the first product."""
-        ready, scheme = self._prepared, (self.bits, self.group_size, x.dtype)
-        if isinstance(ready, TiledLinear) and (ready.dtype, ready.tiles.device) == (x.dtype, x.device):
-            return ready
-        if why_no_kernels(x.device, x.dtype) is None and why_not_tiled(*scheme) is None:
-            require_agreement(x.device)
-            self._prepared = tile(self.quantized(), x.dtype)
-            return self._prepared
-        if why_not_packed(*scheme) or not is_worth_packing(x):
-            return self.quantized()
-        if not isinstance(ready, PackedLinear) or ready.dtype != x.dtype:
-            self._prepared = ready = pack_linear(self._stored(), self.in_features, *scheme)
-        return ready
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> HybridWeight:
-        """`model.to(dtype)` and its like change the dtype of what is computed, not of what is stored."""
-        self._prepared = None
-        before = {name: self._buffers[name] for name in _FLOAT_BUFFERS}
-        super()._apply(fn, recurse)
-        for name, stored in before.items():
-            after = self._buffers[name]
-            if stored is not None and after is not None and after.dtype != stored.dtype:
-                self._buffers[name] = stored.to(after.device)
-        return self
+            buffers[suffix] = None if wanted is None else torch.empty(wanted.shape, dtype=wanted.dtype, device="meta")
+        super().__init__(buffers, plan.in_features, plan.bits, plan.group_size)
+        self.out_features = plan.out_features
+        # Follows `model.to(...)`, and so knows the dtype of the activations.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
@@ -317,7 +272,7 @@ class AccullmQuantizer(HfQuantizer):
         """
         stored: dict[str, TensorInfo] = {}
         for file in checkpoint_files or []:
-            stored |= read_header(Path(file))
+            stored |= tensors_of(Path(file))
         where = model.config.name_or_path
         config, dtype = self.quantization_config, dtype or torch.get_default_dtype()
         for name in (*config.linears, *config.embeddings):
@@ -327,6 +282,18 @@ class AccullmQuantizer(HfQuantizer):
         replace_embeddings(model, config, dtype)
         check_complete(model, stored, where)
         mark_initialized(model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Look at what only the tensors themselves say.
+
+        Raises:
+            AccullmError: a linear's outlier features do not exist or do not ascend.
+        """
+        for name, module in model.named_modules():
+            index = getattr(module, "outlier_index", None)
+            if isinstance(module, HybridWeight) and index is not None and not index.is_meta:
+                check_outlier_index(index, module.in_features, f"{name}.outlier_index", model.config.name_or_path)
+        return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: object) -> list[Any]:
         """None: an artifact's tensors have the names and shapes of the module tree. (Newer versions pass the model.)"""
@@ -465,7 +432,7 @@ def _plan(name: str, shape: tuple[int, int], config: AccullmConfig) -> tuple[Lin
 
 def _outlier_dtype(name: str, stored: Mapping[str, TensorInfo]) -> torch.dtype:
     info = stored.get(f"{name}.outlier_weight")
-    return torch.float16 if info is None else info.dtype
+    return torch.float16 if info is None else info.torch_dtype
 
 
 def _find(model: nn.Module, name: str) -> object:
@@ -502,8 +469,9 @@ def check_complete(model: PreTrainedModel, stored: Mapping[str, TensorInfo], whe
             continue
         if info.shape != tuple(tensor.shape):
             raise AccullmError(f"tensor {name} has shape {list(info.shape)}, expected {list(tensor.shape)}", where)
-        if name.rpartition(".")[2] in SUFFIXES and info.dtype != tensor.dtype:
-            raise AccullmError(f"tensor {name} is {dtype_name(info.dtype)}, expected {dtype_name(tensor.dtype)}", where)
+        dtype = info.torch_dtype
+        if name.rpartition(".")[2] in SUFFIXES and dtype != tensor.dtype:
+            raise AccullmError(f"tensor {name} is {dtype_name(dtype)}, expected {dtype_name(tensor.dtype)}", where)
     for name in stored:
         if name.endswith(".qweight") and name not in wanted:
             raise AccullmError(f"tensor {name} has no place in {type(model).__name__}", where)

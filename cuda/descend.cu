@@ -22,8 +22,8 @@ constexpr int THREADS = 256;
 constexpr int BLOCKS = 4;  // of a multiprocessor, for which registers suffice; without that NVRTC spills some for 8
 constexpr int NOBODY = 0x7FFFFFFF;
 
-// See `Sweep` of accullm_cli/quant/loops.py.
-struct Sweep {
+// See `Descent` of accullm_cli/quant/loops.py.
+struct Descent {
     u8* codes;              // [N, K], changed in place
     real* error;            // [N, K], likewise
     real* slope;            // [N, K], used up (or only read)
@@ -35,7 +35,7 @@ struct Sweep {
     int groups;
     int columns_per_group;
     int largest_code;
-    int most;  // sweeps
+    int sweeps;
     int slope_is_shared;
 };
 
@@ -47,29 +47,29 @@ struct Turn {
 constexpr int TURN_BYTES = 16;
 static_assert(sizeof(Turn) <= TURN_BYTES, "the slope begins behind it");
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) descend(Sweep sweep) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) descend(Descent descent) {
     DYNAMIC_SHARED(shared);
     Turn* const turn = reinterpret_cast<Turn*>(shared);
-    const u64 row = blockIdx.x, first = row * sweep.columns;
-    const real ridge = static_cast<real>(sweep.ridge);
-    real* slope = sweep.slope + first;
-    if (sweep.slope_is_shared) {
+    const u64 row = blockIdx.x, first = row * descent.columns;
+    const real ridge = static_cast<real>(descent.ridge);
+    real* slope = descent.slope + first;
+    if (descent.slope_is_shared) {
         slope = reinterpret_cast<real*>(shared + TURN_BYTES);
-        for (int j = threadIdx.x; j < sweep.columns; j += THREADS) slope[j] = sweep.slope[first + j];
+        for (int j = threadIdx.x; j < descent.columns; j += THREADS) slope[j] = descent.slope[first + j];
     }
-    for (int count = 0; count < sweep.most; count++) {
+    for (int count = 0; count < descent.sweeps; count++) {
         bool moved_any = false;
-        for (int start = 0; start < sweep.columns;) {
+        for (int start = 0; start < descent.columns;) {
             if (threadIdx.x == 0) turn->mover = NOBODY;
             __syncthreads();  // the slope is up to date for all
             const int k = start + threadIdx.x;
             real code = 0, moved = 0;
-            if (k < sweep.columns) {
-                const real step = sweep.scale[row * sweep.groups + k / sweep.columns_per_group];
-                const real curvature = sweep.curvature[k] * step;
+            if (k < descent.columns) {
+                const real step = descent.scale[row * descent.groups + k / descent.columns_per_group];
+                const real curvature = descent.curvature[k] * step;
                 if (curvature > 0) {
-                    const real before = sweep.codes[first + k];
-                    code = between(before + rint(slope[k] / curvature), 0, sweep.largest_code);
+                    const real before = descent.codes[first + k];
+                    code = between(before + rint(slope[k] / curvature), 0, descent.largest_code);
                     moved = (code - before) * step;
                 }
             }
@@ -78,16 +78,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) descend(Sweep swee
             const int mover = turn->mover;
             if (k == mover) {
                 turn->moved = moved;
-                sweep.codes[first + k] = static_cast<u8>(code);
-                sweep.error[first + k] -= moved;
+                descent.codes[first + k] = static_cast<u8>(code);
+                descent.error[first + k] -= moved;
             }
             __syncthreads();  // all know the mover, and by how much it moved
             if (mover == NOBODY) {
                 start += THREADS;
                 continue;
             }
-            const real* const row_of_hessian = sweep.hessian + static_cast<u64>(mover) * sweep.columns;
-            for (int j = threadIdx.x; j < sweep.columns; j += THREADS) {
+            const real* const row_of_hessian = descent.hessian + static_cast<u64>(mover) * descent.columns;
+            for (int j = threadIdx.x; j < descent.columns; j += THREADS) {
                 slope[j] -= turn->moved * row_of_hessian[j];
                 if (j == mover) slope[j] -= turn->moved * ridge;
             }

@@ -8,7 +8,7 @@ struct Product {
     const u16* bias;   // [N], in the compute format; null for none
     u16* y;            // [tokens, N], in the compute format
     float* partial;    // [splits, tokens, strips * 16]; used where K is split between blocks
-    u32* arrived;      // one counter per group of blocks that split K, all 0 before and after a launch
+    u32* arrived;      // one counter per group of blocks that split K, 0 before the launch; used where K is split
     u64 x_stride;      // in numbers; a multiple of 8, and x a multiple of 16 bytes, so that eight come in one load
     int tokens;        // M
 };
@@ -50,7 +50,6 @@ __device__ __forceinline__ void write_sums(const Product& product, const Weight&
         __syncthreads();
         if (*flag != static_cast<u32>(splits) - 1) return;
         __threadfence();
-        if (threadIdx.x == 0) *arrived = 0;  // for the next launch
     }
     for (int i = threadIdx.x; i < tokens * features; i += blockDim.x) {
         const int token = i / features, feature = i % features;

@@ -1,7 +1,7 @@
 // What the kernels of rounding share: the working format, REAL, which is float or double.
 //
 // They are compiled without contraction of products and sums (--fmad=false) and do in the same order what the compiled
-// loops of the CPU do (accullm_cli/quant/compiled.py), so that the same arguments give the same bits.
+// loops of the CPU do (accullm_cli/quant/loops.py), so that the same arguments give the same bits.
 #pragma once
 #include <ptx.cuh>
 

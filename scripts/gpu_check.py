@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 GPU_TESTS = ("-m", "pytest", "-m", "gpu", "-ra", "tests/kernels", "tests/pipeline/test_speed.py")
 # Small shapes, every kernel.
-SANITIZED = (*GPU_TESTS, "-k", "odd_shapes or packing or rounding_tile or rounding_sweep or graph")
+SANITIZED = (*GPU_TESTS, "-k", "odd_shapes or dequantizing or rounding_tile or rounding_descent or graph")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.compile import compile_kernels
-from accullm_cli.kernels.machine_code import KernelCode, read_machine_code
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.kernels.machine_code import KernelCode, read_machine_code
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 HALF, BFLOAT = "COMPUTE_BF16=0", "COMPUTE_BF16=1"
@@ -22,8 +25,8 @@ BUILDS = (
     ("hybrid_gemv.cu", BFLOAT, "bf16"),
     ("hybrid_gemm.cu", HALF, "fp16"),
     ("hybrid_gemm.cu", BFLOAT, "bf16"),
-    ("repack.cu", HALF, "fp16"),
-    ("repack.cu", BFLOAT, "bf16"),
+    ("dequantize.cu", HALF, "fp16"),
+    ("dequantize.cu", BFLOAT, "bf16"),
     ("feedback_round.cu", "REAL=float", "fp32"),
     ("feedback_round.cu", "REAL=double", "fp64"),
     ("descend.cu", "REAL=float", "fp32"),

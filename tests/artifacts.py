@@ -117,11 +117,11 @@ def make_parts(
                 kinds[name] = kind
                 itemsize = weight.element_size()
                 if kept:
-                    plans[name] = LinearPlan(name, *weight.shape, 16, -1, False, (), "kept by the test", itemsize)
+                    plans[name] = LinearPlan(name, *weight.shape, 16, -1, False, (), itemsize)
                     tensors[f"{name}.weight"] = weight.T.contiguous() if kind == "conv1d" else weight.clone()
                     continue
                 scheme = (bits, group_size, symmetric, outliers)
-                plans[name] = LinearPlan(name, *weight.shape, *scheme, "", itemsize, scale_bits)
+                plans[name] = LinearPlan(name, *weight.shape, *scheme, itemsize, scale_bits)
                 linears[name] = quantize_nearest(weight, *scheme, scale_bits)
                 slot.copy_(linears[name].dequantize(weight.dtype))
                 tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in linears[name].to_tensors().items()}

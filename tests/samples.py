@@ -52,8 +52,8 @@ SPEED = Speed(
 )
 
 
-def linear(name: str, bits: int = 4, relative_error: float | None = 0.08, reason: str = "") -> LinearSummary:
-    return LinearSummary(name, 96, 64, bits, 64, 2, bits + 0.4, relative_error, reason)
+def linear(name: str, bits: int = 4, relative_error: float | None = 0.08) -> LinearSummary:
+    return LinearSummary(name, 96, 64, bits, 64, 2, bits + 0.4, relative_error)
 
 
 def a_report(
@@ -79,7 +79,7 @@ def a_report(
         ),
         linears=(
             linear("model.layers.0.self_attn.q_proj"),
-            linear("model.layers.0.mlp.up_proj", bits=6, reason="outweighs its bits"),
+            linear("model.layers.0.mlp.up_proj", bits=6),
             linear("model.layers.1.self_attn.q_proj", relative_error=0.09),
             linear("model.layers.1.mlp.up_proj", bits=16, relative_error=None),
             linear("lm_head"),

@@ -18,12 +18,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 import accullm_cli.hf
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
-from accullm_cli.kernels import check, device, matmul, packed
-from accullm_cli.kernels.launch import Device
-from accullm_cli.kernels.layout import TiledLinear, tile
+from accullm_cli.kernels import packed
 from accullm_cli.quant.linear import QuantizedLinear
 from tests.artifacts import Made, empty, make_parts
-from tests.cuda_emulation import emulate, needs_compiler
 from tests.tiny import tiny_gemma3, tiny_gpt2, tiny_llama, tiny_mixtral, tokens
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -175,51 +172,6 @@ def test_no_dequantized_weight_is_kept(tmp_path: Path) -> None:
     logits(model)
     weights = {name for name, tensor in model.state_dict().items() if tensor.dim() == 2 and tensor.is_floating_point()}
     assert {name for name in weights if not name.endswith(".scales")} == {"model.embed_tokens.weight", "lm_head.weight"}
-
-
-@needs_compiler
-def test_where_kernels_can_run_linears_are_tiled_once_and_anew_after_a_move(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernels run on the CPU here; in whole forward passes they round as dequantized weights do."""
-    made = make_parts(tiny_llama(), tmp_path / "run", 4, 32, False, (3, 17))
-    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, made), dtype=torch.bfloat16)
-    wanted = logits(model).float()
-    tiled: list[torch.dtype] = []
-
-    def counted(linear: QuantizedLinear, dtype: torch.dtype) -> TiledLinear:
-        tiled.append(dtype)
-        return tile(linear, dtype)
-
-    for part in (accullm_cli.hf, matmul):
-        monkeypatch.setattr(part, "why_no_kernels", lambda *_: None)
-    monkeypatch.setattr(accullm_cli.hf, "tile", counted)
-    monkeypatch.setattr(device, "launch", lambda launch, where: emulate(launch))
-    monkeypatch.setattr(device, "describe", lambda index: Device(4, 99 * 1024))
-    check.require_agreement.cache_clear()
-    found = logits(model).float()
-    logits(model)
-    linears = sum(isinstance(module, accullm_cli.hf.HybridLinear) for module in model.modules())
-    assert linears == 14
-    assert tiled == [torch.bfloat16] * linears
-    # Sums in another order move some results to the next number of the format, in every layer.
-    assert float((found - wanted).abs().max()) <= 0.03 * float(wanted.abs().max())
-    logits(model.to(torch.float16))
-    assert tiled == [torch.bfloat16] * linears + [torch.float16] * linears
-
-
-def test_kernels_that_are_wrong_on_a_device_multiply_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make_parts(tiny_llama(), tmp_path / "run", 4, 32, False, (3, 17))
-    model = AutoModelForCausalLM.from_pretrained(export(tmp_path, made), dtype=torch.bfloat16)
-    monkeypatch.setattr(accullm_cli.hf, "why_no_kernels", lambda *_: None)
-    monkeypatch.setattr(check, "largest_disagreement", lambda where: "hybrid_gemv with 1 tokens is off by 2")
-    check.require_agreement.cache_clear()
-    with pytest.raises(AccullmError) as refusal:
-        logits(model)
-    assert refusal.value.line() == (
-        "cpu: the CUDA kernels disagree with float64: hybrid_gemv with 1 tokens is off by 2; run the model on the CPU, "
-        "and please report this with the output of accullm doctor"
-    )
 
 
 def test_experts_run_one_at_a_time_whatever_is_asked_for(tmp_path: Path) -> None:
@@ -408,6 +360,19 @@ def test_damaged_tensors_are_refused(
     with pytest.raises(AccullmError) as error:
         AutoModelForCausalLM.from_pretrained(directory)
     assert error.value.line() == f"{directory}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("index", "line"),
+    [([3, 64], "names feature 64 of 64"), ([-1, 3], "names feature -1 of 64"), ([5, 5], "is not ascending")],
+)
+def test_outliers_that_do_not_exist_are_refused_at_load(index: list[int], line: str, tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run", 4, 32, False, (3, 17))
+    directory = export(tmp_path, made)
+    edit_tensors(directory, lambda tensors: tensors[f"{Q_PROJ}.outlier_index"].copy_(torch.tensor(index)))
+    with pytest.raises(AccullmError) as error:
+        AutoModelForCausalLM.from_pretrained(directory)
+    assert error.value.line() == f"{directory}: tensor {Q_PROJ}.outlier_index {line}"
 
 
 def test_a_model_class_without_the_linears_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import accullm_cli.hf
-from accullm_cli.kernels import matmul, packed
+from accullm_cli.kernels import matmul, packed, stored_weight
 from tests.artifacts import make_parts
 from tests.test_hf import MODELS, export, logits
 from tests.tiny import tiny_llama, tokens
@@ -36,7 +36,7 @@ def test_few_tokens_are_multiplied_as_packed_on_a_cpu_and_many_are_not(
         packed_for.append(arguments[-1])
         return packed.pack_linear(*arguments)
 
-    monkeypatch.setattr(accullm_cli.hf, "pack_linear", counted)
+    monkeypatch.setattr(stored_weight, "pack_linear", counted)
     monkeypatch.setattr(packed, "PACKED_TOKENS", 22)
     found = logits(loaded).float()
     logits(loaded)

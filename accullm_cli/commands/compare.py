@@ -139,7 +139,7 @@ class _Weights:
         stored = self._stored_name(name)
         if stored is None:
             return self._converted.bits_per_weight(name) if self._converted else None
-        return 8.0 * self.files.infos[stored].dtype.itemsize
+        return 8.0 * self.files.infos[stored].torch_dtype.itemsize
 
     @cached_property
     def _converted(self) -> _Converted | None:

@@ -32,7 +32,6 @@ class LinearRow:
     bits_per_weight: float
     outliers: int
     first_outliers: tuple[int, ...]
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,6 @@ def _linear_rows(artifact: StoredArtifact, linears: Mapping[str, LinearPlan]) ->
             bits_per_weight=8 * artifact.linear_bytes(name) / linear.weights,
             outliers=len(linear.outlier_index),
             first_outliers=linear.outlier_index[:FIRST_OUTLIERS],
-            reason=linear.reason,
         )
 
 
@@ -153,22 +151,21 @@ def _inspect_checkpoint(path: Path) -> Inspection:
             name=name.removesuffix(".weight"),
             out_features=info.shape[0],
             in_features=info.shape[1],
-            bits=8 * info.dtype.itemsize,
+            bits=8 * info.torch_dtype.itemsize,
             group_size=-1,
             symmetric=True,
-            bits_per_weight=8.0 * info.dtype.itemsize,
+            bits_per_weight=8.0 * info.torch_dtype.itemsize,
             outliers=0,
             first_outliers=(),
-            reason="",
         )
         for name, info in infos.items()
-        if len(info.shape) == 2 and info.dtype.is_floating_point
+        if len(info.shape) == 2 and info.torch_dtype.is_floating_point
     ]
     linear_bytes = sum(infos[f"{row.name}.weight" if f"{row.name}.weight" in infos else row.name].bytes for row in rows)
     weights = sum(row.out_features * row.in_features for row in rows)
     by_dtype: dict[str, int] = {}
     for info in infos.values():
-        by_dtype[dtype_name(info.dtype)] = by_dtype.get(dtype_name(info.dtype), 0) + prod(info.shape)
+        by_dtype[dtype_name(info.torch_dtype)] = by_dtype.get(dtype_name(info.torch_dtype), 0) + prod(info.shape)
     return Inspection(
         path=str(path),
         format="checkpoint",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from accullm_cli.formats.manifest import (
 )
 from accullm_cli.formats.shards import TensorFiles, link_or_copy, read_json
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.linear import QuantizedLinear, check_outlier_index
 from accullm_cli.quant.packing import pack, packed_length, unpack
 from accullm_cli.quant.plan import LinearPlan, Plan
 
@@ -250,11 +249,11 @@ def check_owners(path: Path, files: TensorFiles, plan: Plan) -> None:
             continue
         linear = quantized.get(owner)
         if linear is None:
-            raise AccullmError(f"tensor {name} belongs to no quantized linear of {MANIFEST_NAME}", path / info.file)
+            raise AccullmError(f"tensor {name} belongs to no quantized linear of {MANIFEST_NAME}", info.file)
         if suffix == "scales" and linear.scale_bits != 16:
-            raise AccullmError(f"tensor {name} is stored beside the table of {owner}", path / info.file)
+            raise AccullmError(f"tensor {name} is stored beside the table of {owner}", info.file)
         if suffix == "qzeros" and linear.symmetric:
-            raise AccullmError(f"tensor {name} is stored although {owner} is symmetric", path / info.file)
+            raise AccullmError(f"tensor {name} is stored although {owner} is symmetric", info.file)
 
 
 def with_outliers(path: Path, manifest: Manifest, files: TensorFiles) -> Plan:
@@ -267,15 +266,6 @@ def with_outliers(path: Path, manifest: Manifest, files: TensorFiles) -> Plan:
     linears = dict(manifest.plan.linears)
     for tensor, index in indices.items():
         name = tensor.removesuffix(".outlier_index")
-        features = tuple(index.tolist())
-        where = path / files.infos[tensor].file
-        if any(a >= b for a, b in pairwise(features)):
-            raise AccullmError(f"tensor {tensor} is not ascending", where)
-        if features[0] < 0 or features[-1] >= linears[name].in_features:
-            raise AccullmError(
-                f"tensor {tensor} names feature {features[0] if features[0] < 0 else features[-1]} "
-                f"of {linears[name].in_features}",
-                where,
-            )
-        linears[name] = replace(linears[name], outlier_index=features)
+        check_outlier_index(index, linears[name].in_features, tensor, files.infos[tensor].file)
+        linears[name] = replace(linears[name], outlier_index=tuple(index.tolist()))
     return replace(manifest.plan, linears=linears)

@@ -11,7 +11,7 @@ from typing import Any
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.base import Objection, Parts
 from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, write_card, write_manifest
-from accullm_cli.formats.shards import INDEX_NAME, SHARD_BYTES, batches, rename, write_index, write_shard
+from accullm_cli.formats.shards import INDEX_NAME, SHARD_BYTES, rename, shards_of, write_index, write_shard
 from accullm_cli.run import sync_directory, write_file, write_text
 
 _OWN_NAMES = ("config.json", INDEX_NAME, CARD_NAME, MANIFEST_NAME)
@@ -36,7 +36,7 @@ def assemble(
         AccullmError: a companion has the name of a file of the artifact, or a tensor comes twice.
     """
     outside = []
-    for number, tensors in enumerate(batches(parts.outside, shard_bytes)):
+    for number, tensors in enumerate(shards_of(parts.outside, shard_bytes)):
         # The names hold the number of shards, which is known only when the stream has ended.
         outside.append(directory / f".outside-{number:05d}.safetensors")
         write_shard(outside[-1], tensors)

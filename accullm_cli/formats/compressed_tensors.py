@@ -23,7 +23,7 @@ from accullm_cli.formats.accullm import SUFFIXES as NATIVE_SUFFIXES
 from accullm_cli.formats.assemble import assemble, refuse
 from accullm_cli.formats.base import ModelShape, Objection, Parts
 from accullm_cli.formats.manifest import MANIFEST_NAME, Manifest, read_manifest
-from accullm_cli.formats.shards import TensorFiles, dtype_name, read_header, read_json, write_shard
+from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, tensors_of, write_shard
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.packing import pack, packed_length, unpack
@@ -230,7 +230,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
 
 def _convert_block(source: Path, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a block: quantized linears in this format, the rest as it is."""
-    files = TensorFiles(source.parent, read_header(source))
+    files = TensorFiles(source.parent, tensors_of(source))
     by_linear: dict[str, list[str]] = {}
     for name in files.infos:
         owner, _, suffix = name.rpartition(".")
@@ -330,9 +330,9 @@ def scale_dtype(path: Path, files: TensorFiles, name: str) -> torch.dtype:
     info = files.infos.get(f"{name}.weight_scale")
     if info is None:
         raise AccullmError(f"tensor {name}.weight_scale is missing", path, "copy the artifact again")
-    if info.dtype not in SCALE_DTYPES:
-        raise AccullmError(f"tensor {name}.weight_scale is {dtype_name(info.dtype)}", path / info.file)
-    return info.dtype
+    if info.torch_dtype not in SCALE_DTYPES:
+        raise AccullmError(f"tensor {name}.weight_scale is {dtype_name(info.torch_dtype)}", info.file)
+    return info.torch_dtype
 
 
 def derived_plan(path: Path, files: TensorFiles) -> Plan:
@@ -351,7 +351,7 @@ def derived_plan(path: Path, files: TensorFiles) -> Plan:
     for name, info in files.infos.items():
         owner, _, suffix = name.rpartition(".")
         if suffix == "weight_g_idx":
-            raise AccullmError(f"tensor {name}: reordered inputs (actorder group) are not supported", path / info.file)
+            raise AccullmError(f"tensor {name}: reordered inputs (actorder group) are not supported", info.file)
         if suffix == "weight_packed":
             linears[owner] = _derived_linear(path, files, owner, info.shape[-1])
     return Plan(linears)

@@ -78,7 +78,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise ValueError(f"dtype {content['dtype']}")
         linears = {name: _linear_plan(name, entry, dtype) for name, entry in content["linears"].items()}
         described = content.get("embeddings", {})
-        embeddings = {name: _linear_plan(name, {**entry, "reason": ""}, dtype) for name, entry in described.items()}
+        embeddings = {name: _linear_plan(name, entry, dtype) for name, entry in described.items()}
         return Manifest(
             format=content["format"],
             plan=Plan(linears, content["scale_dtype"], embeddings),
@@ -123,7 +123,6 @@ def _linear_plan(name: str, entry: Mapping[str, Any], dtype: torch.dtype) -> Lin
         group_size=entry["group_size"],
         scale_bits=entry.get("scale_bits", 16),  # version 1 had no tables
         symmetric=entry["symmetric"],
-        reason=entry["reason"],
         source_itemsize=dtype.itemsize,
     )
 
@@ -162,7 +161,6 @@ def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
                 "scale_bits": linear.scale_bits,
                 "symmetric": linear.symmetric,
                 "outliers": len(linear.outlier_index),
-                "reason": linear.reason,
             }
             for name, linear in parts.plan.linears.items()
         },

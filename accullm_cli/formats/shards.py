@@ -6,16 +6,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.integrity import TensorInfo, read_header
 from accullm_cli.run import machine_errors, write_file, write_text
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -23,60 +22,19 @@ SINGLE_NAME = "model.safetensors"
 # Large enough that a 70B model has some 20 files, small enough that one fits into any machine's memory.
 SHARD_BYTES = 2_000_000_000
 
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The name that configurations and messages use: torch.bfloat16 is 'bfloat16'."""
     return str(dtype).removeprefix("torch.")
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file's header says about one tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: str  # name of the file inside the directory
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file; no tensor is read.
+def tensors_of(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one file of an artifact, in the order of their names; none of them is read.
 
     Raises:
-        AccullmError: the file is absent, truncated or no safetensors file, or holds a dtype that is not known.
+        AccullmError: as `read_header`.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            raw = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except FileNotFoundError:
-        raise AccullmError("file is missing", path, "copy or download it again") from None
-    except SafetensorError as error:
-        raise AccullmError(
-            f"truncated, or not a safetensors file ({error})", path, "copy or download it again"
-        ) from None
-    for name, (dtype, _) in raw.items():
-        if dtype not in DTYPES:
-            raise AccullmError(f"tensor {name} has dtype {dtype}, which is not supported", path)
-    return {name: TensorInfo(DTYPES[dtype], shape, path.name) for name, (dtype, shape) in raw.items()}
+    return dict(sorted(read_header(path, of_source=False).items()))
 
 
 class TensorFiles:
@@ -98,11 +56,11 @@ class TensorFiles:
         if not index_path.exists():
             if not (directory / SINGLE_NAME).exists():
                 raise AccullmError(f"holds neither {INDEX_NAME} nor {SINGLE_NAME}", directory, "copy it again")
-            return cls(directory, read_header(directory / SINGLE_NAME))
+            return cls(directory, tensors_of(directory / SINGLE_NAME))
         files_of = read_index(index_path)
         infos: dict[str, TensorInfo] = {}
         for file in sorted(set(files_of.values())):
-            header = read_header(directory / file)
+            header = tensors_of(directory / file)
             for name in header:
                 if files_of.get(name) != file:
                     raise AccullmError(f"tensor {name} is not in the index under this file", directory / file)
@@ -118,14 +76,14 @@ class TensorFiles:
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Several tensors, each file opened once."""
-        by_file: dict[str, list[str]] = {}
+        by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self.infos:
                 raise AccullmError(f"tensor {name} is missing", self.directory)
             by_file.setdefault(self.infos[name].file, []).append(name)
         found: dict[str, torch.Tensor] = {}
         for file, wanted in by_file.items():
-            with safe_open(self.directory / file, framework="pt") as handle:
+            with safe_open(file, framework="pt") as handle:
                 found |= {name: handle.get_tensor(name) for name in wanted}
         return found
 
@@ -181,7 +139,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         write_file(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
-def batches(tensors: Iterator[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+def shards_of(tensors: Iterator[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
     """Collect streamed tensors into groups of at most `limit` bytes (a larger tensor is a group of its own)."""
     batch: dict[str, torch.Tensor] = {}
     size = 0
@@ -206,7 +164,7 @@ def write_index(directory: Path, shards: Iterable[Path]) -> None:
     files_of: dict[str, str] = {}
     total = 0
     for shard in shards:
-        for name, info in read_header(shard).items():
+        for name, info in tensors_of(shard).items():
             if name in files_of:
                 raise AccullmError(f"tensor {name} is in {files_of[name]} already", shard)
             files_of[name] = shard.name

@@ -11,7 +11,8 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.manifest import Manifest
-from accullm_cli.formats.shards import TensorFiles, TensorInfo, dtype_name
+from accullm_cli.formats.shards import TensorFiles, dtype_name
+from accullm_cli.model.integrity import TensorInfo
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import Plan
 
@@ -75,7 +76,7 @@ class StoredArtifact(ABC):
     def linear_bytes(self, name: str) -> int:
         """Bytes that are stored for the weight of a linear or a quantized embedding."""
         if name not in self.schema:
-            return self.plan.linears[name].weights * self._kept(name).dtype.itemsize
+            return self.plan.linears[name].weights * self._kept(name).torch_dtype.itemsize
         return sum(self.files.infos[tensor].bytes for tensor in self.schema[name])
 
     def _kept(self, name: str) -> TensorInfo:
@@ -89,7 +90,7 @@ class StoredArtifact(ABC):
                 # Conv1D stores [K, N].
                 if info.shape[-2:] not in (shape, shape[::-1]):
                     raise AccullmError(
-                        f"tensor {stored} has shape {list(info.shape)}, expected {list(shape)}", self.path / info.file
+                        f"tensor {stored} has shape {list(info.shape)}, expected {list(shape)}", info.file
                     )
                 return info
         raise AccullmError(f"tensor {name}.weight is missing", self.path, "copy the artifact again")
@@ -100,7 +101,7 @@ class StoredArtifact(ABC):
             for problem in self._linear_problems(name, self._stored(name)):
                 yield f"{name}: {problem}"
         for name in self.names():
-            if self.files.infos[name].dtype.is_floating_point:
+            if self.files.infos[name].torch_dtype.is_floating_point:
                 yield from not_finite(name, self.tensor(name))
 
     @abstractmethod
@@ -121,17 +122,18 @@ def check_schema(path: Path, files: TensorFiles, schema: Mapping[str, Mapping[st
             info = files.infos.get(name)
             if info is None:
                 raise AccullmError(f"tensor {name} is missing", path, "copy the artifact again")
-            _check_tensor(path / info.file, name, info, wanted)
+            _check_tensor(name, info, wanted)
         # Programs that do not know the format would take it for the model's weight.
         if f"{linear}.weight" in files.infos:
             raise AccullmError(f"tensor {linear}.weight is stored beside the codes of {linear}", path)
 
 
-def _check_tensor(path: Path, name: str, info: TensorInfo, wanted: TensorSchema) -> None:
-    if info.dtype != wanted.dtype:
-        raise AccullmError(f"tensor {name} is {dtype_name(info.dtype)}, expected {dtype_name(wanted.dtype)}", path)
+def _check_tensor(name: str, info: TensorInfo, wanted: TensorSchema) -> None:
+    dtype = info.torch_dtype
+    if dtype != wanted.dtype:
+        raise AccullmError(f"tensor {name} is {dtype_name(dtype)}, expected {dtype_name(wanted.dtype)}", info.file)
     if info.shape != wanted.shape:
-        raise AccullmError(f"tensor {name} has shape {list(info.shape)}, expected {list(wanted.shape)}", path)
+        raise AccullmError(f"tensor {name} has shape {list(info.shape)}, expected {list(wanted.shape)}", info.file)
 
 
 def not_finite(name: str, tensor: torch.Tensor) -> Iterator[str]:

@@ -24,6 +24,8 @@ GEMM_FEATURES = 128  # output features of a block
 GEMM_STAGE_BYTES = 8 * (512 + 2 * 128)
 GEMM_TOKEN_BYTES = 144
 GEMM_STAGES = {32: 4, 64: 3, 128: 3}  # by tokens of a block
+DEQUANTIZE_THREADS = 256
+DEQUANTIZE_BLOCKS = 8  # per multiprocessor, so that the last ones do not run alone
 # Warps per multiprocessor that keep its memory requests coming; the kernel's registers admit 32.
 WANTED_WARPS = 32
 # A part of K below this many tiles per warp costs more to sum up than it saves.
@@ -52,7 +54,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProductPlan:
     """How a product is computed."""
 
     source: str
@@ -99,7 +101,7 @@ class ProductStruct(ctypes.Structure):
     )
 
 
-def plan_product(tiled: TiledLinear, tokens: int, device: Device) -> Plan:
+def plan_product(tiled: TiledLinear, tokens: int, device: Device) -> ProductPlan:
     """The kernel for M = `tokens` and its grid.
 
     Raises:
@@ -110,7 +112,7 @@ def plan_product(tiled: TiledLinear, tokens: int, device: Device) -> Plan:
     return _plan_gemv(tiled, tokens, device) if tokens <= GEMV_TOKENS else _plan_gemm(tiled, tokens, device)
 
 
-def _plan_gemv(tiled: TiledLinear, tokens: int, device: Device) -> Plan:
+def _plan_gemv(tiled: TiledLinear, tokens: int, device: Device) -> ProductPlan:
     strips, tiles = tiled.tiles.shape[:2]
     steps = tiled.outlier_tiles.shape[1]
     outlier_bytes = 2 * tokens * steps * STEP_K
@@ -132,10 +134,10 @@ def _plan_gemv(tiled: TiledLinear, tokens: int, device: Device) -> Plan:
     most = max(1, (tiles + steps) // (warps * SMALLEST_SHARE))
     splits = min(max(1, wanted // (2 * strips * warps)), most)
     kernel = "hybrid_gemv_8" if tokens <= 8 else "hybrid_gemv_16"
-    return Plan("hybrid_gemv.cu", kernel, (strips, 1, splits), warps * WARP, shared_bytes(warps))
+    return ProductPlan("hybrid_gemv.cu", kernel, (strips, 1, splits), warps * WARP, shared_bytes(warps))
 
 
-def _plan_gemm(tiled: TiledLinear, tokens: int, device: Device) -> Plan:
+def _plan_gemm(tiled: TiledLinear, tokens: int, device: Device) -> ProductPlan:
     strips, tiles = tiled.tiles.shape[:2]
     steps = tiled.outlier_tiles.shape[1]
 
@@ -153,16 +155,17 @@ def _plan_gemm(tiled: TiledLinear, tokens: int, device: Device) -> Plan:
     if rows <= GEMM_FEATURES // STRIP and columns * rows <= strips:
         splits = max(1, min(2 * device.multiprocessors // (columns * rows), (tiles + steps) // (2 * SMALLEST_SHARE)))
     kernel = f"hybrid_gemm_{block_tokens}"
-    return Plan("hybrid_gemm.cu", kernel, (columns, rows, splits), GEMM_THREADS, shared_bytes(block_tokens))
+    return ProductPlan("hybrid_gemm.cu", kernel, (columns, rows, splits), GEMM_THREADS, shared_bytes(block_tokens))
 
 
 def product_launch(
-    plan: Plan,
+    plan: ProductPlan,
     x: torch.Tensor,
     tiled: TiledLinear,
     bias: torch.Tensor | None,
     y: torch.Tensor,
     partial: torch.Tensor | None,
+    arrived: torch.Tensor | None,
 ) -> Launch:
     """The launch that writes x W^T + bias into y.
 
@@ -170,18 +173,28 @@ def product_launch(
         x: [M, K] in the compute dtype, rows at multiples of 8 numbers from each other, zeros between K and those.
         y: [M, N].
         partial: float32 of `plan.partial_shape`; None where K is not split.
+        arrived: int32 [S], zeros, for this launch alone; None where K is not split.
     """
     product = ProductStruct(
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         None if partial is None else partial.data_ptr(),
-        tiled.arrived.data_ptr(),
+        None if arrived is None else arrived.data_ptr(),
         x.stride(0),
         x.shape[0],
     )
     arguments = (weight_struct(tiled), product)
     return Launch(plan.source, plan.kernel, defines(tiled.dtype), plan.grid, plan.threads, plan.shared_bytes, arguments)
+
+
+def dequantize_launch(tiled: TiledLinear, weight: torch.Tensor, device: Device) -> Launch:
+    """The launch that writes the weight that `tiled` stands for, with outliers, into `weight` [N, K] in its dtype."""
+    strips, tiles = tiled.tiles.shape[:2]
+    parts = min(tiles, max(1, DEQUANTIZE_BLOCKS * device.multiprocessors // strips))
+    arguments = (weight_struct(tiled), ctypes.c_void_p(weight.data_ptr()))
+    grid = (strips, parts, 1)
+    return Launch("dequantize.cu", "dequantize_tiles", defines(tiled.dtype), grid, DEQUANTIZE_THREADS, 0, arguments)
 
 
 def weight_struct(tiled: TiledLinear) -> WeightStruct:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.linear import QuantizedLinear, check_outlier_index
 
 STRIP = 16  # output features of a tile
 TILE_K = 64  # input features of a tile
@@ -30,9 +30,9 @@ class TiledLinear:
     zeros: torch.Tensor | None  # uint8 [S, G, 8], two nibbles each; None where symmetric
     outlier_tiles: torch.Tensor  # compute dtype [S, O, 32, 8]: by lane
     outlier_index: torch.Tensor  # int32 [O * 16], -1 where unused
-    arrived: torch.Tensor  # int32 [S], zeros: counters of the kernels, which leave them 0
     out_features: int
     in_features: int
+    outliers: int
     bits: int
     group_size: int  # -1: one group per row
 
@@ -71,12 +71,14 @@ def tile(linear: QuantizedLinear, dtype: torch.dtype) -> TiledLinear:
         dtype: float16 or bfloat16, that of the activations; outlier weights are rounded to it.
 
     Raises:
-        AccullmError: more than 4 bits, a group size that is no power of two or below 16, or another dtype.
+        AccullmError: more than 4 bits, a group size that is no power of two or below 16, or another dtype; outlier
+            features that do not exist, at whose place the kernels would read.
     """
     reason = why_not_tiled(linear.bits, linear.group_size, dtype)
     if reason is not None:
         raise AccullmError(f"no CUDA kernel for {reason}")
     rows, columns = linear.codes.shape
+    check_outlier_index(linear.outlier_index, columns)
     strips, tiles = -(-rows // STRIP), -(-columns // TILE_K)
     groups = 1 if linear.group_size == -1 else -(-tiles * TILE_K // linear.group_size)
     # A feature's place is strip, half, row | tile, t, step, pair, element: the names of cuda/layout.cuh.
@@ -99,34 +101,38 @@ def tile(linear: QuantizedLinear, dtype: torch.dtype) -> TiledLinear:
         .permute(0, 3, 2, 4, 5, 1, 6)
         .reshape(strips, steps, 32, 8),
         outlier_index=index,
-        arrived=torch.zeros(strips, dtype=torch.int32, device=linear.codes.device),
         out_features=rows,
         in_features=columns,
+        outliers=len(linear.outlier_index),
         bits=linear.bits,
         group_size=linear.group_size,
     )
 
 
-def untile(tiled: TiledLinear) -> QuantizedLinear:
-    """The linear that was re-ordered, its outlier weights in the compute dtype."""
+def untile(tiled: TiledLinear, rows: torch.Tensor | None = None) -> QuantizedLinear:
+    """The linear that was re-ordered, its outlier weights in the compute dtype.
+
+    Args:
+        rows: int64 [R], output features; all of them where it is None.
+    """
     strips, tiles = tiled.tiles.shape[:2]
-    rows, columns = tiled.out_features, tiled.in_features
-    groups = 1 if tiled.group_size == -1 else -(-columns // tiled.group_size)
-    nibbles = tiled.tiles.view(strips, tiles, 8, 4, 4, 2, 2).permute(0, 2, 1, 3, 4, 6, 5)
-    codes = torch.stack((nibbles & 15, nibbles >> 4), dim=1).reshape(strips * STRIP, tiles * TILE_K)
-    zeros = None
-    if tiled.zeros is not None:
-        pairs = tiled.zeros.transpose(1, 2)
-        zeros = torch.stack((pairs & 15, pairs >> 4), dim=1).reshape(strips * STRIP, -1)[:rows, :groups].contiguous()
-    steps = tiled.outlier_tiles.shape[1]
-    outliers = tiled.outlier_tiles.view(strips, steps, 8, 4, 2, 2, 2).permute(0, 5, 2, 1, 3, 4, 6)
-    count = int((tiled.outlier_index >= 0).sum())
+    steps, device = tiled.outlier_tiles.shape[1], tiled.tiles.device
+    rows = torch.arange(tiled.out_features, device=device) if rows is None else rows
+    strip, half, row = rows // STRIP, rows % STRIP // 8, rows % 8
+    groups = 1 if tiled.group_size == -1 else -(-tiled.in_features // tiled.group_size)
+    shift = (4 * half[:, None]).to(torch.uint8)  # of a row's nibbles in the bytes that it shares with another
+    codes = tiled.tiles.view(strips, tiles, 8, 4, 4, 2, 2)[strip, :, row].transpose(-1, -2)
+    codes = codes.reshape(len(rows), tiles * TILE_K)
+    # [R, steps, t, pair, half, element]
+    outliers = tiled.outlier_tiles.view(strips, steps, 8, 4, 2, 2, 2)[strip, :, row]
+    outliers = outliers[torch.arange(len(rows), device=device), ..., half, :].reshape(len(rows), steps * STEP_K)
+    count = tiled.outliers
     return QuantizedLinear(
-        codes=codes[:rows, :columns].contiguous(),
-        scales=tiled.scales.permute(0, 3, 2, 1).reshape(strips * STRIP, -1)[:rows, :groups].contiguous(),
-        zeros=zeros,
+        codes=(codes[:, : tiled.in_features] >> shift & 15).contiguous(),
+        scales=tiled.scales[strip, :, row, half][:, :groups].contiguous(),
+        zeros=None if tiled.zeros is None else (tiled.zeros[strip, :, row][:, :groups] >> shift & 15).contiguous(),
         outlier_index=tiled.outlier_index[:count].clone(),
-        outlier_weight=outliers.reshape(strips * STRIP, steps * STEP_K)[:rows, :count].contiguous(),
+        outlier_weight=outliers[:, :count].contiguous(),
         bits=tiled.bits,
         group_size=tiled.group_size,
     )

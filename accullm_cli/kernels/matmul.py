@@ -9,10 +9,9 @@ from torch.nn.functional import linear as dense_product
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.compile import HOW_TO_INSTALL, OLDEST_ARCHITECTURE
-from accullm_cli.kernels.launch import GEMV_TOKENS, plan_product, product_launch
+from accullm_cli.kernels.launch import GEMV_TOKENS, dequantize_launch, plan_product, product_launch
 from accullm_cli.kernels.layout import TiledLinear, why_not_tiled
-from accullm_cli.kernels.packed import PackedLinear, packed_product
-from accullm_cli.kernels.repack import dequantize_launch
+from accullm_cli.kernels.packed import PackedLinear, needs_gradient, packed_product
 from accullm_cli.quant.linear import QuantizedLinear
 
 # What computes a product, for people.
@@ -35,8 +34,9 @@ def hybrid_matmul(x: torch.Tensor, linear: Operand, bias: torch.Tensor | None = 
     Args:
         x: [..., K], on the device of `linear`: float32, float16 or bfloat16; where `linear` is tiled or packed, its
             dtype.
-        linear: weight [N, K]. Tiled, it is multiplied by the CUDA kernels, in torch's current stream; one linear must
-            not be in use in two streams at once. Packed, it is multiplied on the CPU as it is stored.
+        linear: weight [N, K]. Tiled, it is multiplied by the CUDA kernels, in torch's current stream. Packed, it is
+            multiplied on the CPU as it is stored. Where a gradient is to flow through the product, forwards or
+            backwards, the weight is dequantized and torch multiplies.
         bias: [N] in x's dtype.
 
     Returns:
@@ -108,17 +108,20 @@ def _tiled_matmul(x: torch.Tensor, tiled: TiledLinear, bias: torch.Tensor | None
     if tokens == 0:
         return x.new_empty(shape)
     device = describe(x.get_device())
-    if tokens > FUSED_TOKENS:
-        weight = x.new_empty(tiled.out_features, tiled.in_features)
+    if tokens > FUSED_TOKENS or needs_gradient(x, bias):
+        weight = torch.empty(tiled.out_features, tiled.in_features, dtype=x.dtype, device=x.device)
         launch(dequantize_launch(tiled, weight, device), x.device)
         return dense_product(x, weight, bias)
     plan = plan_product(tiled, tokens, device)
     y = x.new_empty(tokens, tiled.out_features)
-    partial = None
+    partial = arrived = None
     if plan.grid[2] > 1:
-        partial = torch.empty(plan.partial_shape(tokens, len(tiled.tiles)), dtype=torch.float32, device=x.device)
+        strips = len(tiled.tiles)
+        partial = torch.empty(plan.partial_shape(tokens, strips), dtype=torch.float32, device=x.device)
+        # Anew for each launch: one that was aborted leaves counts behind.
+        arrived = torch.zeros(strips, dtype=torch.int32, device=x.device)
     bias = None if bias is None else bias.contiguous()
-    launch(product_launch(plan, rows, tiled, bias, y, partial), x.device)
+    launch(product_launch(plan, rows, tiled, bias, y, partial, arrived), x.device)
     return y.view(shape)
 
 

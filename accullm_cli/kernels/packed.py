@@ -24,10 +24,12 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.quant.compiled import SUMS_IN_ANY_ORDER, compiled
 from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.loops import SUMS_IN_ANY_ORDER, compiled
+from accullm_cli.quant.packing import unpack
 
 PACKED_BITS = 4
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
@@ -59,6 +61,18 @@ class PackedLinear:
         parts = (self.codes, self.scales, self.zeros, self.outlier_index, self.outlier_weight)
         return sum(part.numel() * part.element_size() for part in parts)
 
+    def unpacked(self) -> QuantizedLinear:
+        """The linear, its outlier weights rounded to the compute dtype."""
+        return QuantizedLinear(
+            codes=unpack(self.codes, PACKED_BITS, self.in_features),
+            scales=self.scales.half(),  # they come from there
+            zeros=self.zeros,
+            outlier_index=self.outlier_index,
+            outlier_weight=self.outlier_weight,
+            bits=PACKED_BITS,
+            group_size=self.group_size,
+        )
+
 
 def why_not_packed(bits: int, group_size: int, dtype: torch.dtype) -> str | None:
     """Why products on a CPU cannot read such a linear as it is stored; None where they can."""
@@ -72,13 +86,19 @@ def why_not_packed(bits: int, group_size: int, dtype: torch.dtype) -> str | None
 
 
 def is_worth_packing(x: torch.Tensor) -> bool:
-    """Whether x [..., K] is on the CPU, of so few tokens that they are multiplied fastest so, and needs no gradient.
+    """Whether x [..., K] is on the CPU, and of so few tokens that they are multiplied fastest so.
 
     Not while torch compiles or exports a model: it can look into its own operations alone.
     """
     few = x.numel() <= PACKED_TOKENS * x.shape[-1]
-    needs_gradient = x.requires_grad and torch.is_grad_enabled()
-    return x.device.type == "cpu" and few and not needs_gradient and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and few and not torch.compiler.is_compiling()
+
+
+def needs_gradient(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a gradient is to flow through a product, backwards or (a tangent) forwards."""
+    parts = [part for part in (x, bias) if part is not None]
+    backwards = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+    return backwards or any(forward_ad.unpack_dual(part).tangent is not None for part in parts)
 
 
 def pack_linear(
@@ -113,13 +133,15 @@ def pack_linear(
 
 
 def packed_product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., K] W^T + bias: [..., N] in x's dtype, rounded once. Gradients do not flow through it.
+    """x [..., K] W^T + bias: [..., N] in x's dtype, rounded once; where a gradient flows, from the dequantized weight.
 
     Raises:
         AccullmError: x is of another dtype than `packed` is for, or not on the CPU.
     """
     if x.dtype != packed.dtype or x.device.type != "cpu":
         raise AccullmError(f"activations are {x.dtype} on {x.device}, but the linear was packed for {packed.dtype}")
+    if needs_gradient(x, bias):
+        return torch.nn.functional.linear(x, packed.unpacked().dequantize(x.dtype), bias)
     rows = x.detach().reshape(-1, packed.in_features).float()
     tokens, features = len(rows), len(packed.codes)
     padded = tokens if tokens == 1 else -(-tokens // TOGETHER) * TOGETHER

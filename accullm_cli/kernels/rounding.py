@@ -14,15 +14,14 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.launch import Launch
-from accullm_cli.quant.compiled import COMPILED
-from accullm_cli.quant.loops import Loops, Sweep, Tile
+from accullm_cli.quant.loops import COMPILED, Descent, Loops, Tile
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 # A warp holds a row's columns in registers, four per lane.
 MOST_COLUMNS = 128
 ROWS_PER_BLOCK = 8
 # What a block of cuda/descend.cu has, and what it keeps in shared memory before the slope.
-SWEEP_THREADS = 256
+DESCENT_THREADS = 256
 TURN_BYTES = 16
 
 
@@ -38,22 +37,22 @@ class TileStruct(ctypes.Structure):
     )
 
 
-class SweepStruct(ctypes.Structure):
-    """`Sweep` of cuda/descend.cu."""
+class DescentStruct(ctypes.Structure):
+    """`Descent` of cuda/descend.cu."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "error", "slope", "hessian", "curvature", "scale")),
         ("ridge", ctypes.c_double),
         *((name, ctypes.c_int) for name in ("columns", "groups", "columns_per_group", "largest_code")),
-        *((name, ctypes.c_int) for name in ("most", "slope_is_shared")),
+        *((name, ctypes.c_int) for name in ("sweeps", "slope_is_shared")),
     )
 
 
 def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], None], shared_bytes: int) -> Loops:
     """The loops of a GPU.
 
-    Where rows feed each other, a tile is a chain through all of its weights, and the CPU rounds it: it goes there and
-    back. Descent does so by itself (quant.descent).
+    Where rows feed each other, a tile is a chain through all of its weights, and so is a block of rows in descent: the
+    CPU does these, and they go there and back.
 
     Args:
         launch: `kernels.device.launch`.
@@ -68,13 +67,15 @@ def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], No
         launch(tile_launch(own, codes, error), device)
         return codes, error
 
-    def sweep(rows: Sweep) -> None:
-        grid = replace(rows.grid, scale=rows.grid.scale.contiguous())
-        own = replace(rows, hessian=rows.hessian.contiguous(), grid=grid)
+    def descend(descent: Descent) -> None:
+        if descent.rows is not None:
+            return COMPILED.descend(descent)
+        grid = replace(descent.grid, scale=descent.grid.scale.contiguous())
+        own = replace(descent, hessian=descent.hessian.contiguous(), grid=grid)
         curvature = curvature_of(own)  # a launch holds addresses alone
-        launch(sweep_launch(own, curvature, shared_bytes), device)
+        launch(descent_launch(own, curvature, shared_bytes), device)
 
-    return Loops(device, round_tile, sweep)
+    return Loops(device, round_tile, descend)
 
 
 def tile_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
@@ -114,12 +115,12 @@ def tile_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
     )
 
 
-def curvature_of(rows: Sweep) -> torch.Tensor:
+def curvature_of(descent: Descent) -> torch.Tensor:
     """The diagonal of H + ridge, and 0 in columns whose codes stay as they are: [K]."""
-    return (rows.hessian.diagonal() + rows.ridge).masked_fill(~rows.movable, 0)
+    return (descent.hessian.diagonal() + descent.ridge).masked_fill(~descent.movable, 0)
 
 
-def sweep_launch(rows: Sweep, curvature: torch.Tensor, shared_bytes: int) -> Launch:
+def descent_launch(descent: Descent, curvature: torch.Tensor, shared_bytes: int) -> Launch:
     """The launch that moves codes, whose tensors are all contiguous.
 
     A row's slope is kept in shared memory where `shared_bytes` are enough for it.
@@ -130,26 +131,27 @@ def sweep_launch(rows: Sweep, curvature: torch.Tensor, shared_bytes: int) -> Lau
     Raises:
         AccullmError: a working dtype other than float32 and float64.
     """
-    count, columns = rows.codes.shape
-    wanted = TURN_BYTES + columns * rows.slope.element_size()
+    count, columns = descent.codes.shape
+    wanted = TURN_BYTES + columns * descent.slope.element_size()
     fits = wanted <= shared_bytes
-    grid = rows.grid
-    arguments = SweepStruct(
-        *(tensor.data_ptr() for tensor in (rows.codes, rows.error, rows.slope, rows.hessian, curvature, grid.scale)),
-        rows.ridge,
+    grid = descent.grid
+    tensors = (descent.codes, descent.error, descent.slope, descent.hessian, curvature, grid.scale)
+    arguments = DescentStruct(
+        *(tensor.data_ptr() for tensor in tensors),
+        descent.ridge,
         columns,
         grid.scale.shape[1],
         grid.columns_per_group,
         grid.largest_code,
-        rows.most,
+        descent.sweeps,
         fits,
     )
     return Launch(
         source="descend.cu",
         kernel="descend",
-        defines=_defines(rows.slope.dtype),
+        defines=_defines(descent.slope.dtype),
         grid=(count, 1, 1),
-        threads=SWEEP_THREADS,
+        threads=DESCENT_THREADS,
         shared_bytes=wanted if fits else TURN_BYTES,
         arguments=(arguments,),
     )

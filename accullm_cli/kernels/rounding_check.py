@@ -11,9 +11,8 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.rounding import MOST_COLUMNS, cuda_loops
-from accullm_cli.quant.compiled import COMPILED
 from accullm_cli.quant.grid import Grid
-from accullm_cli.quant.loops import Chance, Loops, Sweep, Tile
+from accullm_cli.quant.loops import COMPILED, Chance, Descent, Loops, Tile
 
 ROWS, GROUP_SIZE = 70, 48  # no multiple of a block's rows; a last short group
 
@@ -47,7 +46,7 @@ def loops_of(device: torch.device) -> Loops:
 
 
 def rounding_disagreement(loops: Loops) -> str | None:
-    """Round a tile, at random and not, and sweep over some rows, by these loops and by the CPU's.
+    """Round a tile, at random and not, and descend over some rows, by these loops and by the CPU's.
 
     Both add up the same terms in the same order, so that any numbers will do, and all bits have to be equal.
 
@@ -64,10 +63,10 @@ def rounding_disagreement(loops: Loops) -> str | None:
         found_codes, found_error = loops.round_tile(there)
         if not _equal((found_codes, codes), (found_error, error), (there.fed, tile.fed)):
             return f"{what}: {_different(found_codes, codes)}"
-    rows = _sweep(draw)
-    moved: Sweep = _copied(rows, loops.device)
-    COMPILED.sweep(rows)
-    loops.sweep(moved)
+    rows = _descent(draw)
+    moved: Descent = _copied(rows, loops.device)
+    COMPILED.descend(rows)
+    loops.descend(moved)
     if not _equal((moved.codes, rows.codes), (moved.error, rows.error)):
         return f"descend: {_different(moved.codes, rows.codes)}"
     return None
@@ -84,7 +83,7 @@ def _tiles(draw: torch.Generator) -> Iterator[tuple[str, Tile]]:
         yield "feedback_round" if chance is None else "feedback_round at random", tile
 
 
-def _sweep(draw: torch.Generator) -> Sweep:
+def _descent(draw: torch.Generator) -> Descent:
     """Rows whose codes are far from the best, over more columns than a block has threads."""
     columns = 3 * MOST_COLUMNS
     inputs = torch.randn(2 * columns, columns, generator=draw)
@@ -92,7 +91,7 @@ def _sweep(draw: torch.Generator) -> Sweep:
     codes = torch.randint(0, 16, (ROWS, columns), generator=draw, dtype=torch.uint8)
     error = torch.randn(ROWS, columns, generator=draw) / 8
     movable = torch.arange(columns) % 9 != 4
-    return Sweep(codes, error, error @ hessian, hessian, 0.01, _grid(draw, columns), movable, 3)
+    return Descent(codes, error, error @ hessian, hessian, 0.01, _grid(draw, columns), movable, 3)
 
 
 def _grid(draw: torch.Generator, columns: int = MOST_COLUMNS) -> Grid:

@@ -99,7 +99,6 @@ class LinearSummary:
     outliers: int
     bits_per_weight: float
     relative_error: float | None
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,24 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.run import file_sha256, write_text
 
+# All that a file may hold, by safetensors' names.
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 # What a weight may be stored in. Integer and boolean tensors (position ids, causal masks) are buffers, not weights.
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 BUFFER_DTYPES = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
@@ -36,12 +54,23 @@ class TensorInfo:
     begin: int
     end: int
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
+
+
+def read_header(path: Path, of_source: bool = True) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file by name, without reading them.
 
+    Args:
+        of_source: refuse what no weight of a source may be stored in.
+
     Raises:
-        AccullmError: the file is no safetensors file or is cut short; a weight's dtype is not supported.
+        AccullmError: the file is absent, no safetensors file or cut short; a tensor's dtype is not supported.
     """
     try:
         # safetensors validates the whole header: JSON, dtypes, shapes, offsets without gaps up to the file's end.
@@ -52,17 +81,21 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
     except SafetensorError as error:
         raise AccullmError(_diagnose(path, str(error)), path, "download or copy the file again") from None
+    except FileNotFoundError:
+        raise AccullmError("file is missing", path, "copy or download it again") from None
     except OSError as error:
         raise AccullmError(f"cannot be read ({error.strerror or error})", path) from None
     header.pop("__metadata__", None)
     tensors = {name: _tensor_info(path, 8 + length, entry) for name, entry in header.items()}
     for name, tensor in tensors.items():
-        if tensor.dtype not in WEIGHT_DTYPES + BUFFER_DTYPES:
+        if of_source and tensor.dtype not in WEIGHT_DTYPES + BUFFER_DTYPES:
             raise AccullmError(
                 f"tensor {name} is stored as {tensor.dtype}; weights must be F32, F16 or BF16",
                 path,
                 "convert it to bfloat16 first",
             )
+        if tensor.dtype not in DTYPES:
+            raise AccullmError(f"tensor {name} has dtype {tensor.dtype}, which is not supported", path)
     return tensors
 
 

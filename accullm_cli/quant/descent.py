@@ -13,11 +13,13 @@ move, which makes it cheap beside the pass before.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
-from accullm_cli.quant.compiled import COMPILED, sweep
-from accullm_cli.quant.grid import Grid
-from accullm_cli.quant.loops import Loops, Sweep
+from accullm_cli.quant.feedback import ROWS_TOGETHER
+from accullm_cli.quant.grid import Grid, fitted_scales
+from accullm_cli.quant.loops import COMPILED, Descent, Loops
 
 # Sweeps over a row; fewer where one changes nothing.
 SWEEPS = 4
@@ -26,38 +28,73 @@ ROWS_IN_STEP = 16
 ROUNDS = 2
 
 
-def descend(
-    codes: torch.Tensor,
-    error: torch.Tensor,
-    grid: Grid,
-    hessian: torch.Tensor,
-    ridge: float,
-    movable: torch.Tensor,
-    fisher: torch.Tensor | None = None,
-    loops: Loops = COMPILED,
-) -> None:
-    """Change codes, one at a time, as long as that lowers tr(G E (H + ridge) E^T).
+@dataclass
+class Draft:
+    """A linear as it is rounded so far, and the loss tr(G E (H + ridge) E^T) of E = W* - Q; all on one device.
 
-    Where rows feed each other, their blocks are a chain, and within a block all weights are: too little at a time for a
-    GPU, so that the sweeps run on the CPU wherever the tensors are.
-
-    Args:
-        codes: uint8 [N, K]; changed in place.
-        error: E = W* - Q, [N, K] in the working dtype; likewise.
-        hessian: H, [K, K].
-        movable: bool [K], the columns on the grid.
-        fisher: G, [N, N], positive definite; None for the identity: rows do not feed each other then.
+    Q is what the codes stand for on the grid, and `kept` in the columns of the outliers.
     """
-    assert codes.is_contiguous(), "codes are changed in place"
-    assert error.is_contiguous(), "errors are changed in place"
-    product = error @ hessian + ridge * error
-    if fisher is None:
-        loops.sweep(Sweep(codes, error, product, hessian, ridge, grid, movable, SWEEPS))
-        return
-    hessian = hessian.cpu()
-    for _ in range(ROUNDS):
-        for start in range(0, len(codes), ROWS_IN_STEP):
-            own = slice(start, start + ROWS_IN_STEP)
-            slope = fisher[own] @ product
-            rows = Sweep(codes[own], error[own], slope, hessian, ridge, grid.rows(own), movable, SWEEPS // ROUNDS)
-            sweep(rows, product[own], fisher[own, own])
+
+    target: torch.Tensor  # W*, [N, K] in the working dtype
+    grid: Grid
+    codes: torch.Tensor  # uint8 [N, K], contiguous
+    outliers: torch.Tensor  # int64 [n]
+    kept: torch.Tensor  # [N, n]
+    hessian: torch.Tensor  # H, [K, K]
+    ridge: float
+
+    def fit_scales(self) -> None:
+        """Give the grid scales of less loss for the same codes, G being the identity."""
+        scales = []
+        for part in self._parts():
+            grid, steps, error = self._errors(part)
+            size, storable = grid.columns_per_group, grid.storable
+            scales.append(fitted_scales(grid.scale, error, steps, self.hessian, self.ridge, size, storable))
+        self.grid = replace(self.grid, scale=torch.cat(scales))
+
+    def descend(self, fisher: torch.Tensor | None = None, loops: Loops = COMPILED) -> None:
+        """Change codes in place, one at a time, as long as that lowers the loss.
+
+        Where rows feed each other, their blocks are a chain, and within a block all weights are: too little at a time
+        for a GPU, so that the sweeps run on the CPU wherever the tensors are.
+
+        Args:
+            fisher: G, [N, N], positive definite; None for the identity: rows do not feed each other then.
+        """
+        movable = torch.ones(self.target.shape[1], dtype=torch.bool, device=self.target.device)
+        movable[self.outliers] = False
+        if fisher is None:
+            for part in self._parts():
+                grid, _, error = self._errors(part)
+                product = error @ self.hessian + self.ridge * error
+                loops.descend(
+                    Descent(self.codes[part], error, product, self.hessian, self.ridge, grid, movable, SWEEPS)
+                )
+            return
+        _, _, error = self._errors(slice(None))
+        product = error @ self.hessian + self.ridge * error
+        hessian = self.hessian.cpu()  # once, and not for each step
+        for start in ROUNDS * list(range(0, len(error), ROWS_IN_STEP)):
+            part = slice(start, start + ROWS_IN_STEP)
+            slope, rows = fisher[part] @ product, (product[part], fisher[part, part])
+            descent = Descent(
+                self.codes[part], error[part], slope, hessian, self.ridge, self.grid.rows(part), movable,
+                SWEEPS // ROUNDS, rows,
+            )  # fmt: skip
+            loops.descend(descent)
+
+    def _parts(self) -> list[slice]:
+        """Some rows at a time, as errors are as large as weights; on a GPU, where small steps are slow, all of them."""
+        count = len(self.target)
+        together = count if self.target.is_cuda else ROWS_TOGETHER
+        return [slice(start, start + together) for start in range(0, count, together)]
+
+    def _errors(self, rows: slice) -> tuple[Grid, torch.Tensor, torch.Tensor]:
+        """Of some rows: their grid, code - zero point (0 in outlier columns), and E; [R, K] both."""
+        grid = self.grid.rows(rows)
+        scale, zero = grid.per_column(self.target.shape[1])
+        steps = self.codes[rows].to(self.target.dtype) - zero
+        steps[:, self.outliers] = 0
+        error = self.target[rows] - steps * scale
+        error[:, self.outliers] -= self.kept[rows].to(self.target.dtype)
+        return grid, steps, error.contiguous()

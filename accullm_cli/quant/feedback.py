@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.quant.compiled import COMPILED
 from accullm_cli.quant.grid import Grid
-from accullm_cli.quant.loops import Chance, Loops, Tile
+from accullm_cli.quant.loops import COMPILED, Chance, Loops, Tile
 from accullm_cli.quant.stochastic import feedback_share
 
 # Columns whose mutual feedback is applied one by one; that of all earlier columns comes as one matrix product.
@@ -25,6 +24,36 @@ ROWS_TOGETHER = 512
 DAMPING_STEP = 10.0
 # From where it grows if none was asked for.
 SMALLEST_DAMPING = 1e-6
+
+
+class NumericalError(AccullmError):
+    """A matrix that nothing can be rounded with.
+
+    Attributes:
+        matrix: the evidence, on the CPU.
+        kind: what it is, for people.
+    """
+
+    def __init__(self, kind: str, what: str, where: str, hint: str, matrix: torch.Tensor) -> None:
+        super().__init__(f"the {kind} {what}", where, hint)
+        self.kind = kind
+        self.matrix = matrix.detach().cpu()
+
+
+def require_finite(matrix: torch.Tensor | None, kind: str, where: str) -> None:
+    """Refuse NaN and Inf.
+
+    Args:
+        where: the linear or linears that the matrix is for.
+
+    Raises:
+        NumericalError: there are some.
+    """
+    if matrix is None or bool(torch.isfinite(matrix).all()):
+        return
+    count = int((~torch.isfinite(matrix)).sum())
+    what = f"holds NaN or Inf in {count} of its {matrix.numel()} entries"
+    raise NumericalError(kind, what, where, "check the calibration text and model", matrix)
 
 
 @dataclass(frozen=True)
@@ -50,15 +79,24 @@ class Factor:
 
 
 def factor_hessian(
-    hessian: torch.Tensor, damping: float, outliers: tuple[int, ...] = (), compensating: bool = False
+    hessian: torch.Tensor,
+    damping: float,
+    outliers: tuple[int, ...] = (),
+    compensating: bool = False,
+    kind: str = "Hessian",
+    where: str = "",
 ) -> Factor:
     """Order the columns, the largest input first, and factor the damped Hessian in that order.
 
     Rounding the features with the largest second moment first leaves the most columns to make up for their errors
     (GPTQ's activation order). Untouched outliers are left out; compensating ones come last.
 
+    Args:
+        hessian: H, [K, K]; or another second moment, which `kind` names.
+        where: the linear or linears that it is for.
+
     Raises:
-        AccullmError: not positive definite even with damping equal to the mean of the diagonal.
+        NumericalError: not positive definite even with damping equal to the mean of the diagonal.
     """
     diagonal = hessian.diagonal()
     is_outlier = torch.zeros(len(diagonal), dtype=torch.bool, device=hessian.device)
@@ -82,7 +120,8 @@ def factor_hessian(
         if not failed:
             break
         if damping >= 1.0:
-            raise AccullmError("the Hessian cannot be factored at any damping up to its mean", hint="use more samples")
+            what = "cannot be factored at any damping up to its mean"
+            raise NumericalError(kind, what, where, "use more samples", hessian)
         damping = min(max(damping, SMALLEST_DAMPING) * DAMPING_STEP, 1.0)
     return Factor(order, cholesky, damping, damping * mean)
 
@@ -105,28 +144,28 @@ def corrected_target(weight: torch.Tensor, pull: torch.Tensor, factor: Factor) -
 def round_with_feedback(
     target: torch.Tensor,
     grid: Grid,
+    kept: torch.Tensor,
     factor: Factor,
-    rounded_features: int,
-    source_dtype: torch.dtype,
-    generator: tuple[int, int] | None = None,
     rows: Factor | None = None,
+    generator: tuple[int, int] | None = None,
     loops: Loops = COMPILED,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Round the columns of `target` in order, each from its value plus the errors fed forward to it.
 
     Args:
         target: [N, K], in the working dtype.
-        factor: of the Hessian of M columns.
-        rounded_features: the first so many in the order go to the grid; those after them (compensating outliers) are
-            rounded to `source_dtype`.
-        generator: (seed, stream) of stochastic rounding; None for nearest.
+        kept: the outliers' weights [N, n] in the source's dtype, in the order of their features. Where `factor` has
+            them too, last in its order, they take up what the other columns feed to them (compensating).
+        factor: of the Hessian of M columns, K or K - n.
         rows: of the outputs' Fisher matrix [N, N], for feedback from row to row as well; not with a generator.
+        generator: (seed, stream) of stochastic rounding; None for nearest.
 
     Returns:
-        Codes as uint8 [N, K] (columns not on the grid hold 0), the compensating columns' values
-        [N, M - rounded_features], and how many targets stochastic rounding found outside the grid and clamped.
+        Codes as uint8 [N, K] (outlier columns hold 0), what becomes of `kept`, and how many targets stochastic rounding
+        found outside the grid and clamped.
     """
     assert generator is None or rows is None, "rows do not feed each other at random"
+    rounded_features = target.shape[1] - kept.shape[1]
     order, count = factor.order, len(target)
     row_order = torch.arange(count, device=target.device) if rows is None else rows.order
     row_block = count if rows is None else ROW_BLOCK
@@ -165,16 +204,17 @@ def round_with_feedback(
             codes[row_order[part, None], order[columns]] = own_codes
             if rows is not None:
                 carried[part, columns] = error[part, columns] + fed
-    kept = _round_to_source(wanted, error, factor, rounded_features, source_dtype)
-    unordered = torch.empty_like(kept)
-    unordered[row_order] = kept
-    return codes, unordered, clamped
+    if len(order) > rounded_features:
+        compensating = _round_to_source(wanted, error, factor, rounded_features, kept.dtype)
+        kept = torch.empty_like(compensating)
+        kept[row_order] = compensating[:, torch.argsort(order[rounded_features:])]
+    return codes, kept, clamped
 
 
 def _round_to_source(
     wanted: torch.Tensor, error: torch.Tensor, factor: Factor, rounded_features: int, source_dtype: torch.dtype
 ) -> torch.Tensor:
-    """The compensating columns, last in the order, take up what the others feed to them: [N, M - rounded_features].
+    """The compensating columns, last in the order, take up what the others feed to them: [N, n] in `source_dtype`.
 
     What they leave is a rounding error of 16 bits, so rows have next to nothing to pass on here.
 
@@ -182,7 +222,7 @@ def _round_to_source(
         error: [N, M]; those of these columns are written.
     """
     count = len(factor.order)
-    kept = wanted[:, rounded_features:].clone()
+    kept = torch.empty_like(wanted[:, rounded_features:], dtype=source_dtype)
     for start in range(rounded_features, count, COLUMN_BLOCK):
         end = min(start + COLUMN_BLOCK, count)
         feedback = factor.feedback(start, end)

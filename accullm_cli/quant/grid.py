@@ -87,28 +87,21 @@ def minmax_grid(
     return _grid_of_range(low, high, bits, size, symmetric, storable, margin)
 
 
-def scale_table(
+def spanning_scales(
     weight: torch.Tensor,
     bits: int,
     group_size: int,
     symmetric: bool,
-    scale_bits: int,
-    storable: StorableScales = ANY_SCALE,
     ignored: torch.Tensor | None = None,
     margin: float = 0,
-    smallest_range: float = 1.0,
-) -> StorableScales:
-    """A table of 2**scale_bits scales for this weight, from `smallest_range` of its smallest group's to its largest's.
+) -> torch.Tensor:
+    """The scale at which a grid spans each group's range, before it is rounded; 0 for zeros: [N, G].
 
     Args:
-        (as for `minmax_grid`; groups without any weight but 0 do not count)
+        (as for `minmax_grid`)
     """
     low, high, _ = _group_range(weight, group_size, ignored)
-    scale = _spanning(low, high, bits, symmetric, margin)
-    scale = scale[scale > 0]
-    if not len(scale):
-        return storable.with_table(1.0, 1.0, scale_bits, weight.device)
-    return storable.with_table(smallest_range * float(scale.min()), float(scale.max()), scale_bits, weight.device)
+    return _spanning(low, high, bits, symmetric, margin)
 
 
 def searched_grid(

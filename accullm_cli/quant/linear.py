@@ -90,33 +90,59 @@ class QuantizedLinear:
         """The inverse of `to_tensors`.
 
         Raises:
-            AccullmError: a tensor is absent, or its shape does not fit `in_features`, `bits` and `group_size`.
+            AccullmError: a tensor is absent, or its shape does not fit `in_features`, `bits` and `group_size`; outlier
+                features that do not exist or do not ascend (looked at on the CPU alone, so that no GPU is waited for).
         """
         groups = 1 if group_size == -1 else -(-in_features // group_size)
-        table = tensors.get("scale_table")
+        table, index = tensors.get("scale_table"), tensors.get("outlier_index", torch.zeros(0, dtype=torch.int32))
         widths = {"qweight": packed_length(in_features, bits)}
         if table is None:
             widths["scales"] = groups
         else:
             scale_bits = (len(table) - 1).bit_length()
             widths["qscales"] = packed_length(groups, scale_bits)
+        if "qzeros" in tensors:
+            widths["qzeros"] = packed_length(groups, bits)
+        if len(index) or "outlier_weight" in tensors:
+            widths["outlier_weight"] = len(index)
         for suffix, width in widths.items():
             if suffix not in tensors:
                 raise AccullmError(f"tensor {suffix} is missing")
-            if tensors[suffix].shape[-1] != width:
-                raise AccullmError(f"tensor {suffix} is {tensors[suffix].shape[-1]} wide, expected {width}")
+            shape = (len(tensors["qweight"]), width)
+            if tensors[suffix].shape != shape:
+                raise AccullmError(f"tensor {suffix} has shape {list(tensors[suffix].shape)}, expected {list(shape)}")
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_outlier_index(index, in_features)
         scales = tensors["scales"] if table is None else table[unpack(tensors["qscales"], scale_bits, groups).long()]
-        empty_index = torch.zeros(0, dtype=torch.int32)
         return cls(
             codes=unpack(tensors["qweight"], bits, in_features),
             scales=scales,
             zeros=unpack(tensors["qzeros"], bits, groups) if "qzeros" in tensors else None,
-            outlier_index=tensors.get("outlier_index", empty_index),
+            outlier_index=index,
             outlier_weight=tensors.get("outlier_weight", scales.new_zeros(scales.shape[0], 0)),
             bits=bits,
             group_size=group_size,
             scale_table=table,
         )
+
+
+def check_outlier_index(
+    index: torch.Tensor, in_features: int, name: str = "outlier_index", where: object = None
+) -> None:
+    """Refuse outlier features that do not exist or do not ascend.
+
+    Args:
+        index: integers [n].
+        name: of the tensor; where: the file that it is in.
+
+    Raises:
+        AccullmError: names the first feature that does not exist, or says that they do not ascend.
+    """
+    outside = index[(index < 0) | (index >= in_features)]
+    if len(outside):
+        raise AccullmError(f"tensor {name} names feature {int(outside[0])} of {in_features}", where)
+    if not bool((index[1:] > index[:-1]).all()):
+        raise AccullmError(f"tensor {name} is not ascending", where)
 
 
 def spread(per_group: torch.Tensor, columns_per_group: int, count: int) -> torch.Tensor:

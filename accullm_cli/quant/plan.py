@@ -15,7 +15,6 @@ class LinearPlan:
     scale_bits: 16 for a float16 per scale; else the bits of its place in a table of 2**scale_bits scales.
     symmetric: the zero point is 2**(bits-1) and is not stored.
     outlier_index: ascending input features that stay in the source's dtype.
-    reason: why this linear deviates from the configured plan; empty where it does not.
     source_itemsize: bytes of one weight in the source's dtype.
     """
 
@@ -26,7 +25,6 @@ class LinearPlan:
     group_size: int
     symmetric: bool
     outlier_index: tuple[int, ...] = ()
-    reason: str = ""
     source_itemsize: int = 2
     scale_bits: int = 16
 

@@ -38,19 +38,24 @@ Compensating, they come last in the order and are "rounded" to the source's dtyp
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from accullm_cli.errors import AccullmError
-from accullm_cli.quant.compiled import COMPILED
-from accullm_cli.quant.draft import Draft
-from accullm_cli.quant.feedback import ROWS_TOGETHER, Factor, corrected_target, factor_hessian, round_with_feedback
-from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, minmax_grid, scale_table, searched_grid
+from accullm_cli.quant.descent import Draft
+from accullm_cli.quant.feedback import (
+    ROWS_TOGETHER,
+    Factor,
+    corrected_target,
+    factor_hessian,
+    require_finite,
+    round_with_feedback,
+)
+from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, minmax_grid, searched_grid, spanning_scales
 from accullm_cli.quant.linear import QuantizedLinear
-from accullm_cli.quant.loops import Loops
+from accullm_cli.quant.loops import COMPILED, Loops
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.scales import StorableScales
 
@@ -116,40 +121,67 @@ def round_linears(
         each distinct set of outlier features, however many linears share it.
 
     Raises:
-        AccullmError: a matrix holds NaN or Inf, or the Hessian cannot be factored at any damping up to its own mean.
+        NumericalError: a matrix holds NaN or Inf, or one cannot be factored at any damping up to its own mean.
     """
     pulls, fishers, device = dict(pulls or {}), fishers or {}, loops.device
-    hessian = _sent(hessian, device)
-    for name, what, matrix in (
-        (next(iter(weights)), "Hessian", hessian),
-        *((name, "pull of earlier errors", pull) for name, pull in pulls.items()),
-        *((name, "Fisher matrix", fisher) for name, fisher in fishers.items()),
-    ):
-        if matrix is not None and not bool(torch.isfinite(matrix).all()):
-            raise AccullmError(f"the {what} holds NaN or Inf", name, "check the calibration text and model")
+    hessian, importance = _sent(hessian, device), _sent(importance, device)
+    require_finite(hessian, "Hessian", ", ".join(weights))
+    for kind, matrices in (("pull of earlier errors", pulls), ("Fisher matrix", fishers)):
+        for name, matrix in matrices.items():
+            require_finite(matrix, kind, name)
     if importance is None and hessian is not None:
         importance = hessian.diagonal()
-    importance = _sent(importance, device)
     without_data: tuple[str, ...] = ()
     if hessian is None and options.method != "nearest":
         options = replace(options, method="nearest")
         without_data = ("no calibration token reached its input: rounded to nearest without data",)
     if options.target == "original":
         pulls = {}
+    stochastic = options.method == "stochastic"
+    fits = options.grid == "fit" and not stochastic
     linears: dict[str, QuantizedLinear] = {}
     records: dict[str, tuple[str, ...]] = {}
-    for outliers in sorted({plans[name].outlier_index for name in weights}):
-        names = [name for name in weights if plans[name].outlier_index == outliers]
-        factor = None
-        if hessian is not None and options.method != "nearest":
-            factor = factor_hessian(hessian, options.damping, outliers, options.outlier_mode == "compensating")
-        for name in names:
-            linears[name], own_records = _round_one(
-                weights[name].to(device), _sent(pulls.pop(name, None), device), plans[name], options, source_dtype,
-                importance, hessian, factor, _sent(fishers.get(name), device), loops,
-            )  # fmt: skip
-            records[name] = without_data + own_records
-        del factor  # before the errors are measured, which takes room for whole weights
+    for name, factor in _with_factors(weights, plans, options, hessian):
+        weight, plan, sentences = weights[name].to(device), plans[name], list(without_data)
+        pull, fisher = _sent(pulls.pop(name, None), device), _sent(fishers.get(name), device)
+        target = weight if factor is None or pull is None else corrected_target(weight, pull, factor)
+        del pull
+        require_finite(target, "corrected target" if target is not weight else "weight", name)
+        outliers = torch.tensor(plan.outlier_index, dtype=torch.int64, device=device)
+        grid, clamps = _grid(target, importance, plan, options, outliers)
+        sentences += clamps
+        kept = weight[:, outliers].to(source_dtype)
+        if factor is None or hessian is None:
+            codes = grid.round_to_nearest(target).to(torch.uint8)
+        else:
+            chance = (options.seed, zlib.crc32(plan.name.encode())) if stochastic else None
+            rows = None
+            if fisher is not None and not stochastic:
+                rows = factor_hessian(fisher, ROW_DAMPING, kind="Fisher matrix", where=name)
+            first = None if fits else rows
+            codes, kept, clamped = round_with_feedback(target, grid, kept, factor, first, chance, loops)
+            if fits:
+                draft = Draft(target, grid, codes, outliers, kept, hessian, factor.ridge)
+                draft.fit_scales()
+                grid = draft.grid
+                del codes, draft  # they weigh as much as the artifact's, beside the next ones
+                codes, kept, _ = round_with_feedback(target, grid, kept, factor, rows, None, loops)
+                draft = Draft(target, grid, codes, outliers, kept, hessian, factor.ridge)
+                if rows is not None and fisher is not None:
+                    fisher = fisher.clone()
+                    fisher.diagonal().add_(rows.ridge)
+                    draft.descend(fisher, loops)
+                for _ in range(DESCENTS if rows is None else 0):
+                    draft.descend(loops=loops)
+                    draft.fit_scales()
+                grid = draft.grid
+            if factor.damping > options.damping:
+                sentences.append(f"Hessian not positive definite: damping raised to {factor.damping:g}")
+            if clamped:
+                sentences.append(f"{clamped} weights lie outside the grid of stochastic rounding and were clamped")
+        linears[name] = _stored(grid, codes, outliers, kept, plan)
+        records[name] = tuple(sentences)
+        del factor  # before the next one is made, and before errors are measured, which takes room for whole weights
     return {
         name: RoundedLinear(
             linears[name].to(weight.device),
@@ -164,64 +196,65 @@ def _sent(matrix: torch.Tensor | None, device: torch.device) -> torch.Tensor | N
     return None if matrix is None else matrix.to(device)
 
 
-def _round_one(
-    weight: torch.Tensor,
-    pull: torch.Tensor | None,
+def _with_factors(
+    weights: Mapping[str, torch.Tensor],
+    plans: Mapping[str, LinearPlan],
+    options: RoundingOptions,
+    hessian: torch.Tensor | None,
+) -> Iterator[tuple[str, Factor | None]]:
+    """Each linear with the factor that those with its outliers share; None for nearest rounding."""
+    for outliers in sorted({plans[name].outlier_index for name in weights}):
+        names = [name for name in weights if plans[name].outlier_index == outliers]
+        factor = None
+        if hessian is not None and options.method != "nearest":
+            compensating = options.outlier_mode == "compensating"
+            factor = factor_hessian(hessian, options.damping, outliers, compensating, where=", ".join(names))
+        for name in names:
+            yield name, factor
+        del factor
+
+
+def _grid(
+    target: torch.Tensor,
+    importance: torch.Tensor | None,
     plan: LinearPlan,
     options: RoundingOptions,
-    source_dtype: torch.dtype,
-    importance: torch.Tensor | None,
-    hessian: torch.Tensor | None,
-    factor: Factor | None,
-    fisher: torch.Tensor | None,
-    loops: Loops,
-) -> tuple[QuantizedLinear, tuple[str, ...]]:
-    """Round one linear of weight [N, K]; with what was treated differently from the plan.
+    outliers: torch.Tensor,
+) -> tuple[Grid, list[str]]:
+    """The grid for a linear's target, and what is to be said about it.
 
-    Args:
-        pull: [K, N], for the corrected target; None where the target is the weight.
-        factor: None for nearest rounding.
-        fisher: [N, N]; None where rows do not feed each other.
+    That of stochastic rounding holds the whole range, whatever its zero point.
     """
-    records: tuple[str, ...] = ()
-    if factor is not None and factor.damping > options.damping:
-        records += (f"Hessian not positive definite: damping raised to {factor.damping:g}",)
-    target = weight if factor is None or pull is None else corrected_target(weight, pull, factor)
-    del pull
-    outliers = torch.tensor(plan.outlier_index, dtype=torch.int64, device=weight.device)
-    is_outlier = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    is_outlier = torch.zeros(target.shape[1], dtype=torch.bool, device=target.device)
     is_outlier[outliers] = True
-    if importance is None:
-        importance = torch.ones(weight.shape[1], device=weight.device)
-    grid = _grid(target, importance, plan, options, is_outlier)
-    kept = weight[:, outliers].to(source_dtype)
-    if factor is None or hessian is None:
-        codes = grid.round_to_nearest(target).to(torch.uint8)
+    stochastic = options.method == "stochastic"
+    searches = options.grid != "minmax" and not stochastic  # "fit" begins with what the search finds
+    margin = 0.5 if stochastic else 0
+    storable = StorableScales(options.scale_dtype)
+    scale = spanning_scales(target, plan.bits, plan.group_size, plan.symmetric, is_outlier, margin)
+    if plan.scale_bits < 16:
+        storable = storable.table_for(scale, plan.scale_bits, SEARCHED_RANGES[-1] if searches else 1.0)
+    low, high = storable.range
+    clamped = int((((scale > 0) & (scale < low)) | (scale > high)).sum())
+    sentences = []
+    if clamped:
+        of = f"{clamped} of {scale.numel()} scales"
+        sentences.append(f"{of} lie outside of what can be stored, {low:.3g} to {high:.3g}, and were clamped")
+    if searches:
+        if importance is None:
+            importance = torch.ones(target.shape[1], device=target.device)
+        grid = searched_grid(target, importance, plan.bits, plan.group_size, plan.symmetric, storable, is_outlier)
     else:
-        stochastic = options.method == "stochastic"
-        generator = (options.seed, zlib.crc32(plan.name.encode())) if stochastic else None
-        rows = None if fisher is None or stochastic else factor_hessian(fisher, ROW_DAMPING)
-        fits = options.grid == "fit" and not stochastic
-        codes, kept, clamped = _round_columns(
-            target, grid, factor, kept, source_dtype, generator, None if fits else rows, loops
-        )
-        if fits:
-            grid = Draft(target, grid, codes, outliers, kept, hessian, factor.ridge).fitted().grid
-            del codes  # they weigh as much as the artifact's, beside the next ones
-            codes, kept, _ = _round_columns(target, grid, factor, kept, source_dtype, None, rows, loops)
-            draft = Draft(target, grid, codes, outliers, kept, hessian, factor.ridge)
-            if rows is not None and fisher is not None:
-                fisher = fisher.clone()
-                fisher.diagonal().add_(rows.ridge)
-                draft.descend(fisher)
-            for _ in range(DESCENTS if rows is None else 0):
-                draft.descend(loops=loops)
-                draft = draft.fitted()
-            grid = draft.grid
-        if clamped:
-            records += (f"{clamped} weights lie outside the grid of stochastic rounding and were clamped",)
+        grid = minmax_grid(target, plan.bits, plan.group_size, plan.symmetric, storable, is_outlier, margin)
+    return grid, sentences
+
+
+def _stored(
+    grid: Grid, codes: torch.Tensor, outliers: torch.Tensor, kept: torch.Tensor, plan: LinearPlan
+) -> QuantizedLinear:
+    """The linear as it is stored; its outliers' codes, whatever they were, become the zero point."""
     codes[:, outliers] = grid.zero[:, outliers // grid.columns_per_group].to(torch.uint8)
-    linear = QuantizedLinear(
+    return QuantizedLinear(
         codes=codes,
         scales=grid.scale.to(torch.float16),
         scale_table=grid.storable.table,
@@ -231,53 +264,6 @@ def _round_one(
         bits=plan.bits,
         group_size=plan.group_size,
     )
-    return linear, records
-
-
-def _round_columns(
-    target: torch.Tensor,
-    grid: Grid,
-    factor: Factor,
-    kept: torch.Tensor,
-    source_dtype: torch.dtype,
-    generator: tuple[int, int] | None,
-    rows: Factor | None,
-    loops: Loops,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """`round_with_feedback` with the outlier weights [N, n] in the order of their features.
-
-    Args:
-        kept: outlier weights as the source has them; what compensating ones become is returned in their place.
-    """
-    rounded_features = target.shape[1] - kept.shape[1]
-    codes, compensating, clamped = round_with_feedback(
-        target, grid, factor, rounded_features, source_dtype, generator, rows, loops
-    )
-    if compensating.shape[1]:
-        kept = compensating[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)
-    return codes, kept, clamped
-
-
-def _grid(
-    target: torch.Tensor,
-    importance: torch.Tensor,
-    plan: LinearPlan,
-    options: RoundingOptions,
-    is_outlier: torch.Tensor,
-) -> Grid:
-    """The grid for a linear's target; that of stochastic rounding holds the whole range, whatever its zero point."""
-    stochastic = options.method == "stochastic"
-    searches = options.grid != "minmax" and not stochastic  # "fit" begins with what the search finds
-    margin = 0.5 if stochastic else 0
-    storable = StorableScales(options.scale_dtype)
-    if plan.scale_bits < 16:
-        smallest = SEARCHED_RANGES[-1] if searches else 1.0
-        storable = scale_table(
-            target, plan.bits, plan.group_size, plan.symmetric, plan.scale_bits, storable, is_outlier, margin, smallest
-        )
-    if searches:
-        return searched_grid(target, importance, plan.bits, plan.group_size, plan.symmetric, storable, is_outlier)
-    return minmax_grid(target, plan.bits, plan.group_size, plan.symmetric, storable, is_outlier, margin)
 
 
 def relative_error(weight: torch.Tensor, linear: QuantizedLinear, hessian: torch.Tensor | None) -> float | None:

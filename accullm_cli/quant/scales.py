@@ -13,6 +13,7 @@ import torch
 # The smallest positive float16, so that a group of tiny weights keeps a scale it can be divided by.
 SMALLEST_SCALE = 2.0**-24
 LARGEST_SCALE = 65504.0
+LARGEST_BFLOAT16_SCALE = 65280.0  # that float16 holds too
 # Of a table's largest value over its smallest: groups with less than a thousandth of the largest scale round to zeros
 # next to others, whatever theirs is.
 LARGEST_RATIO = 1024.0
@@ -46,6 +47,25 @@ class StorableScales:
         step = 2.0**-7 if self.dtype == "bfloat16" else 2.0**-10
         return torch.where(rounded < scale, round_scale(scale * (1 + step), self.dtype), rounded)
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest scale that is stored as it is, but for its rounding; others are clamped."""
+        if self.table is not None:
+            largest = float(self.table[-1])
+            return max(largest / LARGEST_RATIO, SMALLEST_SCALE), largest
+        return SMALLEST_SCALE, LARGEST_BFLOAT16_SCALE if self.dtype == "bfloat16" else LARGEST_SCALE
+
+    def table_for(self, spanning: torch.Tensor, bits: int, smallest_range: float = 1.0) -> StorableScales:
+        """A table of 2**bits scales for a weight, from `smallest_range` of its smallest group's to its largest's.
+
+        Args:
+            spanning: from `spanning_scales`; groups without any weight but 0 do not count.
+        """
+        scale = spanning[spanning > 0]
+        if not len(scale):
+            return self.with_table(1.0, 1.0, bits, spanning.device)
+        return self.with_table(smallest_range * float(scale.min()), float(scale.max()), bits, spanning.device)
+
     def with_table(
         self, smallest: float, largest: float, bits: int, device: torch.device | None = None
     ) -> StorableScales:
@@ -66,5 +86,5 @@ def round_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
     rounded = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16)
     if scale_dtype == "bfloat16":
         # A bfloat16 has fewer digits than a normal float16 and more than a subnormal one: this order is exact in both.
-        rounded = rounded.to(torch.bfloat16).clamp(max=65280.0).to(torch.float16)
+        rounded = rounded.to(torch.bfloat16).clamp(max=LARGEST_BFLOAT16_SCALE).to(torch.float16)
     return rounded.to(scale.dtype)

@@ -233,7 +233,6 @@ def _linears(report: Report) -> str:
         ("Outliers", "number"),
         ("Bits per weight", "number"),
         ("Relative error", "number"),
-        ("Deviates because", "quiet"),
     ]
     rows = [
         (
@@ -244,7 +243,6 @@ def _linears(report: Report) -> str:
             str(linear.outliers),
             f"{linear.bits_per_weight:.3f}",
             "–" if linear.relative_error is None else f"{linear.relative_error:.4f}",
-            linear.reason,
         )
         for linear in report.linears
     ]

@@ -8,16 +8,22 @@ again: attention and MLP are left out once it is known what the linear behind th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from accullm_cli.errors import AccullmError
 from accullm_cli.model.blocks import Decoder, Trace, batches
 from accullm_cli.model.slots import LinearSlot
+from accullm_cli.quant.feedback import NumericalError
 from accullm_cli.quant.plan import Plan
 from accullm_cli.quant.rounding import RoundedLinear, RoundingOptions, round_linears
 from accullm_cli.quant.stats import GramMatrices
+from accullm_cli.run import write_file
 from accullm_cli.stages.calibrate import PROBE_TOKENS, load_block_stats, stats_path
 from accullm_cli.stages.device import loops_of
 from accullm_cli.stages.gradients import load_gradient
@@ -83,16 +89,17 @@ def round_with_streams(
             for group in part:
                 gram = grams.pop(group[0])
                 weights = {name: slot_of[name].read(pair.original) for name in group}
-                found = round_linears(
-                    weights,
-                    {name: plan.linears[name] for name in group},
-                    rounding_options(job, plan),
-                    stored_dtype(decoder, index, slot_of[group[0]]),
-                    gram.take_hessian(),
-                    gram.take_pulls(weights),
-                    fishers={name: fishers.pop(name) for name in group if name in fishers},
-                    loops=loops_of(job.config),
-                )
+                with evidence_saved(job):
+                    found = round_linears(
+                        weights,
+                        {name: plan.linears[name] for name in group},
+                        rounding_options(job, plan),
+                        stored_dtype(decoder, index, slot_of[group[0]]),
+                        gram.take_hessian(),
+                        gram.take_pulls(weights),
+                        fishers={name: fishers.pop(name) for name in group if name in fishers},
+                        loops=loops_of(job.config),
+                    )
                 for name, result in found.items():
                     slot_of[name].write(pair.rounded, result.linear.dequantize(torch.float32))
                     if slot_of[name].expert is None:
@@ -111,14 +118,15 @@ def round_without_streams(job: Job, plan: Plan, pair: BlockPair) -> dict[str, Ro
     for entry in load_block_stats(stats_path(job, pair.index)):
         for name in _quantized_names(entry.linears, plan):
             slot = pair.slot_of[name]
-            rounded |= round_linears(
-                {name: slot.read(pair.original)},
-                {name: plan.linears[name]},
-                rounding_options(job, plan),
-                stored_dtype(pair.decoder, pair.index, slot),
-                importance=entry.second_moment if entry.tokens else None,
-                loops=loops_of(job.config),
-            )
+            with evidence_saved(job):
+                rounded |= round_linears(
+                    {name: slot.read(pair.original)},
+                    {name: plan.linears[name]},
+                    rounding_options(job, plan),
+                    stored_dtype(pair.decoder, pair.index, slot),
+                    importance=entry.second_moment if entry.tokens else None,
+                    loops=loops_of(job.config),
+                )
     return rounded
 
 
@@ -131,6 +139,23 @@ def rounding_options(job: Job, plan: Plan) -> RoundingOptions:
     """The configuration's way of rounding."""
     rounding = job.config.rounding
     return RoundingOptions(**rounding.model_dump(), seed=job.config.machine.seed, scale_dtype=plan.scale_dtype)
+
+
+@contextmanager
+def evidence_saved(job: Job) -> Iterator[None]:
+    """Save the matrix that nothing could be rounded with, for whoever looks into it, before that is an error.
+
+    Raises:
+        AccullmError: names the matrix, its linears, the seed, and the file.
+    """
+    try:
+        yield
+    except NumericalError as error:
+        seed, path = job.config.machine.seed, job.run.file("quantize/evidence.safetensors")
+        about = {"matrix": error.kind, "linears": error.where or "", "seed": str(seed)}
+        tensors = {"matrix": error.matrix.contiguous()}
+        write_file(path, lambda temporary: save_file(tensors, temporary, about))
+        raise AccullmError(f"{error.what} (seed {seed}; the matrix is in {path})", error.where, error.hint) from error
 
 
 # -- the two passes ----------------------------------------------------------------------------------------

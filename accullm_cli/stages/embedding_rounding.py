@@ -18,7 +18,7 @@ from accullm_cli.model.embeddings import EmbeddingSlot
 from accullm_cli.quant.plan import Plan
 from accullm_cli.quant.rounding import round_linears
 from accullm_cli.quant.stats import GramMatrices
-from accullm_cli.stages.block_rounding import rounding_options
+from accullm_cli.stages.block_rounding import evidence_saved, rounding_options
 from accullm_cli.stages.device import loops_of
 from accullm_cli.stages.job import Job
 
@@ -47,19 +47,24 @@ def round_embedding(
     else:
         hessian, drift = gram.take_hessian(), gram.take_drift()
     parts: list[dict[str, torch.Tensor]] = []
-    records: dict[str, None] = {}
+    records: list[str] = []
+    done = 0
     for rows in stored.split(max(1, ELEMENTS_TOGETHER // slot.in_features)):
         weight = rows.float()
         # A name of its own, by which stochastic rounding draws numbers of its own.
         name = f"{slot.name} part {len(parts)}"
         own = replace(plan.embeddings[slot.name], name=name, out_features=len(weight))
         pulls = {} if drift is None else {name: drift @ weight.T}
-        found = round_linears(
-            {name: weight}, {name: own}, options, stored.dtype, hessian, pulls, loops=loops_of(job.config)
-        )[name]
+        with evidence_saved(job):
+            found = round_linears(
+                {name: weight}, {name: own}, options, stored.dtype, hessian, pulls, loops=loops_of(job.config)
+            )[name]
+        # How many were clamped differs from part to part.
+        of_part = f"rows {done} to {done + len(weight) - 1}: " if len(weight) < len(stored) else ""
+        done += len(weight)
         parts.append(found.linear.to_tensors())
-        records |= dict.fromkeys(found.records)
-    return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}, list(records)
+        records += [of_part + sentence for sentence in found.records]
+    return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}, records
 
 
 def head_gram(

@@ -29,7 +29,7 @@ from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, o
 from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.job import Job, StageOutcome, Work, run_stage, section_inputs
 
-VERSION = 1
+VERSION = 2
 # What a linear may get where --bits is an average. On a grid of 2 bits rounding is no longer the small change that
 # losses are measured for.
 WIDTHS = {"widths": (3, 4, 5, 6, 8), "outliers": (4,)}

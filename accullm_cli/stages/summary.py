@@ -30,7 +30,6 @@ def linear_summaries(job: Job, artifact: StoredArtifact) -> tuple[LinearSummary,
             outliers=len(plan.outlier_index),
             bits_per_weight=8 * artifact.linear_bytes(name) / plan.weights,
             relative_error=errors.get(name),
-            reason=plan.reason,
         )
         for name, plan in artifact.plan.linears.items()
     )

@@ -17,8 +17,9 @@ from accullm_cli.commands.doctor import Check, decode_by_hand, doctor
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels import check, matmul, rounding_check
 from accullm_cli.kernels.packed import PackedLinear
-from accullm_cli.quant import draft, linear
-from accullm_cli.quant.compiled import COMPILED
+from accullm_cli.quant import linear
+from accullm_cli.quant.descent import Draft
+from accullm_cli.quant.loops import COMPILED, Loops
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -188,13 +189,13 @@ def test_nibbles_that_the_products_of_a_cpu_swap_fail_the_self_test(monkeypatch:
 
 
 def test_feedback_that_loses_to_nearest_fails_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    descend = draft.descend
+    descend = Draft.descend
 
-    def shifted(codes: torch.Tensor, *arguments: object) -> None:  # the last step: none after it puts codes right
-        descend(codes, *arguments)  # type: ignore[arg-type]
-        codes.add_(1).clamp_(max=15)
+    def shifted(draft: Draft, fisher: torch.Tensor | None = None, loops: Loops = COMPILED) -> None:
+        descend(draft, fisher, loops)  # the last step: none after it puts codes right
+        draft.codes.add_(1).clamp_(max=15)
 
-    monkeypatch.setattr(draft, "descend", shifted)
+    monkeypatch.setattr(Draft, "descend", shifted)
     check = found("self-test")
     assert not check.ok
     assert check.detail.startswith("error feedback leaves ")

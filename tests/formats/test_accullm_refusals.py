@@ -73,8 +73,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "shard absent": (remove(BLOCK), f"{BLOCK}: file is missing; {AGAIN}"),
     "shard truncated": (
         truncate,
-        f"{BLOCK}: truncated, or not a safetensors file "
-        f"(Error while deserializing header: incomplete metadata, file not fully covered); {AGAIN}",
+        f"{BLOCK}: cut short: its header promises 39,936 bytes, the file has 39,836; download or copy the file again",
     ),
     "no tensors": (
         lambda artifact: [file.unlink() for file in artifact.glob("model*")] and None,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats.shards import TensorFiles, batches, write_index
+from accullm_cli.formats.shards import TensorFiles, shards_of, write_index
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
@@ -23,13 +23,13 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 def test_a_tensor_that_comes_twice_in_a_stream_is_refused() -> None:
     with pytest.raises(AccullmError) as error:
-        list(batches(iter([("w", torch.zeros(1)), ("w", torch.zeros(1))]), 100))
+        list(shards_of(iter([("w", torch.zeros(1)), ("w", torch.zeros(1))]), 100))
     assert error.value.line() == "tensor w comes twice"
 
 
 def test_batches_keep_the_limit_and_the_order() -> None:
     sizes = {"a": 10, "b": 30, "c": 50, "d": 10, "e": 20}  # a float32 is 4 bytes
-    found = list(batches(((name, torch.zeros(size)) for name, size in sizes.items()), 160))
+    found = list(shards_of(((name, torch.zeros(size)) for name, size in sizes.items()), 160))
     assert [list(batch) for batch in found] == [["a", "b"], ["c"], ["d", "e"]]
 
 
@@ -40,3 +40,13 @@ def test_one_file_without_an_index_opens(tmp_path: Path) -> None:
     with pytest.raises(AccullmError) as error:
         files.tensor("v")
     assert error.value.line() == f"{tmp_path}: tensor v is missing"
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.float64, torch.float8_e4m3fn, torch.bool])
+def test_every_dtype_of_a_buffer_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(3, dtype=dtype)}, tmp_path / "model.safetensors")
+    files = TensorFiles.open(tmp_path)
+    info = files.infos["w"]
+    assert (info.torch_dtype, info.shape, info.bytes) == (dtype, (3,), 3 * dtype.itemsize)
+    assert info.file == tmp_path / "model.safetensors"
+    assert files.tensor("w").dtype == dtype

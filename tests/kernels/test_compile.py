@@ -13,7 +13,7 @@ import pytest
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels import compile as module
 from accullm_cli.kernels.compile import compile_kernels
-from accullm_cli.kernels.machine_code import TOOLS, KernelCode, find_tool, read_machine_code
+from tests.kernels.machine_code import TOOLS, KernelCode, find_tool, read_machine_code
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,7 +123,7 @@ def test_bfloat16_before_compute_capability_8_is_refused_by_name() -> None:
 )
 def test_an_unknown_architecture_is_refused_by_name(architecture: int, line: str) -> None:
     with pytest.raises(AccullmError) as caught:
-        compile_kernels("repack.cu", (), architecture)
+        compile_kernels("dequantize.cu", (), architecture)
     assert caught.value.line() == line
 
 
@@ -132,12 +132,12 @@ def test_a_compiled_kernel_is_kept_and_a_changed_option_compiles_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = compile_kernels("repack.cu", ("COMPUTE_BF16=0",), 90)
+    first = compile_kernels("dequantize.cu", ("COMPUTE_BF16=0",), 90)
     (kept,) = (tmp_path / "accullm" / "kernels").iterdir()
-    assert kept.name.startswith("repack-sm90-")
+    assert kept.name.startswith("dequantize-sm90-")
     kept.write_bytes(b"as it was kept")
-    assert compile_kernels("repack.cu", ("COMPUTE_BF16=0",), 90) == b"as it was kept"
-    assert compile_kernels("repack.cu", ("COMPUTE_BF16=1",), 90) not in (first, b"as it was kept")
+    assert compile_kernels("dequantize.cu", ("COMPUTE_BF16=0",), 90) == b"as it was kept"
+    assert compile_kernels("dequantize.cu", ("COMPUTE_BF16=1",), 90) not in (first, b"as it was kept")
     assert len(list(kept.parent.iterdir())) == 2
 
 
@@ -148,18 +148,18 @@ def test_a_changed_header_compiles_anew(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(ROOT / "cuda", tmp_path / "cuda")
     monkeypatch.setattr(module, "resource", lambda *parts: tmp_path.joinpath(*parts))
-    compile_kernels("repack.cu", (), 90)
+    compile_kernels("dequantize.cu", (), 90)
     with (tmp_path / "cuda" / "layout.cuh").open("a") as file:
         file.write("\n#error changed\n")
-    with pytest.raises(AccullmError, match=r"repack\.cu: does not compile for sm_90: .*changed"):
-        compile_kernels("repack.cu", (), 90)
+    with pytest.raises(AccullmError, match=r"dequantize\.cu: does not compile for sm_90: .*changed"):
+        compile_kernels("dequantize.cu", (), 90)
 
 
 @needs_nvrtc
 def test_a_folder_that_cannot_be_written_does_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert compile_kernels("repack.cu", (), 90)[:4] == b"\x7fELF"
+    assert compile_kernels("dequantize.cu", (), 90)[:4] == b"\x7fELF"
 
 
 def test_without_cupy_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_without_cupy_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setitem(sys.modules, "cupy.cuda", None)
     with pytest.raises(AccullmError) as caught:
-        compile_kernels("repack.cu", (), 90)
+        compile_kernels("dequantize.cu", (), 90)
     wanted = "CuPy is missing; pip install 'accullm[cuda12]' or 'accullm[cuda13]', as the driver's version"
     assert caught.value.line() == wanted
 
@@ -180,4 +180,4 @@ def test_without_nvrtc_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(nvrtc=SimpleNamespace(getVersion=fail)))
     with pytest.raises(AccullmError, match=r"CuPy finds no NVRTC \(libnvrtc.so: no such file\); pip install"):
-        compile_kernels("repack.cu", (), 90)
+        compile_kernels("dequantize.cu", (), 90)

@@ -11,18 +11,17 @@ import torch
 
 from accullm_cli.kernels.check import largest_disagreement
 from accullm_cli.kernels.device import describe, launch
+from accullm_cli.kernels.launch import dequantize_launch
 from accullm_cli.kernels.layout import TiledLinear, tile
 from accullm_cli.kernels.matmul import hybrid_matmul
-from accullm_cli.kernels.repack import dequantize_launch, pack_launch, unpack_launch
 from accullm_cli.kernels.rounding import cuda_loops
 from accullm_cli.kernels.rounding_check import checked_loops, loops_of, rounding_disagreement
-from accullm_cli.quant.compiled import COMPILED
-from accullm_cli.quant.loops import Sweep, Tile
+from accullm_cli.quant.loops import COMPILED, Descent, Tile
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
 from tests.kernels.linears import Shape, exact_weight, random_linear
 from tests.kernels.test_launch import UNIT
-from tests.kernels.test_rounding import random_sweep, random_tile
+from tests.kernels.test_rounding import random_descent, random_tile
 from tests.quant.references import correlated_problem
 from tests.test_pinned import CASES, PINNED, sha256_of
 
@@ -103,15 +102,9 @@ def test_every_layer_of_known_models(rows: int, columns: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packing_and_dequantizing_exactly(dtype: torch.dtype) -> None:
+def test_dequantizing_exactly(dtype: torch.dtype) -> None:
     linear = random_linear(Shape(1000, 2100, 64, False, 30), dtype, seed=1)
     tiled = on_gpu(tile(linear, dtype))
-    codes, tiles = linear.codes.to(GPU), torch.full_like(tiled.tiles, 255)
-    launch(pack_launch(codes, tiles), GPU)
-    assert torch.equal(tiles, tiled.tiles)
-    back = torch.full_like(codes, 255)
-    launch(unpack_launch(tiles, back), GPU)
-    assert torch.equal(back, codes)
     weight = torch.full((1000, 2100), torch.nan, dtype=dtype, device=GPU)
     launch(dequantize_launch(tiled, weight, describe(0)), GPU)
     assert torch.equal(weight.double().cpu(), exact_weight(linear, dtype))
@@ -142,13 +135,13 @@ def test_a_rounding_tile_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, stoc
 @pytest.mark.parametrize("shared_bytes", [99 * 1024, 64])  # where a row's slope fits in, and where not
 @pytest.mark.parametrize("columns", [40, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_rounding_sweep_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, columns: int, shared_bytes: int) -> None:
-    rows = random_sweep(20, columns, dtype, seed=3)
+def test_a_rounding_descent_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, columns: int, shared_bytes: int) -> None:
+    rows = random_descent(20, columns, dtype, seed=3)
     parts = {name: part.to(GPU, copy=True) for name, part in vars(rows).items() if isinstance(part, torch.Tensor)}
     grid = replace(rows.grid, scale=rows.grid.scale.to(GPU), zero=rows.grid.zero.to(GPU))
-    there: Sweep = replace(rows, **parts, grid=grid)
-    COMPILED.sweep(rows)
-    cuda_loops(GPU, launch, min(shared_bytes, describe(0).shared_bytes)).sweep(there)
+    there: Descent = replace(rows, **parts, grid=grid)
+    COMPILED.descend(rows)
+    cuda_loops(GPU, launch, min(shared_bytes, describe(0).shared_bytes)).descend(there)
     assert torch.equal(there.codes.cpu(), rows.codes)
     assert torch.equal(there.error.cpu(), rows.error)
 

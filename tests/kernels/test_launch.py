@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.kernels.launch import Device, Plan, plan_product, product_launch
+from accullm_cli.kernels.launch import Device, ProductPlan, dequantize_launch, plan_product, product_launch
 from accullm_cli.kernels.layout import TiledLinear, tile
 from accullm_cli.kernels.matmul import aligned_rows
 from tests.cuda_emulation import BACKWARDS, FORWARDS, SHUFFLED, guarded, needs_compiler, poisoned, run
@@ -42,7 +42,7 @@ def guarded_linear(tiled: TiledLinear) -> TiledLinear:
 
 def emulated(
     x: torch.Tensor, tiled: TiledLinear, bias: torch.Tensor | None, device: Device, order: int
-) -> tuple[torch.Tensor, Plan]:
+) -> tuple[torch.Tensor, ProductPlan]:
     """x W^T + bias by a kernel, from buffers with guards into a poisoned result."""
     tiled = guarded_linear(tiled)
     rows = aligned_rows(x)
@@ -51,14 +51,14 @@ def emulated(
     plan = plan_product(tiled, len(x), device)
     y = poisoned(len(x), tiled.out_features, dtype=x.dtype)
     partial = poisoned(*plan.partial_shape(len(x), len(tiled.tiles)), dtype=torch.float32)
-    launch = product_launch(plan, whole, tiled, own_bias, y, partial)
+    arrived = guarded(torch.zeros(len(tiled.tiles), dtype=torch.int32))
+    launch = product_launch(plan, whole, tiled, own_bias, y, partial, arrived)
     parts = [value for value in vars(tiled).values() if isinstance(value, torch.Tensor)]
-    run(launch, [*parts, whole, own_bias, y, partial], order)
-    assert not tiled.arrived.any(), "the counters are not left at 0"
+    run(launch, [*parts, whole, own_bias, y, partial, arrived], order)
     return y.clone(), plan
 
 
-def check_exact(shape: Shape, tokens: int, dtype: torch.dtype, device: Device, order: int, seed: int) -> Plan:
+def check_exact(shape: Shape, tokens: int, dtype: torch.dtype, device: Device, order: int, seed: int) -> ProductPlan:
     """With sums that have no rounding, the only one left is that of y: results are equal bit for bit."""
     linear = random_linear(shape, dtype, seed, exact=True)
     draw = torch.Generator().manual_seed(seed)
@@ -166,10 +166,33 @@ def test_every_code_zero_point_and_scale_becomes_the_weight_of_the_format(dtype:
     assert torch.equal(found.double().T, exact_weight(linear, dtype))
 
 
+# -- dequantizing ------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=60)
+@given(
+    shapes(70, 700),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+    st.sampled_from([1, 4, 40]),
+    st.sampled_from([FORWARDS, SHUFFLED]),
+    st.integers(0, 999),
+)
+def test_dequantizing_gives_the_weight_of_the_format(
+    shape: Shape, dtype: torch.dtype, multiprocessors: int, order: int, seed: int
+) -> None:
+    linear = random_linear(shape, dtype, seed)
+    tiled = guarded_linear(tile(linear, dtype))
+    weight = poisoned(shape.out_features, shape.in_features, dtype=dtype)
+    launch = dequantize_launch(tiled, weight, Device(multiprocessors, 0))
+    run(launch, [*(part for part in vars(tiled).values() if isinstance(part, torch.Tensor)), weight], order)
+    assert torch.equal(weight.double(), exact_weight(linear, dtype))
+
+
 # -- plans -------------------------------------------------------------------------------------------------
 
 
-def planned(rows: int, columns: int, tokens: int, device: Device, outliers: int = 0) -> Plan:
+def planned(rows: int, columns: int, tokens: int, device: Device, outliers: int = 0) -> ProductPlan:
     linear = random_linear(Shape(rows, columns, 128, False, outliers), torch.float16, seed=0)
     return plan_product(tile(linear, torch.float16), tokens, device)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,6 +37,39 @@ def test_the_order_is_undone_exactly(shape: Shape, dtype: torch.dtype, seed: int
         else:
             assert found.dtype == wanted.dtype
             assert torch.equal(found, wanted), name
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, st.lists(st.integers(0, 10**6), max_size=9), st.integers(0, 1000))
+def test_some_rows_are_those_of_the_whole(shape: Shape, places: list[int], seed: int) -> None:
+    """In any order, one of them twice."""
+    tiled = tile(random_linear(shape, torch.float16, seed), torch.float16)
+    rows = torch.tensor([place % shape.out_features for place in [*places, *places[:1]]], dtype=torch.int64)
+    whole, some = untile(tiled), untile(tiled, rows)
+    assert torch.equal(some.outlier_index, whole.outlier_index)
+    for name in ("codes", "scales", "zeros", "outlier_weight"):
+        found, wanted = getattr(some, name), getattr(whole, name)
+        assert (found is None) == (wanted is None)
+        assert wanted is None or torch.equal(found, wanted[rows]), name
+
+
+@pytest.mark.parametrize(
+    ("index", "line"),
+    [
+        ([3, 64], "tensor outlier_index names feature 64 of 64"),
+        ([-1, 3], "tensor outlier_index names feature -1 of 64"),
+        ([5, 5], "tensor outlier_index is not ascending"),
+        ([5, 4], "tensor outlier_index is not ascending"),
+    ],
+)
+def test_outliers_beyond_the_activations_are_refused(index: list[int], line: str) -> None:
+    """The kernels would read there."""
+    linear = replace(
+        random_linear(Shape(4, 64, outliers=2), torch.float16, seed=0), outlier_index=torch.tensor(index).int()
+    )
+    with pytest.raises(AccullmError) as caught:
+        tile(linear, torch.float16)
+    assert caught.value.line() == line
 
 
 def test_a_code_lies_where_the_drawing_says() -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels import device, matmul
 from accullm_cli.kernels.check import largest_disagreement
 from accullm_cli.kernels.launch import Device, Launch
 from accullm_cli.kernels.layout import tile
-from accullm_cli.kernels.matmul import aligned_rows, engine, hybrid_matmul, why_no_kernels
+from accullm_cli.kernels.matmul import Operand, aligned_rows, engine, hybrid_matmul, why_no_kernels
+from accullm_cli.kernels.packed import pack_linear
 from accullm_cli.quant.linear import QuantizedLinear
 from tests.cuda_emulation import emulate, needs_compiler
 from tests.kernels.linears import Shape, exact_weight, random_linear
@@ -89,6 +92,81 @@ def test_the_number_of_tokens_chooses_the_kernel(
     assert torch.equal(found, wanted.to(dtype).view(tokens, 1, 24))
     assert launches == [kernel]
     assert engine(tiled, tokens) == name
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [1, 17, 200])
+def test_an_aborted_launch_spoils_no_product_after_it(
+    tokens: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = random_linear(Shape(24, 6200, 128, False, outliers=3), torch.float16, seed=1, exact=True)
+    x = torch.randint(-2, 3, (tokens, 6200), generator=torch.Generator().manual_seed(2)).half()
+    tiled = tile(linear, torch.float16)
+    launch = device.launch
+
+    def abort(what: Launch, where: torch.device) -> None:
+        """As if one block of each strip had come as far as to be counted."""
+        if (address := getattr(what.arguments[1], "arrived", None)) is not None:
+            assert what.grid[2] > 1
+            ctypes.memset(address, 1, 4 * len(tiled.tiles))
+        raise RuntimeError("aborted")
+
+    monkeypatch.setattr(device, "launch", abort)
+    with pytest.raises(RuntimeError, match="aborted"):
+        hybrid_matmul(x, tiled)
+    monkeypatch.setattr(device, "launch", launch)
+    wanted = x.double() @ exact_weight(linear, torch.float16).T
+    assert torch.equal(hybrid_matmul(x, tiled), wanted.half())
+
+
+@needs_compiler
+@pytest.mark.parametrize("of_bias", [False, True])
+@pytest.mark.parametrize("of_x", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 128, 129])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_are_those_of_the_dequantized_weight(
+    tokens: int, dtype: torch.dtype, of_x: bool, of_bias: bool, launches: list[str]
+) -> None:
+    linear = random_linear(Shape(24, 203, 64, False, outliers=3), dtype, seed=1)
+    check_gradients(linear, tile(linear, dtype), tokens, dtype, of_x, of_bias)
+
+
+@pytest.mark.parametrize("of_bias", [False, True])
+@pytest.mark.parametrize("of_x", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gradients_are_those_of_the_dequantized_weight_on_a_cpu(
+    symmetric: bool, tokens: int, dtype: torch.dtype, of_x: bool, of_bias: bool
+) -> None:
+    linear = random_linear(Shape(24, 203, 64, symmetric, outliers=3), dtype, seed=1)
+    check_gradients(linear, pack_linear(linear.to_tensors(), 203, 4, 64, dtype), tokens, dtype, of_x, of_bias)
+
+
+def check_gradients(
+    linear: QuantizedLinear, ready: Operand, tokens: int, dtype: torch.dtype, of_x: bool, of_bias: bool
+) -> None:
+    """Backwards, and a tangent of x forwards."""
+    draw = torch.Generator().manual_seed(2)
+    x, bias = torch.randn(tokens, 203, generator=draw).to(dtype), torch.randn(24, generator=draw).to(dtype)
+    upstream, tangent = torch.randn(tokens, 24, generator=draw).to(dtype), torch.randn_like(x)
+    results = []
+    for operand in (ready, linear):
+        own_x, own_bias = x.clone().requires_grad_(of_x), bias.clone().requires_grad_(of_bias)
+        y = hybrid_matmul(own_x, operand, own_bias)
+        assert y.requires_grad == (of_x or of_bias)
+        if y.requires_grad:
+            y.backward(upstream)
+        results.append((own_x.grad, own_bias.grad))
+    for found, wanted in zip(*results, strict=True):
+        assert (found is None) == (wanted is None)
+        assert wanted is None or torch.equal(found, wanted)
+    with torch.no_grad(), forward_ad.dual_level():
+        tangents = [
+            forward_ad.unpack_dual(hybrid_matmul(forward_ad.make_dual(x, tangent), operand)).tangent
+            for operand in (ready, linear)
+        ]
+    assert torch.equal(*tangents)
 
 
 @needs_compiler

@@ -145,14 +145,11 @@ def test_other_activations_than_those_packed_for_are_refused() -> None:
         assert refusal.value.line() == f"activations are {what}, but the linear was packed for torch.bfloat16"
 
 
-def test_few_tokens_on_the_cpu_without_gradients_are_worth_it() -> None:
+def test_few_tokens_on_the_cpu_are_worth_it() -> None:
     few = torch.zeros(2, PACKED_TOKENS // 2, 64)
     assert is_worth_packing(few)
     assert not is_worth_packing(torch.zeros(PACKED_TOKENS + 1, 64))
     assert not is_worth_packing(few.to("meta"))
-    assert not is_worth_packing(few.requires_grad_())
-    with torch.no_grad():
-        assert is_worth_packing(few)
 
 
 def test_a_compiled_model_dequantizes(monkeypatch: pytest.MonkeyPatch) -> None:

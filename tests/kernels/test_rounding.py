@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.kernels.rounding import cuda_loops, curvature_of, sweep_launch, tile_launch
-from accullm_cli.quant.compiled import COMPILED
+from accullm_cli.kernels.rounding import cuda_loops, curvature_of, descent_launch, tile_launch
 from accullm_cli.quant.grid import Grid
-from accullm_cli.quant.loops import Chance, Sweep, Tile
+from accullm_cli.quant.loops import COMPILED, Chance, Descent, Tile
 from accullm_cli.quant.philox import uniform
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
@@ -165,10 +164,10 @@ def test_what_the_kernel_does_not_know_is_refused_by_name(change: dict[str, Any]
     assert caught.value.line() == line
 
 
-# -- a sweep of descent ------------------------------------------------------------------------------------
+# -- descent ------------------------------------------------------------------------------------
 
 
-def random_sweep(rows: int, columns: int, dtype: torch.dtype, seed: int, exact: bool = False) -> Sweep:
+def random_descent(rows: int, columns: int, dtype: torch.dtype, seed: int, exact: bool = False) -> Descent:
     """With `exact`, whole numbers and powers of two whose sums need few bits, many of them ties between two codes."""
     draw = torch.Generator().manual_seed(seed)
     groups = -(-columns // GROUP_SIZE)
@@ -191,7 +190,7 @@ def random_sweep(rows: int, columns: int, dtype: torch.dtype, seed: int, exact: 
     dead = torch.rand(columns, generator=draw) < 0.1  # nothing reads these, so that nothing is gained there
     hessian[dead] = 0
     hessian[:, dead] = 0
-    return Sweep(
+    return Descent(
         codes=guarded(codes),
         error=guarded(error),
         slope=guarded(error @ hessian + ridge * error),
@@ -199,29 +198,29 @@ def random_sweep(rows: int, columns: int, dtype: torch.dtype, seed: int, exact: 
         ridge=ridge if exact or seed % 2 else 0.0,
         grid=Grid(guarded(scale), torch.zeros_like(scale), 3, GROUP_SIZE, False),
         movable=torch.rand(columns, generator=draw) < 0.9,
-        most=3,
+        sweeps=3,
     )
 
 
-def swept(rows: Sweep, order: int, shared_bytes: int = AMPLE) -> None:
+def swept(rows: Descent, order: int, shared_bytes: int = AMPLE) -> None:
     curvature = guarded(curvature_of(rows))
     buffers = [part for part in tensors_of(rows) if part is not rows.movable]
-    run(sweep_launch(rows, curvature, shared_bytes), [*buffers, curvature, rows.grid.scale], order)
+    run(descent_launch(rows, curvature, shared_bytes), [*buffers, curvature, rows.grid.scale], order)
 
 
-def copy_of(rows: Sweep) -> Sweep:
+def copy_of(rows: Descent) -> Descent:
     return replace(rows, codes=rows.codes.clone(), error=rows.error.clone(), slope=rows.slope.clone())
 
 
 @needs_compiler
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 60), DTYPES, ORDERS, st.sampled_from([AMPLE, 64]), st.integers(0, 999))
-def test_a_sweep_is_that_of_the_compiled_loop_bit_for_bit(
+def test_a_descent_is_that_of_the_compiled_loop_bit_for_bit(
     rows: int, columns: int, dtype: torch.dtype, order: int, shared_bytes: int, seed: int
 ) -> None:
-    there = random_sweep(rows, columns, dtype, seed)
+    there = random_descent(rows, columns, dtype, seed)
     here, before = copy_of(there), there.codes.clone()
-    COMPILED.sweep(here)
+    COMPILED.descend(here)
     swept(there, order, shared_bytes)
     assert torch.equal(there.codes, here.codes)
     assert torch.equal(there.error, here.error)
@@ -232,9 +231,9 @@ def test_a_sweep_is_that_of_the_compiled_loop_bit_for_bit(
 @pytest.mark.parametrize("shared_bytes", [AMPLE, 64])
 @pytest.mark.parametrize("order", [FORWARDS, BACKWARDS, SHUFFLED])
 def test_a_row_longer_than_a_block_of_threads(order: int, shared_bytes: int) -> None:
-    there = random_sweep(2, 600, torch.float32, seed=1)
+    there = random_descent(2, 600, torch.float32, seed=1)
     here, before = copy_of(there), there.codes.clone()
-    COMPILED.sweep(here)
+    COMPILED.descend(here)
     swept(there, order, shared_bytes)
     assert torch.equal(there.codes, here.codes)
     assert torch.equal(there.error, here.error)
@@ -249,7 +248,7 @@ def test_one_column_alone_moves(mover: int) -> None:
     grid = Grid(guarded(torch.ones(1, 38)), torch.zeros(1, 38), 3, GROUP_SIZE, False)
     codes, movable = torch.full((1, 600), 3, dtype=torch.uint8), torch.ones(600, dtype=torch.bool)
     identity = guarded(torch.eye(600))
-    rows = Sweep(guarded(codes), guarded(error), guarded(error), identity, 0.0, grid, movable, 1)
+    rows = Descent(guarded(codes), guarded(error), guarded(error), identity, 0.0, grid, movable, 1)
     swept(rows, FORWARDS)
     wanted = codes.clone()
     wanted[0, mover] = 1
@@ -257,7 +256,7 @@ def test_one_column_alone_moves(mover: int) -> None:
     assert not bool(rows.error.any())
 
 
-def swept_one_by_one(rows: Sweep) -> list[list[int]]:
+def swept_one_by_one(rows: Descent) -> list[list[int]]:
     """The codes after the same sweeps in exact numbers, the slope of a column taken anew from all errors each time."""
     count, columns = rows.codes.shape
     hessian = [[Fraction(value) for value in row] for row in rows.hessian.tolist()]
@@ -265,7 +264,7 @@ def swept_one_by_one(rows: Sweep) -> list[list[int]]:
         hessian[k][k] += Fraction(rows.ridge)
     codes, errors = rows.codes.tolist(), [[Fraction(value) for value in row] for row in rows.error.tolist()]
     for n in range(count):
-        for _ in range(rows.most):
+        for _ in range(rows.sweeps):
             for k in range(columns):
                 scale = Fraction(rows.grid.scale[n, k // GROUP_SIZE].item())
                 if not rows.movable[k] or hessian[k][k] <= 0:
@@ -283,7 +282,7 @@ def swept_one_by_one(rows: Sweep) -> list[list[int]]:
 def test_codes_move_as_one_after_the_other_in_exact_numbers(
     rows: int, columns: int, dtype: torch.dtype, order: int, seed: int
 ) -> None:
-    there = random_sweep(rows, columns, dtype, seed, exact=True)
+    there = random_descent(rows, columns, dtype, seed, exact=True)
     wanted = swept_one_by_one(there)
     swept(there, order)
     assert there.codes.tolist() == wanted

@@ -13,8 +13,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.kernels import device, rounding_check
 from accullm_cli.kernels.launch import Device
 from accullm_cli.kernels.rounding_check import checked_loops, rounding_disagreement
-from accullm_cli.quant.compiled import COMPILED
-from accullm_cli.quant.loops import Loops, Sweep, Tile
+from accullm_cli.quant.loops import COMPILED, Descent, Loops, Tile
 from tests.cuda_emulation import emulate, needs_compiler
 
 CPU = torch.device("cpu")
@@ -31,9 +30,9 @@ def forgetful_chance(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     return COMPILED.round_tile(replace(tile, chance=chance))
 
 
-def forgetful_sweep(rows: Sweep) -> None:
+def forgetful_descent(rows: Descent) -> None:
     """One sweep too few."""
-    COMPILED.sweep(replace(rows, most=rows.most - 1))
+    COMPILED.descend(replace(rows, sweeps=rows.sweeps - 1))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +41,7 @@ def forgetful_sweep(rows: Sweep) -> None:
         (COMPILED, None),
         (replace(COMPILED, round_tile=forgetful_tile), r"feedback_round: \d{4} of 8960 codes"),
         (replace(COMPILED, round_tile=forgetful_chance), r"feedback_round at random: \d{3,4} of 8960 codes"),
-        (replace(COMPILED, sweep=forgetful_sweep), r"descend: \d+ of 26880 codes"),
+        (replace(COMPILED, descend=forgetful_descent), r"descend: \d+ of 26880 codes"),
     ],
 )
 def test_what_rounds_otherwise_is_found(loops: Loops, found: str | None) -> None:

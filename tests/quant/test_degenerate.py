@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from accullm_cli.errors import EXIT_USAGE, AccullmError
+from accullm_cli.quant.feedback import NumericalError
 from accullm_cli.quant.grid import searched_grid
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.rounding import RoundedLinear, RoundingOptions, round_linears
@@ -168,7 +169,7 @@ def refusal(**arguments) -> str:
 
 
 def test_a_hessian_that_no_damping_helps_is_refused():
-    expected = "the Hessian cannot be factored at any damping up to its mean; use more samples"
+    expected = "layers.0.q_proj: the Hessian cannot be factored at any damping up to its mean; use more samples"
     assert refusal(hessian=indefinite(2.0)) == expected
 
 
@@ -176,10 +177,80 @@ def test_a_hessian_that_no_damping_helps_is_refused():
 def test_numbers_that_are_not_finite_are_refused(value):
     broken = torch.eye(2)
     broken[0, 1] = value
-    end = "holds NaN or Inf; check the calibration text and model"
-    assert refusal(hessian=broken) == f"layers.0.q_proj: the Hessian {end}"
+    hint = "check the calibration text and model"
+    expected = "layers.0.q_proj: the {} holds NaN or Inf in 1 of its {} entries; " + hint
+    assert refusal(hessian=broken) == expected.format("Hessian", 4)
     pull = {"layers.0.q_proj": broken[:, 1:]}
-    assert refusal(hessian=torch.eye(2), pulls=pull) == f"layers.0.q_proj: the pull of earlier errors {end}"
+    assert refusal(hessian=torch.eye(2), pulls=pull) == expected.format("pull of earlier errors", 2)
+    fisher = {"layers.0.q_proj": torch.full((1, 1), value)}
+    assert refusal(hessian=torch.eye(2), fishers=fisher) == expected.format("Fisher matrix", 1)
+
+
+def test_what_cannot_be_factored_is_named_and_kept():
+    """For linears that share an input all of them; for a Fisher matrix the one whose it is."""
+    weight = torch.tensor([[0.3, -0.7]])
+    plans = {name: plan_of(Problem(weight, weight, weight), name=name) for name in ("q_proj", "k_proj")}
+    weights = dict.fromkeys(plans, weight)
+    with pytest.raises(NumericalError) as caught:
+        round_linears(weights, plans, RoundingOptions(), torch.float32, indefinite(2.0))
+    end = "cannot be factored at any damping up to its mean; use more samples"
+    assert caught.value.line() == f"q_proj, k_proj: the Hessian {end}"
+    assert (caught.value.kind, caught.value.matrix.tolist()) == ("Hessian", indefinite(2.0).tolist())
+    fishers = {"k_proj": torch.tensor([[-1.0]])}
+    with pytest.raises(NumericalError) as caught:
+        round_linears(weights, plans, RoundingOptions(), torch.float32, torch.eye(2), fishers=fishers)
+    assert caught.value.line() == f"k_proj: the Fisher matrix {end}"
+    assert (caught.value.kind, caught.value.matrix.tolist()) == ("Fisher matrix", [[-1.0]])
+
+
+def test_a_target_that_overflows_is_refused():
+    """A pull that is finite, over a Hessian as small as float32 can hold, is no weight any more."""
+    weight = torch.tensor([[0.3, -0.7]])
+    plan = plan_of(Problem(weight, weight, weight), name="q_proj")
+    pulls = {"q_proj": torch.full((2, 1), 1e10)}
+    with pytest.raises(NumericalError) as caught:
+        round_linears(
+            {"q_proj": weight}, {"q_proj": plan}, RoundingOptions(), torch.float32, 1e-30 * torch.eye(2), pulls
+        )
+    start = "q_proj: the corrected target holds NaN or Inf in 2 of its 2 entries"
+    assert caught.value.line() == f"{start}; check the calibration text and model"
+
+
+# -- scales beyond what is stored --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("size", "options", "plan", "expected"),
+    [
+        (1e7, {}, {}, "4 of 8 scales lie outside of what can be stored, 5.96e-08 to 6.55e+04"),
+        (1e7, {"scale_dtype": "bfloat16"}, {}, "4 of 8 scales lie outside of what can be stored, 5.96e-08 to 6.53e+04"),
+        (1e-9, {}, {}, "4 of 8 scales lie outside of what can be stored, 5.96e-08 to 6.55e+04"),
+        (1e-5, {}, {"scale_bits": 6}, "4 of 8 scales lie outside of what can be stored, "),
+        (1e-2, {}, {"scale_bits": 6}, None),
+        (1e-2, {}, {}, None),
+    ],
+)
+def test_clamped_scales_are_recorded(method, size, options, plan, expected):
+    """Two of four rows have one tiny (or huge) group, two have two."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(4, 16, generator=generator) + 0.5
+    weight[:2, :8] *= size
+    weight[2, :] *= size
+    plan = plan_of(Problem(weight, weight, weight), group_size=8, **plan)
+    result = round_linears({"a": weight}, {"a": plan}, RoundingOptions(method, **options), torch.float32, torch.eye(16))
+    clamps = [record for record in result["a"].records if "scales" in record]
+    assert len(clamps) == (expected is not None)
+    for clamp in clamps:
+        assert clamp.startswith(expected)
+        assert clamp.endswith(", and were clamped")
+
+
+def test_groups_of_zeros_are_not_clamped():
+    weight = torch.zeros(2, 8)
+    weight[0, :4] = 1
+    plan = plan_of(Problem(weight, weight, weight), group_size=4, scale_bits=6)
+    assert round_linears({"a": weight}, {"a": plan}, RoundingOptions(), torch.float32, torch.eye(8))["a"].records == ()
 
 
 # -- outliers as they are ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from accullm_cli.quant.compiled import COMPILED
+from accullm_cli.quant.loops import COMPILED
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
 from tests.quant.elsewhere import THERE, Elsewhere, as_if_there_were_a_gpu

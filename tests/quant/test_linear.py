@@ -155,8 +155,13 @@ def test_the_plan_foretells_what_is_stored(bits, group_size, symmetric, outliers
     [
         ({"qweight": None}, "tensor qweight is missing"),
         ({"scales": None}, "tensor scales is missing"),
-        ({"qweight": (3, 6)}, "tensor qweight is 6 wide, expected 5"),
-        ({"scales": (3, 2)}, "tensor scales is 2 wide, expected 3"),
+        ({"qweight": (3, 6)}, "tensor qweight has shape [3, 6], expected [3, 5]"),
+        ({"scales": (3, 2)}, "tensor scales has shape [3, 2], expected [3, 3]"),
+        ({"scales": (2, 3)}, "tensor scales has shape [2, 3], expected [3, 3]"),
+        ({"qzeros": (3, 1)}, "tensor qzeros has shape [3, 1], expected [3, 2]"),
+        ({"outlier_weight": (3, 1)}, "tensor outlier_weight has shape [3, 1], expected [3, 2]"),
+        ({"outlier_weight": None}, "tensor outlier_weight is missing"),
+        ({"outlier_index": None}, "tensor outlier_weight has shape [3, 2], expected [3, 0]"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change, expected):
@@ -170,3 +175,19 @@ def test_tensors_that_do_not_fit_are_refused(change, expected):
         QuantizedLinear.from_tensors(tensors, 10, 4, 4)
     assert caught.value.line() == expected
     assert caught.value.exit_code == EXIT_USAGE
+
+
+@pytest.mark.parametrize(
+    ("outliers", "expected"),
+    [
+        ((3, 10), "tensor outlier_index names feature 10 of 10"),
+        ((-1, 3), "tensor outlier_index names feature -1 of 10"),
+        ((9, 1), "tensor outlier_index is not ascending"),
+        ((3, 3), "tensor outlier_index is not ascending"),
+    ],
+)
+def test_outlier_features_that_do_not_exist_or_ascend_are_refused(outliers: tuple[int, ...], expected: str) -> None:
+    tensors = random_linear().to_tensors() | {"outlier_index": torch.tensor(outliers, dtype=torch.int32)}
+    with pytest.raises(AccullmError) as caught:
+        QuantizedLinear.from_tensors(tensors, 10, 4, 4)
+    assert caught.value.line() == expected

@@ -118,8 +118,8 @@ def test_it_comes_near_the_best_of_all_codes():
         error = problem.weight - (every - grid.zero[None]) * grid.scale[None]
         best = float(torch.einsum("mn,bnk,kl,bml->b", fisher, error, problem.hessian, error).min())
         choices = (
-            round_with_feedback(problem.weight, grid, columns, 3, torch.float32, rows=rows)[0],
-            round_with_feedback(problem.weight, grid, columns, 3, torch.float32)[0],
+            round_with_feedback(problem.weight, grid, torch.empty(2, 0), columns, rows)[0],
+            round_with_feedback(problem.weight, grid, torch.empty(2, 0), columns)[0],
             grid.round_to_nearest(problem.weight),
         )
         losses = [kronecker_loss(problem.weight - grid.values(c.double()), fisher, problem.hessian) for c in choices]
@@ -139,7 +139,7 @@ def test_by_hand():
     target = torch.tensor([[0.4, 0.3], [0.4, 0.4]], dtype=torch.float64)
     # Row 0: 0.4 becomes 0, e = 0.4; 0.3 + 0.4 becomes 1, e = -0.7, and e + a = -0.3.
     # Row 1: 0.4 + 0.2 becomes 1, e = -0.6; 0.4 - 0.6 - 0.15 becomes 0.
-    codes, _, _ = round_with_feedback(target, grid, columns, 2, torch.float32, rows=rows)
+    codes, _, _ = round_with_feedback(target, grid, torch.empty(2, 0), columns, rows)
     assert codes.tolist() == [[0, 1], [1, 0]]
 
 

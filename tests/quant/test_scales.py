@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accullm_cli.quant.grid import minmax_grid, scale_table, searched_grid
+from accullm_cli.quant.grid import minmax_grid, searched_grid, spanning_scales
 from accullm_cli.quant.scales import LARGEST_RATIO, StorableScales, round_scale
 
 BITS = st.integers(4, 8)
@@ -66,7 +66,7 @@ def test_a_grid_with_a_table_has_only_its_scales(seed: int, bits: int, symmetric
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(12, 40, generator=generator) * torch.exp(torch.randn(12, 1, generator=generator))
     weight[3] = 0
-    storable = scale_table(weight, bits, 16, symmetric, 6, smallest_range=0.6)
+    storable = StorableScales().table_for(spanning_scales(weight, bits, 16, symmetric), 6, smallest_range=0.6)
     assert storable.table is not None
     for grid in (
         minmax_grid(weight, bits, 16, symmetric, storable),
@@ -87,20 +87,21 @@ def test_a_table_of_64_scales_costs_next_to_nothing() -> None:
         return float(((weight - grid.values(grid.round_to_nearest(weight))).square() * importance).sum())
 
     free = error(StorableScales())
-    assert error(scale_table(weight, 4, 32, False, 6, smallest_range=0.6)) < 1.02 * free
+    table = StorableScales().table_for(spanning_scales(weight, 4, 32, False), 6, smallest_range=0.6)
+    assert error(table) < 1.02 * free
     # So few that it must cost: the measure can tell.
     assert error(StorableScales().with_table(0.1, 2.0, 2)) > 1.3 * free
 
 
 def test_a_weight_of_zeros_has_a_table_too() -> None:
-    storable = scale_table(torch.zeros(3, 8), 4, 4, False, 6)
+    storable = StorableScales().table_for(spanning_scales(torch.zeros(3, 8), 4, 4, False), 6)
     assert storable.table is not None
     assert storable.table.unique().tolist() == [1.0]
 
 
 def test_no_weight_lies_outside_a_grid_with_a_margin() -> None:
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
-    storable = scale_table(weight, 4, 16, False, 4, margin=0.5)
+    storable = StorableScales().table_for(spanning_scales(weight, 4, 16, False, margin=0.5), 4)
     grid = minmax_grid(weight, 4, 16, False, storable, margin=0.5)
     scale, zero = grid.per_column(64)
     position = weight / scale + zero

@@ -111,7 +111,10 @@ def test_weights_beyond_the_largest_scale_are_clamped_and_recorded():
     problem = correlated_problem(2, 4, 20, seed=0)
     weight = torch.tensor([[1e7, 0.0, 1.0, 2.0], [0.0, 0.0, -1e7, -1e7]], dtype=torch.float64)
     result = round_stochastically(Problem(weight, problem.original, problem.quantized), 0)
-    assert result.records == ("3 weights lie outside the grid of stochastic rounding and were clamped",)
+    assert result.records == (
+        "2 of 2 scales lie outside of what can be stored, 5.96e-08 to 6.55e+04, and were clamped",
+        "3 weights lie outside the grid of stochastic rounding and were clamped",
+    )
 
 
 # -- no bias -----------------------------------------------------------------------------------------------

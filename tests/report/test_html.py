@@ -94,7 +94,7 @@ def test_summary_says_what_a_shipper_needs():
         "Bits per weight 4.402",
         "calibrate skipped up to date 1 min 01 s 900 MB",
         "quantize ran config changed (plan.bits) 5 min 11 s 1.3 GB",
-        "model.layers.0.mlp.up_proj 96 × 64 6 64 2 6.400 0.0800 outweighs its bits",
+        "model.layers.0.mlp.up_proj 96 × 64 6 64 2 6.400 0.0800",
         "model.layers.1.mlp.up_proj 96 × 64 16 64 2 16.400 –",
         "Source, SHA-256 " + "3f" * 32,
         "torch 2.13.0",
@@ -160,14 +160,14 @@ def test_nothing_in_a_report_becomes_markup():
         contract=(replace(MISSED, text=evil, metric=evil, comparison=evil),),
         records=(evil,),
         stages=(replace(clean.stages[0], name=evil, reason=evil),),
-        linears=(*clean.linears, linear(f"model.layers.0.{evil}", reason=evil)),
+        linears=(*clean.linears, linear(f"model.layers.0.{evil}")),
         versions={evil: evil},
     )
     text = render(report)
     assert "<script" not in text
     page = Page(text)
     assert "script" not in page.tags
-    assert page.text.count(evil) >= 14
+    assert page.text.count(evil) >= 13
 
 
 def test_same_report_gives_the_same_bytes():

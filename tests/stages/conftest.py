@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from accullm_cli.quant.compiled import COMPILED
+from accullm_cli.quant.loops import COMPILED
 from accullm_cli.quant.rounding import round_linears
 from accullm_cli.stages import block_rounding
 from tests.stages.quantized import Call

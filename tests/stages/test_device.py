@@ -10,8 +10,7 @@ import torch
 
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
-from accullm_cli.quant.compiled import COMPILED
-from accullm_cli.quant.loops import Loops
+from accullm_cli.quant.loops import COMPILED, Loops
 from accullm_cli.stages import device as module
 from accullm_cli.stages.device import (
     check_device,

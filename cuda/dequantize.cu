@@ -1,51 +1,6 @@
-// Into and out of the order of layout.cuh: codes to tiles, tiles to codes, and tiles to 16-bit weights.
-//
-// The first two run once per layer. The third serves products of many tokens, which a dense product computes faster
-// than fused kernels do, from a weight that was written in the compute format: its limit is writing 2 bytes per weight.
+// From the tiles of layout.cuh to a 16-bit weight, for products that a dense one computes faster than fused kernels do
+// (those of many tokens), or through which a gradient flows. The limit is writing 2 bytes per weight.
 #include <layout.cuh>
-
-// One thread per word of a tile: (strip, tile, lane, step). codes: [rows, columns], each below 16.
-__device__ __forceinline__ void place_of(u64 word, int tiles_k, int& row, int& column) {
-    const int step = word % 4, lane = word / 4 % LANES;
-    const u64 tile = word / (4 * LANES);
-    row = static_cast<int>(tile / tiles_k) * STRIP + lane / 4;
-    column = static_cast<int>(tile % tiles_k) * TILE_K + 16 * (lane % 4) + 4 * step;
-}
-
-// The nibble of (row + 8 half, column + 2 pair + element) starts at this bit.
-__device__ __forceinline__ int bit_of(int half, int pair, int element) { return 4 * half + 8 * pair + 16 * element; }
-
-extern "C" __global__ void __launch_bounds__(256)
-    pack_tiles(const u8* codes, u32* tiles, int rows, int columns, int tiles_k, u64 words) {
-    const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (index >= words) return;
-    int row, column;
-    place_of(index, tiles_k, row, column);
-    u32 word = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const int half = i & 1, pair = i >> 1 & 1, element = i >> 2;
-        const int r = row + 8 * half, c = column + 2 * pair + element;
-        const u32 code = r < rows && c < columns ? codes[static_cast<u64>(r) * columns + c] : 0;
-        word |= code << bit_of(half, pair, element);
-    }
-    tiles[index] = word;
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-    unpack_tiles(const u32* tiles, u8* codes, int rows, int columns, int tiles_k, u64 words) {
-    const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (index >= words) return;
-    int row, column;
-    place_of(index, tiles_k, row, column);
-    const u32 word = tiles[index];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const int half = i & 1, pair = i >> 1 & 1, element = i >> 2;
-        const int r = row + 8 * half, c = column + 2 * pair + element;
-        if (r < rows && c < columns) codes[static_cast<u64>(r) * columns + c] = word >> bit_of(half, pair, element) & 15;
-    }
-}
 
 // out: [N, K] in the compute format. grid: x strips, y parts of K; a warp takes a tile at a time. The outlier features of
 // the block's part of K are written after it, in place of what their codes stand for.

@@ -1,4 +1,4 @@
-"""The compiled inner loop: the same in parts as in one, and on any number of threads."""
+"""The compiled inner loops: the same in parts as in one, and on any number of threads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accullm_cli.quant import compiled
-from accullm_cli.quant.compiled import round_tile, stochastic_code
-from accullm_cli.quant.loops import Tile
+from accullm_cli.quant import loops
+from accullm_cli.quant.loops import Tile, round_tile, stochastic_code
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -20,7 +19,7 @@ def test_threads_share_the_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     upper = torch.randn(12, 12, generator=draw).to(dtype).triu(1)
     scale, zero = torch.rand(70, 3, generator=draw).to(dtype) + 0.1, torch.randint(0, 16, (70, 3)).to(dtype)
     group = torch.arange(12) // 4
-    monkeypatch.setattr(compiled, "ROWS_PER_TASK", 9)
+    monkeypatch.setattr(loops, "ROWS_PER_TASK", 9)
     found = []
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
@@ -63,6 +62,6 @@ def test_without_a_place_for_machine_code_it_is_made_anew(monkeypatch: pytest.Mo
             raise RuntimeError("cannot cache function 'double': no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(compiled.numba, "njit", njit)
-    assert compiled.compiled(lambda value: 2 * value)(21) == 42
+    monkeypatch.setattr(loops.numba, "njit", njit)
+    assert loops.compiled(lambda value: 2 * value)(21) == 42
     assert [bool(options.get("cache")) for options in made] == [True, False]
