@@ -41,7 +41,7 @@ class Mutant:
 
 
 FEEDBACK = "accullm_cli/quant/feedback.py"
-COMPILED = "accullm_cli/quant/compiled.py"
+LOOPS = "accullm_cli/quant/loops.py"
 PACKED = "accullm_cli/kernels/packed.py"
 QUANTIZE = "accullm_cli/stages/quantize.py"
 GEMV = "cuda/hybrid_gemv.cu"
@@ -64,7 +64,7 @@ MUTANTS = (
     ),
     Mutant(
         "the error of the column just before is not fed on",
-        COMPILED,
+        LOOPS,
         "for j in range(k + 1, columns):",
         "for j in range(k + 2, columns):",
         ROUNDING_TESTS,
@@ -79,9 +79,9 @@ MUTANTS = (
     ),
     Mutant(
         "compensating outliers are stored in the order of rounding",
-        "accullm_cli/quant/rounding.py",
-        "kept = compensating[:, torch.argsort(factor.order[rounded_features:])].to(source_dtype)",
-        "kept = compensating.to(source_dtype)",
+        FEEDBACK,
+        "kept[row_order] = compensating[:, torch.argsort(order[rounded_features:])]",
+        "kept[row_order] = compensating",
         ROUNDING_TESTS,
     ),
     Mutant(
@@ -100,7 +100,7 @@ MUTANTS = (
     ),
     Mutant(
         "descent forgets what a changed code does to the slopes of other rows",
-        COMPILED,
+        LOOPS,
         "weight = fisher[m, n] * moved",
         "weight = fisher[m, n] * moved if m == n else 0 * moved",
         ("tests/quant/test_descent.py",),
@@ -131,8 +131,8 @@ MUTANTS = (
     Mutant(
         "the largest scale overflows in bfloat16",
         "accullm_cli/quant/scales.py",
-        ".clamp(max=65280.0)",
-        ".clamp(max=65536.0)",
+        "LARGEST_BFLOAT16_SCALE = 65280.0",
+        "LARGEST_BFLOAT16_SCALE = 65536.0",
         ("tests/quant/test_grid.py",),
     ),
     Mutant(
