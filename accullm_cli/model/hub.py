@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import json
 import re
 from dataclasses import dataclass
@@ -18,31 +20,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 
 from accullm_cli.errors import AccullmError
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-# Files that a model needs beside its weights; they are copied into artifacts as they are.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "tekken.json",
-    "*.tiktoken",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "COPYING*",
-    "USE_POLICY*",
-)
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+from accullm_cli.model.files import refuse_adapter, sort_files
+from accullm_cli.model.weights import INDEX, WEIGHTS, refuse_pickled
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _TIMEOUT = 15.0  # seconds; the call fetches one small page
@@ -72,15 +51,17 @@ def download(model: HubId) -> tuple[Path, str]:
         AccullmError: no such model or revision, no access, no safetensors; no network and not cached.
     """
     try:
-        info = HfApi().model_info(model.repo, revision=model.revision, timeout=_TIMEOUT)
-        names = [file.rfilename for file in info.siblings or []]
-        refuse_pickled(names, str(model), model.repo)
+        info = HfApi().model_info(model.repo, revision=model.revision, files_metadata=True, timeout=_TIMEOUT)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        refuse_adapter(sizes, str(model))
+        refuse_pickled(sizes, str(model), model.repo)
+        used = [name for name in sizes if fnmatch.fnmatchcase(name, "model*.safetensors")] + [INDEX, "config.json"]
+        wanted = [*used, *sort_files(sizes, used).companions]
         commit = str(info.sha)
         directory = snapshot_download(
             model.repo,
             revision=commit,
-            allow_patterns=["model*.safetensors", INDEX, "config.json", *COMPANIONS],
-            ignore_patterns=["*/*"],
+            allow_patterns=[glob.escape(name) for name in wanted],
         )
     except GatedRepoError:
         raise AccullmError(
@@ -136,32 +117,3 @@ def is_cached(model: HubId) -> bool:
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return all(cached(shard) is not None for shard in shards)
-
-
-def refuse_pickled(names: list[str], where: object, load_from: str) -> None:
-    """Refuse a model that has weights, but none in safetensors.
-
-    Raises:
-        AccullmError: only pickled weights, or none at all.
-    """
-    if WEIGHTS in names or INDEX in names:
-        return
-    pickled = sorted(name for name in names if name.endswith(PICKLED))
-    if pickled:
-        raise AccullmError(
-            f"the weights are pickled ({pickled[0]}), and loading a pickle can run any code in it",
-            where,
-            'convert it once where you trust it: python -c "from transformers import AutoModelForCausalLM as M, '
-            f"AutoTokenizer as T; M.from_pretrained('{load_from}', dtype='auto').save_pretrained('converted'); "
-            f"T.from_pretrained('{load_from}').save_pretrained('converted')\"",
-        )
-    loose = sorted(name for name in names if name.endswith(".safetensors"))
-    if loose:
-        raise AccullmError(
-            f"holds {loose[0]}, but neither {WEIGHTS} nor {INDEX}", where, "give a Hugging Face model directory"
-        )
-    gguf = sorted(name for name in names if name.endswith(".gguf"))
-    if gguf:
-        hint = f"give one of them: {where / gguf[0]}" if isinstance(where, Path) else "download one and give its path"
-        raise AccullmError("holds GGUF files only", where, hint)
-    raise AccullmError(f"holds no weights ({WEIGHTS})", where, "give a Hugging Face model directory")

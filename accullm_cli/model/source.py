@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,14 +13,14 @@ from typing import Any
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.model.alias import aliases
-from accullm_cli.model.integrity import ContentHashes, TensorInfo, check_finite, read_header
+from accullm_cli.model.files import inside, list_files, refuse_adapter, sort_files
+from accullm_cli.model.gguf import MARKER
+from accullm_cli.model.integrity import ContentHashes, TensorInfo, check_finite
 from accullm_cli.model.supported import check_supported, read_config
+from accullm_cli.model.weights import read_weights, refuse_pickled
 from accullm_cli.progress import Progress, silent
 
 __all__ = ["ModelSource", "TensorInfo", "check_finite", "check_shapes", "open_source"]
-
-# Why it is dangerous to follow a name out of the model's directory: companions are copied into artifacts.
-_OUTSIDE_HINT = "a model's files must lie in its own directory; copy the file there if you trust it"
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class ModelSource:
     origin: what the user typed, resolved ("meta-llama/Llama-2-7b-hf@<commit>", or an absolute path).
     directory: holds config.json and the safetensors files.
     tensors: by checkpoint name.
-    companions: tokenizer, generation config, chat template and licence files, to be copied as they are.
+    companions: files to be copied as they are (tokenizer, templates, licences, ...), by name relative to the directory.
     sha256: hex, over the content of config.json, the weight files and the companions.
     weight_bytes: size of the weight files.
     records: what is not as the user may expect ("source weights are Q4_1 ...").
@@ -44,7 +42,7 @@ class ModelSource:
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
-    companions: tuple[Path, ...]
+    companions: Mapping[str, Path]
     sha256: str
     weight_bytes: int
     records: tuple[str, ...]
@@ -97,41 +95,33 @@ def open_directory(
     records: tuple[str, ...] = (),
 ) -> ModelSource:
     """`open_source` for a Hugging Face directory: one model.safetensors, or shards with an index."""
-    from accullm_cli.model.hub import COMPANIONS, INDEX, WEIGHTS, refuse_pickled
-
     directory = Path(os.path.abspath(directory))
-    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+    names = {entry.name for entry in directory.iterdir() if entry.is_file()}
+    refuse_adapter(names, directory)
     if "config.json" not in names:
         if not any(entry.endswith(".safetensors") for entry in names):
             refuse_pickled(names, directory, str(directory))
         raise AccullmError("holds no config.json", directory, "give a Hugging Face model directory")
-    config_file = _inside(directory, "config.json", directory)
+    config_file = inside(directory, "config.json", directory)
     config = read_config(config_file)
     records += check_supported(config, config_file)
-    refuse_pickled(names, directory, str(directory))
-    if WEIGHTS in names:
-        files = [_inside(directory, WEIGHTS, directory)]
-        tensors = read_header(files[0])
-    else:
-        tensors = _read_shards(directory, directory / INDEX)
-        files = sorted({tensor.file for tensor in tensors.values()})
-    companions = tuple(
-        _inside(directory, entry, directory)
-        for entry in names
-        if any(fnmatch.fnmatchcase(entry, pattern) for pattern in COMPANIONS)
-    )
-    hashes = ContentHashes(cache, progress).of([config_file, *files, *companions])
-    content = sorted(f"{path.name} {digest}" for path, digest in hashes.items())
+    weights = read_weights(directory, names)
+    sizes, unseen = list_files(directory, cache)
+    files = sort_files(sizes, {"config.json", MARKER, *weights.files}, unseen)
+    companions = {name: inside(directory, name, directory) for name in files.companions}
+    shards = sorted({tensor.file for tensor in weights.tensors.values()})
+    hashes = ContentHashes(cache, progress).of([config_file, *shards, *companions.values()])
+    content = sorted(f"{path.relative_to(directory).as_posix()} {digest}" for path, digest in hashes.items())
     return ModelSource(
         name=name or _short_name(directory),
         origin=origin or str(directory),
         directory=directory,
         config=config,
-        tensors=tensors,
+        tensors=weights.tensors,
         companions=companions,
         sha256=hashlib.sha256("\n".join(content).encode()).hexdigest(),
-        weight_bytes=sum(path.stat().st_size for path in files),
-        records=records,
+        weight_bytes=sum(path.stat().st_size for path in shards),
+        records=(*records, *weights.records, *files.records),
     )
 
 
@@ -174,48 +164,6 @@ def _open_gguf(path: Path, cache: Path, progress: Progress) -> ModelSource:
     directory = cache / "imported" / f"{name}-{digest[:16]}"
     records = import_gguf(path, directory, progress)
     return open_directory(directory, cache, progress, name=name, origin=str(path), records=records)
-
-
-def _read_shards(directory: Path, index: Path) -> dict[str, TensorInfo]:
-    """The tensors of a sharded checkpoint; index and shards must agree exactly."""
-    try:
-        weight_map: Mapping[str, str] = json.loads(_inside(directory, index.name, directory).read_bytes())["weight_map"]
-        shards = sorted(set(weight_map.values()))
-        if not shards or not all(isinstance(shard, str) for shard in shards):
-            raise TypeError("weight_map names no files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AccullmError(f"not an index of shards ({error})", index, "download it again") from None
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        file = _inside(directory, shard, index)
-        if not file.is_file():
-            raise AccullmError(f"names {shard}, which is absent", index, "download the missing file")
-        for name, tensor in read_header(file).items():
-            if weight_map.get(name) != shard:
-                place = f"puts it into {weight_map[name]}" if name in weight_map else "does not name it"
-                raise AccullmError(f"{shard} holds tensor {name}, but the index {place}", index, "download both again")
-            tensors[name] = tensor
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise AccullmError(f"puts tensor {name} into {shard}, which does not hold it", index, "download both again")
-    return {name: tensors[name] for name in weight_map}
-
-
-def _inside(directory: Path, name: str, named_by: Path) -> Path:
-    """The path of a model's file, after links; it must not lead out of the model's directory.
-
-    One exception: in the hub's cache, a snapshot's files are links into the blobs of the same repository.
-    """
-    if os.path.isabs(name) or ".." in Path(name).parts:
-        raise AccullmError(f"names {name}, outside the model's directory", named_by, _OUTSIDE_HINT)
-    file = directory / name
-    target = Path(os.path.realpath(file))
-    allowed = [Path(os.path.realpath(directory))]
-    if directory.parent.name == "snapshots":
-        allowed.append(Path(os.path.realpath(directory.parent.parent / "blobs")))
-    if not any(target.is_relative_to(root) for root in allowed):
-        raise AccullmError(f"{name} is a link to {target}, outside the model's directory", named_by, _OUTSIDE_HINT)
-    return file
 
 
 def _short_name(path: Path) -> str:

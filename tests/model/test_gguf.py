@@ -148,9 +148,9 @@ def test_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer("hat")["input_ids"]) == ["h", "a", "t"]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hat"}], tokenize=False) == "hat"
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} == {
-        companion.name for companion in source.companions
-    }
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} == set(
+        source.companions
+    )
 
 
 def test_says_what_was_dequantized_rounded_and_left_out(tmp_path: Path) -> None:
