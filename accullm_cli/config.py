@@ -118,8 +118,8 @@ class Calibration(Section):
     text: str = option(
         "default",
         "Calibration text: 'default' (prose, code and generated documents that need no download), 'self' (text that "
-        "the model samples), a file, or a dataset on the hub as 'hub:NAME[:COLUMN]'. A file is UTF-8: plain text, or JSON "
-        "Lines with messages (through the model's chat template), text, or prompt and completion.",
+        "the model samples), a file, or a dataset on the hub as 'hub:NAME[:COLUMN]'. A file is UTF-8: plain text, or "
+        "JSON Lines with messages (through the model's chat template), text, or prompt and completion.",
         flag="--calibration",
         example="corpus.txt",
     )
@@ -256,7 +256,8 @@ class Validation(Section):
     other_text: str = option(
         "default",
         "Text of another kind, on which the report gives the figures too: 'default' (C++, the headers that come with "
-        "torch), 'none', or a file, as for --calibration. It takes half as many windows, and the contract is not judged on it.",
+        "torch), 'none', or a file, as for --calibration. It takes half as many windows, and the contract is "
+        "not judged on it.",
         example="letters.txt",
     )
     speed: bool = option(
