@@ -256,8 +256,7 @@ class Validation(Section):
     other_text: str = option(
         "default",
         "Text of another kind, on which the report gives the figures too: 'default' (C++, the headers that come with "
-        "torch), 'none', or a file, as for --calibration. It takes half as many windows, and the contract is "
-        "not judged on it.",
+        "torch), 'none', or a file. It takes half as many windows, and the contract is not judged on it.",
         example="letters.txt",
     )
     speed: bool = option(
