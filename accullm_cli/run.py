@@ -34,8 +34,10 @@ Code = Literal[
     "up to date",
 ]
 
+# What the hub has of the source beside what was fetched.
+HUB_RECORDS = "hub-files.json"
 # What a run directory holds before its first stage has written anything.
-_BEFORE_ANY_STAGE = {".lock", "run.yaml", "source-hashes.json"}
+_BEFORE_ANY_STAGE = {".lock", "run.yaml", "source-hashes.json", HUB_RECORDS}
 
 # The prefix of an input's name tells what kind of change it is.
 _CODE_BY_PREFIX: dict[str, Code] = {

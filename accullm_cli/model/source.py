@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.model.alias import aliases
@@ -19,6 +20,10 @@ from accullm_cli.model.integrity import ContentHashes, TensorInfo, check_finite
 from accullm_cli.model.supported import check_supported, read_config
 from accullm_cli.model.weights import read_weights, refuse_pickled
 from accullm_cli.progress import Progress, silent
+from accullm_cli.run import HUB_RECORDS, write_text
+
+if TYPE_CHECKING:
+    from accullm_cli.model.hub import Snapshot
 
 __all__ = ["ModelSource", "TensorInfo", "check_finite", "check_shapes", "open_source"]
 
@@ -80,9 +85,15 @@ def open_source(model: str, cache: Path, progress: Progress = silent) -> ModelSo
             model,
             f"did you mean {near[0]}?" if near else "'accullm models' lists the aliases",
         )
-    directory, commit = download(hub_id)
-    name = alias.name if alias else hub_id.repo.rpartition("/")[2]
-    return open_directory(directory, cache, progress, name=name, origin=f"{hub_id.repo}@{commit}")
+    snapshot = download(hub_id, progress)
+    return open_directory(
+        snapshot.directory,
+        cache,
+        progress,
+        name=alias.name if alias else hub_id.repo.rpartition("/")[2],
+        origin=f"{hub_id.repo}@{snapshot.commit}",
+        left_behind=_remembered(snapshot, cache / HUB_RECORDS),
+    )
 
 
 def open_directory(
@@ -93,8 +104,13 @@ def open_directory(
     name: str | None = None,
     origin: str | None = None,
     records: tuple[str, ...] = (),
+    left_behind: tuple[str, ...] | None = None,
 ) -> ModelSource:
-    """`open_source` for a Hugging Face directory: one model.safetensors, or shards with an index."""
+    """`open_source` for a Hugging Face directory: one model.safetensors, or shards with an index.
+
+    Args:
+        left_behind: what of the model was not fetched, where that is known.
+    """
     directory = Path(os.path.abspath(directory))
     names = {entry.name for entry in directory.iterdir() if entry.is_file()}
     refuse_adapter(names, directory)
@@ -121,7 +137,7 @@ def open_directory(
         companions=companions,
         sha256=hashlib.sha256("\n".join(content).encode()).hexdigest(),
         weight_bytes=sum(path.stat().st_size for path in shards),
-        records=(*records, *weights.records, *files.records),
+        records=(*records, *weights.records, *(files.records if left_behind is None else left_behind)),
     )
 
 
@@ -153,6 +169,21 @@ def check_shapes(source: ModelSource, expected: Mapping[str, tuple[int, ...]]) -
 
 def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1:,} more)" if len(names) > 1 else ""
+
+
+def _remembered(snapshot: Snapshot, path: Path) -> tuple[str, ...] | None:
+    """What the hub has beside what was fetched: as it says now, else as it said when this run began.
+
+    So a run that resumes without a network writes the same artifact.
+    """
+    if snapshot.left_behind is not None:
+        write_text(path, json.dumps({snapshot.commit: snapshot.left_behind}))
+        return snapshot.left_behind
+    try:
+        content: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return tuple(content[snapshot.commit]) if snapshot.commit in content else None
 
 
 def _open_gguf(path: Path, cache: Path, progress: Progress) -> ModelSource:
