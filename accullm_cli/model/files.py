@@ -190,6 +190,6 @@ def _is_hub_blob(path: Path) -> bool:
     )
 
 
-def _few(names: tuple[str, ...], limit: int = 8) -> str:
+def _few(names: tuple[str, ...], limit: int = 20) -> str:
     shown = ", ".join(names[:limit])
     return f"{shown} and {len(names) - limit:,} more" if len(names) > limit else shown

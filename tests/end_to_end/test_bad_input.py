@@ -140,6 +140,11 @@ CASES: dict[str, tuple[Edit, str]] = {
         "{d}/config.json: transformers cannot build the model (Padding_idx must be within num_embeddings; pad_token_id "
         "is 300); correct the value",
     ),
+    "an adapter beside the weights": (
+        lambda d: [(d / f"adapter_{part}").write_text("{}") for part in ("config.json", "model.safetensors")],
+        "{d}: holds an unmerged adapter (LoRA) beside a model (adapter_config.json); merge it into the model first "
+        "(peft: merge_and_unload, then save_pretrained), or take it away to convert the model without it",
+    ),
     "no tokenizer": (
         lambda d: [path.unlink() for path in d.glob("tokenizer*")],
         "{d}: holds no tokenizer; copy tokenizer.json and tokenizer_config.json there",
@@ -173,9 +178,26 @@ def test_a_refusal_before_any_work_leaves_no_run_directory(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("case", ["no tokenizer", "a token beyond the embedding"])
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    case: str, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(whole, model)
+    spoil, message = CASES[case]
+    spoil(model)
+    small = [*SMALL, "--other-text", "none", "--dry-run"]
+    assert refusal(capfd, model, *small) == (2, f"error: {message.format(d=model)}\n")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (
+            b"[1, 2]",
+            "{f}: is a JSON array, not JSON Lines; give one object a line with messages, text, or prompt and "
+            "completion",
+        ),
         (b"hello", "{f}: holds 5 tokens, but one window needs 32; give more text or a smaller --seq-len"),
         (b"caf\xe9 " * 100, "{f}: not UTF-8 (byte 0xe9 at offset 3); convert it to UTF-8"),
     ],

@@ -72,6 +72,6 @@ def test_a_file_that_is_far_too_large_for_a_companion_is_left_behind() -> None:
 
 
 def test_many_names_are_counted() -> None:
-    files = sort_files({f"{number:02d}.bin": 1 for number in range(11)}, ("00.bin",))
-    shown = ", ".join(f"{number:02d}.bin" for number in range(1, 9))
+    files = sort_files({f"{number:02d}.bin": 1 for number in range(23)}, ("00.bin",))
+    shown = ", ".join(f"{number:02d}.bin" for number in range(1, 21))
     assert files.records == (f"left behind: weights that are not read ({shown} and 2 more)",)
