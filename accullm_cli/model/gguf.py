@@ -204,13 +204,14 @@ def _restore_rope_scaling(contents: _Contents, config: Any) -> None:
     stored = [tensor for tensor in contents.reader.tensors if tensor.name.startswith("rope_")]
     if not stored:
         return
-    if [tensor.name for tensor in stored] == ["rope_freqs.weight"]:
+    plain = (config.rope_parameters or {}).get("rope_type") == "default"
+    if plain and [tensor.name for tensor in stored] == ["rope_freqs.weight"]:
         factors = torch.tensor(stored[0].data, dtype=torch.float32)
         theta = config.rope_parameters["rope_theta"]
         config.rope_parameters = {**_LLAMA3_ROPE, "rope_theta": theta, "factor": round(float(factors.max()), 4)}
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-        plain = theta ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
-        if scaled.shape == factors.shape and torch.allclose(plain / scaled, factors, rtol=1e-3):
+        unscaled = theta ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
+        if scaled.shape == factors.shape and torch.allclose(unscaled / scaled, factors, rtol=1e-3):
             return
     raise AccullmError(
         f"tensor {stored[0].name} scales the rotary frequencies in a way that cannot be imported",

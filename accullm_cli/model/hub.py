@@ -128,14 +128,15 @@ def _fetch(model: HubId, info: ModelInfo, progress: Progress, pause: Callable[[f
         raise AccullmError("holds no config.json", model, "give the repository of a model")
     files = sort_files(sizes, used)
     wanted = {name: sizes[name] for name in (*sorted(used & sizes.keys()), *files.companions)}
-    # By the branch's name first, so that the cache knows its commit and serves it when there is no network.
-    fetch("config.json", model.revision or constants.DEFAULT_REVISION)
     directory = Path(fetch("config.json")).parent
     absent = {name: size for name, size in wanted.items() if not (directory / name).exists()}
     # Leaving the meter stops what still runs, which the pool would wait for.
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool, _Meter(absent, str(model), progress) as meter:
         for _ in pool.map(lambda name: fetch(name, commit, meter.bar()), absent):
             pass
+    if model.revision != commit:
+        # By the branch's name, so that the cache knows its commit and serves it when there is no network.
+        fetch("config.json", model.revision or constants.DEFAULT_REVISION)
     return Snapshot(directory, commit, files.records)
 
 
@@ -158,9 +159,10 @@ def _without_hub(model: HubId, error: Exception, reached: bool) -> Snapshot:
         ) from None
     if status is not None and status not in _BUSY:
         raise AccullmError(f"the hub refuses ({' '.join(str(error).split())})", model) from None
-    commit = _cached_commit(model)
-    if commit is not None:
-        return Snapshot(*commit, None)
+    # Once the hub has named a commit, an older one in the cache is not what was asked for.
+    cached = None if reached else _cached_commit(model)
+    if cached is not None:
+        return Snapshot(*cached, None)
     if status is not None:
         raise AccullmError(
             f"the hub is busy (it answered {status} to {len(_WAITS) + 1} requests)",

@@ -318,6 +318,16 @@ def test_other_frequency_factors_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_frequency_factors_beside_another_scaling_are_refused(tmp_path: Path) -> None:
+    metadata = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+    factors = np.ones(HIDDEN // HEADS // 2, np.float32)
+    path = write(tmp_path / "tiny.gguf", extra={"rope_freqs.weight": factors}, metadata=metadata)
+    assert refusal(path) == (
+        f"{path}: tensor rope_freqs.weight scales the rotary frequencies in a way that cannot be imported; "
+        "give the model's safetensors checkpoint"
+    )
+
+
 def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "tiny.gguf")
     path.write_bytes(path.read_bytes()[:-5000])

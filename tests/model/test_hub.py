@@ -130,7 +130,7 @@ def test_hub_ids_have_an_owner_a_name_and_perhaps_a_revision(text: str, expected
 def test_what_is_read_or_copied_is_fetched_and_the_rest_is_named(hub: Hub, tmp_path: Path) -> None:
     source = open_source("owner/tiny", tmp_path / "run")
     fetched = ["config.json", "model.safetensors", "templates/tools.jinja", "tokenizer.json"]
-    assert hub.fetched() == fetched[1:]  # config.json came by the branch's name
+    assert hub.fetched() == fetched
     assert sorted(path.relative_to(source.directory).as_posix() for path in source.directory.rglob("*.*")) == fetched
     assert (source.name, source.origin) == ("tiny", f"owner/tiny@{COMMIT}")
     assert set(source.tensors) == set(tensors())
@@ -147,6 +147,16 @@ def test_a_run_that_goes_on_without_network_says_and_hashes_the_same(
     online = open_source("owner/tiny", tmp_path / "run")
     point_to("http://127.0.0.1:9", monkeypatch)
     assert open_source("owner/tiny", tmp_path / "run") == online
+
+
+def test_a_newer_commit_that_does_not_arrive_is_refused_and_leaves_the_older_one_to_use_offline(
+    hub: Hub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = put(cache, complete(tmp_path), OTHER_COMMIT)
+    hub.breaks["model.safetensors"], hub.vanishes = 100, True
+    assert refusal().startswith("owner/tiny: the download broke off (")
+    point_to("http://127.0.0.1:9", monkeypatch)
+    assert fetch()[:2] == (older, OTHER_COMMIT)
 
 
 def test_a_model_that_is_cached_is_not_fetched_again(hub: Hub) -> None:
