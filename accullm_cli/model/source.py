@@ -18,12 +18,15 @@ from accullm_cli.model.files import inside, list_files, refuse_adapter, sort_fil
 from accullm_cli.model.gguf import MARKER
 from accullm_cli.model.integrity import ContentHashes, TensorInfo, check_finite
 from accullm_cli.model.supported import check_supported, read_config
-from accullm_cli.model.weights import read_weights, refuse_pickled
+from accullm_cli.model.weights import INDEX, WEIGHTS, read_weights, refuse_pickled
 from accullm_cli.progress import Progress, silent
 from accullm_cli.run import HUB_RECORDS, write_text
 
 if TYPE_CHECKING:
     from accullm_cli.model.hub import Snapshot
+
+# Where in the cache the directories lie that GGUF files have become.
+IMPORTS = "imported"
 
 __all__ = ["ModelSource", "TensorInfo", "check_finite", "check_shapes", "open_source"]
 
@@ -113,6 +116,10 @@ def open_directory(
     """
     directory = Path(os.path.abspath(directory))
     names = {entry.name for entry in directory.iterdir() if entry.is_file()}
+    for wanted in ("config.json", WEIGHTS, INDEX):
+        if wanted not in names and (directory / wanted).is_symlink():
+            target = os.readlink(directory / wanted)
+            raise AccullmError(f"{wanted} is a link to {target}, which is no file", directory, "download it again")
     refuse_adapter(names, directory)
     if "config.json" not in names:
         if not any(entry.endswith(".safetensors") for entry in names):
@@ -123,7 +130,8 @@ def open_directory(
     records += check_supported(config, config_file)
     weights = read_weights(directory, names)
     sizes, unseen = list_files(directory, cache)
-    files = sort_files(sizes, {"config.json", MARKER, *weights.files}, unseen)
+    imported = {MARKER} if directory.parent == Path(os.path.abspath(cache / IMPORTS)) else set()
+    files = sort_files(sizes, {"config.json", *imported, *weights.files}, unseen)
     companions = {name: inside(directory, name, directory) for name in files.companions}
     shards = sorted({tensor.file for tensor in weights.tensors.values()})
     hashes = ContentHashes(cache, progress).of([config_file, *shards, *companions.values()])
@@ -192,7 +200,7 @@ def _open_gguf(path: Path, cache: Path, progress: Progress) -> ModelSource:
     path = Path(os.path.abspath(path))
     digest = ContentHashes(cache, progress).of([path])[path]
     name = _short_name(path.with_suffix(""))
-    directory = cache / "imported" / f"{name}-{digest[:16]}"
+    directory = cache / IMPORTS / f"{name}-{digest[:16]}"
     records = import_gguf(path, directory, progress)
     return open_directory(directory, cache, progress, name=name, origin=str(path), records=records)
 

@@ -46,7 +46,7 @@ def test_reads_every_shard_in_the_order_of_the_index(sharded: Path) -> None:
 
 def test_companions_are_all_files_but_weights_code_and_what_is_hidden(model: Path) -> None:
     companions = ["LICENSE.txt", "README.md", "additional_chat_templates/tools.jinja", "chat_template.jinja",
-                  "mm/processor_config.json", "trainer_state.json", "voices.dat"]  # fmt: skip
+                  "imported.json", "mm/processor_config.json", "trainer_state.json", "voices.dat"]  # fmt: skip
     left = ["modeling_evil.py", "optimizer.pt", "pytorch_model.bin", "original/consolidated.00.pth", ".gitattributes",
             "consolidated.safetensors", "pytorch_model.bin.index.json"]  # fmt: skip
     for name in (*companions, *left):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from accullm_cli.model import integrity
 from tests.model.checkpoints import AGAIN, read, refusal, tensors, write_config, write_index
 
 # -- what is refused: configuration ------------------------------------------------------------------------------
@@ -140,6 +142,21 @@ def test_refuses_a_directory_of_gguf_files_and_names_one(model: Path) -> None:
     (model / "config.json").unlink()
     (model / "model.safetensors").rename(model / "tiny.Q4_0.gguf")
     assert refusal(model) == f"{model}: holds GGUF files only; give one of them: {model}/tiny.Q4_0.gguf"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_refuses_a_link_to_nowhere_in_place_of_what_is_read(model: Path, name: str) -> None:
+    (model / name).unlink()
+    (model / name).symlink_to("../../blobs/gone")
+    assert refusal(model) == f"{model}: {name} is a link to ../../blobs/gone, which is no file; download it again"
+
+
+def test_refuses_a_companion_that_cannot_be_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(integrity, "file_sha256", fail)  # the tests may run as root, who may read everything
+    assert refusal(model) == f"{model}/config.json: cannot be read (permission denied)"
 
 
 def test_refuses_weights_that_are_cut_short(model: Path) -> None:
