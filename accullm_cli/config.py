@@ -118,7 +118,8 @@ class Calibration(Section):
     text: str = option(
         "default",
         "Calibration text: 'default' (prose, code and generated documents that need no download), 'self' (text that "
-        "the model samples), a UTF-8 file, or a dataset on the hub as 'hub:NAME[:COLUMN]'.",
+        "the model samples), a file, or a dataset on the hub as 'hub:NAME[:COLUMN]'. A file is UTF-8: plain text, or "
+        "JSON Lines with messages (through the model's chat template), text, or prompt and completion.",
         flag="--calibration",
         example="corpus.txt",
     )
@@ -247,7 +248,7 @@ class Validation(Section):
 
     text: str = option(
         "default",
-        "Held-out text: 'default' (prose and code that calibration never sees) or a UTF-8 file.",
+        "Held-out text: 'default' (prose and code that calibration never sees) or a file, as for --calibration.",
         flag="--validation-text",
         example="held-out.txt",
     )
@@ -255,7 +256,7 @@ class Validation(Section):
     other_text: str = option(
         "default",
         "Text of another kind, on which the report gives the figures too: 'default' (C++, the headers that come with "
-        "torch), 'none', or a UTF-8 file. It takes half as many windows, and the contract is not judged on it.",
+        "torch), 'none', or a file. It takes half as many windows, and the contract is not judged on it.",
         example="letters.txt",
     )
     speed: bool = option(

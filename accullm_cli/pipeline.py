@@ -40,6 +40,7 @@ from accullm_cli.stages.checks import (
     check_config,
     check_lengths,
     check_positions,
+    check_texts,
     preflight,
     refuse_golden,
 )
@@ -209,6 +210,7 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
         job = Job(config, run, source, progress, only)
         check_positions(job)
         decoder = preflight(job, artifact_path(config))
+        check_texts(job)
         decided = _decide_search(job, fresh) if config.search.golden else _decide_stages(job, fresh)
         stages = tuple(PlannedStage(name, str(why), why.runs) for name, why in decided.items())
         plan = make_plan(job, decoder)

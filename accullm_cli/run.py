@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -33,8 +34,10 @@ Code = Literal[
     "up to date",
 ]
 
+# What the hub has of the source beside what was fetched.
+HUB_RECORDS = "hub-files.json"
 # What a run directory holds before its first stage has written anything.
-_BEFORE_ANY_STAGE = {".lock", "run.yaml", "source-hashes.json"}
+_BEFORE_ANY_STAGE = {".lock", "run.yaml", "source-hashes.json", HUB_RECORDS}
 
 # The prefix of an input's name tells what kind of change it is.
 _CODE_BY_PREFIX: dict[str, Code] = {
@@ -251,14 +254,21 @@ def existing_parent(path: Path) -> Path:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Make `path` appear at once: `write` fills a temporary file beside it, which is synced and renamed."""
+    """Make `path` appear at once: `write` fills a temporary file beside it, which is synced and renamed.
+
+    Its mode is what a plain `open` would give, the umask's: safetensors makes files that their owner alone can read.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with machine_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.unlink(missing_ok=True)
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             write(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            temporary.chmod(mode)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def make_parts(
     outliers: tuple[int, ...] = (),
     keep: tuple[str, ...] = (),
     scale_dtype: str = "float16",
-    companions: tuple[Path, ...] = (),
+    companions: Mapping[str, Path] | None = None,
     scale_bits: int = 16,
     embedding_bits: int = 16,
 ) -> Made:
@@ -155,7 +156,7 @@ def make_parts(
     config["architectures"] = [type(model).__name__]
     parts = Parts(
         config=config,
-        companions=companions,
+        companions=companions or {},
         plan=Plan(plans, scale_dtype, embedding_plans),
         shape=ModelShape(model.config.model_type, model.dtype, kinds),
         blocks=tuple(shards),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from accullm_cli.errors import AccullmError, MachineError
 from accullm_cli.run import (
@@ -171,6 +174,18 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, fail
         write_file(path, write)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["shard"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_a_file_takes_the_mode_of_the_umask_whoever_writes_it(tmp_path, umask, mode):
+    path = tmp_path / "shard.safetensors"
+    (tmp_path / f".{path.name}.tmp").touch(0o600)  # left by a process that was killed
+    before = os.umask(umask)
+    try:
+        write_file(path, lambda temporary: save_file({"w": torch.zeros(2)}, temporary))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
 def test_until_the_rename_readers_see_the_old_file(tmp_path):

@@ -103,7 +103,7 @@ def compare(a: Path, b: Path, max_mean_kl: float | None = None) -> Comparison:
 
 def _open(path: Path) -> StoredArtifact | TensorFiles:
     if path.is_dir() and artifact_format(path) is None:
-        return TensorFiles.open(path)
+        return TensorFiles.open(path, of_artifact=False)
     return open_artifact(path)
 
 

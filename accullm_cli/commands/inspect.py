@@ -145,7 +145,7 @@ def _fidelity_facts(fidelity: Mapping[str, Any]) -> Iterator[Fact]:
 
 def _inspect_checkpoint(path: Path) -> Inspection:
     config = read_json(path / "config.json")
-    infos = TensorFiles.open(path).infos
+    infos = TensorFiles.open(path, of_artifact=False).infos
     rows = [
         LinearRow(
             name=name.removesuffix(".weight"),

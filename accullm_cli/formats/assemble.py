@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,22 @@ def assemble(
     for source, shard in zip(outside, shards[len(quantized) :], strict=True):
         rename(source, shard)
     write_index(directory, shards)
-    for companion in parts.companions:
-        copy_companion(companion, directory / companion.name)
+    for name, companion in parts.companions.items():
+        copy_companion(companion, directory / _free_name(name, parts.companions))
     write_text(directory / "config.json", json.dumps({**parts.config, **config}, indent=2) + "\n")
     write_card(directory, parts, format_name, sum(shard.stat().st_size for shard in shards))
     write_manifest(directory, parts, format_name)
     sync_directory(directory)
+
+
+def _free_name(name: str, companions: Container[str]) -> str:
+    """What a companion is called in the artifact, which has a model card of its own."""
+    if name.lower() != CARD_NAME.lower():
+        return name
+    stem, suffix = Path(name).stem, Path(name).suffix
+    while (name := f"{(stem := f'{stem}.original')}{suffix}") in companions:
+        pass
+    return name
 
 
 def copy_companion(source: Path, target: Path) -> None:

@@ -50,7 +50,7 @@ class Parts:
     """Everything an export assembles an artifact from.
 
     config: the source's config.json, without any quantization_config.
-    companions: tokenizer, generation and licence files to copy as they are.
+    companions: files to copy as they are (tokenizer, templates, licences, ...), by their names in the artifact.
     blocks: the shards that the quantize stage wrote, one per decoder block, in order. They are native already: for a
         quantized linear NAME its tensors NAME.qweight, NAME.scales, ... (`QuantizedLinear.to_tensors`), and every
         other tensor of the block (norms, biases, linears left in 16 bits) under its name in the module tree.
@@ -61,7 +61,7 @@ class Parts:
     """
 
     config: Mapping[str, Any]
-    companions: tuple[Path, ...]
+    companions: Mapping[str, Path]
     plan: Plan
     shape: ModelShape
     blocks: tuple[Path, ...]

@@ -45,15 +45,19 @@ class TensorFiles:
         self.infos = infos
 
     @classmethod
-    def open(cls, directory: Path) -> TensorFiles:
+    def open(cls, directory: Path, of_artifact: bool = True) -> TensorFiles:
         """Read the headers of the files that the index names (or of the one file without an index).
+
+        Args:
+            of_artifact: index and files agree exactly. Of any other checkpoint, what the files hold counts, and one
+                file comes before an index, as in transformers.
 
         Raises:
             AccullmError: no tensors at all; the index is malformed or points outside the directory; a file is
-                absent or truncated; index and files disagree about a tensor.
+                absent or truncated; index and files disagree about a tensor, or two files hold it.
         """
         index_path = directory / INDEX_NAME
-        if not index_path.exists():
+        if not index_path.exists() or (not of_artifact and (directory / SINGLE_NAME).exists()):
             if not (directory / SINGLE_NAME).exists():
                 raise AccullmError(f"holds neither {INDEX_NAME} nor {SINGLE_NAME}", directory, "copy it again")
             return cls(directory, tensors_of(directory / SINGLE_NAME))
@@ -62,7 +66,9 @@ class TensorFiles:
         for file in sorted(set(files_of.values())):
             header = tensors_of(directory / file)
             for name in header:
-                if files_of.get(name) != file:
+                if name in infos:
+                    raise AccullmError(f"tensor {name} is in {infos[name].file} already", directory / file)
+                if of_artifact and files_of.get(name) != file:
                     raise AccullmError(f"tensor {name} is not in the index under this file", directory / file)
             infos |= header
         for name, file in files_of.items():

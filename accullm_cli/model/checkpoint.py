@@ -57,10 +57,17 @@ def build_skeleton(directory: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = model_class(config)._from_config(
-            config, dtype=torch.float32, experts_implementation="eager"
-        )
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = model_class(config)._from_config(
+                config, dtype=torch.float32, experts_implementation="eager"
+            )
+    except AssertionError as error:  # torch's: an embedding's padding lies beyond it
+        raise AccullmError(
+            f"transformers cannot build the model ({error}; pad_token_id is {config.get_text_config().pad_token_id})",
+            directory / "config.json",
+            "correct the value",
+        ) from None
     return model.eval().requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import struct
 from collections import Counter
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.gguf_metadata import settle
 from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.run import machine_errors, sync_directory
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MARKER = "imported.json"
+# Of what an import makes of a file; an import of another version is made again.
+_VERSION = 2
 
 _UNQUANTIZED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SAFETENSORS_NAME = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -49,12 +53,14 @@ class _Contents:
     """An opened GGUF file.
 
     settings: the model's configuration as transformers' mapping gives it.
+    metadata: by key; None for the tokenizer's lists.
     """
 
     path: Path
     reader: GGUFReader
     architecture: str
     settings: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
 
 def import_gguf(path: Path, directory: Path, progress: Progress = silent) -> tuple[str, ...]:
@@ -71,8 +77,8 @@ def import_gguf(path: Path, directory: Path, progress: Progress = silent) -> tup
     with machine_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
-        if (directory / MARKER).exists():
-            return _read_records(directory)
+        if (records := _read_records(directory)) is not None:
+            return records
         contents = _open(path)
         temporary = directory.with_name(f".{directory.name}.tmp")
         try:
@@ -80,13 +86,14 @@ def import_gguf(path: Path, directory: Path, progress: Progress = silent) -> tup
                 shutil.rmtree(temporary, ignore_errors=True)
                 shutil.rmtree(directory, ignore_errors=True)  # unfinished, from before directories appeared at once
                 temporary.mkdir()
-                records = _write(contents, temporary, progress)
-                (temporary / MARKER).write_text(json.dumps({"source": path.name, "records": records}), encoding="utf-8")
+                written = _write(contents, temporary, progress)
+                content = {"version": _VERSION, "source": path.name, "records": written}
+                (temporary / MARKER).write_text(json.dumps(content), encoding="utf-8")
                 os.replace(temporary, directory)
                 sync_directory(directory.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return tuple(records)
+    return tuple(written)
 
 
 @contextmanager
@@ -97,8 +104,13 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _read_records(directory: Path) -> tuple[str, ...]:
-    return tuple(json.loads((directory / MARKER).read_text(encoding="utf-8"))["records"])
+def _read_records(directory: Path) -> tuple[str, ...] | None:
+    """The records of a finished import; None where there is none of this version."""
+    try:
+        content = json.loads((directory / MARKER).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return tuple(content["records"]) if content.get("version") == _VERSION else None
 
 
 def _open(path: Path) -> _Contents:
@@ -126,16 +138,20 @@ def _open(path: Path) -> _Contents:
             path,
             "give the model's safetensors checkpoint",
         ) from None
-    return _Contents(path, reader, architecture, settings)
+    metadata = {
+        key: None if key.startswith("tokenizer.") and len(field.data) > 1 else field.contents()
+        for key, field in reader.fields.items()
+    }
+    return _Contents(path, reader, architecture, settings, metadata)
 
 
 def _write(contents: _Contents, directory: Path, progress: Progress) -> list[str]:
     """Fill `directory`; returns the records."""
-    model = _build_skeleton(contents)
+    model, unused = _build_skeleton(contents)
     processor, names = _map_names(contents, model)
     tensors = [tensor for tensor in contents.reader.tensors if tensor.name in names]
     dtype = _choose_dtype(tensors)
-    records = _describe(contents, tensors, dtype, names)
+    records = [*_describe(contents, tensors, dtype, names, model.config.num_hidden_layers), *unused]
 
     tokenizer = _read_tokenizer(contents.path)  # before the weights: a file without one is refused at once
     model.config.dtype = dtype
@@ -150,16 +166,25 @@ def _write(contents: _Contents, directory: Path, progress: Progress) -> list[str
     return records
 
 
-def _build_skeleton(contents: _Contents) -> PreTrainedModel:
-    """The model on the meta device, for its names and shapes."""
+def _build_skeleton(contents: _Contents) -> tuple[PreTrainedModel, list[str]]:
+    """The model on the meta device, for its names and shapes, and sentences about metadata that nothing follows."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    stored = {tensor.name: tensor for tensor in contents.reader.tensors}
     try:
         config = AutoConfig.from_pretrained(contents.path.parent, gguf_file=contents.path.name)
+        unused = settle(contents.metadata, contents.architecture, config)
         _restore_rope_scaling(contents, config)
+        if "output.weight" in stored:  # what the file has is used, whatever the class does by itself
+            config.tie_word_embeddings = False
+        if "token_embd.weight" in stored:
+            # A tokenizer may have more tokens than the embedding has rows; GGUF's shapes are the wrong way round.
+            config.vocab_size = int(stored["token_embd.weight"].shape[-1])
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError) as error:
+            return AutoModelForCausalLM.from_config(config), unused
+    except AccullmError as error:
+        raise AccullmError(error.what, contents.path, error.hint) from None
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise AccullmError(
             f"architecture {contents.architecture} is not a causal language model of transformers ({reason})",
@@ -179,13 +204,14 @@ def _restore_rope_scaling(contents: _Contents, config: Any) -> None:
     stored = [tensor for tensor in contents.reader.tensors if tensor.name.startswith("rope_")]
     if not stored:
         return
-    if [tensor.name for tensor in stored] == ["rope_freqs.weight"]:
+    plain = (config.rope_parameters or {}).get("rope_type") == "default"
+    if plain and [tensor.name for tensor in stored] == ["rope_freqs.weight"]:
         factors = torch.tensor(stored[0].data, dtype=torch.float32)
         theta = config.rope_parameters["rope_theta"]
         config.rope_parameters = {**_LLAMA3_ROPE, "rope_theta": theta, "factor": round(float(factors.max()), 4)}
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-        plain = theta ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
-        if scaled.shape == factors.shape and torch.allclose(plain / scaled, factors, rtol=1e-3):
+        unscaled = theta ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
+        if scaled.shape == factors.shape and torch.allclose(unscaled / scaled, factors, rtol=1e-3):
             return
     raise AccullmError(
         f"tensor {stored[0].name} scales the rotary frequencies in a way that cannot be imported",
@@ -224,9 +250,13 @@ def _choose_dtype(tensors: Sequence[ReaderTensor]) -> torch.dtype:
 
 
 def _describe(
-    contents: _Contents, tensors: Sequence[ReaderTensor], dtype: torch.dtype, names: Mapping[str, str]
+    contents: _Contents, tensors: Sequence[ReaderTensor], dtype: torch.dtype, names: Mapping[str, str], blocks: int
 ) -> list[str]:
-    """What the import changes or leaves out, known before it starts."""
+    """What the import changes or leaves out, known before it starts.
+
+    Raises:
+        AccullmError: it would leave out a tensor that the model computes with.
+    """
     records = []
     types = Counter(tensor.tensor_type.name for tensor in tensors if tensor.tensor_type.name not in _UNQUANTIZED)
     if types:
@@ -234,9 +264,33 @@ def _describe(
         records.append(f"source weights are {kinds} in the GGUF file; dequantized to {_name(dtype)}")
     unused = [tensor.name for tensor in contents.reader.tensors if tensor.name not in names]
     unused = [name for name in unused if not name.startswith("rope_")]  # those have been understood
+    for name in unused:
+        if _changes_function(name, blocks):
+            raise AccullmError(
+                f"tensor {name} has no place in transformers' class for architecture {contents.architecture}",
+                contents.path,
+                "give the model's safetensors checkpoint",
+            )
     if unused:
         records.append(f"{len(unused)} tensors of the GGUF file are not part of the model: {', '.join(unused[:5])}")
     return records
+
+
+def _changes_function(name: str, blocks: int) -> bool:
+    """Whether GGUF knows a tensor of this name as a part of what a model computes.
+
+    Not so: the heads that predict further tokens, which lie in blocks of their own, and rotary frequencies that are
+    computed anyway.
+    """
+    from gguf.constants import TENSOR_NAMES
+
+    base, _, kind = name.rpartition(".")
+    block = re.match(r"blk\.(\d+)\.", base)
+    if block and int(block[1]) >= blocks:
+        return False
+    base = re.sub(r"^blk\.\d+\.", "blk.{bid}.", base)
+    known = base in TENSOR_NAMES.values() and ".nextn." not in base and not base.endswith("attn_rot_embd")
+    return known or kind in ("bias", "scale") or "lora" in name
 
 
 def _read_tokenizer(path: Path) -> Any:

@@ -156,7 +156,10 @@ class ContentHashes:
         if to_read:
             self._progress(Event("source", "start", "hashing the source", total=len(to_read)))
         for done, path in enumerate(to_read, start=1):
-            remembered[stamps[path]] = file_sha256(path)
+            try:
+                remembered[stamps[path]] = file_sha256(path)
+            except OSError as error:
+                raise AccullmError(f"cannot be read ({str(error.strerror).lower()})", path) from None
             self._progress(Event("source", "step", path.name, done=done, total=len(to_read)))
         if to_read:
             # A file that changed while it was read has another stamp by now: what was read of it is not remembered.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import hashlib
 import json
 import os
@@ -11,18 +10,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.model.alias import aliases
-from accullm_cli.model.integrity import ContentHashes, TensorInfo, check_finite, read_header
+from accullm_cli.model.files import inside, list_files, refuse_adapter, sort_files
+from accullm_cli.model.gguf import MARKER
+from accullm_cli.model.integrity import ContentHashes, TensorInfo, check_finite
 from accullm_cli.model.supported import check_supported, read_config
+from accullm_cli.model.weights import INDEX, WEIGHTS, read_weights, refuse_pickled
 from accullm_cli.progress import Progress, silent
+from accullm_cli.run import HUB_RECORDS, write_text
+
+if TYPE_CHECKING:
+    from accullm_cli.model.hub import Snapshot
+
+# Where in the cache the directories lie that GGUF files have become.
+IMPORTS = "imported"
 
 __all__ = ["ModelSource", "TensorInfo", "check_finite", "check_shapes", "open_source"]
-
-# Why it is dangerous to follow a name out of the model's directory: companions are copied into artifacts.
-_OUTSIDE_HINT = "a model's files must lie in its own directory; copy the file there if you trust it"
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class ModelSource:
     origin: what the user typed, resolved ("meta-llama/Llama-2-7b-hf@<commit>", or an absolute path).
     directory: holds config.json and the safetensors files.
     tensors: by checkpoint name.
-    companions: tokenizer, generation config, chat template and licence files, to be copied as they are.
+    companions: files to be copied as they are (tokenizer, templates, licences, ...), by name relative to the directory.
     sha256: hex, over the content of config.json, the weight files and the companions.
     weight_bytes: size of the weight files.
     records: what is not as the user may expect ("source weights are Q4_1 ...").
@@ -44,7 +50,7 @@ class ModelSource:
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
-    companions: tuple[Path, ...]
+    companions: Mapping[str, Path]
     sha256: str
     weight_bytes: int
     records: tuple[str, ...]
@@ -82,9 +88,15 @@ def open_source(model: str, cache: Path, progress: Progress = silent) -> ModelSo
             model,
             f"did you mean {near[0]}?" if near else "'accullm models' lists the aliases",
         )
-    directory, commit = download(hub_id)
-    name = alias.name if alias else hub_id.repo.rpartition("/")[2]
-    return open_directory(directory, cache, progress, name=name, origin=f"{hub_id.repo}@{commit}")
+    snapshot = download(hub_id, progress)
+    return open_directory(
+        snapshot.directory,
+        cache,
+        progress,
+        name=alias.name if alias else hub_id.repo.rpartition("/")[2],
+        origin=f"{hub_id.repo}@{snapshot.commit}",
+        left_behind=_remembered(snapshot, cache / HUB_RECORDS),
+    )
 
 
 def open_directory(
@@ -95,43 +107,45 @@ def open_directory(
     name: str | None = None,
     origin: str | None = None,
     records: tuple[str, ...] = (),
+    left_behind: tuple[str, ...] | None = None,
 ) -> ModelSource:
-    """`open_source` for a Hugging Face directory: one model.safetensors, or shards with an index."""
-    from accullm_cli.model.hub import COMPANIONS, INDEX, WEIGHTS, refuse_pickled
+    """`open_source` for a Hugging Face directory: one model.safetensors, or shards with an index.
 
+    Args:
+        left_behind: what of the model was not fetched, where that is known.
+    """
     directory = Path(os.path.abspath(directory))
-    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+    names = {entry.name for entry in directory.iterdir() if entry.is_file()}
+    for wanted in ("config.json", WEIGHTS, INDEX):
+        if wanted not in names and (directory / wanted).is_symlink():
+            target = os.readlink(directory / wanted)
+            raise AccullmError(f"{wanted} is a link to {target}, which is no file", directory, "download it again")
+    refuse_adapter(names, directory)
     if "config.json" not in names:
         if not any(entry.endswith(".safetensors") for entry in names):
             refuse_pickled(names, directory, str(directory))
         raise AccullmError("holds no config.json", directory, "give a Hugging Face model directory")
-    config_file = _inside(directory, "config.json", directory)
+    config_file = inside(directory, "config.json", directory)
     config = read_config(config_file)
     records += check_supported(config, config_file)
-    refuse_pickled(names, directory, str(directory))
-    if WEIGHTS in names:
-        files = [_inside(directory, WEIGHTS, directory)]
-        tensors = read_header(files[0])
-    else:
-        tensors = _read_shards(directory, directory / INDEX)
-        files = sorted({tensor.file for tensor in tensors.values()})
-    companions = tuple(
-        _inside(directory, entry, directory)
-        for entry in names
-        if any(fnmatch.fnmatchcase(entry, pattern) for pattern in COMPANIONS)
-    )
-    hashes = ContentHashes(cache, progress).of([config_file, *files, *companions])
-    content = sorted(f"{path.name} {digest}" for path, digest in hashes.items())
+    weights = read_weights(directory, names)
+    sizes, unseen = list_files(directory, cache)
+    imported = {MARKER} if directory.parent == Path(os.path.abspath(cache / IMPORTS)) else set()
+    files = sort_files(sizes, {"config.json", *imported, *weights.files}, unseen)
+    companions = {name: inside(directory, name, directory) for name in files.companions}
+    shards = sorted({tensor.file for tensor in weights.tensors.values()})
+    hashes = ContentHashes(cache, progress).of([config_file, *shards, *companions.values()])
+    content = sorted(f"{path.relative_to(directory).as_posix()} {digest}" for path, digest in hashes.items())
     return ModelSource(
         name=name or _short_name(directory),
         origin=origin or str(directory),
         directory=directory,
         config=config,
-        tensors=tensors,
+        tensors=weights.tensors,
         companions=companions,
         sha256=hashlib.sha256("\n".join(content).encode()).hexdigest(),
-        weight_bytes=sum(path.stat().st_size for path in files),
-        records=records,
+        weight_bytes=sum(path.stat().st_size for path in shards),
+        records=(*records, *weights.records, *(files.records if left_behind is None else left_behind)),
     )
 
 
@@ -165,57 +179,30 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1:,} more)" if len(names) > 1 else ""
 
 
+def _remembered(snapshot: Snapshot, path: Path) -> tuple[str, ...] | None:
+    """What the hub has beside what was fetched: as it says now, else as it said when this run began.
+
+    So a run that resumes without a network writes the same artifact.
+    """
+    if snapshot.left_behind is not None:
+        write_text(path, json.dumps({snapshot.commit: snapshot.left_behind}))
+        return snapshot.left_behind
+    try:
+        content: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return tuple(content[snapshot.commit]) if snapshot.commit in content else None
+
+
 def _open_gguf(path: Path, cache: Path, progress: Progress) -> ModelSource:
     from accullm_cli.model.gguf import import_gguf
 
     path = Path(os.path.abspath(path))
     digest = ContentHashes(cache, progress).of([path])[path]
     name = _short_name(path.with_suffix(""))
-    directory = cache / "imported" / f"{name}-{digest[:16]}"
+    directory = cache / IMPORTS / f"{name}-{digest[:16]}"
     records = import_gguf(path, directory, progress)
     return open_directory(directory, cache, progress, name=name, origin=str(path), records=records)
-
-
-def _read_shards(directory: Path, index: Path) -> dict[str, TensorInfo]:
-    """The tensors of a sharded checkpoint; index and shards must agree exactly."""
-    try:
-        weight_map: Mapping[str, str] = json.loads(_inside(directory, index.name, directory).read_bytes())["weight_map"]
-        shards = sorted(set(weight_map.values()))
-        if not shards or not all(isinstance(shard, str) for shard in shards):
-            raise TypeError("weight_map names no files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AccullmError(f"not an index of shards ({error})", index, "download it again") from None
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        file = _inside(directory, shard, index)
-        if not file.is_file():
-            raise AccullmError(f"names {shard}, which is absent", index, "download the missing file")
-        for name, tensor in read_header(file).items():
-            if weight_map.get(name) != shard:
-                place = f"puts it into {weight_map[name]}" if name in weight_map else "does not name it"
-                raise AccullmError(f"{shard} holds tensor {name}, but the index {place}", index, "download both again")
-            tensors[name] = tensor
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise AccullmError(f"puts tensor {name} into {shard}, which does not hold it", index, "download both again")
-    return {name: tensors[name] for name in weight_map}
-
-
-def _inside(directory: Path, name: str, named_by: Path) -> Path:
-    """The path of a model's file, after links; it must not lead out of the model's directory.
-
-    One exception: in the hub's cache, a snapshot's files are links into the blobs of the same repository.
-    """
-    if os.path.isabs(name) or ".." in Path(name).parts:
-        raise AccullmError(f"names {name}, outside the model's directory", named_by, _OUTSIDE_HINT)
-    file = directory / name
-    target = Path(os.path.realpath(file))
-    allowed = [Path(os.path.realpath(directory))]
-    if directory.parent.name == "snapshots":
-        allowed.append(Path(os.path.realpath(directory.parent.parent / "blobs")))
-    if not any(target.is_relative_to(root) for root in allowed):
-        raise AccullmError(f"{name} is a link to {target}, outside the model's directory", named_by, _OUTSIDE_HINT)
-    return file
 
 
 def _short_name(path: Path) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import itertools
 import platform
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.model import packaged_text
 from accullm_cli.model.generated_text import generated_document
+from accullm_cli.model.json_lines import JsonLines, parse_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +56,8 @@ def calibration_windows(
     """The windows that weights are rounded for.
 
     Args:
-        text: "default", a UTF-8 file, or "hub:NAME[:COLUMN]". ("self" is the model's to write, not found here.)
+        text: "default", a UTF-8 file (plain text or JSON Lines), or "hub:NAME[:COLUMN]". ("self" is the model's to
+            write, not found here.)
 
     Raises:
         AccullmError: no such file, not UTF-8, too short for one window; the dataset cannot be had.
@@ -152,10 +155,11 @@ def check_text(text: str) -> None:
     """Refuse a file that cannot be read, before anything is computed. What is no file is no concern here.
 
     Raises:
-        AccullmError: no such file, not UTF-8.
+        AccullmError: no such file, not UTF-8, JSON other than the JSON Lines that are understood.
     """
     if text not in ("default", "self", "none") and not text.startswith("hub:"):
-        _read_file(Path(text).expanduser())
+        path = Path(text).expanduser()
+        parse_json_lines(_read_file(path), path)
 
 
 class _Cutter:
@@ -165,7 +169,7 @@ class _Cutter:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.piece = max(_SMALLEST_PIECE, seq_len * _CHARACTERS_PER_TOKEN)
         bos = tokenizer.bos_token_id
@@ -175,7 +179,17 @@ class _Cutter:
 
     def tokens(self, document: str) -> list[int]:
         """The document's tokens, without special ones."""
-        return list(self._tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def document(self, document: str) -> list[int]:
+        """A whole document's tokens with the EOS that parts it from the next.
+
+        A chat template may have written BOS and EOS: windows begin with BOS of themselves, and one EOS is enough.
+        """
+        tokens = self.tokens(document)
+        if self._start and tokens[:1] == self._start:
+            tokens = tokens[1:]
+        return tokens if self._separator and tokens[-1:] == self._separator else tokens + self._separator
 
     def window(self, tokens: list[int]) -> list[int]:
         """One window from the start of `tokens`."""
@@ -245,9 +259,12 @@ def _from_file(cutter: _Cutter, name: str, count: int, rng: random.Random) -> It
     Raises:
         AccullmError: the file holds too little for one window.
     """
-    text = _read_file(Path(name).expanduser())
+    path = Path(name).expanduser()
+    text = _read_file(path)
+    rows = parse_json_lines(text, path)
     reach = 4 * cutter.seq_len * _CHARACTERS_PER_TOKEN
-    if len(text) > 4 * count * reach:
+    is_long = len(text) > 4 * count * reach
+    if rows is None and is_long:
         # Too long to tokenize for so few windows: one window from each of `count` equal stretches.
         stretch = len(text) // count
         places = [(number * stretch, rng.randrange(stretch - reach)) for number in range(count)]
@@ -257,7 +274,10 @@ def _from_file(cutter: _Cutter, name: str, count: int, rng: random.Random) -> It
             windows = [cutter.window(tokens) for tokens in taken if len(tokens) >= cutter.body]
             yield windows, f"{name}, {len(windows)} places"
         return
-    tokens = cutter.tokens(text)
+    if rows is None:
+        tokens, origin = cutter.tokens(text), name
+    else:
+        tokens, origin = _tokens_of_rows(cutter, rows, count, rng if is_long else None), f"{name} ({rows.kind})"
     bodies = [tokens[start : start + cutter.body] for start in range(0, len(tokens) - cutter.body + 1, cutter.body)]
     if not bodies:
         raise AccullmError(
@@ -268,8 +288,21 @@ def _from_file(cutter: _Cutter, name: str, count: int, rng: random.Random) -> It
     left = list(range(len(bodies)))
     for _ in range(2):
         chosen = sorted(rng.sample(left, min(count, len(left))))
-        yield [cutter.window(bodies[index]) for index in chosen], name
+        yield [cutter.window(bodies[index]) for index in chosen], origin
         left = [index for index in left if index not in chosen]
+
+
+def _tokens_of_rows(cutter: _Cutter, rows: JsonLines, count: int, rng: random.Random | None) -> list[int]:
+    """The tokens of all rows one after the other, parted by EOS; with `rng`, of random rows, as many as are needed."""
+    order = list(range(len(rows.rows)))
+    if rng is not None:
+        rng.shuffle(order)
+    tokens: list[int] = []
+    for row in order:
+        tokens += cutter.document(rows.render(row, cutter.tokenizer))
+        if rng is not None and len(tokens) > 8 * count * cutter.seq_len:
+            break
+    return tokens
 
 
 def _read_file(path: Path) -> str:
@@ -295,9 +328,9 @@ def _read_hub(text: str, characters: int, seed: int) -> list[str]:
     rows: list[str] = []
     length = 0
     try:
-        dataset: Iterable[Mapping[str, Any]] = datasets.load_dataset(name, split="train", streaming=True).shuffle(
-            seed=seed, buffer_size=1_000
-        )
+        dataset: Iterable[Mapping[str, Any]] = datasets.load_dataset(
+            name, split="train", streaming=True, **_no_code(datasets.load_dataset)
+        ).shuffle(seed=seed, buffer_size=1_000)
         for row in dataset:
             key = column or next((key for key, value in row.items() if isinstance(value, str)), "text")
             if not isinstance(row.get(key), str):
@@ -308,11 +341,25 @@ def _read_hub(text: str, characters: int, seed: int) -> list[str]:
             if length >= characters:
                 break
     except (OSError, ValueError, RuntimeError) as error:
+        if _needs_code(error):
+            raise AccullmError(
+                "the dataset is a script, Python code that is never run", text, "give one in Parquet or JSON, or a file"
+            ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AccullmError(
             f"the dataset cannot be had ({reason})", text, "connect to the network, or give a local file"
         ) from None
     return rows
+
+
+def _no_code(load_dataset: Callable[..., Any]) -> dict[str, bool]:
+    """What tells `load_dataset` to run no code of a dataset. From version 4 on it never does."""
+    return {"trust_remote_code": False} if "trust_remote_code" in inspect.signature(load_dataset).parameters else {}
+
+
+def _needs_code(error: Exception) -> bool:
+    """Whether this is how datasets says that a dataset is a script: before version 4, and from then on."""
+    return "trust_remote_code" in str(error) or "Dataset scripts are no longer supported" in str(error)
 
 
 def _wrap(found: _Found, asked: int) -> Windows:

@@ -25,7 +25,7 @@ from accullm_cli.model.blocks import Decoder, batches
 from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.model.text import Windows, calibration_windows, other_windows, search_windows, validation_windows
-from accullm_cli.model.tokenizer import load_tokenizer
+from accullm_cli.model.tokenizer import check_ids, load_tokenizer, tokenizer_records
 from accullm_cli.progress import Event
 from accullm_cli.quant.grid import minmax_grid, row_chunks
 from accullm_cli.quant.stats import FeatureMoments, InputStats
@@ -284,26 +284,32 @@ def _run_original(
     if not len(measured):
         return Work((tokens_path, reference_path), job.source.records)
     outputs = (tokens_path, reference_path, *(stats_path(job, index) for index in range(total)), *gradients)
-    return Work(outputs, (*job.source.records, *_unreached(job, total)))
+    records = (*job.source.records, *tokenizer_records(job.source.directory), *_unreached(job, total))
+    return Work(outputs, records)
 
 
 def _cut(job: Job, cut: Callable[..., Windows], text: str, windows: int) -> Windows:
     tokenizer = load_tokenizer(job.source.directory)
-    return cut(text, tokenizer, windows, job.config.calibration.seq_len, job.config.machine.seed)
+    cut_windows = cut(text, tokenizer, windows, job.config.calibration.seq_len, job.config.machine.seed)
+    check_ids(cut_windows.ids, tokenizer, job.source.directory)
+    return cut_windows
+
+
+def cut_calibration_windows(job: Job) -> Windows:
+    """The windows that weights are rounded for, where the model does not write them itself."""
+    return _cut(job, calibration_windows, job.config.calibration.text, job.config.calibration.samples)
 
 
 def _tokenize(job: Job) -> tuple[Windows, Windows]:
-    config, seed = job.config, job.config.machine.seed
-    tokenizer = load_tokenizer(job.source.directory)
-    seq_len = config.calibration.seq_len
     validation = cut_validation_windows(job)
-    if config.calibration.text == "self":
+    if job.config.calibration.text == "self":
         from accullm_cli.model.self_text import sampled_windows
 
-        samples = config.calibration.samples
-        return sampled_windows(job.source, tokenizer, samples, seq_len, seed, job.progress), validation
-    calibration = calibration_windows(config.calibration.text, tokenizer, config.calibration.samples, seq_len, seed)
-    return calibration, validation
+        config = job.config.calibration
+        tokenizer = load_tokenizer(job.source.directory)
+        seed = job.config.machine.seed
+        return sampled_windows(job.source, tokenizer, config.samples, config.seq_len, seed, job.progress), validation
+    return cut_calibration_windows(job), validation
 
 
 def _embed(decoder: Decoder, calibration: torch.Tensor, validation: torch.Tensor) -> _Streams:

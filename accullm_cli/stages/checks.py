@@ -10,7 +10,14 @@ from accullm_cli.measure.contract import parse_requirement, search_demands
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.text import check_text
 from accullm_cli.run import RunDirectory
-from accullm_cli.stages.calibrate import cut_other_windows, cut_search_windows, open_decoder, other_window_count
+from accullm_cli.stages.calibrate import (
+    cut_calibration_windows,
+    cut_other_windows,
+    cut_search_windows,
+    cut_validation_windows,
+    open_decoder,
+    other_window_count,
+)
 from accullm_cli.stages.device import check_device, check_format
 from accullm_cli.stages.export import artifact_directories, check_output
 from accullm_cli.stages.job import Job
@@ -86,6 +93,18 @@ def check_lengths(job: Job) -> None:
         cut_search_windows(job)
     if other_window_count(job):
         cut_other_windows(job)
+
+
+def check_texts(job: Job) -> None:
+    """Cut the texts that a conversion begins with: what only a dry run has to do beforehand.
+
+    Raises:
+        AccullmError: one is too short, or has tokens that the model does not know.
+    """
+    cut_validation_windows(job)
+    text = job.config.calibration.text
+    if job.only in (None, "calibrate") and text != "self" and not text.startswith("hub:"):
+        cut_calibration_windows(job)
 
 
 def preflight(job: Job, out: Path) -> Decoder:

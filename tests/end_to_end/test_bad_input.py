@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from accullm_cli.cli import main
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, make_tokenizer
 
 SMALL = ["--samples", "2", "--seq-len", "32", "--validation-windows", "2", "--group-size", "32", "--threads", "1"]
 
@@ -53,6 +53,17 @@ def edit_config(directory: Path, **values: object) -> None:
 
 def set_first(name: str, value: float) -> Edit:
     return lambda directory: edit_tensors(directory, lambda tensors: tensors[name].view(-1)[3:4].fill_(value))
+
+
+def add_token(directory: Path, token: str) -> None:
+    """Give the tokenizer a token that the embedding has no row for."""
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {name: tensor[:259] if tensor.shape[0] == 260 else tensor for name, tensor in tensors.items()}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    edit_config(directory, vocab_size=259)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(directory)
 
 
 def cut_short(directory: Path) -> None:
@@ -117,6 +128,21 @@ CASES: dict[str, tuple[Edit, str]] = {
         "{d}/config.json: architecture LlamaModel is not a causal language model; decoder-only causal language "
         "models (LlamaForCausalLM and the like) can be converted",
     ),
+    "a token beyond the embedding": (
+        lambda d: add_token(d, " "),
+        "{d}: the text has token ' ' (id 259), but the model's embedding has 259 rows; tokenizer and weights belong "
+        "to different models, or a token was added without resizing the embedding: take both from one place",
+    ),
+    "padding beyond the embedding": (
+        lambda d: edit_config(d, pad_token_id=300),
+        "{d}/config.json: transformers cannot build the model (Padding_idx must be within num_embeddings; pad_token_id "
+        "is 300); correct the value",
+    ),
+    "an adapter beside the weights": (
+        lambda d: [(d / f"adapter_{part}").write_text("{}") for part in ("config.json", "model.safetensors")],
+        "{d}: holds an unmerged adapter (LoRA) beside a model (adapter_config.json); merge it into the model first "
+        "(peft: merge_and_unload, then save_pretrained), or take it away to convert the model without it",
+    ),
     "no tokenizer": (
         lambda d: [path.unlink() for path in d.glob("tokenizer*")],
         "{d}: holds no tokenizer; copy tokenizer.json and tokenizer_config.json there",
@@ -137,7 +163,9 @@ def test_a_source_that_cannot_be_converted(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", ["no weights", "shapes", "already quantized", "no tokenizer"])
+@pytest.mark.parametrize(
+    "case", ["no weights", "shapes", "already quantized", "no tokenizer", "a token beyond the embedding"]
+)
 def test_a_refusal_before_any_work_leaves_no_run_directory(
     case: str, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,9 +176,26 @@ def test_a_refusal_before_any_work_leaves_no_run_directory(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("case", ["no tokenizer", "a token beyond the embedding"])
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    case: str, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(whole, model)
+    spoil, message = CASES[case]
+    spoil(model)
+    small = [*SMALL, "--other-text", "none", "--dry-run"]
+    assert refusal(capfd, model, *small) == (2, f"error: {message.format(d=model)}\n")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (
+            b"[1, 2]",
+            "{f}: is a JSON array, not JSON Lines; give one object a line with messages, text, or prompt and "
+            "completion",
+        ),
         (b"hello", "{f}: holds 5 tokens, but one window needs 32; give more text or a smaller --seq-len"),
         (b"caf\xe9 " * 100, "{f}: not UTF-8 (byte 0xe9 at offset 3); convert it to UTF-8"),
     ],

@@ -173,22 +173,42 @@ def test_the_config_names_the_common_scheme_and_what_deviates(made: Made, tmp_pa
     assert config["skipped"] == ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"]
 
 
-def test_companions_are_copied(tmp_path: Path) -> None:
+def test_companions_are_copied_with_their_directories_and_in_the_manifest(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    made = make_parts(tiny_llama(), tmp_path / "run", companions=(tmp_path / "tokenizer.json",))
+    companions = dict.fromkeys(("tokenizer.json", "templates/tools.jinja"), tmp_path / "tokenizer.json")
+    made = make_parts(tiny_llama(), tmp_path / "run", companions=companions)
     directory = empty(tmp_path / "artifact")
     FORMATS["accullm"].write(directory, made.parts)
-    assert (directory / "tokenizer.json").read_text() == "{}"
+    for name in companions:
+        assert (directory / name).read_text() == "{}"
+        assert json.loads((directory / "accullm.json").read_text())["files"][name]["bytes"] == 2
 
 
-def test_a_companion_must_not_replace_a_file_of_the_artifact(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("the source's")
-    made = make_parts(tiny_llama(), tmp_path / "run", companions=(tmp_path / "README.md",))
+@pytest.mark.parametrize(
+    ("names", "renamed"),
+    [
+        (["README.md"], "README.original.md"),
+        (["readme.md"], "readme.original.md"),
+        (["README.md", "README.original.md"], "README.original.original.md"),
+    ],
+)
+def test_the_source_s_readme_makes_room_for_the_artifact_s_card(tmp_path: Path, names: list[str], renamed: str) -> None:
+    for name in names:
+        (tmp_path / name).write_text(name)
+    made = make_parts(tiny_llama(), tmp_path / "run", companions={name: tmp_path / name for name in names})
+    directory = empty(tmp_path / "artifact")
+    FORMATS["accullm"].write(directory, made.parts)
+    assert (directory / renamed).read_text() == names[0]
+    assert "# Quantized model" in (directory / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["accullm.json", "config.json", "x.safetensors"])
+def test_a_companion_must_not_replace_a_file_of_the_artifact(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("the source's")
+    made = make_parts(tiny_llama(), tmp_path / "run", companions={name: tmp_path / name})
     with pytest.raises(AccullmError) as error:
         FORMATS["accullm"].write(empty(tmp_path / "artifact"), made.parts)
-    assert (
-        error.value.line() == f"{tmp_path}/README.md: cannot be copied into the artifact, which has a file of that name"
-    )
+    assert error.value.line() == f"{tmp_path}/{name}: cannot be copied into the artifact, which has a file of that name"
 
 
 # -- recorded fidelity -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,25 @@ def test_every_dtype_of_a_buffer_is_read(dtype: torch.dtype, tmp_path: Path) -> 
     assert (info.torch_dtype, info.shape, info.bytes) == (dtype, (3,), 3 * dtype.itemsize)
     assert info.file == tmp_path / "model.safetensors"
     assert files.tensor("w").dtype == dtype
+
+
+def test_a_checkpoint_s_files_count_where_its_index_says_otherwise(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(1), "stray": torch.zeros(2)}, tmp_path / "a.safetensors")
+    save_file({"v": torch.zeros(3)}, tmp_path / "b.safetensors")
+    index = {"weight_map": {"w": "b.safetensors", "v": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    files = TensorFiles.open(tmp_path, of_artifact=False)
+    assert {name: info.file.name for name, info in files.infos.items()} == {
+        "w": "a.safetensors",
+        "stray": "a.safetensors",
+        "v": "b.safetensors",
+    }
+    with pytest.raises(AccullmError) as error:
+        TensorFiles.open(tmp_path)
+    assert error.value.line() == f"{tmp_path}/a.safetensors: tensor stray is not in the index under this file"
+    save_file({"w": torch.zeros(1), "v": torch.zeros(3)}, tmp_path / "b.safetensors")
+    with pytest.raises(AccullmError) as error:
+        TensorFiles.open(tmp_path, of_artifact=False)
+    assert error.value.line() == f"{tmp_path}/b.safetensors: tensor w is in a.safetensors already"
+    save_file({"single": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert list(TensorFiles.open(tmp_path, of_artifact=False).infos) == ["single"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def write(
     tokenizer: bool = True,
     scale: float = 1.0,
     parts: int = 0,
+    metadata: dict[str, Any] | None = None,
+    tokens: Sequence[str] = TOKENS,
 ) -> Path:
     """A random two-layer llama; its norms are float32, as llama.cpp writes them."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -65,12 +68,15 @@ def write(
         writer.add_uint16("split.count", parts)
     if tokenizer:
         writer.add_tokenizer_model("gpt2")
-        writer.add_token_list(TOKENS)
-        writer.add_token_types([1] * len(TOKENS))
+        writer.add_token_list(tokens)
+        writer.add_token_types([1] * len(tokens))
         writer.add_token_merges(["t h", "e r"])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
         writer.add_chat_template("{{ messages[0]['content'] }}")
+    for key, value in (metadata or {}).items():
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds.get(type(value), writer.add_array)(key, value)
     rng = np.random.default_rng(0)
     for name, shape in shapes().items():
         values = (rng.standard_normal(shape) * scale).astype(np.float32)
@@ -148,9 +154,9 @@ def test_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer("hat")["input_ids"]) == ["h", "a", "t"]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hat"}], tokenize=False) == "hat"
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} == {
-        companion.name for companion in source.companions
-    }
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} == set(
+        source.companions
+    )
 
 
 def test_says_what_was_dequantized_rounded_and_left_out(tmp_path: Path) -> None:
@@ -215,9 +221,107 @@ def test_llama_3_rope_scaling_is_recognized_from_its_frequency_factors(tmp_path:
     }
 
 
+def test_the_file_s_rotary_scaling_is_in_the_model_s_angles(tmp_path: Path) -> None:
+    scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    source = open_gguf(write(tmp_path / "tiny.gguf", F32, metadata=scaling))
+    assert source.config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    model = AutoModelForCausalLM.from_pretrained(source.directory)
+    size = HIDDEN // HEADS
+    angles = 10.0 * 10000.0 ** (-np.arange(0, size, 2) / size) / 4  # at position 10
+    cosine, _ = model.model.rotary_emb(torch.zeros(1, 1, HIDDEN), torch.tensor([[10]]))
+    np.testing.assert_allclose(cosine[0, 0, : size // 2].numpy(), np.cos(angles), rtol=1e-5)
+
+
+def test_metadata_that_cannot_be_followed_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf", metadata={"llama.attention.clamp_kqv": 8.0})
+    assert refusal(path) == (
+        f"{path}: metadata llama.attention.clamp_kqv = 8.0 cannot be followed by transformers' class; "
+        "give the model's safetensors checkpoint"
+    )
+
+
+def test_metadata_that_nothing_follows_are_named(tmp_path: Path) -> None:
+    metadata = {"tokenizer.ggml.eot_token_id": 3, "general.sampling.temp": 0.7, "general.author": "us", "my.key": 1}
+    assert open_gguf(write(tmp_path / "tiny.gguf", metadata=metadata)).records[0] == (
+        "metadata of the GGUF file that is not carried over: general.sampling.temp, my.key, tokenizer.ggml.eot_token_id"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pre", "records"),
+    [
+        (
+            "smollm",
+            (
+                "transformers does not know how the tokenizer splits text (tokenizer.ggml.pre = smollm) and does it as "
+                "GPT-2's: tokens may differ from llama.cpp's",
+            ),
+        ),
+        ("llama-bpe", ()),
+        ("default", ()),
+    ],
+)
+def test_a_splitting_of_text_that_transformers_does_not_know_is_named(
+    tmp_path: Path, pre: str, records: tuple[str, ...]
+) -> None:
+    path = write(tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.pre": pre})
+    assert open_gguf(path).records[:-1] == records  # the last one is of norms that were rounded
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.0.attn_q.bias",
+        "blk.1.ffn_down.bias",
+        "output.bias",
+        "blk.0.attn_q_norm.weight",
+        "blk.0.attn_q.weight.lora_a",
+        "blk.0.ffn_gate.scale",
+        "position_embd.weight",
+    ],
+)
+def test_a_tensor_that_changes_the_function_and_has_no_place_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "tiny.gguf", extra={name: np.ones(HIDDEN, np.float32)})
+    assert refusal(path) == (
+        f"{path}: tensor {name} has no place in transformers' class for architecture llama; "
+        "give the model's safetensors checkpoint"
+    )
+
+
+@pytest.mark.parametrize("name", ["blk.2.attn_q.weight", "blk.1.nextn.eh_proj.weight", "blk.0.attn_rot_embd.weight"])
+def test_a_tensor_beyond_the_model_is_named(tmp_path: Path, name: str) -> None:
+    source = open_gguf(write(tmp_path / "tiny.gguf", extra={name: np.ones(HIDDEN, np.float32)}))
+    assert source.records[0] == f"1 tensors of the GGUF file are not part of the model: {name}"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_imported(
+    tmp_path: Path,
+) -> None:
+    source = open_gguf(write(tmp_path / "tiny.gguf", tokens=[*TOKENS, "<added>"]))
+    assert source.config["vocab_size"] == len(TOKENS)
+    assert AutoTokenizer.from_pretrained(source.directory).convert_tokens_to_ids("<added>") == len(TOKENS)
+
+
+def test_an_import_of_an_earlier_version_is_made_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf")
+    marker = open_gguf(path).directory / "imported.json"
+    marker.write_text('{"source": "tiny.gguf", "records": ["old"]}')
+    assert "old" not in open_gguf(path).records
+
+
 def test_other_frequency_factors_are_refused(tmp_path: Path) -> None:
     factors = np.linspace(1, 3, HIDDEN // HEADS // 2, dtype=np.float32)
     path = write(tmp_path / "tiny.gguf", extra={"rope_freqs.weight": factors})
+    assert refusal(path) == (
+        f"{path}: tensor rope_freqs.weight scales the rotary frequencies in a way that cannot be imported; "
+        "give the model's safetensors checkpoint"
+    )
+
+
+def test_frequency_factors_beside_another_scaling_are_refused(tmp_path: Path) -> None:
+    metadata = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+    factors = np.ones(HIDDEN // HEADS // 2, np.float32)
+    path = write(tmp_path / "tiny.gguf", extra={"rope_freqs.weight": factors}, metadata=metadata)
     assert refusal(path) == (
         f"{path}: tensor rope_freqs.weight scales the rotary frequencies in a way that cannot be imported; "
         "give the model's safetensors checkpoint"

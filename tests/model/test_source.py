@@ -44,18 +44,37 @@ def test_reads_every_shard_in_the_order_of_the_index(sharded: Path) -> None:
     assert source.weight_bytes == sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
 
 
-def test_companions_are_the_tokenizer_generation_template_and_licence_files(model: Path) -> None:
-    for name in ("generation_config.json", "chat_template.jinja", "LICENSE.txt", "merges.txt"):
+def test_companions_are_all_files_but_weights_code_and_what_is_hidden(model: Path) -> None:
+    companions = ["LICENSE.txt", "README.md", "additional_chat_templates/tools.jinja", "chat_template.jinja",
+                  "imported.json", "mm/processor_config.json", "trainer_state.json", "voices.dat"]  # fmt: skip
+    left = ["modeling_evil.py", "optimizer.pt", "pytorch_model.bin", "original/consolidated.00.pth", ".gitattributes",
+            "consolidated.safetensors", "pytorch_model.bin.index.json"]  # fmt: skip
+    for name in (*companions, *left):
+        (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("x")
-    for name in ("README.md", "modeling_evil.py", "optimizer.bin", "trainer_state.json"):
-        (model / name).write_text("x")
-    assert [path.name for path in read(model).companions] == [
-        "LICENSE.txt",
-        "chat_template.jinja",
-        "generation_config.json",
-        "merges.txt",
-        "tokenizer.json",
-    ]
+    source = read(model)
+    assert source.companions == {name: model / name for name in sorted([*companions, "tokenizer.json"])}
+    assert source.records == (
+        "left behind: hidden files (.gitattributes); weights that are not read (consolidated.safetensors, "
+        "optimizer.pt, original/consolidated.00.pth, pytorch_model.bin, pytorch_model.bin.index.json); "
+        "code (modeling_evil.py)",
+    )
+
+
+def test_links_to_nowhere_and_to_directories_are_left_behind(model: Path) -> None:
+    (model / "chat_template.jinja").symlink_to("absent")
+    (model / "data").symlink_to(model.parent)
+    source = read(model)
+    assert list(source.companions) == ["tokenizer.json"]
+    assert source.records == ("left behind: links to directories (data); broken links (chat_template.jinja)",)
+
+
+def test_a_run_inside_the_model_s_directory_is_no_part_of_the_model(model: Path) -> None:
+    cache = model / "run"
+    first = open_source(str(model), cache)
+    second = open_source(str(model), cache)
+    assert (second.sha256, list(second.companions)) == (first.sha256, ["tokenizer.json"])
+    assert second.records == ("left behind: what accullm wrote (run/)",)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -123,7 +142,9 @@ def test_a_known_model_type_with_remote_code_uses_transformers_own_and_says_so(m
     )
 
 
-def test_links_into_the_blobs_of_a_hub_cache_are_followed(model: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def snapshot(model: Path, tmp_path: Path) -> Path:
+    """The model as the hub's cache has it: a directory of links into the blobs of its repository."""
     repository = tmp_path / "models--owner--name"
     snapshot = repository / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -131,7 +152,23 @@ def test_links_into_the_blobs_of_a_hub_cache_are_followed(model: Path, tmp_path:
     for path in list(model.iterdir()):
         path.rename(repository / "blobs" / path.name)
         (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    return snapshot
+
+
+def test_links_into_the_blobs_of_a_hub_cache_are_followed(snapshot: Path) -> None:
     assert set(read(snapshot).tensors) == set(tensors())
+
+
+def test_a_link_to_a_snapshot_is_the_snapshot(snapshot: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(snapshot)
+    assert read(tmp_path / "link").sha256 == read(snapshot).sha256
+
+
+def test_a_directory_of_links_into_a_snapshot_is_the_snapshot(snapshot: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    for path in snapshot.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    assert read(tmp_path / "links").sha256 == read(snapshot).sha256
 
 
 # -- what is refused: which model --------------------------------------------------------------------------------

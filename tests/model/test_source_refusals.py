@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from accullm_cli.model import integrity
 from tests.model.checkpoints import AGAIN, read, refusal, tensors, write_config, write_index
 
 # -- what is refused: configuration ------------------------------------------------------------------------------
@@ -142,6 +144,21 @@ def test_refuses_a_directory_of_gguf_files_and_names_one(model: Path) -> None:
     assert refusal(model) == f"{model}: holds GGUF files only; give one of them: {model}/tiny.Q4_0.gguf"
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_refuses_a_link_to_nowhere_in_place_of_what_is_read(model: Path, name: str) -> None:
+    (model / name).unlink()
+    (model / name).symlink_to("../../blobs/gone")
+    assert refusal(model) == f"{model}: {name} is a link to ../../blobs/gone, which is no file; download it again"
+
+
+def test_refuses_a_companion_that_cannot_be_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(integrity, "file_sha256", fail)  # the tests may run as root, who may read everything
+    assert refusal(model) == f"{model}/config.json: cannot be read (permission denied)"
+
+
 def test_refuses_weights_that_are_cut_short(model: Path) -> None:
     file = model / "model.safetensors"
     size = file.stat().st_size
@@ -207,12 +224,30 @@ def test_refuses_a_tensor_that_its_shard_does_not_hold(sharded: Path) -> None:
     )
 
 
-def test_refuses_a_tensor_that_the_index_does_not_name(sharded: Path) -> None:
-    save_file({"model.norm.weight": np.ones(8, np.float32), "stray": np.ones(1, np.float32)},
-              sharded / "model-1-of-2.safetensors")  # fmt: skip
+def test_refuses_a_tensor_that_two_shards_hold_differently(sharded: Path) -> None:
+    save_file({**tensors(), "model.norm.weight": np.zeros(8, np.float16)}, sharded / "model-2-of-2.safetensors")
     assert refusal(sharded) == (
-        f"{sharded}/model.safetensors.index.json: model-1-of-2.safetensors holds tensor stray, but the index does not "
-        "name it; download both again"
+        f"{sharded}/model.safetensors.index.json: tensor model.norm.weight differs between model-1-of-2.safetensors "
+        "and model-2-of-2.safetensors; download both again"
+    )
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_refuses_an_adapter_beside_the_weights(model: Path, weights: str) -> None:
+    (model / "adapter_config.json").write_text("{}")
+    (model / weights).write_bytes(b"")
+    assert refusal(model) == (
+        f"{model}: holds an unmerged adapter (LoRA) beside a model (adapter_config.json); merge it into the model "
+        "first (peft: merge_and_unload, then save_pretrained), or take it away to convert the model without it"
+    )
+
+
+def test_refuses_a_directory_that_holds_an_adapter_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert refusal(tmp_path, tmp_path) == (
+        f"{tmp_path}: is an adapter (LoRA), not a model (adapter_config.json); merge it into the model first (peft: "
+        "merge_and_unload, then save_pretrained)"
     )
 
 

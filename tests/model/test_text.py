@@ -335,6 +335,33 @@ def test_a_hub_dataset_that_cannot_be_reached_is_refused(monkeypatch: pytest.Mon
     )
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        # datasets 3 and before, and 4
+        ValueError("The repository for owner/name contains custom code which must be executed ... `trust_remote_code`"),
+        RuntimeError("Dataset scripts are no longer supported, but found name.py"),
+    ],
+)
+def test_a_hub_dataset_that_is_a_script_is_refused(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    fake_datasets(monkeypatch, error)
+    assert refusal("hub:owner/name") == (
+        "hub:owner/name: the dataset is a script, Python code that is never run; give one in Parquet or JSON, or a file"
+    )
+
+
+def test_a_version_of_datasets_that_would_run_code_is_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+
+    def load_dataset(name: str, split: str, streaming: bool, trust_remote_code: bool | None = None) -> FakeDataset:
+        told.append(trust_remote_code)
+        return FakeDataset([{"text": "b" * 40}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    calibration_windows("hub:owner/name", byte_tokenizer(), 1, 16, 0)
+    assert told == [False]
+
+
 def test_a_hub_dataset_with_too_little_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_datasets(monkeypatch, [{"text": "few"}])
     assert refusal("hub:owner/name") == (
