@@ -86,8 +86,11 @@ it before all files. `accullm --install-completion` sets up completion for your 
 
 ## Streams
 
-Results go to stdout, progress, tables and errors to stderr, so that `art=$(accullm convert MODEL --quiet)` works.
-Escape codes are written to terminals only, and colours not at all where `NO_COLOR` is set.
+Results go to stdout; progress, tables and errors go to stderr. So `art=$(accullm convert MODEL --quiet)` works.
+A terminal gets progress bars. A log gets a line when a stage begins or ends and, at least every 30 seconds in between,
+one that says how far the stage is and how long its remaining steps will take; `--verbose` adds a line for every step.
+`--quiet` leaves only errors, `--json` changes stdout alone. Escape codes go to terminals only, and with `NO_COLOR` set
+there are no colours.
 
 | command | on stdout | with `--json` |
 | --- | --- | --- |
@@ -104,6 +107,18 @@ Escape codes are written to terminals only, and colours not at all where `NO_COL
 
 With `--json`, stdout holds one object: `schema_version` (now 1), and the key named above. A figure that could not be
 measured is `null`.
+
+## Several conversions at once
+
+Each conversion has a run directory of its own, so several may run side by side. While threads of a conversion wait for
+each other they sleep: `accullm` sets `OMP_WAIT_POLICY=PASSIVE` for itself, as threads that spin would take the cores
+from the other conversions. That costs one conversion alone some time where it has all cores to itself
+(`OMP_WAIT_POLICY=ACTIVE accullm convert ...` gets it back): `OMP_WAIT_POLICY`, `GOMP_SPINCOUNT`, `KMP_BLOCKTIME` and
+`KMP_LIBRARY` win where you set one. `--threads` gives each conversion its share of the cores.
+`scripts/bench_side_by_side.py` measures both.
+
+From Python, `from accullm_cli import convert` leaves the environment as it is: set `OMP_WAIT_POLICY=PASSIVE` before the
+first `import torch` to get the same.
 
 ## Exit codes
 
