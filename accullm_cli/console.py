@@ -10,12 +10,13 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from accullm_cli.progress import Event
+from accullm_cli.progress import Event, Pace
 from accullm_cli.units import duration, size
 
 if TYPE_CHECKING:
@@ -25,20 +26,34 @@ if TYPE_CHECKING:
     from accullm_cli.measure.result import Estimate, Report, Speed
 
 JSON_SCHEMA_VERSION = 1
+# Seconds after which a log that is no terminal hears of a stage that is still at work. Continuous integration takes a
+# job that says nothing for a few minutes for dead.
+PATIENCE = 30.0
 
 
 class Console:
     """One command's output. `progress` is the callback that the stages call.
 
     quiet: nothing but errors; verbose: a line for every step, and tracebacks of faults.
+    patience: seconds of silence after which `still_at_work` is called, by a thread of its own.
     """
 
-    def __init__(self, stderr: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stderr: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        patience: float = PATIENCE,
+    ) -> None:
         self._stderr = stderr or sys.stderr
         self._clock = clock
-        self._started: dict[str, float] = {}
+        self._patience = patience
+        self._paces: dict[str, Pace] = {}
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._printing = threading.RLock()
+        self._last_line = clock()
+        self._ended = threading.Event()
+        self._watch: threading.Thread | None = None
         self.quiet = False
         self.verbose = False
 
@@ -51,7 +66,9 @@ class Console:
         if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=self._stderr, flush=True)
+            with self._printing:
+                self._last_line = self._clock()
+                print(text, file=self._stderr, flush=True)
 
     def error(self, line: str) -> None:
         """The one line of an error."""
@@ -72,25 +89,58 @@ class Console:
         if event.kind == "record":
             self.note(f"{event.stage}: note: {event.label}")
         elif event.kind == "start":
-            self._started[event.stage] = self._clock()
+            self._paces[event.stage] = Pace(self._clock())
             self.note(f"{event.stage}: runs" + (f", {event.reason}" if event.reason else ""))
             self._open_bar(event)
+            self._watch_over_silence()
         elif event.kind == "end":
             now = self._clock()
-            seconds = now - self._started.pop(event.stage, now)
+            pace = self._paces.pop(event.stage, Pace(now))
             self._move_bar(event, finished=True)
-            self.note(f"{event.stage}: done in {duration(seconds)}")
+            self.note(f"{event.stage}: done in {duration(now - pace.started)}")
         elif event.kind == "skip" and not event.label:
             self.note(f"{event.stage}: {event.reason or 'up to date'}")
         else:
+            if event.stage in self._paces:
+                self._paces[event.stage].advance(event, self._clock())
             self._move_bar(event)
             if self.verbose:
                 self.note(self._step_line(event))
 
     def _step_line(self, event: Event) -> str:
-        count = f" ({event.done}/{event.total})" if event.total else ""
         why = f": {event.reason}" if event.reason else ": up to date" if event.kind == "skip" else ""
-        return f"{event.stage}: {event.label or 'step'}{count}{why}"
+        return f"{event.stage}: {_how_far(event) or 'step'}{why}"
+
+    # -- a log -------------------------------------------------------------------------------------------
+
+    def still_at_work(self) -> None:
+        """Where nothing was printed for as long as patience lasts: a line on the stage that runs, and how far it is."""
+        with self._printing:
+            now = self._clock()
+            if not self._paces or now - self._last_line < self._patience:
+                return
+            stage, pace = list(self._paces.items())[-1]  # a search is at work as long as the stages in it
+            left = pace.seconds_left(now)
+            parts = [_how_far(pace.step)] if pace.step else []
+            parts.append(f"{duration(now - pace.started)} so far")
+            parts.append("time left not known yet" if left is None else f"about {duration(left)} left")
+            self.note(f"{stage}: {', '.join(parts)}")
+
+    def _watch_over_silence(self) -> None:
+        """Begin to call `still_at_work`, unless there are bars, which move."""
+        if self._bars is None and self._watch is None:
+            self._ended.clear()
+            self._watch = threading.Thread(target=self._call_when_silent, name="progress", daemon=True)
+            self._watch.start()
+
+    def _call_when_silent(self) -> None:
+        while not self._ended.wait(max(self._last_line + self._patience - self._clock(), self._patience / 10)):
+            try:
+                self.still_at_work()
+            except (OSError, ValueError):  # nobody reads any more
+                return
+
+    # -- bars --------------------------------------------------------------------------------------------
 
     def _open_bar(self, event: Event) -> None:
         if not self._stderr.isatty() or os.environ.get("TERM") == "dumb":
@@ -112,7 +162,11 @@ class Console:
         )
 
     def close(self) -> None:
-        """Take the bars off the screen; safe to call twice."""
+        """Take the bars off the screen and end the watch over silence; safe to call twice."""
+        if self._watch is not None:
+            self._ended.set()
+            self._watch.join(timeout=1)  # longer, if nobody reads what it writes
+            self._watch = None
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
@@ -127,6 +181,12 @@ class Console:
 
     def _verdict(self, met: bool) -> str:
         return self._styled("met", "32") if met else self._styled("NOT MET", "31;1")
+
+
+def _how_far(step: Event) -> str:
+    """ "block 12/30", or "the artifact (1/2)"."""
+    count = f"{step.done}/{step.total}"
+    return step.label if not step.total or count in step.label else f"{step.label} ({count})".strip()
 
 
 def _new_bars(stderr: TextIO) -> Bars:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from accullm_cli.run import Reason
+from accullm_cli.run import UP_TO_DATE, Reason
 
 Kind = Literal["start", "step", "skip", "end", "record"]
 
@@ -33,3 +34,38 @@ Progress = Callable[[Event], None]
 
 def silent(event: Event) -> None:
     """The progress callback of a caller who asked for none."""
+
+
+class Pace:
+    """How far a stage is, and how long the rest of its steps will take if they take as long as those before.
+
+    A stage may count several things in turn (blocks, then gradients): each is timed for itself, and steps that were
+    up to date are no measure. Times are seconds of one clock.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.started = self._since = self._last = now
+        self._done_before = 0
+        self.step: Event | None = None
+
+    def advance(self, step: Event, now: float) -> None:
+        """Take note of a finished step."""
+        if self.step is None or _counted(step) != _counted(self.step) or step.done < self.step.done:
+            self._since, self._done_before = self._last, 0
+        if step.kind == "skip" or step.reason == UP_TO_DATE:
+            self._since, self._done_before = now, step.done
+        self.step, self._last = step, now
+
+    def seconds_left(self, now: float) -> float | None:
+        """Of the steps that are still to come; None where nothing is known yet."""
+        if self.step is None or self.step.done <= self._done_before:
+            return None
+        each = (self._last - self._since) / (self.step.done - self._done_before)
+        coming = self.step.total - self.step.done
+        # A step that takes longer than those before leaves at least all that are behind it.
+        return max(each * coming - (now - self._last), each * (coming - 1), 0.0)
+
+
+def _counted(step: Event) -> tuple[str, int]:
+    """What a step is one of: "block /", of 30."""
+    return re.sub(r"\d+", "", step.label) if step.total else "", step.total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -23,11 +24,12 @@ class Terminal(io.StringIO):
 
 def lines_of(*events: Event, **settings: bool) -> list[str]:
     stream = io.StringIO()
-    times = iter(range(0, 1000, 75))
-    console = Console(stream, clock=lambda: next(times))
+    now = 0.0
+    console = Console(stream, clock=lambda: now)
     for name, value in settings.items():
         setattr(console, name, value)
     for event in events:
+        now += 75.0 if event.kind == "end" else 0.0
         console.progress(event)
     console.close()
     return stream.getvalue().splitlines()
@@ -79,6 +81,117 @@ def test_a_pipe_gets_no_escape_codes(monkeypatch):
     console.report(a_report())
     console.error("broken")
     assert "\x1b" not in stream.getvalue()
+
+
+# -- a log that would be silent ----------------------------------------------------------------------------
+
+
+class Log:
+    """A console on a pipe, and the time as the test sets it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.stream = io.StringIO()
+        self.console = Console(self.stream, clock=lambda: self.now)
+
+    def at(self, now: float, *events: Event) -> str | None:
+        """The line, if any, that the console writes at a time by itself, after these events."""
+        self.now = now
+        for event in events:
+            self.console.progress(event)
+        said = len(self.stream.getvalue())
+        self.console.still_at_work()
+        return self.stream.getvalue()[said:].rstrip("\n") or None
+
+
+@pytest.fixture
+def log():
+    log = Log()
+    yield log
+    log.console.close()
+
+
+def block(done: int, total: int = 4, reason: Reason | None = None) -> Event:
+    return Event("quantize", "step", f"block {done}/{total}", reason, done, total)
+
+
+def test_a_log_hears_of_a_long_stage_every_thirty_seconds(log):
+    assert log.at(0, Event("quantize", "start")) is None
+    assert log.at(29) is None
+    assert log.at(30) == "quantize: 30 s so far, time left not known yet"
+    assert log.at(40, block(1)) is None
+    assert log.at(60) == "quantize: block 1/4, 1 min 00 s so far, about 1 min 40 s left"
+    assert log.at(89) is None
+    assert log.at(90, block(2)) == "quantize: block 2/4, 1 min 30 s so far, about 1 min 30 s left"
+
+
+def test_a_block_that_takes_longer_than_those_before_leaves_those_behind_it(log):
+    log.at(0, Event("quantize", "start"))
+    log.at(10, block(1))
+    assert log.at(500) == "quantize: block 1/4, 8 min 20 s so far, about 20 s left"
+
+
+def test_blocks_of_an_earlier_run_are_no_measure_of_time(log):
+    log.at(0, Event("quantize", "start"), block(1, reason=UP_TO_DATE), block(2, reason=UP_TO_DATE))
+    assert log.at(30) == "quantize: block 2/4, 30 s so far, time left not known yet"
+    assert log.at(60, block(3)) == "quantize: block 3/4, 1 min 00 s so far, about 1 min 00 s left"
+
+
+def test_what_is_counted_after_the_blocks_is_timed_for_itself(log):
+    log.at(0, Event("calibrate", "start"))
+    log.at(100, Event("calibrate", "step", "block 2/2", Reason("new"), 2, 2))
+    line = log.at(130, Event("calibrate", "step", "gradient 1/2", Reason("new"), 1, 2))
+    assert line == "calibrate: gradient 1/2, 2 min 10 s so far, about 30 s left"
+
+
+def test_a_step_without_its_count_in_its_name_gets_it(log):
+    log.at(0, Event("speed", "start"))
+    line = log.at(31, Event("speed", "step", "the original", None, 1, 2))
+    assert line == "speed: the original (1/2), 31 s so far, about 31 s left"
+
+
+def test_of_two_stages_the_inner_one_is_told_and_a_finished_one_no_more(log):
+    log.at(0, Event("search", "start"), Event("quantize", "start"))
+    assert log.at(30) == "quantize: 30 s so far, time left not known yet"
+    log.at(40, Event("quantize", "end"))
+    assert log.at(70) == "search: 1 min 10 s so far, time left not known yet"
+    log.at(80, Event("search", "end"))
+    assert log.at(1000) is None
+
+
+def test_any_other_line_is_as_good_as_one_on_the_stage(log):
+    log.at(0, Event("quantize", "start"))
+    assert log.at(25, Event("quantize", "record", "damped")) is None
+    assert log.at(54) is None
+
+
+def test_a_quiet_log_stays_silent(log):
+    log.console.quiet = True
+    assert log.at(0, Event("quantize", "start")) is None
+    assert log.at(60) is None
+
+
+def lines_while_a_stage_sleeps(stream: io.StringIO) -> str:
+    console = Console(stream, patience=0.05)
+    console.progress(Event("quantize", "start"))
+    deadline = time.monotonic() + 20
+    while "so far" not in stream.getvalue() and time.monotonic() < deadline and not stream.isatty():
+        time.sleep(0.01)
+    time.sleep(0.2 if stream.isatty() else 0)
+    console.close()
+    written = stream.getvalue()
+    time.sleep(0.2)
+    assert stream.getvalue() == written
+    return written
+
+
+def test_the_line_comes_while_the_stage_itself_says_nothing_and_no_more_after_the_end():
+    assert "quantize: 0." in lines_while_a_stage_sleeps(io.StringIO())
+
+
+def test_bars_that_move_need_no_such_line(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "so far" not in lines_while_a_stage_sleeps(Terminal())
 
 
 # -- a terminal --------------------------------------------------------------------------------------------
