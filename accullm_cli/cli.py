@@ -22,7 +22,7 @@ from typer.main import get_command
 
 from accullm_cli import __version__
 from accullm_cli.config import config_schema
-from accullm_cli.console import Console, render, to_json
+from accullm_cli.console import Console, dry_run_text, render, to_json
 from accullm_cli.errors import EXIT_FAULT, EXIT_MACHINE, EXIT_NOT_SO, EXIT_OK, EXIT_USAGE, AccullmError
 from accullm_cli.flags import Call, Json, MaxMeanKl, Original, Verbose, complete_model, configured
 from accullm_cli.run import machine_error
@@ -173,7 +173,7 @@ def _convert(call: Call) -> Outcome:
     from accullm_cli import pipeline
 
     if call.dry_run:
-        return _result(call.as_json, "dry_run", pipeline.dry_run(config, call.console.progress, call.fresh))
+        return _dry_run(call, pipeline.dry_run(config, call.console.progress, call.fresh))
     reports = pipeline.convert_all(config, progress=call.console.progress, fresh=call.fresh)
     return _reports(call, reports)
 
@@ -184,7 +184,7 @@ def _stage(name: str) -> Callable[[Call], Outcome]:
         from accullm_cli import pipeline
 
         if call.dry_run:
-            return _result(call.as_json, "dry_run", pipeline.dry_run(config, call.console.progress, call.fresh, name))
+            return _dry_run(call, pipeline.dry_run(config, call.console.progress, call.fresh, name))
         result = pipeline.run_stage(name, config, progress=call.console.progress, fresh=call.fresh)
         if result.reports:
             return _reports(call, result.reports)
@@ -226,6 +226,10 @@ def _reports(call: Call, reports: Sequence[Any]) -> Outcome:
             call.console.error(AccullmError(f"the contract is not met: {missed}", report.artifact).line())
     text = to_json(reports=tuple(reports)) if call.as_json else "\n".join(str(report.artifact) for report in reports)
     return Outcome(text, code)
+
+
+def _dry_run(call: Call, planned: Any) -> Outcome:
+    return Outcome(to_json(dry_run=planned) if call.as_json else dry_run_text(planned))
 
 
 def _result(as_json: bool, name: str, value: object, code: int = EXIT_OK) -> Outcome:

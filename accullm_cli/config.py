@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    StringConstraints,
     ValidationInfo,
     field_validator,
 )
 from pydantic.fields import FieldInfo
+
+from accullm_cli.values import Bits, Distinct, EmbeddingBits, Fraction, GroupSize, ScaleBits
 
 
 def option(
@@ -47,54 +46,9 @@ def option(
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
-def parse_fraction(value: object) -> object:
-    """'0.5%' and 0.005 mean the same."""
-    if isinstance(value, str) and value.strip().endswith("%"):
-        try:
-            return float(value.strip()[:-1]) / 100
-        except ValueError:
-            return value  # for pydantic to refuse, as any other text that is not a number
-    return value
-
-
-def check_group_size(value: int) -> int:
-    if value == 0:
-        raise ValueError("0 is not a group size; give -1 (one scale per output row), or 1 or more")
-    return value
-
-
-def check_scale_bits(value: int) -> int:
-    if 8 < value < 16:
-        raise ValueError(f"{value} is not a width of scales; give 4 to 8, or 16")
-    return value
-
-
-def digits_as_integer(value: object) -> object:
-    """Flags and --set give text: '8' is 8."""
-    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
-
-
-def whole_as_integer(value: float) -> float:
-    """4.0 and 4 are the same setting."""
-    return int(value) if value == int(value) else value
-
-
-def check_distinct(values: list[str]) -> list[str]:
-    repeated = next((value for index, value in enumerate(values) if value in values[:index]), None)
-    if repeated is not None:
-        raise ValueError(f"{repeated} is given twice; give it once")
-    return values
-
-
 # Windows with gradients where a plan needs some, and nobody said how many.
 DEFAULT_GRADIENT_SAMPLES = 64
 
-PercentText = Annotated[str, StringConstraints(pattern=r"^\s*[0-9]*\.?[0-9]+\s*%\s*$")]
-Fraction = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | PercentText)]
-Bits = Annotated[float, AfterValidator(whole_as_integer)]
-EmbeddingBits = Annotated[Literal[16, 8, 4], BeforeValidator(digits_as_integer)]
-GroupSize = Annotated[int, AfterValidator(check_group_size), Field(json_schema_extra={"not": {"const": 0}})]
-ScaleBits = Annotated[int, AfterValidator(check_scale_bits)]
 FormatName = Literal["accullm", "compressed-tensors"]
 
 
@@ -139,8 +93,8 @@ class PlanOptions(Section):
 
     bits: Bits = option(
         4,
-        "Bits of a weight. With an average such as 4.4, everything stored counted, bits and outliers of each linear "
-        "are chosen for the least loss.",
+        "Bits of a weight: 4 is the width of every linear. A number with a decimal point, such as 4.4 or 5.0, is an "
+        "average, everything stored counted: bits and outliers of each linear are then chosen for the least loss.",
         example="4.4",
         ge=2,
         le=8,
@@ -181,10 +135,16 @@ class PlanOptions(Section):
         "the source. They count in the artifact's size, not in --bits.",
         example="8",
     )
+    keep: Annotated[list[str], Distinct] = option(
+        [],
+        "Linears that stay in 16 bits, by a pattern on their full names, in which * stands for anything; give it again "
+        "for several. They count in --bits.",
+        example="*.down_proj",
+    )
 
     @property
     def is_average(self) -> bool:
-        """Whether `bits` is to be reached over all linears, rather than in each."""
+        """Whether `bits` is to be reached over all linears, rather than in each: 5.0 is, and 5 is not."""
         return isinstance(self.bits, float)
 
     @property
@@ -232,7 +192,7 @@ class Rounding(Section):
 class Export(Section):
     """What is written."""
 
-    format: Annotated[list[FormatName], AfterValidator(check_distinct)] = option(
+    format: Annotated[list[FormatName], Distinct] = option(
         ["accullm"], "Artifact format; give it again for several.", example="compressed-tensors", min_length=1
     )
     out: Path | None = option(

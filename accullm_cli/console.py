@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from accullm_cli.progress import Event, Pace
+from accullm_cli.progress import SHOWN, Event, Pace, alike
 from accullm_cli.units import duration, size
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from accullm_cli.measure.result import Estimate, Report, Speed
+    from accullm_cli.pipeline import DryRun
 
 JSON_SCHEMA_VERSION = 1
 # Seconds after which a log that is no terminal hears of a stage that is still at work. Continuous integration takes a
@@ -48,6 +49,7 @@ class Console:
         self._clock = clock
         self._patience = patience
         self._paces: dict[str, Pace] = {}
+        self._records: dict[str, dict[str, int]] = {}  # by stage, how many of each kind
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._printing = threading.RLock()
@@ -87,7 +89,7 @@ class Console:
         if self.quiet:
             return
         if event.kind == "record":
-            self.note(f"{event.stage}: note: {event.label}")
+            self._record(event)
         elif event.kind == "start":
             self._paces[event.stage] = Pace(self._clock())
             self.note(f"{event.stage}: runs" + (f", {event.reason}" if event.reason else ""))
@@ -97,6 +99,7 @@ class Console:
             now = self._clock()
             pace = self._paces.pop(event.stage, Pace(now))
             self._move_bar(event, finished=True)
+            self._say_what_was_left_out(event.stage)
             self.note(f"{event.stage}: done in {duration(now - pace.started)}")
         elif event.kind == "skip" and not event.label:
             self.note(f"{event.stage}: {event.reason or 'up to date'}")
@@ -106,6 +109,18 @@ class Console:
             self._move_bar(event)
             if self.verbose:
                 self.note(self._step_line(event))
+
+    def _record(self, event: Event) -> None:
+        """A line for each record, but of many that are alike the first few alone."""
+        of_stage = self._records.setdefault(event.stage, {})
+        of_stage[alike(event.label)] = number = of_stage.get(alike(event.label), 0) + 1
+        if number <= SHOWN or self.verbose:
+            self.note(f"{event.stage}: note: {event.label}")
+
+    def _say_what_was_left_out(self, stage: str) -> None:
+        left_out = sum(max(count - SHOWN, 0) for count in self._records.pop(stage, {}).values())
+        if left_out and not self.verbose:
+            self.note(f"{stage}: note: {left_out} more like these; --verbose prints all, and the report lists them")
 
     def _step_line(self, event: Event) -> str:
         why = f": {event.reason}" if event.reason else ": up to date" if event.kind == "skip" else ""
@@ -257,7 +272,7 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
         for clause in report.contract
     ]
     if report.records:
-        rows.append(("notes", f"{len(report.records)} (treated otherwise than planned; see the report)"))
+        rows.append(("notes", f"{len(report.records)}, listed in the report"))
     rows.append(("artifact", report.artifact))
     if report.directory:
         rows.append(("report", str(Path(report.directory) / "report.html")))
@@ -293,6 +308,15 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def dry_run_text(planned: DryRun) -> str:
+    """A dry run, as far as it knows: "at most" stands before a size that calibration will decide."""
+    content = _fields(planned)
+    exact = content.pop("size_is_exact")
+    for name in ("bits_per_weight", "artifact_bytes"):
+        content[name] = ("" if exact else "at most ") + _cell(name, content[name])
+    return render(content)
 
 
 def render(value: object) -> str:
@@ -351,7 +375,7 @@ def _cell(name: str, value: object) -> str:
     if isinstance(value, (int, float)) and name.endswith("seconds"):
         return duration(value)
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.3f}" if name.endswith("bits_per_weight") else f"{value:.4g}"
     if isinstance(value, (tuple, list)):
         return ", ".join(_cell("", item) for item in value)
     return str(value)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from accullm_cli.run import UP_TO_DATE, Reason
+
+# Of records that say the same of many things, as many are shown where all of them would hide the rest.
+SHOWN = 4
 
 Kind = Literal["start", "step", "skip", "end", "record"]
 
@@ -69,3 +72,19 @@ class Pace:
 def _counted(step: Event) -> tuple[str, int]:
     """What a step is one of: "block /", of 30."""
     return re.sub(r"\d+", "", step.label) if step.total else "", step.total
+
+
+# -- records -----------------------------------------------------------------------------------------------
+
+
+def alike(record: str) -> str:
+    """The same text for all records that differ in names and numbers alone."""
+    return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "#", re.sub(r"\b[A-Za-z_]\w*(\.\w+)+", "NAME", record))
+
+
+def grouped(records: Sequence[str]) -> list[list[str]]:
+    """The records, those that are alike together, in the order of their first ones."""
+    groups: dict[str, list[str]] = {}
+    for record in records:
+        groups.setdefault(alike(record), []).append(record)
+    return list(groups.values())

@@ -106,7 +106,12 @@ there are no colours.
 | `schema` | the JSON Schema of the configuration | (it is JSON always) |
 
 With `--json`, stdout holds one object: `schema_version` (now 1), and the key named above. A figure that could not be
-measured is `null`.
+measured is `null`. New keys may come under the same version; what a key means does not change under it.
+
+`--dry-run` says what it knows. With a width such as `--bits 4`, `bits_per_weight` and `artifact_bytes` are exact (the
+files' headers and a few kilobytes of JSON come on top). With an average such as `--bits 4.4`, or with `--golden`,
+calibration decides the plan: both are then the most that it may come to, the text says "at most", and in JSON
+`size_is_exact` is `false`. They are those of the first `--format`.
 
 ## Several conversions at once
 

@@ -12,7 +12,7 @@ import pytest
 
 from accullm_cli.console import Console, plain, render, report_text, table, to_json
 from accullm_cli.measure.result import Clause, Report
-from accullm_cli.progress import Event
+from accullm_cli.progress import Event, alike, grouped
 from accullm_cli.run import UP_TO_DATE, Reason
 from tests.samples import FIDELITY, SPEED, a_report
 
@@ -81,6 +81,43 @@ def test_a_pipe_gets_no_escape_codes(monkeypatch):
     console.report(a_report())
     console.error("broken")
     assert "\x1b" not in stream.getvalue()
+
+
+def records(count: int) -> list[Event]:
+    sentences = [f"model.layers.{number}.up_proj: damping {number / 10} instead of 0.01" for number in range(count)]
+    return [Event("quantize", "record", sentence) for sentence in [*sentences, "a dead feature in block 3"]]
+
+
+def test_of_many_records_that_are_alike_the_first_few_are_printed():
+    lines = lines_of(Event("quantize", "start"), *records(10), Event("quantize", "end"))
+    assert lines == [
+        "quantize: runs",
+        "quantize: note: model.layers.0.up_proj: damping 0.0 instead of 0.01",
+        "quantize: note: model.layers.1.up_proj: damping 0.1 instead of 0.01",
+        "quantize: note: model.layers.2.up_proj: damping 0.2 instead of 0.01",
+        "quantize: note: model.layers.3.up_proj: damping 0.3 instead of 0.01",
+        "quantize: note: a dead feature in block 3",
+        "quantize: note: 6 more like these; --verbose prints all, and the report lists them",
+        "quantize: done in 1 min 15 s",
+    ]
+
+
+def test_verbose_prints_all_records():
+    lines = lines_of(Event("quantize", "start"), *records(10), Event("quantize", "end"), verbose=True)
+    assert len(lines) == 1 + 11 + 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("h.0.up: damping 0.1", "h.11.down: damping 1e-05", True),
+        ("plan 1: 4.5 bits", "plan 12: 4.25 bits", True),
+        ("expert 3 of model.layers.0 was never reached", "expert 3 of model.layers.0 was reached once", False),
+    ],
+)
+def test_records_are_alike_that_differ_in_names_and_numbers_alone(one, other, same):
+    assert (alike(one) == alike(other)) == same
+    assert grouped([one, other, one]) == ([[one, other, one]] if same else [[one, one], [other]])
 
 
 # -- a log that would be silent ----------------------------------------------------------------------------
@@ -277,7 +314,7 @@ def test_the_report_gives_the_verdict_clause_by_clause():
     text = report_text(a_report((met, missed), records=("a", "b")))
     assert "require mean_kl<=0.07  met (measured 0.06612)\n" in text
     assert "require kl_max<=1      NOT MET (measured 3.25)\n" in text
-    assert "notes                  2 (treated otherwise than planned; see the report)\n" in text
+    assert "notes                  2, listed in the report\n" in text
 
 
 # -- tables ------------------------------------------------------------------------------------------------
