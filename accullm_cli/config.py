@@ -80,9 +80,9 @@ class Calibration(Section):
     seq_len: int = option(512, "Tokens in a window, for calibration and validation.", ge=16)
     gradient_samples: int | None = option(
         None,
-        "How many of the calibration windows give gradients (all, where they are fewer). With gradients rounding "
-        "carries errors from one output row into the next as well (YAQA); 0 does without. Default: 0; for an average "
-        "of bits or --golden 64.",
+        "Number of calibration windows that give gradients (all of them, if there are fewer). With gradients, rounding "
+        "also carries errors from one output row into the next (YAQA). Default: 0; 64 for an average of bits or "
+        "--golden.",
         ge=0,
         example="64",
     )
@@ -102,11 +102,11 @@ class PlanOptions(Section):
     spend: Literal["widths", "outliers"] = option(
         "widths",
         "What an average for --bits is spent on: 'widths' gives each linear 3, 4, 5, 6 or 8 bits, and outliers; "
-        "'outliers' gives all of them 4 bits, which GPUs multiply by fastest, and chooses outliers alone.",
+        "'outliers' gives all of them 4 bits, which GPUs multiply by fastest, and chooses outliers only.",
     )
     group_size: GroupSize | None = option(
         None,
-        "Input features that share a scale; -1 for one scale per output row. Default: 64; for an average of bits 32, "
+        "Input features that share a scale; -1 for one scale per output row. Default: 64; with an average of bits, 32, "
         "64 or 128, whichever serves a linear best.",
         example="128",
         allowed="-1, or 1 or more",
@@ -114,17 +114,17 @@ class PlanOptions(Section):
     )
     scale_bits: ScaleBits = option(
         6,
-        "Bits of a scale: its place in a table that each linear has, of 64 scales for 6 bits; 16 for float16 scales.",
+        "Bits of a scale. With 6 it is one of 64 in a table that each linear has; 16 stores float16 scales.",
         example="16",
         allowed="4 to 8, or 16",
         ge=4,
         le=16,
     )
-    symmetric: bool = option(False, "Fix the zero point in the middle of the grid, so that none is stored.")
+    symmetric: bool = option(False, "Fix the zero point in the middle of the grid, so none is stored.")
     outliers: Fraction = option(
         0.005,
-        "Fraction of each linear's input features that stay in the source's dtype: 0.005 or 0.5%. Where --bits is an "
-        "average, the plan chooses them, too, up to 3% in any linear; 0 still means none.",
+        "Fraction of each linear's input features that stay in the source's dtype: 0.005 or 0.5%. With an average for "
+        "--bits, the plan chooses them, up to 3% in any linear; 0 still means none.",
         example="0.5%",
         ge=0,
         le=0.5,
@@ -197,7 +197,7 @@ class Export(Section):
     )
     out: Path | None = option(
         None,
-        "Directory of the artifact. Default: MODEL's name with -int4 (the bits) behind it.",
+        "Directory of the artifact. Default: MODEL's name followed by -int4 (or what --bits says).",
         example="smollm2-int4",
     )
 
@@ -220,8 +220,8 @@ class Validation(Section):
     )
     speed: bool = option(
         False,
-        "Measure tokens per second, too, of the artifact beside the original, each loaded whole in its turn: reading "
-        "a prompt, and then one token after the other. With --device cuda it always is.",
+        "Also measure tokens per second of the artifact and of the original, for a prompt and for one token after the "
+        "other. Each is loaded whole. With --device cuda this is always measured.",
     )
     require: list[str] = option(
         [],
@@ -249,12 +249,12 @@ class Machine(Section):
     """Where and how the work is done."""
 
     run: Path | None = option(
-        None, "Run directory, for resuming. Default: the artifact's directory with .run behind.", example="smollm2.run"
+        None, "Run directory, for resuming. Default: the artifact's directory followed by .run.", example="smollm2.run"
     )
     device: str = option(
         "auto",
-        "Where quantize rounds and validate runs the artifact: 'cpu', as does 'auto' so far; or 'cuda', 'cuda:N', "
-        "through the CUDA kernels (validate the whole model at once, in 16 bits). All else computes on the CPU.",
+        "Where quantize rounds and validate runs the artifact. 'auto' is 'cpu' so far; 'cuda' or 'cuda:N' uses the "
+        "CUDA kernels, and validate then runs the whole model at once, in 16 bits. The rest stays on the CPU.",
         example="cuda:0",
         allowed="auto, cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
@@ -264,8 +264,8 @@ class Machine(Section):
     )
     precision: Literal["auto", "float32"] = option(
         "auto",
-        "Of the matrix products in calibrate and quantize: 'auto' rounds their elements to bfloat16 on CPUs that "
-        "multiply those faster (AMX, AVX512_BF16). Validation always computes in float32.",
+        "Precision of the matrix products in calibrate and quantize: 'auto' rounds their elements to bfloat16 on CPUs "
+        "that multiply those faster (AMX, AVX512_BF16). Validation always computes in float32.",
     )
     seed: int = option(0, "Seed of every random choice.", allowed="0 to 2**63 - 1", ge=0, lt=2**63)
 

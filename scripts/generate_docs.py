@@ -81,8 +81,8 @@ INTRODUCTION = """\
 `MODEL` is a local Hugging Face directory, a GGUF file, a hub id (`owner/name`, if need be with `@revision`), or a
 name that `accullm models` lists. Every option of the [configuration](config.md) can be given as a flag, as a key of a
 YAML file (`--config FILE`) or as `--set KEY=VALUE`; a flag overrides `--set`, which overrides the file, which overrides
-the default. A preset's name (`default`, `fast`, `best`) may stand for the file; `--effort fast` (or `best`) reads
-it before all files. `accullm --install-completion` sets up completion for your shell.
+the default. A preset's name (`default`, `fast`, `best`) may take the place of the file, and `--effort fast` (or `best`)
+reads that preset before all files. `accullm --install-completion` sets up completion for your shell.
 
 ## Streams
 
@@ -145,8 +145,8 @@ first `import torch` to get the same.
 CONFIG_INTRODUCTION = """\
 Each key is also a flag of `convert` and of every stage's own command. `accullm schema` prints the JSON Schema of the
 file ([config.schema.json](config.schema.json)); an editor with a YAML language server checks a file that begins with
-`# yaml-language-server: $schema=PATH/TO/config.schema.json`. `model`, which names what to convert, stands beside the
-sections. The defaults as a file: [configs/default.yaml](../configs/default.yaml).
+`# yaml-language-server: $schema=PATH/TO/config.schema.json`. `model` names what to convert and stands beside the
+sections. [configs/default.yaml](../configs/default.yaml) has every default.
 """
 
 
