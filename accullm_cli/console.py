@@ -138,7 +138,7 @@ class Console:
             left = pace.seconds_left(now)
             parts = [_how_far(pace.step)] if pace.step else []
             parts.append(f"{duration(now - pace.started)} so far")
-            parts.append("time left not known yet" if left is None else f"about {duration(left)} left")
+            parts.append("time left not known" if left is None else f"about {duration(left)} left")
             self.note(f"{stage}: {', '.join(parts)}")
 
     def _watch_over_silence(self) -> None:

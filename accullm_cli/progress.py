@@ -60,8 +60,8 @@ class Pace:
         self.step, self._last = step, now
 
     def seconds_left(self, now: float) -> float | None:
-        """Of the steps that are still to come; None where nothing is known yet."""
-        if self.step is None or self.step.done <= self._done_before:
+        """Of the steps that are still to come; None if nothing is known yet, or if what is left is no step."""
+        if self.step is None or not self._done_before < self.step.done < self.step.total:
             return None
         each = (self._last - self._since) / (self.step.done - self._done_before)
         coming = self.step.total - self.step.done

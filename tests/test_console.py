@@ -155,7 +155,7 @@ def block(done: int, total: int = 4, reason: Reason | None = None) -> Event:
 def test_a_log_hears_of_a_long_stage_every_thirty_seconds(log):
     assert log.at(0, Event("quantize", "start")) is None
     assert log.at(29) is None
-    assert log.at(30) == "quantize: 30 s so far, time left not known yet"
+    assert log.at(30) == "quantize: 30 s so far, time left not known"
     assert log.at(40, block(1)) is None
     assert log.at(60) == "quantize: block 1/4, 1 min 00 s so far, about 1 min 40 s left"
     assert log.at(89) is None
@@ -170,7 +170,7 @@ def test_a_block_that_takes_longer_than_those_before_leaves_those_behind_it(log)
 
 def test_blocks_of_an_earlier_run_are_no_measure_of_time(log):
     log.at(0, Event("quantize", "start"), block(1, reason=UP_TO_DATE), block(2, reason=UP_TO_DATE))
-    assert log.at(30) == "quantize: block 2/4, 30 s so far, time left not known yet"
+    assert log.at(30) == "quantize: block 2/4, 30 s so far, time left not known"
     assert log.at(60, block(3)) == "quantize: block 3/4, 1 min 00 s so far, about 1 min 00 s left"
 
 
@@ -181,6 +181,11 @@ def test_what_is_counted_after_the_blocks_is_timed_for_itself(log):
     assert line == "calibrate: gradient 1/2, 2 min 10 s so far, about 30 s left"
 
 
+def test_work_behind_the_last_block_is_not_said_to_be_over(log):
+    log.at(0, Event("quantize", "start"))
+    assert log.at(40, block(4)) == "quantize: block 4/4, 40 s so far, time left not known"
+
+
 def test_a_step_without_its_count_in_its_name_gets_it(log):
     log.at(0, Event("speed", "start"))
     line = log.at(31, Event("speed", "step", "the original", None, 1, 2))
@@ -189,9 +194,9 @@ def test_a_step_without_its_count_in_its_name_gets_it(log):
 
 def test_of_two_stages_the_inner_one_is_told_and_a_finished_one_no_more(log):
     log.at(0, Event("search", "start"), Event("quantize", "start"))
-    assert log.at(30) == "quantize: 30 s so far, time left not known yet"
+    assert log.at(30) == "quantize: 30 s so far, time left not known"
     log.at(40, Event("quantize", "end"))
-    assert log.at(70) == "search: 1 min 10 s so far, time left not known yet"
+    assert log.at(70) == "search: 1 min 10 s so far, time left not known"
     log.at(80, Event("search", "end"))
     assert log.at(1000) is None
 
