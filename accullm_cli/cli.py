@@ -48,13 +48,13 @@ class Interrupted(BaseException):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 our fault, 2 usage, 3 it is not so, 4 the machine could not, 130, 143."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
     let_waiting_threads_sleep()
-    code = EXIT_OK if given else EXIT_USAGE
+    code = EXIT_OK if words else EXIT_USAGE
     try:
         with _signals():
-            result = get_command(app).main(given or ["--help"], "accullm", standalone_mode=False, obj=console)
+            result = get_command(app).main(words or ["--help"], "accullm", standalone_mode=False, obj=console)
         if isinstance(result, Outcome):
             console.close()
             code = result.code
@@ -132,15 +132,15 @@ def _usage_line(error: typer.TyperException) -> str:
     where = context.command_path if context else "accullm"
     similar = getattr(error, "possibilities", None)
     message = _one_line(error.message if similar else error.format_message()).rstrip(".")
-    what, asks, guess = message.partition(". Did you mean ")
-    if asks:
+    problem, question, guess = message.partition(". Did you mean ")
+    if question:
         hint = f"did you mean {guess}"
     elif similar:
         hint = f"did you mean {similar[0]}?"
     else:
         hint = f"see {where} --help"
-    what = what.replace("No such option: ", "No such option ")
-    return AccullmError(what[:1].lower() + what[1:], where, hint).line()
+    problem = problem.replace("No such option: ", "No such option ")
+    return AccullmError(problem[:1].lower() + problem[1:], where, hint).line()
 
 
 def _machine_line(error: Exception) -> str | None:
@@ -160,9 +160,9 @@ def _machine_line(error: Exception) -> str | None:
 
 
 def _fault_line(error: Exception, verbose: bool) -> str:
-    what = _one_line(f"{type(error).__name__}: {error}").rstrip(": ")
+    fault = _one_line(f"{type(error).__name__}: {error}").rstrip(": ")
     hint = "please report it with the traceback above" if verbose else "run with --verbose for the traceback"
-    return f"{what}; this is a fault of accullm; {hint}"
+    return f"{fault}; this is a fault of accullm; {hint}"
 
 
 # -- the road and its stages -------------------------------------------------------------------------------

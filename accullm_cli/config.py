@@ -285,10 +285,10 @@ class Config(Section):
     @property
     def gradient_samples(self) -> int:
         """How many windows give gradients: as many as were asked for, else as what was asked for needs."""
-        wanted = self.calibration.gradient_samples
-        if wanted is None:
-            wanted = DEFAULT_GRADIENT_SAMPLES if self.plan.is_average or self.search.golden else 0
-        return min(wanted, self.calibration.samples)
+        samples = self.calibration.gradient_samples
+        if samples is None:
+            samples = DEFAULT_GRADIENT_SAMPLES if self.plan.is_average or self.search.golden else 0
+        return min(samples, self.calibration.samples)
 
     def to_yaml(self) -> str:
         """The config as a YAML file that `load_config` reads back to an equal one."""

@@ -236,8 +236,8 @@ def _new_bars(stderr: TextIO) -> Bars:
 
 def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "met" if met else "NOT MET") -> str:
     """A report as aligned lines: what it is, how large, how faithful, and the contract clause by clause."""
-    found = report.fidelity
-    floor = found.mean_kl_floor
+    fidelity = report.fidelity
+    floor = fidelity.mean_kl_floor
     rows = [
         ("model", report.model),
         ("format", report.format),
@@ -247,17 +247,17 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
             f"{size(report.artifact_bytes)} ({report.artifact_bytes / max(report.source_bytes, 1):.1%} of "
             f"{size(report.source_bytes)})",
         ),
-        ("perplexity, original", _estimate(found.perplexity_original, "{:.3f}")),
-        ("perplexity, artifact", _estimate(found.perplexity, "{:.3f}")),
-        ("mean KL", f"{_estimate(found.mean_kl, '{:.5f}')} nats; noise floor {floor.value:.2g}"),
-        ("KL, 99th percentile", f"{_estimate(found.kl_p99, '{:.4f}')} nats"),
-        ("KL, 99.9th percentile", f"{_estimate(found.kl_p999, '{:.4f}')} nats"),
-        ("KL, maximum", f"{found.kl_max:.4f} nats"),
-        ("top-1 agreement", _estimate(found.top1_agreement, "{:.2%}")),
-        ("measured on", f"{found.tokens} tokens: {found.text}"),
+        ("perplexity, original", _estimate(fidelity.perplexity_original, "{:.3f}")),
+        ("perplexity, artifact", _estimate(fidelity.perplexity, "{:.3f}")),
+        ("mean KL", f"{_estimate(fidelity.mean_kl, '{:.5f}')} nats; noise floor {floor.value:.2g}"),
+        ("KL, 99th percentile", f"{_estimate(fidelity.kl_p99, '{:.4f}')} nats"),
+        ("KL, 99.9th percentile", f"{_estimate(fidelity.kl_p999, '{:.4f}')} nats"),
+        ("KL, maximum", f"{fidelity.kl_max:.4f} nats"),
+        ("top-1 agreement", _estimate(fidelity.top1_agreement, "{:.2%}")),
+        ("measured on", f"{fidelity.tokens} tokens: {fidelity.text}"),
     ]
-    if found.arithmetic != "float32":
-        rows.append(("computed in", found.arithmetic))
+    if fidelity.arithmetic != "float32":
+        rows.append(("computed in", fidelity.arithmetic))
     if report.other is not None:
         other = report.other
         rows += [

@@ -206,8 +206,8 @@ def load_plan(path: Path) -> Plan:
 
 def scale_dtype(job: Job) -> str:
     """compressed-tensors stores scales in the model's dtype; for a bfloat16 model they must be exact in both."""
-    wanted = "compressed-tensors" in job.config.export.format and source_dtype(job) == torch.bfloat16
-    return "bfloat16" if wanted else "float16"
+    in_bfloat16 = "compressed-tensors" in job.config.export.format and source_dtype(job) == torch.bfloat16
+    return "bfloat16" if in_bfloat16 else "float16"
 
 
 def scale_bits(job: Job) -> int:
