@@ -22,10 +22,13 @@ from typer.main import get_command
 
 from accullm_cli import __version__
 from accullm_cli.config import config_schema
-from accullm_cli.console import Console, render, to_json
+from accullm_cli.console import Console, dry_run_text, render, to_json
 from accullm_cli.errors import EXIT_FAULT, EXIT_MACHINE, EXIT_NOT_SO, EXIT_OK, EXIT_USAGE, AccullmError
 from accullm_cli.flags import Call, Json, MaxMeanKl, Original, Verbose, complete_model, configured
 from accullm_cli.run import machine_error
+
+# The variables by which a user says how OpenMP's threads wait.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,13 @@ class Interrupted(BaseException):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 our fault, 2 usage, 3 it is not so, 4 the machine could not, 130, 143."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
-    code = EXIT_OK if given else EXIT_USAGE
+    let_waiting_threads_sleep()
+    code = EXIT_OK if words else EXIT_USAGE
     try:
         with _signals():
-            result = get_command(app).main(given or ["--help"], "accullm", standalone_mode=False, obj=console)
+            result = get_command(app).main(words or ["--help"], "accullm", standalone_mode=False, obj=console)
         if isinstance(result, Outcome):
             console.close()
             code = result.code
@@ -77,6 +81,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     finally:
         console.close()
     sys.exit(code)
+
+
+def let_waiting_threads_sleep() -> None:
+    """Have torch's threads sleep while they wait for each other, unless the user's environment says how they wait.
+
+    By default they spin for milliseconds, and so take the cores from other processes: two conversions side by side on
+    two cores took eight times as long as one after the other. An OpenMP runtime (libgomp, libomp, Intel's) reads the
+    environment when it is loaded, so this comes before torch; where torch is there already, nothing is changed.
+    Spinning for a shorter time, by GOMP_SPINCOUNT, was no better than not at all. The other threads of a conversion are
+    those of a Python pool, which sleep: numba compiles loops, but runs none in parallel.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 @contextmanager
@@ -115,15 +132,15 @@ def _usage_line(error: typer.TyperException) -> str:
     where = context.command_path if context else "accullm"
     similar = getattr(error, "possibilities", None)
     message = _one_line(error.message if similar else error.format_message()).rstrip(".")
-    what, asks, guess = message.partition(". Did you mean ")
-    if asks:
+    problem, question, guess = message.partition(". Did you mean ")
+    if question:
         hint = f"did you mean {guess}"
     elif similar:
         hint = f"did you mean {similar[0]}?"
     else:
         hint = f"see {where} --help"
-    what = what.replace("No such option: ", "No such option ")
-    return AccullmError(what[:1].lower() + what[1:], where, hint).line()
+    problem = problem.replace("No such option: ", "No such option ")
+    return AccullmError(problem[:1].lower() + problem[1:], where, hint).line()
 
 
 def _machine_line(error: Exception) -> str | None:
@@ -143,9 +160,9 @@ def _machine_line(error: Exception) -> str | None:
 
 
 def _fault_line(error: Exception, verbose: bool) -> str:
-    what = _one_line(f"{type(error).__name__}: {error}").rstrip(": ")
+    fault = _one_line(f"{type(error).__name__}: {error}").rstrip(": ")
     hint = "please report it with the traceback above" if verbose else "run with --verbose for the traceback"
-    return f"{what}; this is a fault of accullm; {hint}"
+    return f"{fault}; this is a fault of accullm; {hint}"
 
 
 # -- the road and its stages -------------------------------------------------------------------------------
@@ -156,7 +173,7 @@ def _convert(call: Call) -> Outcome:
     from accullm_cli import pipeline
 
     if call.dry_run:
-        return _result(call.as_json, "dry_run", pipeline.dry_run(config, call.console.progress, call.fresh))
+        return _dry_run(call, pipeline.dry_run(config, call.console.progress, call.fresh))
     reports = pipeline.convert_all(config, progress=call.console.progress, fresh=call.fresh)
     return _reports(call, reports)
 
@@ -167,7 +184,7 @@ def _stage(name: str) -> Callable[[Call], Outcome]:
         from accullm_cli import pipeline
 
         if call.dry_run:
-            return _result(call.as_json, "dry_run", pipeline.dry_run(config, call.console.progress, call.fresh, name))
+            return _dry_run(call, pipeline.dry_run(config, call.console.progress, call.fresh, name))
         result = pipeline.run_stage(name, config, progress=call.console.progress, fresh=call.fresh)
         if result.reports:
             return _reports(call, result.reports)
@@ -209,6 +226,10 @@ def _reports(call: Call, reports: Sequence[Any]) -> Outcome:
             call.console.error(AccullmError(f"the contract is not met: {missed}", report.artifact).line())
     text = to_json(reports=tuple(reports)) if call.as_json else "\n".join(str(report.artifact) for report in reports)
     return Outcome(text, code)
+
+
+def _dry_run(call: Call, planned: Any) -> Outcome:
+    return Outcome(to_json(dry_run=planned) if call.as_json else dry_run_text(planned))
 
 
 def _result(as_json: bool, name: str, value: object, code: int = EXIT_OK) -> Outcome:

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    StringConstraints,
     ValidationInfo,
     field_validator,
 )
 from pydantic.fields import FieldInfo
+
+from accullm_cli.values import Bits, Distinct, EmbeddingBits, Fraction, GroupSize, ScaleBits
 
 
 def option(
@@ -47,54 +46,9 @@ def option(
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
-def parse_fraction(value: object) -> object:
-    """'0.5%' and 0.005 mean the same."""
-    if isinstance(value, str) and value.strip().endswith("%"):
-        try:
-            return float(value.strip()[:-1]) / 100
-        except ValueError:
-            return value  # for pydantic to refuse, as any other text that is not a number
-    return value
-
-
-def check_group_size(value: int) -> int:
-    if value == 0:
-        raise ValueError("0 is not a group size; give -1 (one scale per output row), or 1 or more")
-    return value
-
-
-def check_scale_bits(value: int) -> int:
-    if 8 < value < 16:
-        raise ValueError(f"{value} is not a width of scales; give 4 to 8, or 16")
-    return value
-
-
-def digits_as_integer(value: object) -> object:
-    """Flags and --set give text: '8' is 8."""
-    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
-
-
-def whole_as_integer(value: float) -> float:
-    """4.0 and 4 are the same setting."""
-    return int(value) if value == int(value) else value
-
-
-def check_distinct(values: list[str]) -> list[str]:
-    repeated = next((value for index, value in enumerate(values) if value in values[:index]), None)
-    if repeated is not None:
-        raise ValueError(f"{repeated} is given twice; give it once")
-    return values
-
-
 # Windows with gradients where a plan needs some, and nobody said how many.
 DEFAULT_GRADIENT_SAMPLES = 64
 
-PercentText = Annotated[str, StringConstraints(pattern=r"^\s*[0-9]*\.?[0-9]+\s*%\s*$")]
-Fraction = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | PercentText)]
-Bits = Annotated[float, AfterValidator(whole_as_integer)]
-EmbeddingBits = Annotated[Literal[16, 8, 4], BeforeValidator(digits_as_integer)]
-GroupSize = Annotated[int, AfterValidator(check_group_size), Field(json_schema_extra={"not": {"const": 0}})]
-ScaleBits = Annotated[int, AfterValidator(check_scale_bits)]
 FormatName = Literal["accullm", "compressed-tensors"]
 
 
@@ -127,9 +81,9 @@ class Calibration(Section):
     seq_len: int = option(512, "Tokens in a window, for calibration and validation.", ge=16)
     gradient_samples: int | None = option(
         None,
-        "How many of the calibration windows give gradients (all, where they are fewer). With gradients rounding "
-        "carries errors from one output row into the next as well (YAQA); 0 does without. Default: 0; for an average "
-        "of bits or --golden 64.",
+        "Number of calibration windows that give gradients (all of them, if there are fewer). With gradients, rounding "
+        "also carries errors from one output row into the next (YAQA). Default: 0; 64 for an average of bits or "
+        "--golden.",
         ge=0,
         example="64",
     )
@@ -140,8 +94,8 @@ class PlanOptions(Section):
 
     bits: Bits = option(
         4,
-        "Bits of a weight. With an average such as 4.4, everything stored counted, bits and outliers of each linear "
-        "are chosen for the least loss.",
+        "Bits of a weight: 4 is the width of every linear. A number with a decimal point, such as 4.4 or 5.0, is an "
+        "average, everything stored counted: bits and outliers of each linear are then chosen for the least loss.",
         example="4.4",
         ge=2,
         le=8,
@@ -149,11 +103,11 @@ class PlanOptions(Section):
     spend: Literal["widths", "outliers"] = option(
         "widths",
         "What an average for --bits is spent on: 'widths' gives each linear 3, 4, 5, 6 or 8 bits, and outliers; "
-        "'outliers' gives all of them 4 bits, which GPUs multiply by fastest, and chooses outliers alone.",
+        "'outliers' gives all of them 4 bits, which GPUs multiply by fastest, and chooses outliers only.",
     )
     group_size: GroupSize | None = option(
         None,
-        "Input features that share a scale; -1 for one scale per output row. Default: 64; for an average of bits 32, "
+        "Input features that share a scale; -1 for one scale per output row. Default: 64; with an average of bits, 32, "
         "64 or 128, whichever serves a linear best.",
         example="128",
         allowed="-1, or 1 or more",
@@ -161,17 +115,17 @@ class PlanOptions(Section):
     )
     scale_bits: ScaleBits = option(
         6,
-        "Bits of a scale: its place in a table that each linear has, of 64 scales for 6 bits; 16 for float16 scales.",
+        "Bits of a scale. With 6 it is one of 64 in a table that each linear has; 16 stores float16 scales.",
         example="16",
         allowed="4 to 8, or 16",
         ge=4,
         le=16,
     )
-    symmetric: bool = option(False, "Fix the zero point in the middle of the grid, so that none is stored.")
+    symmetric: bool = option(False, "Fix the zero point in the middle of the grid, so none is stored.")
     outliers: Fraction = option(
         0.005,
-        "Fraction of each linear's input features that stay in the source's dtype: 0.005 or 0.5%. Where --bits is an "
-        "average, the plan chooses them, too, up to 3% in any linear; 0 still means none.",
+        "Fraction of each linear's input features that stay in the source's dtype: 0.005 or 0.5%. With an average for "
+        "--bits, the plan chooses them, up to 3% in any linear; 0 still means none.",
         example="0.5%",
         ge=0,
         le=0.5,
@@ -182,10 +136,16 @@ class PlanOptions(Section):
         "the source. They count in the artifact's size, not in --bits.",
         example="8",
     )
+    keep: Annotated[list[str], Distinct] = option(
+        [],
+        "Linears that stay in 16 bits, by a pattern on their full names, in which * stands for anything; give it again "
+        "for several. They count in --bits.",
+        example="*.down_proj",
+    )
 
     @property
     def is_average(self) -> bool:
-        """Whether `bits` is to be reached over all linears, rather than in each."""
+        """Whether `bits` is to be reached over all linears, rather than in each: 5.0 is, and 5 is not."""
         return isinstance(self.bits, float)
 
     @property
@@ -233,12 +193,12 @@ class Rounding(Section):
 class Export(Section):
     """What is written."""
 
-    format: Annotated[list[FormatName], AfterValidator(check_distinct)] = option(
+    format: Annotated[list[FormatName], Distinct] = option(
         ["accullm"], "Artifact format; give it again for several.", example="compressed-tensors", min_length=1
     )
     out: Path | None = option(
         None,
-        "Directory of the artifact. Default: MODEL's name with -int4 (the bits) behind it.",
+        "Directory of the artifact. Default: MODEL's name followed by -int4 (or what --bits says).",
         example="smollm2-int4",
     )
 
@@ -261,8 +221,8 @@ class Validation(Section):
     )
     speed: bool = option(
         False,
-        "Measure tokens per second, too, of the artifact beside the original, each loaded whole in its turn: reading "
-        "a prompt, and then one token after the other. With --device cuda it always is.",
+        "Also measure tokens per second of the artifact and of the original, for a prompt and for one token after the "
+        "other. Each is loaded whole. With --device cuda this is always measured.",
     )
     require: list[str] = option(
         [],
@@ -290,12 +250,12 @@ class Machine(Section):
     """Where and how the work is done."""
 
     run: Path | None = option(
-        None, "Run directory, for resuming. Default: the artifact's directory with .run behind.", example="smollm2.run"
+        None, "Run directory, for resuming. Default: the artifact's directory followed by .run.", example="smollm2.run"
     )
     device: str = option(
         "auto",
-        "Where quantize rounds and validate runs the artifact: 'cpu', as does 'auto' so far; or 'cuda', 'cuda:N', "
-        "through the CUDA kernels (validate the whole model at once, in 16 bits). All else computes on the CPU.",
+        "Where quantize rounds and validate runs the artifact. 'auto' is 'cpu' so far; 'cuda' or 'cuda:N' uses the "
+        "CUDA kernels, and validate then runs the whole model at once, in 16 bits. The rest stays on the CPU.",
         example="cuda:0",
         allowed="auto, cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
@@ -305,8 +265,8 @@ class Machine(Section):
     )
     precision: Literal["auto", "float32"] = option(
         "auto",
-        "Of the matrix products in calibrate and quantize: 'auto' rounds their elements to bfloat16 on CPUs that "
-        "multiply those faster (AMX, AVX512_BF16). Validation always computes in float32.",
+        "Precision of the matrix products in calibrate and quantize: 'auto' rounds their elements to bfloat16 on CPUs "
+        "that multiply those faster (AMX, AVX512_BF16). Validation always computes in float32.",
     )
     seed: int = option(0, "Seed of every random choice.", allowed="0 to 2**63 - 1", ge=0, lt=2**63)
 
@@ -326,10 +286,10 @@ class Config(Section):
     @property
     def gradient_samples(self) -> int:
         """How many windows give gradients: as many as were asked for, else as what was asked for needs."""
-        wanted = self.calibration.gradient_samples
-        if wanted is None:
-            wanted = DEFAULT_GRADIENT_SAMPLES if self.plan.is_average or self.search.golden else 0
-        return min(wanted, self.calibration.samples)
+        samples = self.calibration.gradient_samples
+        if samples is None:
+            samples = DEFAULT_GRADIENT_SAMPLES if self.plan.is_average or self.search.golden else 0
+        return min(samples, self.calibration.samples)
 
     def to_yaml(self) -> str:
         """The config as a YAML file that `load_config` reads back to an equal one."""

@@ -51,18 +51,18 @@ def load_config(
         AccullmError: an unknown key, a value of the wrong type or out of range, an unreadable file, or no model;
             its line says where.
     """
-    given: dict[str, Setting] = {}
+    settings: dict[str, Setting] = {}
     for file in files:
-        given = _checked({**given, **read_config_file(find_config(file))})
-    given = _checked({**given, **dict(_parse_set(text) for text in sets)})
+        settings = _checked({**settings, **read_config_file(find_config(file))})
+    settings = _checked({**settings, **dict(_parse_set(text) for text in sets)})
     flag_of = {option.key: option.flag for option in options()}
-    given.update({key: Setting(value, flag_of[key]) for key, value in (flags or {}).items()})
+    settings.update({key: Setting(value, flag_of[key]) for key, value in (flags or {}).items()})
     if model is not None:
-        given["model"] = Setting(model, "MODEL")
-    given = _checked(given)
-    if "model" not in given:
+        settings["model"] = Setting(model, "MODEL")
+    settings = _checked(settings)
+    if "model" not in settings:
         raise AccullmError("not given", "MODEL", MODEL_HINT)
-    return Config.model_validate(_nested(given))
+    return Config.model_validate(_nested(settings))
 
 
 # -- presets -----------------------------------------------------------------------------------------------
@@ -96,11 +96,11 @@ def find_config(name: str | Path) -> Path:
     """The file that `--config NAME` means: a path that exists, else a preset."""
     if Path(name).exists():
         return Path(name)
-    known = presets()
-    if str(name) in known:
-        return known[str(name)]
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"give a path, or one of {', '.join(known)}"
+    paths = presets()
+    if str(name) in paths:
+        return paths[str(name)]
+    similar = difflib.get_close_matches(str(name), paths, n=1)
+    hint = f"did you mean {similar[0]}?" if similar else f"give a path, or one of {', '.join(paths)}"
     raise AccullmError(f"{name} is neither a file nor a preset", "--config", hint)
 
 
@@ -137,8 +137,8 @@ def _compose(path: Path, text: str) -> yaml.Node | None:
         raise AccullmError(f"not valid YAML ({error.problem})", f"{path}:{line}", "correct this line") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        what = f"not valid YAML (character #x{ord(text[error.position]):04x} is not allowed)"
-        raise AccullmError(what, f"{path}:{line}", "remove it") from None
+        problem = f"not valid YAML (character #x{ord(text[error.position]):04x} is not allowed)"
+        raise AccullmError(problem, f"{path}:{line}", "remove it") from None
 
 
 def _walk(path: Path, node: yaml.Node, prefix: str, lines: dict[str, int]) -> Iterable[tuple[str, Setting]]:
@@ -147,11 +147,13 @@ def _walk(path: Path, node: yaml.Node, prefix: str, lines: dict[str, int]) -> It
         if prefix and _value(path, node) is None:  # a section whose keys are all commented out
             return
         where = f"{path}:{node.start_mark.line + 1}"
-        what = f"{_show(_value(path, node))} is not a mapping of keys"
+        problem = f"{_show(_value(path, node))} is not a mapping of keys"
         example = f"{prefix}:" if prefix else "plan:"
         key = next(option.key.split(".")[1] for option in options() if option.section == (prefix or "plan"))
         raise AccullmError(
-            what, f"{where}: {prefix}" if prefix else where, f"write `{example}` and below it, indented, `{key}: VALUE`"
+            problem,
+            f"{where}: {prefix}" if prefix else where,
+            f"write `{example}` and below it, indented, `{key}: VALUE`",
         )
     for key_node, value_node in node.value:
         key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
@@ -218,27 +220,27 @@ def _first_key(section: str) -> str:
 
 def _require_known(key: str, where: str) -> None:
     """Refuse a key that no option has, and suggest the nearest that one has."""
-    known = ["model", *(option.key for option in options())]
-    if key not in known:
-        nearest = _nearest(key, known)
+    keys = ["model", *(option.key for option in options())]
+    if key not in keys:
+        nearest = _nearest(key, keys)
         hint = f"did you mean {nearest}?" if nearest else _keys_hint(key)
         raise AccullmError("unknown key", where, hint)
 
 
-def _nearest(key: str, known: list[str]) -> str | None:
+def _nearest(key: str, keys: list[str]) -> str | None:
     """The known key that `key` was most likely meant to be."""
     leaf = key.rpartition(".")[2].replace("-", "_")
-    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+    same_leaf = [name for name in keys if name.rpartition(".")[2] == leaf]
     if same_leaf:
         return max(same_leaf, key=lambda name: difflib.SequenceMatcher(None, name, key).ratio())
     by_flag = {option.flag.removeprefix("--").replace("-", "_"): option.key for option in options()}
     if leaf in by_flag:
         return by_flag[leaf]
-    for candidates in (["model", *sections()], known):
-        if close := difflib.get_close_matches(key, candidates, n=1, cutoff=0.7):
-            return close[0]
-    close = difflib.get_close_matches(leaf, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.7)
-    return next((name for name in known if close and name.rpartition(".")[2] == close[0]), None)
+    for candidates in (["model", *sections()], keys):
+        if similar := difflib.get_close_matches(key, candidates, n=1, cutoff=0.7):
+            return similar[0]
+    similar = difflib.get_close_matches(leaf, [name.rpartition(".")[2] for name in keys], n=1, cutoff=0.7)
+    return next((name for name in keys if similar and name.rpartition(".")[2] == similar[0]), None)
 
 
 def _keys_hint(key: str) -> str:
@@ -251,46 +253,46 @@ def _keys_hint(key: str) -> str:
 # -- values ------------------------------------------------------------------------------------------------
 
 
-def _checked(given: dict[str, Setting]) -> dict[str, Setting]:
-    """`given`, if its values are valid; layer by layer, so that an override does not hide a mistake below it."""
+def _checked(settings: dict[str, Setting]) -> dict[str, Setting]:
+    """`settings`, if their values are valid; layer by layer, so that an override does not hide a mistake below it."""
     try:
-        Config.model_validate({"model": "unknown as yet", **_nested(given)})
+        Config.model_validate({"model": "unknown as yet", **_nested(settings)})
     except ValidationError as error:
-        raise _refusal(error, given) from None
-    return given
+        raise _refusal(error, settings) from None
+    return settings
 
 
-def _nested(given: Mapping[str, Setting]) -> dict[str, Any]:
+def _nested(settings: Mapping[str, Setting]) -> dict[str, Any]:
     """Dotted keys as nested dicts."""
     nested: dict[str, Any] = {}
-    for key, setting in given.items():
+    for key, setting in settings.items():
         section, dot, name = key.rpartition(".")
         (nested.setdefault(section, {}) if dot else nested)[name] = setting.value
     return nested
 
 
-def _refusal(error: ValidationError, given: Mapping[str, Setting]) -> AccullmError:
+def _refusal(error: ValidationError, settings: Mapping[str, Setting]) -> AccullmError:
     """The first of pydantic's findings as our one line."""
     finding = error.errors(include_url=False)[0]
     names = [str(part) for part in finding["loc"] if not isinstance(part, int)]
     index = next((part for part in finding["loc"] if isinstance(part, int)), None)
     key = ".".join(names)
-    setting = given[key]
+    setting = settings[key]
     value, where = setting.value, setting.where
     if index is not None:
         value = value[index]
         where = setting.items[index] if setting.items else where
     option = next((option for option in options() if option.key == key), None)
-    what, hint = _phrase(finding["type"], finding.get("ctx", {}), value, option)
-    return AccullmError(what, where, hint)
+    problem, hint = _phrase(finding["type"], finding.get("ctx", {}), value, option)
+    return AccullmError(problem, where, hint)
 
 
 def _phrase(kind: str, context: Mapping[str, Any], value: Any, option: Option | None) -> tuple[str, str | None]:
     """(what, hint) for one of pydantic's error types."""
     allowed = f"give {option.allowed}" if option and option.allowed else None
     if kind == "value_error":
-        what, _, hint = str(context["error"]).partition("; ")
-        return what, hint or allowed or f"give, for example, {option.example if option else 'a name'}"
+        problem, _, hint = str(context["error"]).partition("; ")
+        return problem, hint or allowed or f"give, for example, {option.example if option else 'a name'}"
     bound = next((context[name] for name in ("ge", "gt", "le", "lt") if name in context), None)
     bound = f"{bound:g}" if isinstance(bound, float) else bound
     if kind.startswith("greater_than"):
@@ -299,8 +301,8 @@ def _phrase(kind: str, context: Mapping[str, Any], value: Any, option: Option | 
         return f"{value} is {'above' if 'le' in context else 'not below'} {bound}", allowed
     if kind == "literal_error" and option:
         # 6 is not a misspelt 16.
-        close = [] if str(value).isdecimal() else difflib.get_close_matches(str(value), option.choices, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"give {_choice_text(option.choices)}"
+        similar = [] if str(value).isdecimal() else difflib.get_close_matches(str(value), option.choices, n=1)
+        hint = f"did you mean {similar[0]}?" if similar else f"give {_choice_text(option.choices)}"
         return f"{_show(value)} is not allowed", hint
     if kind == "list_type" and option:
         return f"{_show(value)} is not a list", f"write it as [{value}]"
@@ -308,14 +310,14 @@ def _phrase(kind: str, context: Mapping[str, Any], value: Any, option: Option | 
         return "the list is empty", "give at least one"
     if kind == "string_pattern_mismatch":
         return f"{_show(value)} is not allowed", allowed
-    wanted, article = {
+    meant, advice = {
         "int": ("a whole number", allowed),
         "float": ("a number", allowed),
         "bool": ("true or false", "give true or false"),
         "string": ("text", "put it in quotes"),
         "path": ("a path", "put it in quotes"),
     }[kind.split("_")[0]]
-    return f"{_show(value)} is not {wanted}", article
+    return f"{_show(value)} is not {meant}", advice
 
 
 def _choice_text(choices: Sequence[str]) -> str:

@@ -10,12 +10,13 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from accullm_cli.progress import Event
+from accullm_cli.progress import SHOWN, Event, Pace, alike
 from accullm_cli.units import duration, size
 
 if TYPE_CHECKING:
@@ -23,22 +24,38 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from accullm_cli.measure.result import Estimate, Report, Speed
+    from accullm_cli.pipeline import DryRun
 
 JSON_SCHEMA_VERSION = 1
+# Seconds after which a log that is no terminal hears of a stage that is still at work. Continuous integration takes a
+# job that says nothing for a few minutes for dead.
+PATIENCE = 30.0
 
 
 class Console:
     """One command's output. `progress` is the callback that the stages call.
 
     quiet: nothing but errors; verbose: a line for every step, and tracebacks of faults.
+    patience: seconds of silence after which `still_at_work` is called, by a thread of its own.
     """
 
-    def __init__(self, stderr: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stderr: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        patience: float = PATIENCE,
+    ) -> None:
         self._stderr = stderr or sys.stderr
         self._clock = clock
-        self._started: dict[str, float] = {}
+        self._patience = patience
+        self._paces: dict[str, Pace] = {}
+        self._records: dict[str, dict[str, int]] = {}  # by stage, how many of each kind
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._printing = threading.RLock()
+        self._last_line = clock()
+        self._ended = threading.Event()
+        self._watch: threading.Thread | None = None
         self.quiet = False
         self.verbose = False
 
@@ -51,7 +68,9 @@ class Console:
         if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=self._stderr, flush=True)
+            with self._printing:
+                self._last_line = self._clock()
+                print(text, file=self._stderr, flush=True)
 
     def error(self, line: str) -> None:
         """The one line of an error."""
@@ -70,27 +89,73 @@ class Console:
         if self.quiet:
             return
         if event.kind == "record":
-            self.note(f"{event.stage}: note: {event.label}")
+            self._record(event)
         elif event.kind == "start":
-            self._started[event.stage] = self._clock()
+            self._paces[event.stage] = Pace(self._clock())
             self.note(f"{event.stage}: runs" + (f", {event.reason}" if event.reason else ""))
             self._open_bar(event)
+            self._watch_over_silence()
         elif event.kind == "end":
             now = self._clock()
-            seconds = now - self._started.pop(event.stage, now)
+            pace = self._paces.pop(event.stage, Pace(now))
             self._move_bar(event, finished=True)
-            self.note(f"{event.stage}: done in {duration(seconds)}")
+            self._say_what_was_left_out(event.stage)
+            self.note(f"{event.stage}: done in {duration(now - pace.started)}")
         elif event.kind == "skip" and not event.label:
             self.note(f"{event.stage}: {event.reason or 'up to date'}")
         else:
+            if event.stage in self._paces:
+                self._paces[event.stage].advance(event, self._clock())
             self._move_bar(event)
             if self.verbose:
                 self.note(self._step_line(event))
 
+    def _record(self, event: Event) -> None:
+        """A line for each record, but of many that are alike the first few alone."""
+        of_stage = self._records.setdefault(event.stage, {})
+        of_stage[alike(event.label)] = number = of_stage.get(alike(event.label), 0) + 1
+        if number <= SHOWN or self.verbose:
+            self.note(f"{event.stage}: note: {event.label}")
+
+    def _say_what_was_left_out(self, stage: str) -> None:
+        left_out = sum(max(count - SHOWN, 0) for count in self._records.pop(stage, {}).values())
+        if left_out and not self.verbose:
+            self.note(f"{stage}: note: {left_out} more like these; --verbose prints all, and the report lists them")
+
     def _step_line(self, event: Event) -> str:
-        count = f" ({event.done}/{event.total})" if event.total else ""
         why = f": {event.reason}" if event.reason else ": up to date" if event.kind == "skip" else ""
-        return f"{event.stage}: {event.label or 'step'}{count}{why}"
+        return f"{event.stage}: {_how_far(event) or 'step'}{why}"
+
+    # -- a log -------------------------------------------------------------------------------------------
+
+    def still_at_work(self) -> None:
+        """Where nothing was printed for as long as patience lasts: a line on the stage that runs, and how far it is."""
+        with self._printing:
+            now = self._clock()
+            if not self._paces or now - self._last_line < self._patience:
+                return
+            stage, pace = list(self._paces.items())[-1]  # a search is at work as long as the stages in it
+            left = pace.seconds_left(now)
+            parts = [_how_far(pace.step)] if pace.step else []
+            parts.append(f"{duration(now - pace.started)} so far")
+            parts.append("time left not known" if left is None else f"about {duration(left)} left")
+            self.note(f"{stage}: {', '.join(parts)}")
+
+    def _watch_over_silence(self) -> None:
+        """Begin to call `still_at_work`, unless there are bars, which move."""
+        if self._bars is None and self._watch is None:
+            self._ended.clear()
+            self._watch = threading.Thread(target=self._call_when_silent, name="progress", daemon=True)
+            self._watch.start()
+
+    def _call_when_silent(self) -> None:
+        while not self._ended.wait(max(self._last_line + self._patience - self._clock(), self._patience / 10)):
+            try:
+                self.still_at_work()
+            except (OSError, ValueError):  # nobody reads any more
+                return
+
+    # -- bars --------------------------------------------------------------------------------------------
 
     def _open_bar(self, event: Event) -> None:
         if not self._stderr.isatty() or os.environ.get("TERM") == "dumb":
@@ -112,7 +177,11 @@ class Console:
         )
 
     def close(self) -> None:
-        """Take the bars off the screen; safe to call twice."""
+        """Take the bars off the screen and end the watch over silence; safe to call twice."""
+        if self._watch is not None:
+            self._ended.set()
+            self._watch.join(timeout=1)  # longer, if nobody reads what it writes
+            self._watch = None
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
@@ -127,6 +196,12 @@ class Console:
 
     def _verdict(self, met: bool) -> str:
         return self._styled("met", "32") if met else self._styled("NOT MET", "31;1")
+
+
+def _how_far(step: Event) -> str:
+    """ "block 12/30", or "the artifact (1/2)"."""
+    count = f"{step.done}/{step.total}"
+    return step.label if not step.total or count in step.label else f"{step.label} ({count})".strip()
 
 
 def _new_bars(stderr: TextIO) -> Bars:
@@ -161,8 +236,8 @@ def _new_bars(stderr: TextIO) -> Bars:
 
 def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "met" if met else "NOT MET") -> str:
     """A report as aligned lines: what it is, how large, how faithful, and the contract clause by clause."""
-    found = report.fidelity
-    floor = found.mean_kl_floor
+    fidelity = report.fidelity
+    floor = fidelity.mean_kl_floor
     rows = [
         ("model", report.model),
         ("format", report.format),
@@ -172,17 +247,17 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
             f"{size(report.artifact_bytes)} ({report.artifact_bytes / max(report.source_bytes, 1):.1%} of "
             f"{size(report.source_bytes)})",
         ),
-        ("perplexity, original", _estimate(found.perplexity_original, "{:.3f}")),
-        ("perplexity, artifact", _estimate(found.perplexity, "{:.3f}")),
-        ("mean KL", f"{_estimate(found.mean_kl, '{:.5f}')} nats; noise floor {floor.value:.2g}"),
-        ("KL, 99th percentile", f"{_estimate(found.kl_p99, '{:.4f}')} nats"),
-        ("KL, 99.9th percentile", f"{_estimate(found.kl_p999, '{:.4f}')} nats"),
-        ("KL, maximum", f"{found.kl_max:.4f} nats"),
-        ("top-1 agreement", _estimate(found.top1_agreement, "{:.2%}")),
-        ("measured on", f"{found.tokens} tokens: {found.text}"),
+        ("perplexity, original", _estimate(fidelity.perplexity_original, "{:.3f}")),
+        ("perplexity, artifact", _estimate(fidelity.perplexity, "{:.3f}")),
+        ("mean KL", f"{_estimate(fidelity.mean_kl, '{:.5f}')} nats; noise floor {floor.value:.2g}"),
+        ("KL, 99th percentile", f"{_estimate(fidelity.kl_p99, '{:.4f}')} nats"),
+        ("KL, 99.9th percentile", f"{_estimate(fidelity.kl_p999, '{:.4f}')} nats"),
+        ("KL, maximum", f"{fidelity.kl_max:.4f} nats"),
+        ("top-1 agreement", _estimate(fidelity.top1_agreement, "{:.2%}")),
+        ("measured on", f"{fidelity.tokens} tokens: {fidelity.text}"),
     ]
-    if found.arithmetic != "float32":
-        rows.append(("computed in", found.arithmetic))
+    if fidelity.arithmetic != "float32":
+        rows.append(("computed in", fidelity.arithmetic))
     if report.other is not None:
         other = report.other
         rows += [
@@ -197,7 +272,7 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
         for clause in report.contract
     ]
     if report.records:
-        rows.append(("notes", f"{len(report.records)} (treated otherwise than planned; see the report)"))
+        rows.append(("notes", f"{len(report.records)}, listed in the report"))
     rows.append(("artifact", report.artifact))
     if report.directory:
         rows.append(("report", str(Path(report.directory) / "report.html")))
@@ -233,6 +308,15 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def dry_run_text(planned: DryRun) -> str:
+    """A dry run, as far as it knows: "at most" stands before a size that calibration will decide."""
+    content = _fields(planned)
+    exact = content.pop("size_is_exact")
+    for name in ("bits_per_weight", "artifact_bytes"):
+        content[name] = ("" if exact else "at most ") + _cell(name, content[name])
+    return render(content)
 
 
 def render(value: object) -> str:
@@ -291,7 +375,7 @@ def _cell(name: str, value: object) -> str:
     if isinstance(value, (int, float)) and name.endswith("seconds"):
         return duration(value)
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.3f}" if name.endswith("bits_per_weight") else f"{value:.4g}"
     if isinstance(value, (tuple, list)):
         return ", ".join(_cell("", item) for item in value)
     return str(value)

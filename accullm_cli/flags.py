@@ -174,12 +174,12 @@ def configured(body: Callable[[Call], T], extra: Mapping[str, Any] | None = None
     flags = {option.key.replace(".", "_"): (_flag_of(option), None) for option in options()}
     accepted = {"model": (Model, None), **COMMON, **(extra or {}), **flags}
 
-    def command(ctx: typer.Context, **given: Any) -> T:
+    def command(ctx: typer.Context, **values: Any) -> T:
         console: Console = ctx.obj
-        console.quiet, console.verbose = given.pop("quiet"), given.pop("verbose")
-        flags = {key: value for name, key in names.items() if (value := given.pop(name)) not in (None, [])}
-        files, sets = given.pop("files") or [], given.pop("sets") or []
-        return body(Call(console=console, files=files, sets=sets, flags=flags, **given))
+        console.quiet, console.verbose = values.pop("quiet"), values.pop("verbose")
+        flags = {key: value for name, key in names.items() if (value := values.pop(name)) not in (None, [])}
+        files, sets = values.pop("files") or [], values.pop("sets") or []
+        return body(Call(console=console, files=files, sets=sets, flags=flags, **values))
 
     context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     parameters = [

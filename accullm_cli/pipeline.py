@@ -92,9 +92,9 @@ class DryRun:
     stages: as the run would find them, but that of an artifact made of changed inputs nothing is known, so that it
     counts as changed; a stage asked for alone is the last one.
     device: where weights are rounded and artifacts run. peak_bytes and seconds are estimates for the CPU; what a GPU
-    saves is not in them. bits_per_weight is exact for the native format, or within the average that was
-    asked for; artifact_bytes are its tensors and the tokenizer files, to which a few kilobytes of JSON and headers
-    come.
+    saves is not in them. bits_per_weight and artifact_bytes are those of the first format: exact where size_is_exact
+    says so, and otherwise the most that they may come to. artifact_bytes are the artifact's tensors and the tokenizer
+    files, to which a few kilobytes of JSON and headers come.
     """
 
     model: str
@@ -104,6 +104,7 @@ class DryRun:
     device: str
     bits_per_weight: float
     artifact_bytes: int
+    size_is_exact: bool
     peak_bytes: int
     seconds: float
 
@@ -221,8 +222,9 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
             artifact=str(artifact_path(config)),
             stages=stages,
             device=describe_device(device_of(config)),
-            bits_per_weight=plan.bits_per_weight,
+            bits_per_weight=estimated.bits_per_weight,
             artifact_bytes=estimated.artifact_bytes,
+            size_is_exact=estimated.size_is_exact,
             peak_bytes=estimated.peak_bytes,
             seconds=estimated.seconds,
         )
@@ -282,7 +284,7 @@ def artifact_path(config: Config) -> Path:
             raise AccullmError("is no place for an artifact", named, "give another directory with --out")
         return named
     name = Path(config.model.rstrip("/").partition("@")[0]).name.removesuffix(".gguf")
-    return Path(f"{name or 'model'}-int{config.plan.bits:g}")
+    return Path(f"{name or 'model'}-int{config.plan.bits}")
 
 
 def run_path(config: Config) -> Path:
@@ -396,7 +398,10 @@ def _finish_report(
     size = sum(entry.bytes for entry in manifest.files.values())
     records = tuple(dict.fromkeys(sentence for outcome in outcomes for sentence in outcome.record.records))
     requirements = [parse_requirement(text) for text in job.config.validation.require]
-    contract = judge(requirements, fidelity, bits_per_weight, size, records)
+    # What profile says is the plan, and no deviation from it.
+    planned = {sentence for outcome in outcomes if outcome.name == "profile" for sentence in outcome.record.records}
+    fallbacks = [sentence for sentence in records if sentence not in planned]
+    contract = judge(requirements, fidelity, bits_per_weight, size, fallbacks)
     report = Report(
         schema_version=REPORT_SCHEMA_VERSION,
         model=job.source.origin,

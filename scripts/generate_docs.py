@@ -81,13 +81,16 @@ INTRODUCTION = """\
 `MODEL` is a local Hugging Face directory, a GGUF file, a hub id (`owner/name`, if need be with `@revision`), or a
 name that `accullm models` lists. Every option of the [configuration](config.md) can be given as a flag, as a key of a
 YAML file (`--config FILE`) or as `--set KEY=VALUE`; a flag overrides `--set`, which overrides the file, which overrides
-the default. A preset's name (`default`, `fast`, `best`) may stand for the file; `--effort fast` (or `best`) reads
-it before all files. `accullm --install-completion` sets up completion for your shell.
+the default. A preset's name (`default`, `fast`, `best`) may take the place of the file, and `--effort fast` (or `best`)
+reads that preset before all files. `accullm --install-completion` sets up completion for your shell.
 
 ## Streams
 
-Results go to stdout, progress, tables and errors to stderr, so that `art=$(accullm convert MODEL --quiet)` works.
-Escape codes are written to terminals only, and colours not at all where `NO_COLOR` is set.
+Results go to stdout; progress, tables and errors go to stderr. So `art=$(accullm convert MODEL --quiet)` works.
+A terminal gets progress bars. A log gets a line when a stage begins or ends and, at least every 30 seconds in between,
+one that says how far the stage is and how long its remaining steps will take; `--verbose` adds a line for every step.
+`--quiet` leaves only errors, `--json` changes stdout alone. Escape codes go to terminals only, and with `NO_COLOR` set
+there are no colours.
 
 | command | on stdout | with `--json` |
 | --- | --- | --- |
@@ -103,7 +106,24 @@ Escape codes are written to terminals only, and colours not at all where `NO_COL
 | `schema` | the JSON Schema of the configuration | (it is JSON always) |
 
 With `--json`, stdout holds one object: `schema_version` (now 1), and the key named above. A figure that could not be
-measured is `null`.
+measured is `null`. New keys may come under the same version; what a key means does not change under it.
+
+`--dry-run` says what it knows. With a width such as `--bits 4`, `bits_per_weight` and `artifact_bytes` are exact (the
+files' headers and a few kilobytes of JSON come on top). With an average such as `--bits 4.4`, or with `--golden`,
+calibration decides the plan: both are then the most that it may come to, the text says "at most", and in JSON
+`size_is_exact` is `false`. They are those of the first `--format`.
+
+## Several conversions at once
+
+Each conversion has a run directory of its own, so several may run side by side. While threads of a conversion wait for
+each other they sleep: `accullm` sets `OMP_WAIT_POLICY=PASSIVE` for itself, as threads that spin would take the cores
+from the other conversions. That costs one conversion alone some time where it has all cores to itself
+(`OMP_WAIT_POLICY=ACTIVE accullm convert ...` gets it back): `OMP_WAIT_POLICY`, `GOMP_SPINCOUNT`, `KMP_BLOCKTIME` and
+`KMP_LIBRARY` win where you set one. `--threads` gives each conversion its share of the cores.
+`scripts/bench_side_by_side.py` measures both.
+
+From Python, `from accullm_cli import convert` leaves the environment as it is: set `OMP_WAIT_POLICY=PASSIVE` before the
+first `import torch` to get the same.
 
 ## Exit codes
 
@@ -125,8 +145,8 @@ measured is `null`.
 CONFIG_INTRODUCTION = """\
 Each key is also a flag of `convert` and of every stage's own command. `accullm schema` prints the JSON Schema of the
 file ([config.schema.json](config.schema.json)); an editor with a YAML language server checks a file that begins with
-`# yaml-language-server: $schema=PATH/TO/config.schema.json`. `model`, which names what to convert, stands beside the
-sections. The defaults as a file: [configs/default.yaml](../configs/default.yaml).
+`# yaml-language-server: $schema=PATH/TO/config.schema.json`. `model` names what to convert and stands beside the
+sections. [configs/default.yaml](../configs/default.yaml) has every default.
 """
 
 

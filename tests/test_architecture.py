@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"stages"}),
     frozenset({"measure", "report", "formats", "kernels", "model", "hf", "vllm"}),
     frozenset({"quant"}),
-    frozenset({"config", "config_file", "resources", "run", "progress", "units", "errors"}),
+    frozenset({"config", "config_file", "resources", "run", "progress", "units", "values", "errors"}),
 )
 MAX_LINES = 450
 HEAVY = {"torch", "numba", "transformers", "numpy", "safetensors", "matplotlib", "huggingface_hub", "gguf"}

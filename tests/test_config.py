@@ -105,7 +105,7 @@ def test_the_default_preset_is_the_defaults():
 
 @settings(deadline=None)
 @given(
-    bits=st.integers(2, 8),
+    bits=st.one_of(st.integers(2, 8), st.floats(2, 8), st.integers(2, 8).map(float)),
     group_size=st.one_of(st.just(-1), st.integers(1, 4096)),
     outliers=st.floats(0, 0.5),
     text=st.text(min_size=1).filter(lambda text: text.isprintable()),
@@ -122,7 +122,32 @@ def test_yaml_written_is_read_back_equal(tmp_path_factory, bits, group_size, out
     )
     file = tmp_path_factory.mktemp("yaml") / "run.yaml"
     file.write_text(config.to_yaml(), encoding="utf-8")
-    assert load_config(None, files=[file]) == config
+    read = load_config(None, files=[file])
+    assert read == config
+    assert type(read.plan.bits) is type(bits)
+
+
+@pytest.mark.parametrize(
+    ("written", "bits"),
+    [("5", 5), ("+5", 5), ("5.0", 5.0), ("5.", 5.0), (" 8.0 ", 8.0), ("4.4", 4.4), ("5e0", 5)],
+)
+def test_bits_with_a_decimal_point_are_an_average(conf, written, bits):
+    file = conf(f"plan:\n  bits: '{written}'\n")
+    for layer in ({"flags": {"plan.bits": written}}, {"sets": [f"plan.bits={written}"]}, {"files": [file]}):
+        plan = load_config("m", **layer).plan
+        assert (plan.bits, type(plan.bits)) == (bits, type(bits))
+        assert plan.is_average == isinstance(bits, float)
+
+
+def test_bits_in_a_file_and_from_python_are_told_apart_too(conf):
+    assert not load_config("m", files=[conf("plan: {bits: 5}\n")]).plan.is_average
+    assert load_config("m", files=[conf("plan: {bits: 5.0}\n")]).plan.is_average
+    assert not Config(model="m", plan={"bits": 5}).plan.is_average
+    assert Config(model="m", plan={"bits": 5.0}).plan.is_average
+
+
+def test_an_infinite_average_is_refused():
+    assert line_of(flags={"plan.bits": "inf"}) == "--bits: inf is above 8; give 2 to 8"
 
 
 # -- mistakes in a file ------------------------------------------------------------------------------------
@@ -142,7 +167,7 @@ def test_yaml_written_is_read_back_equal(tmp_path_factory, bits, group_size, out
         (
             "plan:\n  colour: red\n",
             "conf.yaml:2: plan.colour: unknown key; "
-            "the keys of plan are bits, spend, group_size, scale_bits, symmetric, outliers, embedding_bits",
+            "the keys of plan are bits, spend, group_size, scale_bits, symmetric, outliers, embedding_bits, keep",
         ),
         (
             "zzz: 1\n",
@@ -305,7 +330,7 @@ def test_no_model_at_all_is_refused():
 
 def test_every_option_has_a_flag_of_its_own_a_help_and_an_example():
     declared = list(options())
-    assert len({option.flag for option in declared}) == len(declared) == 31
+    assert len({option.flag for option in declared}) == len(declared) == 32
     for option in declared:
         assert option.flag.startswith("--")
         assert "_" not in option.flag

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import time
 from dataclasses import dataclass, replace
 
 import pytest
 
 from accullm_cli.console import Console, plain, render, report_text, table, to_json
 from accullm_cli.measure.result import Clause, Report
-from accullm_cli.progress import Event
+from accullm_cli.progress import Event, alike, grouped
 from accullm_cli.run import UP_TO_DATE, Reason
 from tests.samples import FIDELITY, SPEED, a_report
 
@@ -23,11 +24,12 @@ class Terminal(io.StringIO):
 
 def lines_of(*events: Event, **settings: bool) -> list[str]:
     stream = io.StringIO()
-    times = iter(range(0, 1000, 75))
-    console = Console(stream, clock=lambda: next(times))
+    now = 0.0
+    console = Console(stream, clock=lambda: now)
     for name, value in settings.items():
         setattr(console, name, value)
     for event in events:
+        now += 75.0 if event.kind == "end" else 0.0
         console.progress(event)
     console.close()
     return stream.getvalue().splitlines()
@@ -79,6 +81,159 @@ def test_a_pipe_gets_no_escape_codes(monkeypatch):
     console.report(a_report())
     console.error("broken")
     assert "\x1b" not in stream.getvalue()
+
+
+def records(count: int) -> list[Event]:
+    sentences = [f"model.layers.{number}.up_proj: damping {number / 10} instead of 0.01" for number in range(count)]
+    return [Event("quantize", "record", sentence) for sentence in [*sentences, "a dead feature in block 3"]]
+
+
+def test_of_many_records_that_are_alike_the_first_few_are_printed():
+    lines = lines_of(Event("quantize", "start"), *records(10), Event("quantize", "end"))
+    assert lines == [
+        "quantize: runs",
+        "quantize: note: model.layers.0.up_proj: damping 0.0 instead of 0.01",
+        "quantize: note: model.layers.1.up_proj: damping 0.1 instead of 0.01",
+        "quantize: note: model.layers.2.up_proj: damping 0.2 instead of 0.01",
+        "quantize: note: model.layers.3.up_proj: damping 0.3 instead of 0.01",
+        "quantize: note: a dead feature in block 3",
+        "quantize: note: 6 more like these; --verbose prints all, and the report lists them",
+        "quantize: done in 1 min 15 s",
+    ]
+
+
+def test_verbose_prints_all_records():
+    lines = lines_of(Event("quantize", "start"), *records(10), Event("quantize", "end"), verbose=True)
+    assert len(lines) == 1 + 11 + 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("h.0.up: damping 0.1", "h.11.down: damping 1e-05", True),
+        ("plan 1: 4.5 bits", "plan 12: 4.25 bits", True),
+        ("expert 3 of model.layers.0 was never reached", "expert 3 of model.layers.0 was reached once", False),
+    ],
+)
+def test_records_are_alike_that_differ_in_names_and_numbers_alone(one, other, same):
+    assert (alike(one) == alike(other)) == same
+    assert grouped([one, other, one]) == ([[one, other, one]] if same else [[one, one], [other]])
+
+
+# -- a log that would be silent ----------------------------------------------------------------------------
+
+
+class Log:
+    """A console on a pipe, and the time as the test sets it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.stream = io.StringIO()
+        self.console = Console(self.stream, clock=lambda: self.now)
+
+    def at(self, now: float, *events: Event) -> str | None:
+        """The line, if any, that the console writes at a time by itself, after these events."""
+        self.now = now
+        for event in events:
+            self.console.progress(event)
+        said = len(self.stream.getvalue())
+        self.console.still_at_work()
+        return self.stream.getvalue()[said:].rstrip("\n") or None
+
+
+@pytest.fixture
+def log():
+    log = Log()
+    yield log
+    log.console.close()
+
+
+def block(done: int, total: int = 4, reason: Reason | None = None) -> Event:
+    return Event("quantize", "step", f"block {done}/{total}", reason, done, total)
+
+
+def test_a_log_hears_of_a_long_stage_every_thirty_seconds(log):
+    assert log.at(0, Event("quantize", "start")) is None
+    assert log.at(29) is None
+    assert log.at(30) == "quantize: 30 s so far, time left not known"
+    assert log.at(40, block(1)) is None
+    assert log.at(60) == "quantize: block 1/4, 1 min 00 s so far, about 1 min 40 s left"
+    assert log.at(89) is None
+    assert log.at(90, block(2)) == "quantize: block 2/4, 1 min 30 s so far, about 1 min 30 s left"
+
+
+def test_a_block_that_takes_longer_than_those_before_leaves_those_behind_it(log):
+    log.at(0, Event("quantize", "start"))
+    log.at(10, block(1))
+    assert log.at(500) == "quantize: block 1/4, 8 min 20 s so far, about 20 s left"
+
+
+def test_blocks_of_an_earlier_run_are_no_measure_of_time(log):
+    log.at(0, Event("quantize", "start"), block(1, reason=UP_TO_DATE), block(2, reason=UP_TO_DATE))
+    assert log.at(30) == "quantize: block 2/4, 30 s so far, time left not known"
+    assert log.at(60, block(3)) == "quantize: block 3/4, 1 min 00 s so far, about 1 min 00 s left"
+
+
+def test_what_is_counted_after_the_blocks_is_timed_for_itself(log):
+    log.at(0, Event("calibrate", "start"))
+    log.at(100, Event("calibrate", "step", "block 2/2", Reason("new"), 2, 2))
+    line = log.at(130, Event("calibrate", "step", "gradient 1/2", Reason("new"), 1, 2))
+    assert line == "calibrate: gradient 1/2, 2 min 10 s so far, about 30 s left"
+
+
+def test_work_behind_the_last_block_is_not_said_to_be_over(log):
+    log.at(0, Event("quantize", "start"))
+    assert log.at(40, block(4)) == "quantize: block 4/4, 40 s so far, time left not known"
+
+
+def test_a_step_without_its_count_in_its_name_gets_it(log):
+    log.at(0, Event("speed", "start"))
+    line = log.at(31, Event("speed", "step", "the original", None, 1, 2))
+    assert line == "speed: the original (1/2), 31 s so far, about 31 s left"
+
+
+def test_of_two_stages_the_inner_one_is_told_and_a_finished_one_no_more(log):
+    log.at(0, Event("search", "start"), Event("quantize", "start"))
+    assert log.at(30) == "quantize: 30 s so far, time left not known"
+    log.at(40, Event("quantize", "end"))
+    assert log.at(70) == "search: 1 min 10 s so far, time left not known"
+    log.at(80, Event("search", "end"))
+    assert log.at(1000) is None
+
+
+def test_any_other_line_is_as_good_as_one_on_the_stage(log):
+    log.at(0, Event("quantize", "start"))
+    assert log.at(25, Event("quantize", "record", "damped")) is None
+    assert log.at(54) is None
+
+
+def test_a_quiet_log_stays_silent(log):
+    log.console.quiet = True
+    assert log.at(0, Event("quantize", "start")) is None
+    assert log.at(60) is None
+
+
+def lines_while_a_stage_sleeps(stream: io.StringIO) -> str:
+    console = Console(stream, patience=0.05)
+    console.progress(Event("quantize", "start"))
+    deadline = time.monotonic() + 20
+    while "so far" not in stream.getvalue() and time.monotonic() < deadline and not stream.isatty():
+        time.sleep(0.01)
+    time.sleep(0.2 if stream.isatty() else 0)
+    console.close()
+    written = stream.getvalue()
+    time.sleep(0.2)
+    assert stream.getvalue() == written
+    return written
+
+
+def test_the_line_comes_while_the_stage_itself_says_nothing_and_no_more_after_the_end():
+    assert "quantize: 0." in lines_while_a_stage_sleeps(io.StringIO())
+
+
+def test_bars_that_move_need_no_such_line(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "so far" not in lines_while_a_stage_sleeps(Terminal())
 
 
 # -- a terminal --------------------------------------------------------------------------------------------
@@ -164,7 +319,7 @@ def test_the_report_gives_the_verdict_clause_by_clause():
     text = report_text(a_report((met, missed), records=("a", "b")))
     assert "require mean_kl<=0.07  met (measured 0.06612)\n" in text
     assert "require kl_max<=1      NOT MET (measured 3.25)\n" in text
-    assert "notes                  2 (treated otherwise than planned; see the report)\n" in text
+    assert "notes                  2, listed in the report\n" in text
 
 
 # -- tables ------------------------------------------------------------------------------------------------

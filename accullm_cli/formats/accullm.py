@@ -64,6 +64,10 @@ class AccullmFormat:
                 )
         return found
 
+    def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
+        """Bytes that are stored for a linear."""
+        return linear.stored_bytes
+
     def write(self, directory: Path, parts: Parts) -> None:
         """Assemble an artifact: block shards are linked from the run directory, and copied where that is impossible.
 

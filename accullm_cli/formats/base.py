@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from accullm_cli.quant.linear import QuantizedLinear
-from accullm_cli.quant.plan import Plan
+from accullm_cli.quant.plan import LinearPlan, Plan
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,10 @@ class Format(Protocol):
 
     def objections(self, plan: Plan, shape: ModelShape) -> list[Objection]:
         """Everything that makes this plan impossible in this format; empty where it fits. Needs no tensors."""
+        ...
+
+    def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
+        """Bytes that are stored for a linear of a plan without objections; dtype: of the source's weights."""
         ...
 
     def write(self, directory: Path, parts: Parts) -> None:

@@ -29,6 +29,8 @@ from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.packing import pack, packed_length, unpack
 from accullm_cli.quant.plan import LinearPlan, Plan
 
+# Linears that vLLM makes one of.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -47,8 +49,15 @@ class CompressedTensorsFormat:
             *_outlier_objections(quantized),
             *_group_objections(quantized),
             *_scale_objections(plan, shape),
+            *_fused_objections(plan),
         ]
         return found
+
+    def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
+        """Bytes that are stored for a linear: codes and zero points are padded to words of 32 bits."""
+        if linear.bits == 16:
+            return linear.stored_bytes
+        return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in linear_schema(linear, dtype).values())
 
     def write(self, directory: Path, parts: Parts) -> None:
         """Write an artifact: codes are packed anew, never rounded anew.
@@ -135,7 +144,8 @@ def _bits_objections(linears: list[LinearPlan]) -> Iterator[Objection]:
     if found:
         yield Objection(
             f"compressed-tensors holds 4 or 8 bits, and {found[0].name} has {found[0].bits}{_more(found)}",
-            "use --bits 4 or --bits 8, or export to the format accullm",
+            "use --bits 4 or --bits 8, or export to the format accullm, which holds any width from 2 to 8 and, with "
+            f"--bits {found[0].bits}.0, an average",
         )
 
 
@@ -173,6 +183,22 @@ def _scale_objections(plan: Plan, shape: ModelShape) -> Iterator[Objection]:
             "ask for the format before profile runs, which then plans scales that both hold: "
             "--format compressed-tensors",
         )
+
+
+def _fused_objections(plan: Plan) -> Iterator[Objection]:
+    """vLLM stacks these linears, and refuses to load some of them quantized and some not (packed_modules_mapping)."""
+    for name, linear in plan.linears.items():
+        block, _, kind = name.rpartition(".")
+        fused = next((kinds for kinds in FUSED if kind in kinds), ())
+        partners = [plan.linears[f"{block}.{other}"] for other in fused if f"{block}.{other}" in plan.linears]
+        if linear.bits == 16 and any(partner.bits != 16 for partner in partners):
+            patterns = " ".join(f"--keep '*.{other}'" for other in fused)
+            yield Objection(
+                f"vLLM, which reads compressed-tensors, multiplies by {', '.join(fused)} at once, and of these {name} "
+                "stays in 16 bits and another does not",
+                f"keep all of them ({patterns}) or none, or export to the format accullm",
+            )
+            return
 
 
 def _more(found: list[Any]) -> str:

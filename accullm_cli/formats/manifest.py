@@ -6,7 +6,7 @@ Both are deterministic: the same artifact has the same bytes, so neither holds t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.base import Parts
 from accullm_cli.formats.shards import dtype_name, read_json
+from accullm_cli.progress import SHOWN, grouped
 from accullm_cli.quant.plan import LinearPlan, Plan
 from accullm_cli.run import file_sha256, write_text
 
@@ -236,7 +237,18 @@ def _card(parts: Parts, format_name: str, artifact_bytes: int) -> Iterator[str]:
     yield f"| size of the tensors | {artifact_bytes / 1e6:.1f} MB |"
     yield from ("", "## Fidelity", "", _FIDELITY_START, "Not validated yet.", _FIDELITY_END, "")
     yield from ("## Where it comes from", "")
-    yield from (f"- {name}: {value}" for name, value in flat_facts(parts.provenance))
+    provenance = {**parts.provenance, "records": _shortened(parts.provenance.get("records", ()))}
+    yield from (f"- {name}: {value}" for name, value in flat_facts(provenance))
+
+
+def _shortened(records: Sequence[str]) -> list[str]:
+    """Of many records that are alike the first few alone: a mixture of experts may have thousands."""
+    lines = []
+    for group in grouped(records):
+        lines += group[:SHOWN]
+        if len(group) > SHOWN:
+            lines.append(f"and {len(group) - SHOWN} more like these, in {MANIFEST_NAME}")
+    return lines
 
 
 def _loading_lines(format_name: str) -> Iterator[str]:

@@ -56,7 +56,7 @@ class Choices:
                 f"an average of {bits_per_weight:g} bits cannot be had: the smallest plan takes "
                 f"{found.bits_per_weight:.3f}, scales included",
                 "--bits",
-                "give more, or larger groups",
+                "give more, or larger groups" + (", or keep fewer" if self._keeps_some() else ""),
             )
         low, high = PRICES
         for _ in range(HALVINGS):
@@ -67,6 +67,9 @@ class Choices:
             else:
                 high, found = middle, plan
         return found
+
+    def _keeps_some(self) -> bool:
+        return any(plan.bits == 16 for plan in self.plans.values())
 
     def smallest(self) -> Plan:
         """The plan of the fewest bits."""

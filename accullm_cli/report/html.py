@@ -7,14 +7,13 @@ from html import escape
 from pathlib import Path
 
 from accullm_cli.measure.result import Clause, Estimate, Fidelity, Report, Speed
+from accullm_cli.progress import SHOWN, grouped
 from accullm_cli.report import plots
 from accullm_cli.report.page import bullets, collapsed, figure, page, paragraph, section, table
 from accullm_cli.report.schema import to_json
 from accullm_cli.run import write_text
 from accullm_cli.units import duration, size
 
-# More records than this are shown on a click: an MoE model can have thousands.
-_RECORDS_SHOWN = 20
 # Below this, 95% intervals hold the truth less often than they say (docs/measures.md).
 _FEW_WINDOWS = 6
 
@@ -201,12 +200,14 @@ def _plots(report: Report) -> str:
 
 def _records(report: Report) -> str:
     if not report.records:
-        content = paragraph("Nothing: every weight was stored as planned, and no numeric fallback was needed.")
-    elif len(report.records) > _RECORDS_SHOWN:
-        content = collapsed(_count(len(report.records), "record"), bullets(report.records))
+        content = [paragraph("Nothing: every weight was stored as planned, and no numeric fallback was needed.")]
     else:
-        content = bullets(report.records)
-    return section("Treated differently from the plan", content)
+        groups = grouped(report.records)
+        few = [record for group in groups if len(group) <= SHOWN for record in group]
+        many = [group for group in groups if len(group) > SHOWN]
+        content = [bullets(few)] if few else []
+        content += [collapsed(f"{len(group)} records like: {group[0]}", bullets(group)) for group in many]
+    return section("Left as it is, or treated differently from the plan", *content)
 
 
 def _stages(report: Report) -> str:

@@ -1,4 +1,4 @@
-"""What a conversion will take: size exactly, memory and time from counting."""
+"""What a conversion will take: size exactly or at most, memory and time from counting."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from accullm_cli.formats import FORMATS
 from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
 from accullm_cli.quant.plan import Plan
 from accullm_cli.stages.calibrate import measured_windows, other_window_count
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.precision import products
+from accullm_cli.stages.profile import source_dtype
 
 FLOAT = 4
 # Passes through the blocks in quantize. The original's stream goes through each once. The rounded one comes up to each
@@ -38,11 +40,15 @@ BASE_BYTES = 600_000_000
 class Estimated:
     """What a conversion takes.
 
-    artifact_bytes: tensors of the native format and the tokenizer files beside them. peak_bytes: resident memory.
-    seconds: wall clock, all stages.
+    bits_per_weight: everything stored for the linears in the first format that is asked for, over their weights.
+    artifact_bytes: its tensors and the tokenizer files beside them. size_is_exact: both are exact; otherwise they are
+    the most that the plan, which calibration decides, may come to. peak_bytes: resident memory. seconds: wall clock of
+    all stages.
     """
 
+    bits_per_weight: float
     artifact_bytes: int
+    size_is_exact: bool
     peak_bytes: int
     seconds: float
 
@@ -62,7 +68,13 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     outside = all_weights - sum(in_blocks)
     planned = [*plan.linears.values(), *plan.embeddings.values()]
     unquantized = source_bytes - sum(linear.weights * linear.source_itemsize for linear in planned)
-    stored = unquantized + sum(linear.stored_bytes for linear in planned)
+    format = FORMATS[job.config.export.format[0]]
+    linear_bytes = sum(format.linear_bytes(linear, source_dtype(job)) for linear in plan.linears.values())
+    linear_weights = sum(linear.weights for linear in plan.linears.values())
+    bits_per_weight = 8 * linear_bytes / linear_weights
+    if (most := _largest_average(job)) is not None:
+        bits_per_weight, linear_bytes = most, int(most * linear_weights / 8)
+    stored = unquantized + linear_bytes + sum(embedding.stored_bytes for embedding in plan.embeddings.values())
     stored += sum(path.stat().st_size for path in job.source.companions.values())
     widest = max(linear.in_features for linear in plan.linears.values())
     vocabulary, hidden = decoder.model.get_input_embeddings().weight.shape
@@ -78,7 +90,15 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     peak += FLOAT * 4 * TOKENS_PER_BATCH * widest
 
     seconds = _operations(job, decoder, plan, vocabulary * hidden) / (SHARE_OF_FULL_SPEED * _operations_per_second())
-    return Estimated(stored, int(peak), round(seconds, 1))
+    return Estimated(bits_per_weight, stored, most is None, int(peak), round(seconds, 1))
+
+
+def _largest_average(job: Job) -> float | None:
+    """The bits per weight that the plan will stay below; None where they are known already."""
+    options = job.config
+    if options.search.golden:
+        return options.search.max_bits_per_weight
+    return options.plan.bits if options.plan.is_average else None
 
 
 def _fisher_elements(job: Job, decoder: Decoder) -> int:
@@ -108,7 +128,7 @@ def _operations(job: Job, decoder: Decoder, plan: Plan, head_weights: int) -> fl
         grams += 2 * with_gradient * sum(linear.out_features**2 for linear in plan.linears.values())
     # Calibrate's likelihoods, and in validate the original, the artifact and the noise floor.
     head = 2 * head_weights * 4 * held_out
-    rounded = weights + sum(embedding.weights for embedding in plan.embeddings.values())
+    rounded = sum(linear.weights for linear in plan.quantized.values())
     return 2 * weights * passes + grams + OPERATIONS_PER_WEIGHT * rounded + head
 
 

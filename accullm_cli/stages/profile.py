@@ -6,12 +6,13 @@ It leaves plan.json (quant.plan.Plan) and outliers.html (a picture of where the 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import chain, starmap
 from pathlib import Path
 
 import torch
 
-from accullm_cli.config import PlanOptions
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import ModelShape, Stack
@@ -28,6 +29,7 @@ from accullm_cli.run import Reason, write_text
 from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, open_decoder, stats_path
 from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.job import Job, StageOutcome, Work, run_stage, section_inputs
+from accullm_cli.stages.kept import FLAG, kept_names, kept_sentence
 
 VERSION = 2
 # What a linear may get where --bits is an average. On a grid of 2 bits rounding is no longer the small change that
@@ -35,6 +37,8 @@ VERSION = 2
 WIDTHS = {"widths": (3, 4, 5, 6, 8), "outliers": (4,)}
 # What the kernels are made for.
 LARGEST_OUTLIER_FRACTION = 0.03
+# Says of a linear, or of embedding and head, that it stays as it is in the source.
+KEPT_BITS = 16
 
 
 def profile(job: Job, calibrate_key: str, force: bool = False) -> StageOutcome:
@@ -49,7 +53,8 @@ def profile(job: Job, calibrate_key: str, force: bool = False) -> StageOutcome:
         plan_path, picture = job.run.file("plan.json"), job.run.file("outliers.html")
         write_text(plan_path, json.dumps(asdict(plan), indent=1))
         draw_outlier_map(stats, plan, picture)
-        return Work((plan_path, picture), decoder.structure.records)
+        kept = starmap(kept_sentence, kept_linears(job, decoder).items())
+        return Work((plan_path, picture), (*decoder.structure.records, *kept))
 
     return run_stage(job, "profile", inputs, force, work)
 
@@ -73,24 +78,53 @@ def profile_inputs(job: Job, calibrate_key: str) -> dict[str, str]:
 def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Plan:
     """The plan of the configuration; without statistics (before calibration) what it chooses is a placeholder."""
     options = job.config.plan
+    embeddings = _embedding_plans(job, decoder)
     if options.is_average:
-        found = average_choices(job, decoder, stats).within(options.bits)
-        return replace(found, scale_dtype=scale_dtype(job), embeddings=_embedding_plans(options, decoder))
+        plan_within = average_choices(job, decoder, stats).within(options.bits)
+        return replace(plan_within, scale_dtype=scale_dtype(job), embeddings=embeddings)
     losses = _losses(stats, options.uniform_group_size)
     linears = _uniform_linears(job, decoder)
     for name, plan in linears.items():
+        if plan.bits == KEPT_BITS:
+            continue
         loss = losses.get(name, torch.zeros(plan.in_features))
         linears[name] = replace(plan, bits=int(options.bits), outlier_index=choose_outliers(loss, options.outliers))
-    return Plan(linears, scale_dtype(job), _embedding_plans(options, decoder))
+    return Plan(linears, scale_dtype(job), embeddings)
 
 
-def _embedding_plans(options: PlanOptions, decoder: Decoder) -> dict[str, LinearPlan]:
+def kept_linears(job: Job, decoder: Decoder) -> Mapping[str, tuple[str, ...]]:
+    """For each pattern of `--keep` the linears that it leaves in 16 bits; embedding and output head are among them.
+
+    Raises:
+        AccullmError: a pattern matches nothing.
+    """
+    patterns = job.config.plan.keep
+    if not patterns:
+        return {}
+    linears = [slot.name for slots in decoder.slots for slot in slots]
+    return kept_names(patterns, [*linears, *_outer_names(decoder).values()])
+
+
+def _outer_names(decoder: Decoder) -> dict[str, str]:
+    """The names of the token embedding ("looked up") and of the output head ("head")."""
+    name_of = {module: name for name, module in decoder.model.named_modules()}
+    modules = {"looked up": decoder.model.get_input_embeddings(), "head": decoder.model.get_output_embeddings()}
+    return {use: name_of[module] for use, module in modules.items() if module in name_of}
+
+
+def _kept(job: Job, decoder: Decoder) -> set[str]:
+    return set(chain.from_iterable(kept_linears(job, decoder).values()))
+
+
+def _embedding_plans(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
     """How embedding and output head are quantized; empty where they are kept.
 
     They are rounded in parts, and each would have a table of its own: their scales are float16.
     """
-    if options.embedding_bits == 16:
+    options = job.config.plan
+    if options.embedding_bits == KEPT_BITS:
         return {}
+    kept, outer = _kept(job, decoder), _outer_names(decoder)
     return {
         slot.name: LinearPlan(
             name=slot.name,
@@ -102,6 +136,7 @@ def _embedding_plans(options: PlanOptions, decoder: Decoder) -> dict[str, Linear
             source_itemsize=decoder.weights.dtype(slot.parameter).itemsize,
         )
         for slot in find_embeddings(decoder.model)
+        if not ((slot.is_looked_up and outer["looked up"] in kept) or (slot.is_head and outer["head"] in kept))
     }
 
 
@@ -111,8 +146,9 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
     linears = _uniform_linears(job, decoder)
     fraction = LARGEST_OUTLIER_FRACTION if options.outliers else 0.0
     sizes = options.group_sizes
+    chosen = [name for name, plan in linears.items() if plan.bits != KEPT_BITS]
     if stats is None:
-        losses = {name: dict.fromkeys(sizes, torch.ones(plan.in_features)) for name, plan in linears.items()}
+        losses = {name: dict.fromkeys(sizes, torch.ones(linears[name].in_features)) for name in chosen}
     else:
         # Of an expert that no token reached, or none with a gradient, nothing is known: it keeps its bits.
         sensitivity_of = load_sensitivities(job, len(decoder.block_names))
@@ -120,7 +156,7 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
         by_size = {size: _losses(stats, size) for size in sizes}
         losses = {
             name: {size: sensitivity_of[name] * by_size[size][name] for size in sizes}
-            for name in linears
+            for name in chosen
             if name in reached
         }
     return Choices(linears, losses, WIDTHS[options.spend], fraction)
@@ -137,14 +173,15 @@ def _losses(stats: list[InputStats] | None, group_size: int) -> dict[str, torch.
 
 
 def _uniform_linears(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
-    """Every linear at MEASURED_BITS, without outliers."""
+    """Every linear at MEASURED_BITS, without outliers; or at KEPT_BITS."""
     options = job.config.plan
+    kept = _kept(job, decoder)
     return {
         slot.name: LinearPlan(
             name=slot.name,
             out_features=slot.out_features,
             in_features=slot.in_features,
-            bits=MEASURED_BITS,
+            bits=KEPT_BITS if slot.name in kept else MEASURED_BITS,
             group_size=options.uniform_group_size,
             scale_bits=scale_bits(job),
             symmetric=options.symmetric,
@@ -170,8 +207,8 @@ def load_plan(path: Path) -> Plan:
 
 def scale_dtype(job: Job) -> str:
     """compressed-tensors stores scales in the model's dtype; for a bfloat16 model they must be exact in both."""
-    wanted = "compressed-tensors" in job.config.export.format and source_dtype(job) == torch.bfloat16
-    return "bfloat16" if wanted else "float16"
+    in_bfloat16 = "compressed-tensors" in job.config.export.format and source_dtype(job) == torch.bfloat16
+    return "bfloat16" if in_bfloat16 else "float16"
 
 
 def scale_bits(job: Job) -> int:
@@ -203,9 +240,12 @@ def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:
     """Ask every requested format whether it can hold the plan.
 
     Raises:
-        AccullmError: with the first objection and the nearest plan that fits; or outliers in several dtypes.
+        AccullmError: with the first objection and the nearest plan that fits; or outliers in several dtypes; or nothing
+            is quantized.
     """
     shape = model_shape(job, decoder)
+    if not plan.quantized:
+        raise AccullmError("keeps every linear, so that nothing is left to round", FLAG, "keep fewer")
     for block, slots in zip(decoder.block_names, decoder.slots, strict=True):
         for slot in slots:
             dtype = decoder.weights.dtype(f"{block}.{slot.parameter}")

@@ -117,6 +117,8 @@ def units_of(decoder: Decoder, plan: Plan) -> list[Unit]:
     before: list[Unit] = []
     behind: list[Unit] = []
     for slot in find_embeddings(decoder.model) if plan.embeddings else ():
+        if slot.name not in plan.embeddings:
+            continue
         name = "head" if slot.is_head else "embedding"
         unit = Unit(name, name, {slot.name: plan.embeddings[slot.name]}, embedding=slot)
         (behind if slot.is_head else before).append(unit)

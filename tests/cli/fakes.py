@@ -37,6 +37,7 @@ class DryRun:
     stages: tuple[PlannedStage, ...]
     bits_per_weight: float
     artifact_bytes: int
+    size_is_exact: bool
     peak_bytes: int
     seconds: float
 
@@ -65,7 +66,7 @@ class Pipeline(types.ModuleType):
     def dry_run(self, config, progress, fresh=False, only=None):
         self.calls.append(("dry_run", config, fresh, only))
         stages = (PlannedStage("calibrate", "new", True), PlannedStage("validate accullm", "up to date", False))
-        return DryRun(config.model, stages, 4.4, 130_000_000, 2_000_000_000, 3700.0)
+        return DryRun(config.model, stages, 4.4, 130_000_000, not config.plan.is_average, 2_000_000_000, 3700.0)
 
     def validate_artifact(self, artifact, config, progress, fresh=False):
         self.calls.append(("validate_artifact", artifact, config, fresh))

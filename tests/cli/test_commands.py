@@ -64,7 +64,7 @@ def test_dry_run_prints_a_table_and_runs_nothing(accullm, pipeline):
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         "model            m",
-        "bits per weight  4.4",
+        "bits per weight  4.400",
         "artifact bytes   130 MB",
         "peak bytes       2 GB",
         "seconds          1 h 01 min",
@@ -74,6 +74,14 @@ def test_dry_run_prints_a_table_and_runs_nothing(accullm, pipeline):
         "  calibrate         new         yes",
         "  validate accullm  up to date  no",
     ]
+
+
+def test_a_dry_run_of_an_average_says_what_it_knows(accullm, pipeline):
+    _, out, _ = accullm("convert", "m", "--bits", "4.4", "--dry-run")
+    assert out.splitlines()[1:3] == ["bits per weight  at most 4.400", "artifact bytes   at most 130 MB"]
+    content = json.loads(accullm("convert", "m", "--bits", "4.4", "--dry-run", "--json")[1])
+    assert content["schema_version"] == 1
+    assert (content["dry_run"]["bits_per_weight"], content["dry_run"]["size_is_exact"]) == (4.4, False)
 
 
 @pytest.mark.parametrize("command", CONVERTING)

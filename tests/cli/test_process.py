@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
+from accullm_cli import cli
 from tests.cli.fakes import (
     ROOT,
 )
@@ -119,3 +121,43 @@ def test_the_public_names_come_from_the_package():
     assert {"Config", "convert", "Report", "AccullmError"} <= set(accullm_cli.__all__)
     with pytest.raises(AttributeError, match="module 'accullm_cli' has no attribute 'nothing'"):
         accullm_cli.nothing  # noqa: B018
+
+
+# -- threads that wait -------------------------------------------------------------------------------------
+
+
+def settings_of_openmp(arguments: tuple[str, ...] = ("convert", "no/such/model"), **user: str) -> dict[str, str]:
+    """What the OpenMP runtime says that it read when a command loaded torch."""
+    environment = {name: value for name, value in os.environ.items() if name not in cli.WAITING}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT), **user}
+    program = f"from accullm_cli.cli import main; main({list(arguments)!r})"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    lines = [line.partition("] ")[2] or line for line in ended.stderr.splitlines() if " = " in line]
+    return {name.strip(): value.strip().strip("'") for name, _, value in (line.partition(" = ") for line in lines)}
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"GOMP_SPINCOUNT": "77"}, {"GOMP_SPINCOUNT": "77"}),
+    ],
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(user, expected):
+    read = settings_of_openmp(**user)
+    if "GOMP_SPINCOUNT" not in read:
+        pytest.skip("torch does not run on libgomp here")
+    assert {name: read[name] for name in expected} == expected
+
+
+def test_where_torch_is_there_already_the_environment_is_left_alone(monkeypatch):
+    for name in cli.WAITING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    cli.let_waiting_threads_sleep()
+    assert "OMP_WAIT_POLICY" not in os.environ
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setenv("KMP_BLOCKTIME", "1")
+    cli.let_waiting_threads_sleep()
+    assert "OMP_WAIT_POLICY" not in os.environ

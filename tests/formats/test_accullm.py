@@ -265,3 +265,16 @@ def test_names_of_formats_need_no_torch() -> None:
     code = "import sys, accullm_cli.formats as f; print(*f.FORMATS); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "accullm compressed-tensors\n"
+
+
+def test_the_card_lists_a_few_of_many_records_that_are_alike(tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run")
+    records = [f"model.layers.{number}.mlp.up_proj: damping 0.{number} instead of 0.01" for number in range(9)]
+    parts = dataclasses.replace(
+        made.parts, provenance={**made.parts.provenance, "records": [*records, "a dead feature"]}
+    )
+    FORMATS["accullm"].write(empty(tmp_path / "out"), parts)
+    card = (tmp_path / "out" / "README.md").read_text()
+    listed = [line.removeprefix("- records: ") for line in card.splitlines() if line.startswith("- records: ")]
+    assert listed == [*records[:4], "and 5 more like these, in accullm.json", "a dead feature"]
+    assert json.loads((tmp_path / "out" / "accullm.json").read_text())["provenance"]["records"][:9] == records

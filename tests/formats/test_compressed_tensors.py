@@ -287,7 +287,8 @@ def test_other_bits() -> None:
     assert objections(linear("a", bits=3), linear("b", bits=5)) == [
         Objection(
             "compressed-tensors holds 4 or 8 bits, and a has 3 (and 1 more)",
-            "use --bits 4 or --bits 8, or export to the format accullm",
+            "use --bits 4 or --bits 8, or export to the format accullm, which holds any width from 2 to 8 and, with "
+            "--bits 3.0, an average",
         )
     ]
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from accullm_cli.config import Config
+from accullm_cli.config_file import load_config
 from accullm_cli.pipeline import (
     STAGES,
     PlannedStage,
@@ -49,7 +51,42 @@ def test_a_dry_runs_bits_per_weight_are_the_artifacts(name: str, settings: dict[
     source = make_checkpoint(name, tmp_path / "model")
     config = fast_config(source, tmp_path / "out", **settings)
     planned = dry_run(config)
+    assert planned.size_is_exact
     assert convert(config).bits_per_weight == planned.bits_per_weight
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({"plan__bits": "4.4"}, 4.4),
+        ({"plan__bits": "5.0"}, 5.0),
+        ({"search__golden": True, "validation__require": "[mean_kl<=1]"}, 6.0),
+    ],
+)
+def test_a_dry_run_of_an_average_says_what_is_not_exceeded(
+    settings: dict[str, object], most: float, llama: Path, tmp_path: Path
+) -> None:
+    settings = {"calibration__samples": 6, "validation__windows": 4, "search__max_plans": 1, **settings}
+    config = fast_config(llama, tmp_path / "out", **settings)
+    planned = dry_run(config)
+    assert (planned.bits_per_weight, planned.size_is_exact) == (most, False)
+    report = convert(config)
+    assert most - 0.6 < report.bits_per_weight <= most or "search__golden" in settings
+    tensors = [tensor for path in (tmp_path / "out").glob("*.safetensors") for tensor in load_file(path).values()]
+    companions = sum((tmp_path / "out" / path.name).stat().st_size for path in llama.glob("tokenizer*"))
+    assert sum(tensor.nbytes for tensor in tensors) + companions <= planned.artifact_bytes
+
+
+def test_an_average_of_five_is_not_a_width_of_five(llama: Path, tmp_path: Path) -> None:
+    """Not in the plan, nor in what counts as up to date, nor in the artifact's name, nor in what a run remembers."""
+    config = fast_config(llama, tmp_path / "out", plan__bits="5")
+    convert(config)
+    average = fast_config(llama, tmp_path / "out", plan__bits="5.0")
+    assert dry_run(average).stages[1].reason == "config changed (plan.bits)"
+    assert convert(average).bits_per_weight <= 5.0 < convert(config).bits_per_weight
+    remembered = load_config(files=[tmp_path / "out.run" / "run.yaml"])
+    assert (remembered.plan.bits, remembered.plan.is_average) == (5, False)
+    assert dry_run(remembered).stages[1].reason == "up to date"
 
 
 @pytest.fixture
@@ -197,7 +234,7 @@ def test_a_dry_run_of_one_stage_ends_with_it_or_refuses_as_it_would(stage: str, 
             {"export__format": "[compressed-tensors]", "plan__outliers": 0, "plan__bits": 5},
             "--format compressed-tensors: compressed-tensors holds 4 or 8 bits, and "
             "model.layers.0.self_attn.q_proj has 5 (and 13 more); use --bits 4 or --bits 8, or export to the format "
-            "accullm",
+            "accullm, which holds any width from 2 to 8 and, with --bits 5.0, an average",
         ),
         (
             {"export__format": "[compressed-tensors]", "plan__outliers": 0, "plan__embedding_bits": 8},

@@ -22,9 +22,11 @@ from tests.pipeline.observe import refusal
         ("owner/Name-7B@main", 4, "Name-7B-int4"),
         ("models/tiny.gguf", 4, "tiny-int4"),
         ("llama-7b", 8, "llama-7b-int8"),
+        ("llama-7b", 4.4, "llama-7b-int4.4"),
+        ("llama-7b", 5.0, "llama-7b-int5.0"),
     ],
 )
-def test_the_artifact_is_named_after_the_model(model: str, bits: int, name: str) -> None:
+def test_the_artifact_is_named_after_the_model(model: str, bits: float, name: str) -> None:
     config = Config(model=model)
     config = config.model_copy(update={"plan": config.plan.model_copy(update={"bits": bits})})
     assert artifact_path(config) == Path(name)

@@ -114,9 +114,13 @@ def test_records_are_listed():
     assert "a dead feature in block 3" in words(a_report(records=("a dead feature in block 3",)))
 
 
-def test_many_records_are_shown_on_a_click():
-    records = tuple(f"expert {number} was never reached" for number in range(21))
-    assert "21 records expert 0 was never reached" in words(a_report(records=records))
+def test_many_records_that_are_alike_are_shown_on_a_click():
+    records = tuple(f"model.layers.{number}.experts.7: never reached" for number in range(5))
+    text = render(a_report(records=("a dead feature", *records)))
+    assert "<ul>\n<li>a dead feature</li>\n</ul>\n<details>" in text
+    assert "<summary>5 records like: model.layers.0.experts.7: never reached</summary>" in text
+    for record in records:
+        assert f"<li>{record}</li>" in text
 
 
 def test_no_record_is_said_in_words():
