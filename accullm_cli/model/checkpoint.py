@@ -18,30 +18,31 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.names import destinations
 from accullm_cli.model.source import ModelSource, TensorInfo, check_finite, check_shapes
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def build_skeleton(directory: Path) -> PreTrainedModel:
+def build_skeleton(directory: Path, untied: bool = False) -> PreTrainedModel:
     """The model that `directory`/config.json describes, in float32: parameters on the meta device, buffers real.
 
     Experts run one after another ("eager"), so that each product with an expert's weight can be seen.
+
+    Args:
+        untied: tie no weights, whatever config.json says.
     """
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if untied:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
     return model.eval().requires_grad_(False)
@@ -112,11 +113,17 @@ class Checkpoint:
     def outside(
         self, blocks: Iterable[str], without: Container[str] = frozenset()
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every stored parameter outside the blocks but those in `without`, one at a time, in its stored dtype."""
+        """Every stored parameter outside the blocks but those in `without`, one at a time, in its stored dtype.
+
+        What the model has no place for comes last, under its name in the checkpoint.
+        """
         prefixes = tuple(f"{block}." for block in blocks)
         for name in self._sources:
             if not name.startswith(prefixes) and name not in without:
                 yield name, self.read(name)
+        for name in self.source.kept:
+            with safe_open(self.source.tensors[name].file, framework="pt") as file:
+                yield name, file.get_tensor(name)
 
     def read(self, name: str) -> torch.Tensor:
         """One parameter in its stored dtype; the model does not keep it."""
@@ -130,22 +137,25 @@ class Checkpoint:
 
     def _match_names(self) -> dict[str, list[str]]:
         """For each parameter (the first one of a conversion with several results) the stored tensors it is made of."""
-        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         targets = self.model.state_dict()
-        tied = set(self.model.all_tied_weights_keys)
+        tied = self.model.all_tied_weights_keys
         sources: dict[str, list[str]] = {}
         self._converted: set[str] = set()
-        prefix = self.model.base_model_prefix
-        for stored in self.source.tensors:
-            name, pattern = rename_source_key(stored, renamings, converters, prefix, targets)
-            if name not in targets and stored in targets:
-                name, pattern = stored, None
-            if name not in targets or name in tied:
+        # Of a tied pair it may be the other one that is stored: the name under which such a tensor is loaded.
+        self._loaded_as: dict[str, str] = {}
+        for stored, (name, converted) in destinations(self.model, self.source.tensors).items():
+            if name not in targets:
                 continue
+            if not converted and name in sources:
+                continue  # stored twice, with the same values
             sources.setdefault(name, []).append(stored)
-            if pattern is not None:
+            if converted:
                 self._converted.add(name)
+        for target, source in tied.items():
+            stored_parts = sources.pop(target, None)
+            if stored_parts is not None and source not in sources:
+                sources[source] = stored_parts
+                self._loaded_as[stored_parts[0]] = source
         return {name: sources[name] for name in targets if name in sources}
 
     def _check_complete(self) -> None:
@@ -198,7 +208,7 @@ class Checkpoint:
                 by_file.setdefault(str(self.source.tensors[stored].file), []).append(stored)
         handles = [safe_open(file, framework="pt") for file in by_file]
         slices = {
-            stored: handle.get_slice(stored)
+            self._loaded_as.get(stored, stored): handle.get_slice(stored)
             for handle, stored_names in zip(handles, by_file.values(), strict=True)
             for stored in stored_names
         }

@@ -37,6 +37,7 @@ class ModelSource:
     sha256: hex, over the content of config.json, the weight files and the companions.
     weight_bytes: size of the weight files.
     records: what is not as the user may expect ("source weights are Q4_1 ...").
+    untied, kept: see model.accounting; `config` is what it made of config.json.
     """
 
     name: str
@@ -48,6 +49,8 @@ class ModelSource:
     sha256: str
     weight_bytes: int
     records: tuple[str, ...]
+    untied: bool = False
+    kept: tuple[str, ...] = ()
 
 
 def open_source(model: str, cache: Path, progress: Progress = silent) -> ModelSource:
@@ -97,6 +100,7 @@ def open_directory(
     records: tuple[str, ...] = (),
 ) -> ModelSource:
     """`open_source` for a Hugging Face directory: one model.safetensors, or shards with an index."""
+    from accullm_cli.model.accounting import account
     from accullm_cli.model.hub import COMPANIONS, INDEX, WEIGHTS, refuse_pickled
 
     directory = Path(os.path.abspath(directory))
@@ -120,18 +124,21 @@ def open_directory(
         for entry in names
         if any(fnmatch.fnmatchcase(entry, pattern) for pattern in COMPANIONS)
     )
+    accounting = account(directory, config, tensors)
     hashes = ContentHashes(cache, progress).of([config_file, *files, *companions])
     content = sorted(f"{path.name} {digest}" for path, digest in hashes.items())
     return ModelSource(
         name=name or _short_name(directory),
         origin=origin or str(directory),
         directory=directory,
-        config=config,
+        config=accounting.config,
         tensors=tensors,
         companions=companions,
         sha256=hashlib.sha256("\n".join(content).encode()).hexdigest(),
         weight_bytes=sum(path.stat().st_size for path in files),
-        records=records,
+        records=records + accounting.records,
+        untied=accounting.untied,
+        kept=accounting.kept,
     )
 
 

@@ -163,7 +163,7 @@ def measured_windows(job: Job, decoder: Decoder) -> int:
 
 def open_decoder(job: Job) -> Decoder:
     """The source's decoder, without weights yet; refuses a checkpoint that does not fit its configuration."""
-    model = build_skeleton(job.source.directory)
+    model = build_skeleton(job.source.directory, job.source.untied)
     return Decoder(model, Checkpoint(job.source, model))
 
 

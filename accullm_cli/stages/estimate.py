@@ -64,6 +64,7 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     unquantized = source_bytes - sum(linear.weights * linear.source_itemsize for linear in planned)
     stored = unquantized + sum(linear.stored_bytes for linear in planned)
     stored += sum(path.stat().st_size for path in job.source.companions)
+    stored += sum(job.source.tensors[name].end - job.source.tensors[name].begin for name in job.source.kept)
     widest = max(linear.in_features for linear in plan.linears.values())
     vocabulary, hidden = decoder.model.get_input_embeddings().weight.shape
     logits = LOGITS_HELD * calibration.seq_len * vocabulary
