@@ -33,9 +33,10 @@ from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
 from accullm_cli.stages.gradients import keep_input, run_backward
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
 from accullm_cli.stages.precision import precision_of, products
+from accullm_cli.stages.reading import check_reading
 from accullm_cli.stages.streams import StreamStore
 
-VERSION = 3
+VERSION = 4
 # Statistics choose outlier features and weigh the errors of grids: second moments of so many windows do, unless there
 # are experts, each of which sees few of the tokens.
 STATISTICS_WINDOWS = 32
@@ -222,13 +223,14 @@ class _Streams:
 def _run_original(
     job: Job, stage: str, key: str, calibration: Windows, validation: Windows, place: str = VALIDATION_TEXT
 ) -> Work:
+    decoder = open_decoder(job)
+    reading = check_reading(job, stage, decoder, validation.ids)
     tokens_path = job.run.file(f"{place}tokens.safetensors")
     ids = {"calibration": calibration.ids, "validation": validation.ids}
     texts = json.dumps({"calibration": calibration.description, "validation": validation.description})
     # One entry, here and below: safetensors writes several in an order that differs from run to run.
     write_file(tokens_path, lambda path: save_file(ids, path, metadata={"texts": texts}))
 
-    decoder = open_decoder(job)
     measured = calibration.ids[: measured_windows(job, decoder)]
     decoder.load_outside()
     store = StreamStore(job.run.file("calibrate/streams.safetensors"))
@@ -282,9 +284,9 @@ def _run_original(
             gradients = run_backward(job, decoder, stage, key, streams.calibration[:with_gradient])
     store.remove()
     if not len(measured):
-        return Work((tokens_path, reference_path), job.source.records)
+        return Work((tokens_path, reference_path), (*job.source.records, *reading))
     outputs = (tokens_path, reference_path, *(stats_path(job, index) for index in range(total)), *gradients)
-    return Work(outputs, (*job.source.records, *_unreached(job, total)))
+    return Work(outputs, (*job.source.records, *reading, *_unreached(job, total)))
 
 
 def _cut(job: Job, cut: Callable[..., Windows], text: str, windows: int) -> Windows:
