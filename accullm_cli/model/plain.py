@@ -6,8 +6,9 @@ import gc
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def plain_model(
         scratch: where given, weights stay on disk and are read module by module; what transformers has to convert
             (experts that are stored one by one) is written into a folder there for as long as the model lives.
         gguf: take the weights from this file, as transformers dequantizes them, and of `directory` config.json alone.
-        dtype: of the weights; they are read in it from a GGUF file, too, but computed with in float32.
+        dtype: that weights are rounded to; what is computed is float32.
     """
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -57,9 +58,12 @@ def plain_model(
         if scratch is not None:
             options |= {"device_map": {"": "disk"}, "offload_folder": folder}
         place = directory if gguf is None else gguf.parent
-        model, report = plain_class(config).from_pretrained(place, **options)
-        if dtype != torch.float32 and gguf is not None:
-            model = model.float()
+        # The reader of GGUF files draws a bar of its own, whatever the settings.
+        with redirect_stderr(StringIO()) if gguf is not None else nullcontext():
+            model, report = plain_class(config).from_pretrained(place, **options)
+        if dtype != torch.float32:  # `model.float()` is refused for what comes from a GGUF file
+            for parameter in model.parameters():
+                parameter.data = parameter.data.float()
         try:
             yield PlainModel(model.eval().requires_grad_(False), _misfits(report))
         finally:
