@@ -6,7 +6,7 @@ import gc
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -53,13 +53,15 @@ def plain_model(
         if gguf is not None:
             options["gguf_file"] = gguf.name
         else:
+            options["use_safetensors"] = True
+        if not hasattr(config, "quantization_config"):
             # Experts one after another, as blocks run them here: sums in one order.
-            options |= {"use_safetensors": True, "experts_implementation": "eager"}
+            options["experts_implementation"] = "eager"
         if scratch is not None:
             options |= {"device_map": {"": "disk"}, "offload_folder": folder}
         place = directory if gguf is None else gguf.parent
-        # The reader of GGUF files draws a bar of its own, whatever the settings.
-        with redirect_stderr(StringIO()) if gguf is not None else nullcontext():
+        # The readers of GGUF files and of other formats draw bars of their own, whatever the settings.
+        with redirect_stderr(StringIO()):
             model, report = plain_class(config).from_pretrained(place, **options)
         if dtype != torch.float32:  # `model.float()` is refused for what comes from a GGUF file
             for parameter in model.parameters():

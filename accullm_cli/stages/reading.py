@@ -80,8 +80,8 @@ def _compare(job: Job, decoder: Decoder, ids: torch.Tensor) -> tuple[str, ...]:
             del plain
     except Exception as error:
         # Whatever a class of transformers cannot do; what is known is that it was not compared.
-        reason = " ".join(str(error).split())[:200]
-        return (f"the reading was not held against plain transformers, which cannot run it ({type(error).__name__}: {reason})",)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return (f"the reading was not held against plain transformers, which cannot run it ({reason})",)
     difference = largest_difference(run_blocks(decoder, ids)[0], logits)
     if difference.is_arithmetic:
         return ()
@@ -122,4 +122,3 @@ def run_blocks(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     logits = decoder.logits(hidden)
     decoder.release_outside()
     return logits
-

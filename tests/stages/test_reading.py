@@ -156,5 +156,5 @@ def test_a_gguf_file_is_held_against_what_transformers_dequantizes(tmp_path: Pat
     name = "model.layers.0.self_attn.q_proj.weight"
     tensors[name] = tensors[name].flip(0).contiguous()
     save_file(tensors, imported / "model.safetensors")
-    with opened(config) as job, pytest.raises(AccullmError, match="plain transformers .LlamaForCausalLM. reads another"):
+    with opened(config) as job, pytest.raises(AccullmError, match="reads another model"):
         check_reading(job, "calibrate", open_decoder(job), ids)
