@@ -302,6 +302,7 @@ def _tokenize(job: Job) -> tuple[Windows, Windows]:
     if config.calibration.text == "self":
         from accullm_cli.model.self_text import sampled_windows
 
+        check_reading(job, "calibrate", open_decoder(job), validation.ids)  # before hours of writing
         samples = config.calibration.samples
         return sampled_windows(job.source, tokenizer, samples, seq_len, seed, job.progress), validation
     calibration = calibration_windows(config.calibration.text, tokenizer, config.calibration.samples, seq_len, seed)
