@@ -298,7 +298,7 @@ class PeerWeights(Checkpoint):
 @torch.no_grad()
 def compare(reference: Reference, weights: Path) -> Fidelity:
     """How far the original with these weights is from the original, on the validation ids."""
-    model = build_skeleton(reference.source.directory)
+    model = build_skeleton(reference.source.directory, reference.source.untied)
     decoder = Decoder(model, PeerWeights(reference.source, model, load_file(weights)))
     decoder.load_outside()
     rows = batches(*reference.ids.shape)

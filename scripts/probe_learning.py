@@ -89,7 +89,10 @@ class Probe:
     def __init__(self, original: Path, artifact: Path, own: torch.Tensor, held_out: torch.Tensor) -> None:
         self._artifact: Artifact = open_artifact(artifact)
         source = open_source(str(original), artifact.parent)
-        skeleton, rounded = build_skeleton(source.directory), build_skeleton(source.directory)
+        skeleton, rounded = (
+            build_skeleton(source.directory, source.untied),
+            build_skeleton(source.directory, source.untied),
+        )
         self._original = Decoder(skeleton, Checkpoint(source, skeleton))
         self._rounded = Decoder(rounded, ArtifactWeights(self._artifact, rounded))
         self._count = len(own)

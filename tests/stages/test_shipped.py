@@ -16,7 +16,7 @@ from accullm_cli.pipeline import convert, run_path, validate_artifact
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages import shipped
 from tests.streaming import fast_config
-from tests.tiny import make_checkpoint
+from tests.tiny import edit_config, make_checkpoint
 
 COMPRESSED = {"export__format": "[compressed-tensors]", "plan__outliers": 0}
 HINT = "do not use it; report it with the model's config.json"
@@ -45,7 +45,7 @@ def refusal(source: Path, out: Path) -> str:
         ("gpt2", {}),
         ("mixtral", {}),
         ("gemma3", COMPRESSED),
-        ("llama", {**COMPRESSED, "plan__bits": 8}),
+        ("llama", {**COMPRESSED, "plan__bits": 8, "plan__symmetric": True}),
     ],
 )
 def test_what_users_load_is_compared_and_agrees(
@@ -61,8 +61,18 @@ def test_what_users_load_is_compared_and_agrees(
     monkeypatch.setattr(shipped, "largest_difference", watch)
     report = convert(fast_config(make_checkpoint(name, tmp_path / "model"), tmp_path / "out", **settings))
     assert report.records == ()
-    assert len(compared) == 2  # by dequantized and by packed weights
-    assert max(difference.nats for difference in compared) < 5e-5
+    # By dequantized and by packed weights. With zero points, compressed-tensors' reader rounds weights to bfloat16.
+    assert len(compared) == (4 if settings is COMPRESSED else 2)
+    assert max(difference.nats for difference in compared[-2:]) < 5e-5
+
+
+def test_frequencies_that_depend_on_the_windows_length_are_no_difference(tmp_path: Path) -> None:
+    """Phi-3's longrope: windows of 48 tokens take the long factors, 32 tokens the short ones."""
+    source = make_checkpoint("phi3", tmp_path / "model")
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 40}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    edit_config(source, rope_parameters=rope, original_max_position_embeddings=40)
+    assert convert(fast_config(source, tmp_path / "out")).records == ()
 
 
 def test_modeling_code_that_fails_on_the_modules_ends_the_run(
