@@ -36,6 +36,7 @@ _CHUNK = 1 << 22
 _ADAPTER = re.compile(
     r"(^|\.)(lora_\w+|base_layer|modules_to_save|original_module|ia3_\w+|vera_\w+|hada_\w+|lokr_\w+)(\.|$)"
 )
+_UNMERGED = ("is part of an adapter", "merge the adapter into the weights first (peft: merge_and_unload)")
 # Names of what hangs beside the blocks of published checkpoints and is not run for the next token's distribution.
 _SIDE_BRANCH = re.compile(
     r"mtp|nextn|medusa|eagle|hydra|talker|visual|vision|image|video|audio|speech|code2wav|token2wav|mm_projector"
@@ -43,7 +44,7 @@ _SIDE_BRANCH = re.compile(
 )
 # Buffers that older versions of transformers stored: constants of rotary embeddings, positions, a mask's value.
 _FORMER_BUFFER = re.compile(
-    r"rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)$|(^|\.)(position_ids|masked_bias)$"
+    r"rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)$|rope\.freqs$|(^|\.)(position_ids|masked_bias)$"
 )
 # Configuration keys that say how many layers of multi-token prediction follow the decoder's own.
 _EXTRA_LAYER_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
@@ -235,7 +236,8 @@ class _Judge:
     def _judge_layer(self, stored: str, index: int, ignored: bool, refused: dict[str, tuple[str, str]]) -> None:
         """A tensor of a layer beyond the last one: multi-token prediction, or else config.json was cut."""
         config = self.model.config.get_text_config()
-        extra = max((getattr(config, key, 0) or 0 for key in _EXTRA_LAYER_KEYS), default=0)
+        counts = [getattr(config, key, 0) for key in _EXTRA_LAYER_KEYS]
+        extra = max(count for count in counts if isinstance(count, int))
         if ignored or index < self._blocks + extra:
             self.kept[stored] = f"{self._list}.{index}"
             return
@@ -259,11 +261,12 @@ class _Judge:
 
     def _is_beside_blocks(self, owner: str, rest: list[str], ignored: bool) -> bool:
         """Whether a tensor belongs to a module of its own that hangs where the list of blocks does, or further out."""
-        if len(rest) < 2 or (owner and not f"{self._list}.".startswith(f"{owner}.")) or owner == self._list:
+        if owner == self._list or (owner and not self._list.startswith(f"{owner}.")):
             return False
+        is_module = len(rest) > 1
         # Beside the base model there are heads alone; what has no matrix is none.
-        is_head = not owner and self._has_prefix and rest[0] in self._matrices
-        return ignored or is_head or bool(_SIDE_BRANCH.search(rest[0]))
+        is_head = is_module and not owner and self._has_prefix and rest[0] in self._matrices
+        return (is_module and ignored) or is_head or bool(_SIDE_BRANCH.search(rest[0]))
 
     def _is_computed(self, stored: str, place: str) -> bool:
         """Whether a tensor is a buffer that the class makes by itself, or made in earlier versions."""
@@ -294,8 +297,10 @@ class _Judge:
     def _refuse(self, refused: Mapping[str, tuple[str, str]]) -> None:
         if not refused:
             return
-        first, (what, hint) = next(iter(refused.items()))
-        raise AccullmError(f"tensor {first}{_more([*refused])} {what}", self.directory, hint)
+        # Where there is an adapter, it may have renamed everything else.
+        verdict = _UNMERGED if _UNMERGED in refused.values() else next(iter(refused.values()))
+        names = [stored for stored, reason in refused.items() if reason == verdict]
+        raise AccullmError(f"tensor {names[0]}{_more(names)} {verdict[0]}", self.directory, verdict[1])
 
 
 def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:

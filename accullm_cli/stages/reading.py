@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from accullm_cli.errors import AccullmError
+from accullm_cli.errors import AccullmError, is_out_of_memory
 from accullm_cli.measure.agreement import largest_difference
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import DTYPES
@@ -79,6 +79,8 @@ def _compare(job: Job, decoder: Decoder, ids: torch.Tensor) -> tuple[str, ...]:
             class_name = type(plain.model).__name__
             del plain
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # Whatever a class of transformers cannot do; what is known is that it was not compared.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return (f"the reading was not held against plain transformers, which cannot run it ({reason})",)

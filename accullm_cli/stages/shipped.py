@@ -13,7 +13,7 @@ from io import StringIO
 
 import torch
 
-from accullm_cli.errors import NotSoError
+from accullm_cli.errors import NotSoError, is_out_of_memory
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.kernels.packed import PACKED_TOKENS
 from accullm_cli.measure.agreement import Difference, largest_difference
@@ -49,6 +49,8 @@ def check_shipped(artifact: StoredArtifact, ids: torch.Tensor, measured: torch.T
     try:
         shipped = _logits(artifact, ids)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise NotSoError(f"transformers cannot run the artifact ({reason})", artifact.path, _HINT) from error
     differences = _differences(measured, shipped)

@@ -89,6 +89,14 @@ def test_the_first_tensor_is_named_and_the_others_are_counted(llama: Path) -> No
     assert refusal(llama) == f"{llama}: tensor {names[0]} (and 5 more) {NO_PLACE}; {BIAS}"
 
 
+def test_a_checkpoint_that_peft_saved_unmerged_is_named_for_it(llama: Path) -> None:
+    tensors = edit_checkpoint(llama, {})
+    renamed = {f"base_model.model.{name}": value for name, value in tensors.items()}
+    adapter = "base_model.model.model.layers.1.mlp.up_proj.lora_A.default.weight"
+    edit_checkpoint(llama, {**renamed, adapter: matrix(4)}, drop=[*tensors])
+    assert refusal(llama) == f"{llama}: tensor {adapter} is part of an adapter; {MERGE}"
+
+
 def test_biases_that_config_json_announces_are_used(llama: Path) -> None:
     sizes = {"q": 64, "k": 32, "v": 32, "o": 64}
     biases = {
@@ -135,6 +143,7 @@ def test_fewer_layers_in_config_json_than_stored_are_refused(llama: Path) -> Non
         ("anything_new.dense.weight", "anything_new"),
         ("visual.blocks.0.attn.qkv.weight", "visual"),
         ("model.vision_tower.patch.weight", "model.vision_tower"),
+        ("model.image_newline", "model.image_newline"),
     ],
 )
 def test_what_hangs_beside_the_blocks_is_kept(name: str, branch: str, llama: Path) -> None:

@@ -88,6 +88,17 @@ def test_modeling_code_that_fails_on_the_modules_ends_the_run(
     )
 
 
+def test_a_machine_without_memory_says_nothing_about_the_artifact(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: ...")
+
+    monkeypatch.setattr(accullm_cli.hf.HybridLinear, "forward", fail)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        convert(fast_config(llama, tmp_path / "out"))
+
+
 @pytest.mark.parametrize(("factor", "nats"), [(1.01, r"[\d.e-]+"), (float("nan"), "inf")])
 def test_modules_that_compute_something_else_end_the_run(
     factor: float, nats: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
