@@ -23,7 +23,15 @@ from typer.main import get_command
 from accullm_cli import __version__
 from accullm_cli.config import config_schema
 from accullm_cli.console import Console, dry_run_text, render, to_json
-from accullm_cli.errors import EXIT_FAULT, EXIT_MACHINE, EXIT_NOT_SO, EXIT_OK, EXIT_USAGE, AccullmError
+from accullm_cli.errors import (
+    EXIT_FAULT,
+    EXIT_MACHINE,
+    EXIT_NOT_SO,
+    EXIT_OK,
+    EXIT_USAGE,
+    AccullmError,
+    is_out_of_memory,
+)
 from accullm_cli.flags import Call, Json, MaxMeanKl, Original, Verbose, complete_model, configured
 from accullm_cli.run import machine_error
 
@@ -145,13 +153,7 @@ def _usage_line(error: typer.TyperException) -> str:
 
 def _machine_line(error: Exception) -> str | None:
     """The line for what is the machine's limit and nobody's fault; None for everything else."""
-    text = str(error)
-    out_of_memory = (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # torch's, which must not be imported here
-        or "can't allocate memory" in text
-    )
-    if out_of_memory:
+    if is_out_of_memory(error):
         hint = "give fewer --samples or a shorter --seq-len, or free memory, and run the same command again to resume"
         return AccullmError("out of memory", None, hint).line()
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

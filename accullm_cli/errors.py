@@ -43,3 +43,10 @@ class NotSoError(AccullmError):
     """Looked, and it is not so: a hash differs, a limit is exceeded, a contract is not met."""
 
     exit_code = EXIT_NOT_SO
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception of Python's or torch's says that memory ran out."""
+    # torch has a type of its own, which must not be imported here.
+    is_memory_error = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_memory_error or "can't allocate memory" in str(error)

@@ -301,7 +301,7 @@ class PeerWeights(Checkpoint):
 @torch.no_grad()
 def compare(reference: Reference, weights: Path) -> Fidelity:
     """How far the original with these weights is from the original, on the validation ids."""
-    model = build_skeleton(reference.source.directory)
+    model = build_skeleton(reference.source.directory, reference.source.untied)
     structure = read_structure(model)
     decoder = Decoder(model, PeerWeights(reference.source, model, structure, load_file(weights)), structure)
     decoder.load_outside()

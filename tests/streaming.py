@@ -36,8 +36,9 @@ def random_ids(windows: int, tokens: int, seed: int = 0) -> torch.Tensor:
 
 def streamed(directory: Path, cache: Path) -> Decoder:
     """The decoder of a checkpoint, without weights yet."""
-    model = build_skeleton(directory)
-    return Decoder(model, Checkpoint(open_source(str(directory), cache), model))
+    source = open_source(str(directory), cache)
+    model = build_skeleton(directory, source.untied)
+    return Decoder(model, Checkpoint(source, model))
 
 
 def reference_model(directory: Path) -> PreTrainedModel:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +19,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -58,6 +61,7 @@ _PLAIN: dict[str, Any] = {
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_SHAPE),
     "llama-tied": lambda: LlamaConfig(**_SHAPE, tie_word_embeddings=True),
+    "olmo": lambda: OlmoConfig(**_SHAPE),
     "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=16),
     "qwen2": lambda: Qwen2Config(**_SHAPE),
     "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=16),
@@ -152,6 +156,22 @@ def make_checkpoint(name: str, directory: Path, dtype: torch.dtype = torch.bfloa
     model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
     make_tokenizer().save_pretrained(directory)
     return directory
+
+
+def edit_checkpoint(
+    directory: Path, changes: Mapping[str, torch.Tensor], drop: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Add or replace tensors of a checkpoint in one file, and drop others; returns those that were there."""
+    before = load_file(directory / "model.safetensors")
+    after = {name: tensor for name, tensor in (before | dict(changes)).items() if name not in drop}
+    save_file({name: tensor.contiguous() for name, tensor in after.items()}, directory / "model.safetensors")
+    return before
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    """Change keys of a checkpoint's config.json."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -171,7 +171,7 @@ class _Converted:
 
         with tempfile.TemporaryDirectory() as cache:
             source = open_source(str(directory), Path(cache))
-        self._model = build_skeleton(source.directory)
+        self._model = build_skeleton(source.directory, source.untied)
         self._checkpoint = Checkpoint(source, self._model)
         structure = read_structure(self._model)
         self._slots = {

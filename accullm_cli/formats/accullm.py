@@ -91,7 +91,7 @@ class AccullmFormat:
             raise AccullmError(f"describes an artifact of format {manifest.format}", directory / MANIFEST_NAME)
         check_config(directory / "config.json", manifest)
         files = TensorFiles.open(directory)
-        check_owners(directory, files, manifest.plan)
+        check_owners(directory, files, manifest)
         return AccullmArtifact(directory, manifest, files)
 
 
@@ -240,16 +240,16 @@ def linear_schema(linear: LinearPlan, outliers: int, dtype: torch.dtype) -> dict
     return schema
 
 
-def check_owners(path: Path, files: TensorFiles, plan: Plan) -> None:
+def check_owners(path: Path, files: TensorFiles, manifest: Manifest) -> None:
     """Refuse tensors of quantized linears that the plan does not have, or does not have like this.
 
     Raises:
         AccullmError: such a tensor is stored.
     """
-    quantized = plan.quantized
+    quantized = manifest.plan.quantized
     for name, info in files.infos.items():
         owner, _, suffix = name.rpartition(".")
-        if suffix not in SUFFIXES:
+        if suffix not in SUFFIXES or name in manifest.kept:
             continue
         linear = quantized.get(owner)
         if linear is None:

@@ -58,6 +58,7 @@ class Parts:
     provenance: deterministic facts for the manifest: source name and hash, resolved config, versions, records.
     embeddings: the shards of quantized embeddings (`Plan.embeddings`), like those of blocks; their weights are not in
         `outside`.
+    kept: names of tensors in `outside` that the model has no place for, and that travel as they are.
     """
 
     config: Mapping[str, Any]
@@ -68,6 +69,7 @@ class Parts:
     outside: Iterator[tuple[str, torch.Tensor]]
     provenance: Mapping[str, Any]
     embeddings: tuple[Path, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 class Artifact(Protocol):
@@ -77,8 +79,13 @@ class Artifact(Protocol):
     format: str
     plan: Plan
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of stored tensors that the model has no place for."""
+        ...
+
     def names(self) -> tuple[str, ...]:
-        """Names (in the module tree) of every stored tensor that does not belong to a quantized linear."""
+        """Names (in the module tree) of every stored tensor that belongs to no quantized linear and is not `kept`."""
         ...
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -49,6 +49,7 @@ class Manifest:
     provenance: facts about where the artifact comes from.
     files: every file of the artifact but `accullm.json`.
     fidelity: measured figures (`Fidelity` and the contract's clauses), or None before validation.
+    kept: names of tensors that the model has no place for; they are stored as the source has them.
     """
 
     format: str
@@ -59,6 +60,7 @@ class Manifest:
     provenance: Mapping[str, Any]
     files: Mapping[str, FileEntry]
     fidelity: Mapping[str, Any] | None
+    kept: tuple[str, ...] = ()
 
 
 # -- reading -----------------------------------------------------------------------------------------------
@@ -89,6 +91,7 @@ def read_manifest(directory: Path) -> Manifest:
             provenance=content["provenance"],
             files={name: FileEntry(**entry) for name, entry in content["files"].items()},
             fidelity=content["fidelity"],
+            kept=tuple(str(name) for name in content.get("kept", [])),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AccullmError(
@@ -166,6 +169,7 @@ def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
             for name, linear in parts.plan.linears.items()
         },
         **({"embeddings": embeddings} if embeddings else {}),
+        **({"kept": [*parts.kept]} if parts.kept else {}),
         # The linears keep the model's order; the order of these facts is nobody's promise.
         "provenance": json.loads(json.dumps(parts.provenance, sort_keys=True)),
         "files": {name: asdict(_entry(directory / name)) for name in artifact_files(directory)},

@@ -29,7 +29,7 @@ class StoredArtifact(ABC):
     """A finished artifact, opened for reading (see `formats.base.Artifact`).
 
     `schema` gives the tensors of each quantized linear and embedding by their full names; all that is stored beside
-    them is `names()`.
+    them is `names()` and `kept`.
     """
 
     format: str
@@ -50,10 +50,17 @@ class StoredArtifact(ABC):
         check_schema(path, files, schema)
         for name in plan.linears.keys() - schema.keys():
             self._kept(name)
+        for name in self.kept:
+            if name not in files.infos:
+                raise AccullmError(f"tensor {name} is missing", path, "copy the artifact again")
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        return self.manifest.kept if self.manifest is not None else ()
 
     def names(self) -> tuple[str, ...]:
-        quantized = {name for tensors in self.schema.values() for name in tensors}
-        return tuple(name for name in self.files.infos if name not in quantized)
+        others = {name for tensors in self.schema.values() for name in tensors} | set(self.kept)
+        return tuple(name for name in self.files.infos if name not in others)
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.files.tensor(name)

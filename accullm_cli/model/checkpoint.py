@@ -18,45 +18,30 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.names import destinations
 from accullm_cli.model.source import ModelSource, TensorInfo, check_finite, check_shapes
 from accullm_cli.model.supported import model_class
 
-# By the names that safetensors has for them: those of weights, and those of buffers and tables.
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-}
 
-
-def build_skeleton(directory: Path) -> PreTrainedModel:
+def build_skeleton(directory: Path, untied: bool = False) -> PreTrainedModel:
     """The model that `directory`/config.json describes, in float32: parameters on the meta device, buffers real.
 
     Experts run one after another ("eager"), so that each product with an expert's weight can be seen.
+
+    Args:
+        untied: tie no weights, whatever config.json says.
     """
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if untied:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = model_class(config)._from_config(
@@ -95,7 +80,7 @@ class Checkpoint:
         if name in self._meta:
             return self._meta[name].dtype
         if name in self._sources:
-            return DTYPES[self.source.tensors[self._sources[name][0]].dtype]
+            return self.source.tensors[self._sources[name][0]].torch_dtype
         return self.model.get_buffer(name).dtype  # as the class computes it: it is not stored
 
     def load(self, prefixes: Iterable[str]) -> None:
@@ -143,11 +128,17 @@ class Checkpoint:
     def outside(
         self, blocks: Iterable[str], without: Container[str] = frozenset()
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every stored parameter outside the blocks but those in `without`, one at a time, in its stored dtype."""
+        """Every stored parameter outside the blocks but those in `without`, one at a time, in its stored dtype.
+
+        What the model has no place for comes last, under its name in the checkpoint.
+        """
         prefixes = tuple(f"{block}." for block in blocks)
         for name in self._sources:
             if not name.startswith(prefixes) and name not in without:
                 yield name, self.read(name)
+        for name in self.source.kept:
+            with safe_open(self.source.tensors[name].file, framework="pt") as file:
+                yield name, file.get_tensor(name)
 
     def read(self, name: str) -> torch.Tensor:
         """One parameter or buffer in its stored dtype; the model does not keep a parameter."""
@@ -162,29 +153,27 @@ class Checkpoint:
 
     def _match_names(self) -> dict[str, list[str]]:
         """For each parameter and buffer the stored tensors that it is made of."""
-        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
-        converter_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         targets = self.model.state_dict()
         sources: dict[str, list[str]] = {}
         self._converted: set[str] = set()
         # The results of one conversion, by the name of each.
         self._siblings: dict[str, list[str]] = {}
-        prefix = self.model.base_model_prefix
-        for stored in self.source.tensors:
-            name, pattern = rename_source_key(stored, renamings, converters, prefix, targets)
-            if name not in targets and stored in targets:
-                name, pattern = stored, None
-            if name not in targets or name in self._tied:
-                continue
-            results = [name]
-            if pattern is not None:
-                first, *others = converter_of[pattern].target_patterns
-                results += [other for other in (name.replace(first, part) for part in others) if other in targets]
+        # Of a tied pair it may be the other one that is stored: the name under which such a tensor is loaded.
+        self._loaded_as: dict[str, str] = {}
+        for stored, (name, converted, others) in destinations(self.model, self.source.tensors).items():
+            if name not in targets or (not converted and name in sources):
+                continue  # no place, or stored twice with the same values
+            results = [name, *(other for other in others if other in targets)]
+            if converted:
                 self._converted.update(results)
                 self._siblings |= dict.fromkeys(results, results)
             for result in results:
                 sources.setdefault(result, []).append(stored)
+        for target, source in self._tied.items():
+            stored_parts = sources.pop(target, None)
+            if stored_parts is not None and source not in sources:
+                sources[source] = stored_parts
+                self._loaded_as[stored_parts[0]] = source
         return {name: sources[name] for name in targets if name in sources}
 
     def _check_complete(self) -> None:
@@ -204,7 +193,7 @@ class Checkpoint:
             module_name, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(module_name)
             if stored and module._parameters.get(attribute) is not None:
-                dtype = DTYPES[self.source.tensors[stored[0]].dtype]
+                dtype = self.source.tensors[stored[0]].torch_dtype
                 meta = torch.empty(module._parameters[attribute].shape, dtype=dtype, device="meta")
                 setattr(module, attribute, nn.Parameter(meta, requires_grad=False))
 
@@ -212,7 +201,7 @@ class Checkpoint:
         """Convert once without values what is stored in other parts: shapes alone tell what does not fit."""
         stored = {part: self.source.tensors[part] for name in self._converted for part in self._sources[name]}
         tensors = {
-            part: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for part, info in stored.items()
+            part: torch.empty(info.shape, dtype=info.torch_dtype, device="meta") for part, info in stored.items()
         }
         try:
             self._convert(tensors, "meta")
@@ -227,7 +216,7 @@ class Checkpoint:
             by_file.setdefault(str(self.source.tensors[stored].file), []).append(stored)
         handles = [safe_open(file, framework="pt") for file in by_file]
         slices = {
-            stored: handle.get_slice(stored)
+            self._loaded_as.get(stored, stored): handle.get_slice(stored)
             for handle, stored_names in zip(handles, by_file.values(), strict=True)
             for stored in stored_names
         }

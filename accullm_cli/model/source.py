@@ -43,6 +43,7 @@ class ModelSource:
     sha256: hex, over the content of config.json, the weight files and the companions.
     weight_bytes: size of the weight files.
     records: what is not as the user may expect ("source weights are Q4_1 ...").
+    untied, kept: see model.accounting; `config` is what it made of config.json.
     """
 
     name: str
@@ -54,6 +55,8 @@ class ModelSource:
     sha256: str
     weight_bytes: int
     records: tuple[str, ...]
+    untied: bool = False
+    kept: tuple[str, ...] = ()
 
 
 def open_source(model: str, cache: Path, progress: Progress = silent) -> ModelSource:
@@ -114,6 +117,8 @@ def open_directory(
     Args:
         left_behind: what of the model was not fetched, where that is known.
     """
+    from accullm_cli.model.accounting import account
+
     directory = Path(os.path.abspath(directory))
     names = {entry.name for entry in directory.iterdir() if entry.is_file()}
     for wanted in ("config.json", WEIGHTS, INDEX):
@@ -134,18 +139,26 @@ def open_directory(
     files = sort_files(sizes, {"config.json", *imported, *weights.files}, unseen)
     companions = {name: inside(directory, name, directory) for name in files.companions}
     shards = sorted({tensor.file for tensor in weights.tensors.values()})
+    accounting = account(directory, config, weights.tensors)
     hashes = ContentHashes(cache, progress).of([config_file, *shards, *companions.values()])
     content = sorted(f"{path.relative_to(directory).as_posix()} {digest}" for path, digest in hashes.items())
     return ModelSource(
         name=name or _short_name(directory),
         origin=origin or str(directory),
         directory=directory,
-        config=config,
+        config=accounting.config,
         tensors=weights.tensors,
         companions=companions,
         sha256=hashlib.sha256("\n".join(content).encode()).hexdigest(),
         weight_bytes=sum(path.stat().st_size for path in shards),
-        records=(*records, *weights.records, *(files.records if left_behind is None else left_behind)),
+        records=(
+            *records,
+            *weights.records,
+            *(files.records if left_behind is None else left_behind),
+            *accounting.records,
+        ),
+        untied=accounting.untied,
+        kept=accounting.kept,
     )
 
 

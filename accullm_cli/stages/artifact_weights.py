@@ -14,11 +14,17 @@ from accullm_cli.model.structure import Structure
 
 
 class ArtifactWeights:
-    """Fills `model` from an artifact, linears and embeddings dequantized to float32 (see model.blocks.Weights)."""
+    """Fills `model` from an artifact, linears and embeddings dequantized (see model.blocks.Weights).
 
-    def __init__(self, artifact: Artifact, model: PreTrainedModel, structure: Structure) -> None:
+    dtype: that dequantized weights are rounded to; they are float32 in any case.
+    """
+
+    def __init__(
+        self, artifact: Artifact, model: PreTrainedModel, structure: Structure, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.artifact = artifact
         self.model = model
+        self._dtype = dtype
         self._meta = dict(model.named_parameters(remove_duplicate=False))
         self._slots = dict(zip(structure.blocks, structure.slots, strict=True))
 
@@ -65,7 +71,7 @@ class ArtifactWeights:
         plan = self.artifact.plan.linears.get(name)
         if plan is None or plan.bits == 16:
             return self.artifact.tensor(f"{name}.weight").float()
-        return self.artifact.linear(name).dequantize(torch.float32)
+        return self.artifact.linear(name).dequantize(self._dtype).float()
 
     def _place(self, names: list[str]) -> None:
         for name in names:

@@ -33,9 +33,10 @@ from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
 from accullm_cli.stages.gradients import keep_input, run_backward
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
 from accullm_cli.stages.precision import precision_of, products
+from accullm_cli.stages.reading import check_reading
 from accullm_cli.stages.streams import StreamStore
 
-VERSION = 3
+VERSION = 4
 # Statistics choose outlier features and weigh the errors of grids: second moments of so many windows do, unless there
 # are experts, each of which sees few of the tokens.
 STATISTICS_WINDOWS = 32
@@ -163,7 +164,7 @@ def measured_windows(job: Job, decoder: Decoder) -> int:
 
 def open_decoder(job: Job) -> Decoder:
     """The source's decoder, without weights yet; refuses a checkpoint that does not fit its configuration."""
-    model = build_skeleton(job.source.directory)
+    model = build_skeleton(job.source.directory, job.source.untied)
     return Decoder(model, Checkpoint(job.source, model))
 
 
@@ -222,13 +223,14 @@ class _Streams:
 def _run_original(
     job: Job, stage: str, key: str, calibration: Windows, validation: Windows, place: str = VALIDATION_TEXT
 ) -> Work:
+    decoder = open_decoder(job)
+    reading = check_reading(job, stage, decoder, validation.ids)
     tokens_path = job.run.file(f"{place}tokens.safetensors")
     ids = {"calibration": calibration.ids, "validation": validation.ids}
     texts = json.dumps({"calibration": calibration.description, "validation": validation.description})
     # One entry, here and below: safetensors writes several in an order that differs from run to run.
     write_file(tokens_path, lambda path: save_file(ids, path, metadata={"texts": texts}))
 
-    decoder = open_decoder(job)
     measured = calibration.ids[: measured_windows(job, decoder)]
     decoder.load_outside()
     store = StreamStore(job.run.file("calibrate/streams.safetensors"))
@@ -282,9 +284,9 @@ def _run_original(
             gradients = run_backward(job, decoder, stage, key, streams.calibration[:with_gradient])
     store.remove()
     if not len(measured):
-        return Work((tokens_path, reference_path), job.source.records)
+        return Work((tokens_path, reference_path), (*job.source.records, *reading))
     outputs = (tokens_path, reference_path, *(stats_path(job, index) for index in range(total)), *gradients)
-    records = (*job.source.records, *tokenizer_records(job.source.directory), *_unreached(job, total))
+    records = (*job.source.records, *reading, *tokenizer_records(job.source.directory), *_unreached(job, total))
     return Work(outputs, records)
 
 
@@ -305,6 +307,7 @@ def _tokenize(job: Job) -> tuple[Windows, Windows]:
     if job.config.calibration.text == "self":
         from accullm_cli.model.self_text import sampled_windows
 
+        check_reading(job, "calibrate", open_decoder(job), validation.ids)  # before hours of writing
         config = job.config.calibration
         tokenizer = load_tokenizer(job.source.directory)
         seed = job.config.machine.seed

@@ -76,6 +76,7 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
         bits_per_weight, linear_bytes = most, int(most * linear_weights / 8)
     stored = unquantized + linear_bytes + sum(embedding.stored_bytes for embedding in plan.embeddings.values())
     stored += sum(path.stat().st_size for path in job.source.companions.values())
+    stored += sum(job.source.tensors[name].end - job.source.tensors[name].begin for name in job.source.kept)
     widest = max(linear.in_features for linear in plan.linears.values())
     vocabulary, hidden = decoder.model.get_input_embeddings().weight.shape
     logits = LOGITS_HELD * calibration.seq_len * vocabulary

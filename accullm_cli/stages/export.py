@@ -136,6 +136,7 @@ def _parts(job: Job, decoder: Decoder) -> Parts:
         outside=checkpoint.outside(decoder.block_names, {f"{name}.weight" for name in plan.embeddings}),
         provenance=_provenance(job, decoder, [unit.name for unit in units]),
         embeddings=tuple(shards[unit.name] for unit in units if unit.block is None),
+        kept=job.source.kept,
     )
 
 

@@ -18,7 +18,6 @@ from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import ModelShape, Stack
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.model.checkpoint import DTYPES
 from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.quant.budget import MEASURED_BITS, Choices
 from accullm_cli.quant.outliers import choose_outliers, expected_loss
@@ -218,10 +217,10 @@ def scale_bits(job: Job) -> int:
 
 def source_dtype(job: Job) -> torch.dtype:
     """The dtype of most of the source's weights."""
-    count: dict[str, int] = {}
+    count: dict[torch.dtype, int] = {}
     for info in job.source.tensors.values():
-        count[info.dtype] = count.get(info.dtype, 0) + int(torch.tensor(info.shape).prod())
-    return DTYPES[max(count, key=lambda name: count[name])]
+        count[info.torch_dtype] = count.get(info.torch_dtype, 0) + int(torch.tensor(info.shape).prod())
+    return max(count, key=lambda dtype: count[dtype])
 
 
 def model_shape(job: Job, decoder: Decoder) -> ModelShape:

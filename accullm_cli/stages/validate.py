@@ -43,10 +43,11 @@ from accullm_cli.stages.calibrate import (
 from accullm_cli.stages.device import compute_dtype, describe_device, device_of
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage
 from accullm_cli.stages.precision import products
+from accullm_cli.stages.shipped import TOKENS, check_shipped
 from accullm_cli.stages.streams import StreamStore
 from accullm_cli.stages.whole_model import load_artifact
 
-VERSION = 1
+VERSION = 2
 # Float32 sums in another order change a token's negative log-likelihood by some 1e-5; another head changes it by more.
 HEAD_TOLERANCE = 1e-3
 
@@ -69,10 +70,10 @@ def validate(
 
     def work(reason: Reason) -> Work:
         with products("float32"):
-            fidelity = _measure(job, name, artifact, key_of(inputs), place)
+            fidelity, records = _measure(job, name, artifact, key_of(inputs), place)
         path = fidelity_path(job, format_name, place)
         write_text(path, json.dumps(asdict(fidelity), indent=1))
-        return Work((path,))
+        return Work((path,), records)
 
     return run_stage(job, name, inputs, force, work)
 
@@ -126,7 +127,8 @@ def hash_of_files(files: Mapping[str, str]) -> str:
     return key_of({name: digest for name, digest in files.items() if name not in (CARD_NAME, MANIFEST_NAME)})
 
 
-def _measure(job: Job, stage: str, directory: Path, key: str, place: str) -> Fidelity:
+def _measure(job: Job, stage: str, directory: Path, key: str, place: str) -> tuple[Fidelity, tuple[str, ...]]:
+    """The figures, and sentences about what could not be checked."""
     artifact = open_artifact(directory)
     model = build_skeleton(directory)
     structure = read_structure(model)
@@ -136,6 +138,9 @@ def _measure(job: Job, stage: str, directory: Path, key: str, place: str) -> Fid
     logits_of = _on_gpu(job, directory, device) if device.type == "cuda" else _by_blocks(job, stage, decoder, ids, key)
 
     decoder.load_outside()
+    records: tuple[str, ...] = ()
+    if device.type == "cpu" and place == VALIDATION_TEXT:  # on a GPU, what is measured is what users load
+        records = check_shipped(artifact, ids[0, :TOKENS], logits_of(0, ids[0])[:TOKENS])
     originals_head = _head_weight(job) if artifact.plan.embeddings else None
     reference = load_reference(job, place)
     divergence = Divergence()
@@ -147,9 +152,9 @@ def _measure(job: Job, stage: str, directory: Path, key: str, place: str) -> Fid
         divergence.add(original, logits_of(window, ids[window]), ids[window], floor)
     found = divergence.finish(validation_text(job, place), job.config.machine.seed)
     if device.type == "cpu":
-        return found
+        return found, records
     dtype = compute_dtype(device, job.source.config)
-    return replace(found, arithmetic=f"{dtype_name(dtype)} on {describe_device(device)}")
+    return replace(found, arithmetic=f"{dtype_name(dtype)} on {describe_device(device)}"), records
 
 
 # The artifact's, [T, vocabulary], for a window's number and ids [T].

@@ -13,6 +13,7 @@ from accullm_cli.formats import open_artifact
 from accullm_cli.formats.base import Artifact
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import build_skeleton
+from accullm_cli.model.structure import read_structure
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.stages.artifact_weights import ArtifactWeights
 from accullm_cli.stages.export import export
@@ -37,7 +38,8 @@ def make_artifact(name: str, place: Path, embedding_bits: int = 16, **bits: int)
 
 def decoder_of(directory: Path, artifact: Artifact | None = None) -> Decoder:
     model = build_skeleton(directory)
-    return Decoder(model, ArtifactWeights(artifact or open_artifact(directory), model))
+    structure = read_structure(model)
+    return Decoder(model, ArtifactWeights(artifact or open_artifact(directory), model, structure), structure)
 
 
 def logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
