@@ -23,6 +23,8 @@ from accullm_cli.stages.quantize import load_record, shard_path, units_of
 VERSION = 1
 # The input that says where the artifact of a format goes.
 _PLACE = "config:export.out ({})"
+# The working directories beside an artifact: of a check, of the artifact that is being written, of the one before it.
+_BESIDE = ("probe", "partial", "old")
 
 
 def export(job: Job, out: Path, quantize_key: str, force: bool = False) -> StageOutcome:
@@ -90,35 +92,53 @@ def check_output(job: Job, directory: Path) -> None:
         raise AccullmError("is the model that is being read", directory, "give another directory with --out")
     if directory.is_file():
         raise AccullmError("is a file, not a directory", directory, "give another directory with --out")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST_NAME).exists():
+    # What a killed export of several formats, each in a directory of its own below this one, may have left.
+    leftovers = {_beside(directory / name, kind) for name in FORMATS for kind in _BESIDE}
+    holds = directory.is_dir() and any(path not in leftovers for path in directory.iterdir())
+    if holds and not (directory / MANIFEST_NAME).exists():
         raise AccullmError(
             "holds something else than an artifact", directory, "give an empty or new directory with --out"
         )
-    parent = existing_parent(directory.parent)
     with machine_errors(directory):
-        probe = parent / f".{directory.name}.probe"
+        probe = existing_parent(directory.parent) / _beside(directory, "probe").name
+        _remove(probe)
         probe.mkdir()
         probe.rmdir()
 
 
 def _write_artifact(job: Job, decoder: Decoder, name: str, directory: Path) -> None:
     """Write beside `directory` and rename: an artifact that was there is replaced in one step."""
-    partial, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("partial", "old"))
+    partial, old = _beside(directory, "partial"), _beside(directory, "old")
     with machine_errors(directory):
+        if old.is_dir() and not directory.exists():
+            # Killed between the two renames below: the earlier artifact stays until there is a new one.
+            old.rename(directory)
         for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
         partial.mkdir(parents=True)
         try:
             FORMATS[name].write(partial, _parts(job, decoder))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        # Killed between these two renames, the next call finds its output missing and exports again.
         if directory.exists():
             directory.rename(old)
         partial.rename(directory)
         sync_directory(directory.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(directory: Path, kind: str) -> Path:
+    """A working directory of an export, beside the artifact's own."""
+    return directory.with_name(f".{directory.name}.{kind}")
+
+
+def _remove(leftover: Path) -> None:
+    """Remove what a killed export left under this name; nothing else has one like it."""
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def _parts(job: Job, decoder: Decoder) -> Parts:

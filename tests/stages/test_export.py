@@ -189,6 +189,88 @@ def test_killed_around_the_renames_the_next_call_restores(
     assert names(tmp_path) == ["out", "run"]
 
 
+@pytest.mark.parametrize("moment", range(1, 7))
+@pytest.mark.parametrize("earlier", [False, True], ids=["nothing there", "an artifact there"])
+def test_killed_at_any_step_it_neither_refuses_nor_loses_the_earlier_artifact(
+    moment: int,
+    earlier: bool,
+    llama: Path,
+    run: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process dies right before the nth thing that it does to a directory, in the check or in the export."""
+    out = tmp_path / "out"
+    if earlier:
+        earlier_artifact(out)
+    before = contents(out)
+    steps: list[str] = []
+
+    def die_at(name: str, moments: int, call):  # type: ignore[no-untyped-def]
+        def dying(path, *args, **kwargs):  # type: ignore[no-untyped-def]
+            if len(steps) + 1 >= moments:
+                raise KilledError
+            if ".out." in str(path) or path == out:
+                steps.append(f"{name} {Path(path).name}")
+            return call(path, *args, **kwargs)
+
+        return dying
+
+    def checked_export() -> None:
+        with opened(fast_config(llama, out, machine__run=run)) as job:
+            check_output(job, out)
+        export_to(llama, run, out)
+
+    for dies_at in (moment, moment + 1):  # the second time in what the first time left
+        steps.clear()
+        with monkeypatch.context() as patch:
+            for name in ("mkdir", "rmdir", "rename"):
+                patch.setattr(Path, name, die_at(name, dies_at, getattr(Path, name)))
+            patch.setattr(shutil, "rmtree", die_at("rmtree", dies_at, shutil.rmtree))
+            try:
+                checked_export()
+            except KilledError:
+                held = [contents(place) for place in (out, tmp_path / ".out.old") if place.exists()]
+                assert not earlier or before in held or contents(out) == contents(finished.with_name("out"))
+    checked_export()
+    assert contents(out) == contents(finished.with_name("out"))
+    assert names(tmp_path) == ["out", "run"]
+
+
+@pytest.mark.parametrize("kind", ["probe", "partial", "old"])
+@pytest.mark.parametrize("what", ["empty", "full", "file", "link"])
+def test_a_leftover_of_any_kind_is_no_obstacle(
+    kind: str, what: str, llama: Path, run: Path, finished: Path, tmp_path: Path
+) -> None:
+    leftover = tmp_path / f".out.{kind}"
+    if what == "link":
+        leftover.symlink_to(finished)
+    elif what == "file":
+        leftover.write_text("")
+    else:
+        leftover.mkdir()
+        if what == "full":
+            (leftover / "half.safetensors").write_text("half")
+    with opened(fast_config(llama, tmp_path / "out", machine__run=run)) as job:
+        check_output(job, tmp_path / "out")
+    export_to(llama, run, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(finished.with_name("out"))
+    assert [name for name in names(tmp_path) if name != f".out.{kind}"] == ["out", "run"]
+    assert (finished / "manifest.json").exists()
+
+
+def test_a_leftover_of_an_export_of_several_formats_is_nobody_elses_file(llama: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for kind in ("partial", "old"):
+        (out / f".accullm.{kind}").mkdir(parents=True)
+    with opened(fast_config(llama, out, machine__run=run)) as job:
+        check_output(job, out)
+        (out / ".mine").mkdir()
+        with pytest.raises(AccullmError, match=r"holds something else than an artifact"):
+            check_output(job, out)
+
+
 @pytest.mark.parametrize("lost", ["config.json", "accullm.json"])
 def test_an_artifact_that_lost_a_file_is_made_again(
     lost: str, llama: Path, run: Path, finished: Path, tmp_path: Path
