@@ -101,7 +101,7 @@ def search(job: Job, calibrated: StageOutcome, force: bool = False) -> Found:
     job.progress(Event(STAGE, "start"))
     decoder = open_decoder(job)
     choices = average_choices(job, decoder, load_stats(job, decoder))
-    curve = choices.curve()
+    curve = choices.curve(job.config.search.max_bits_per_weight)
     lowest, highest = _bounds(job, curve)
     key = _key(job, calibrated.record.key, reference.record.key)
     known = [] if force else _load(job, key)
@@ -125,8 +125,9 @@ def search(job: Job, calibrated: StageOutcome, force: bool = False) -> Found:
             f"the smallest that meets the contract on the search's text has {best.bits_per_weight:.3f} bits per weight"
         )
     else:
-        verdict = f"no plan of up to {highest:g} bits per weight meets the contract on the search's text; most of the "
-        verdict += f"expected loss is in {_largest_losses(own, choices)}"
+        limit = f", the most that --spend {job.config.plan.spend} can take," if highest < _allowed(job) else ""
+        verdict = f"no plan of up to {highest:g} bits per weight{limit} meets the contract on the search's text; most "
+        verdict += f"of the expected loss is in {_largest_losses(own, choices)}"
     job.progress(Event(STAGE, "record", verdict))
     _clear(job, keep={best.bits})
     job.progress(Event(STAGE, "end"))
@@ -201,8 +202,7 @@ def _bounds(job: Job, curve: Sequence[tuple[float, float]]) -> tuple[float, floa
     Raises:
         AccullmError: the smallest plan takes more than what is allowed.
     """
-    # In thousandths, as plans are named: the largest is then known when it is met.
-    allowed = math.floor(1000 * job.config.search.max_bits_per_weight) / 1000
+    allowed = _allowed(job)
     lowest = math.ceil(1000 * curve[0][0]) / 1000
     if allowed < lowest:
         raise AccullmError(
@@ -211,6 +211,11 @@ def _bounds(job: Job, curve: Sequence[tuple[float, float]]) -> tuple[float, floa
             "give more, or larger groups",
         )
     return lowest, min(allowed, math.ceil(1000 * curve[-1][0]) / 1000)
+
+
+def _allowed(job: Job) -> float:
+    """The largest average, in thousandths, as plans are named: it is then known when it is met."""
+    return math.floor(1000 * job.config.search.max_bits_per_weight) / 1000
 
 
 def _plan_job(job: Job, bits: float) -> Job:

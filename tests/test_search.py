@@ -237,6 +237,29 @@ def test_where_no_plan_is_good_the_best_is_left_and_the_obstacles_are_named(llam
     assert "model.layers." in told
 
 
+def test_a_search_over_outliers_alone_goes_from_none_to_the_most(llama: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    config = golden(llama, tmp_path / "out", "mean_kl<=1e-7", plan__spend="outliers")
+    report = convert(config, events.append)
+    spent = [trial.bits_per_weight for trial in report.search]
+    assert len(spent) > 1
+    assert spent == sorted(set(spent))
+    linears = open_artifact(tmp_path / "out").plan.linears.values()
+    assert {len(linear.outlier_index) for linear in linears} == {1, 2}  # 3% of 64 and of 96 input features
+    told = [event.label for event in events if event.stage == "search" and event.kind == "record"][-1]
+    most = math.ceil(1000 * spent[-1]) / 1000
+    assert told.startswith(f"no plan of up to {most:g} bits per weight, the most that --spend outliers can take, ")
+
+
+def test_a_search_over_outliers_alone_ends_at_the_smallest_good_plan(llama: Path, tmp_path: Path) -> None:
+    tried = convert(golden(llama, tmp_path / "out", "mean_kl<=1e-7", plan__spend="outliers")).search
+    (low, *_, high) = sorted(trial.clauses[0].measured for trial in tried)
+    limit = (low + high) / 2
+    report = convert(golden(llama, tmp_path / "out", f"mean_kl<={limit}", plan__spend="outliers"))
+    good = [trial.bits_per_weight for trial in report.search if trial.met]
+    assert report.bits_per_weight == min(good) < max(trial.bits_per_weight for trial in report.search)
+
+
 def test_only_the_best_plan_keeps_its_blocks(first: tuple[Path, list[Event]]) -> None:
     out, _ = first
     assert len(list((out.with_name("out.run") / "search").glob("plan-*"))) == 1

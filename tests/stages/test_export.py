@@ -260,7 +260,7 @@ def test_a_leftover_of_any_kind_is_no_obstacle(
     assert (finished / "manifest.json").exists()
 
 
-def test_a_leftover_of_an_export_of_several_formats_is_nobody_elses_file(llama: Path, run: Path, tmp_path: Path) -> None:
+def test_a_leftover_of_several_exports_is_no_file_of_others(llama: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for kind in ("partial", "old"):
         (out / f".accullm.{kind}").mkdir(parents=True)
