@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from accullm_cli.model.blocks import Decoder, batches
+from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.model.text import Windows, calibration_windows, other_windows, search_windows, validation_windows
@@ -32,8 +32,9 @@ from accullm_cli.quant.stats import FeatureMoments, InputStats
 from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
 from accullm_cli.stages.gradients import keep_input, run_backward
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
+from accullm_cli.stages.keyed import is_made_for, write_keyed
 from accullm_cli.stages.precision import precision_of, products
-from accullm_cli.stages.streams import StreamStore
+from accullm_cli.stages.streams import StreamStore, advance
 
 VERSION = 3
 # Statistics choose outlier features and weigh the errors of grids: second moments of so many windows do, unless there
@@ -170,7 +171,7 @@ def open_decoder(job: Job) -> Decoder:
 def load_block_stats(path: Path) -> list[InputStats]:
     """The statistics of one block's inputs, in the order the block computes them."""
     with safe_open(path, framework="pt") as file:
-        described = json.loads(file.metadata()["block"])["inputs"]
+        described = json.loads(file.metadata()["made"])["inputs"]
         return [
             InputStats(
                 linears=tuple(entry["linears"]),
@@ -234,7 +235,7 @@ def _run_original(
     store = StreamStore(job.run.file("calibrate/streams.safetensors"))
     keys = [key_of({"stage": key, "block": str(index)}) for index in range(len(decoder.block_names))]
     finished = 0
-    while finished < len(keys) and _block_key(stats_path(job, finished)) == keys[finished]:
+    while finished < len(keys) and is_made_for(stats_path(job, finished), keys[finished]):
         finished += 1
     decoder.learn_calls(validation.ids[:1, :PROBE_TOKENS])
     restored = store.restore(keys[:finished])
@@ -257,11 +258,11 @@ def _run_original(
                 stats = _measure_and_advance(decoder, index, block, streams.calibration)
                 _write_stats(stats_path(job, index), stats, keys[index])
             else:
-                _advance(decoder, index, block, streams.calibration)
+                advance(decoder, index, block, streams.calibration)
         streams = _Streams(
             streams.calibration,
-            _advance(decoder, index, block, streams.validation),
-            _advance(decoder, index, block, streams.floor).to(torch.bfloat16).float(),
+            advance(decoder, index, block, streams.validation),
+            advance(decoder, index, block, streams.floor).to(torch.bfloat16).float(),
         )
         decoder.release_block(index)
         store.store_if_due(keys[index], vars(streams))
@@ -311,13 +312,6 @@ def _embed(decoder: Decoder, calibration: torch.Tensor, validation: torch.Tensor
     return _Streams(decoder.embed_all(calibration), hidden, hidden.to(torch.bfloat16).float())
 
 
-def _advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Run a block over a stream, in place."""
-    for rows in batches(*hidden.shape[:2]):
-        hidden[rows] = decoder.run(index, block, hidden[rows])
-    return hidden
-
-
 def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> list[InputStats]:
     """Run a block over the calibration stream, in place, and measure each of its distinct inputs."""
     groups = [group for step in decoder.trace(index, block, hidden[:1, :PROBE_TOKENS]).steps for group in step]
@@ -328,10 +322,7 @@ def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden:
         if name in moments:
             moments[name].add(value.reshape(-1, value.shape[-1]))
 
-    for rows in batches(*hidden.shape[:2]):
-        output = decoder.run_capturing(index, block, hidden[rows], add)
-        assert output is not None
-        hidden[rows] = output
+    advance(decoder, index, block, hidden, add)
     return [
         moments[group[0]].finish(group, {name: _damage(block, slot_of[name]) for name in group}) for group in groups
     ]
@@ -357,17 +348,7 @@ def _write_stats(path: Path, stats: list[InputStats], key: str) -> None:
         for name, by_size in entry.damage.items():
             tensors |= {f"{number}.damage.{name}.{size}": value for size, value in by_size.items()}
     described = [{"linears": entry.linears, "tokens": entry.tokens} for entry in stats]
-    metadata = {"block": json.dumps({"key": key, "inputs": described})}
-    write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def _block_key(path: Path) -> str | None:
-    """The key that a finished block's file was written for; None where there is no such file."""
-    if not path.exists():
-        return None
-    with safe_open(path, framework="pt") as file:
-        key: str | None = json.loads((file.metadata() or {}).get("block", "{}")).get("key")
-        return key
+    write_keyed(path, key, tensors, inputs=described)
 
 
 def _negative_log_likelihood(decoder: Decoder, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

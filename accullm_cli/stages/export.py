@@ -18,7 +18,7 @@ from accullm_cli.run import Reason, existing_parent, file_sha256, machine_errors
 from accullm_cli.stages.calibrate import open_decoder
 from accullm_cli.stages.job import Job, StageOutcome, Work, run_stage, versions
 from accullm_cli.stages.profile import load_plan, model_shape
-from accullm_cli.stages.quantize import load_record, shard_path, units_of
+from accullm_cli.stages.units import load_record, shard_path, units_of
 
 VERSION = 1
 # The input that says where the artifact of a format goes.

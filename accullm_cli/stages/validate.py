@@ -24,7 +24,7 @@ from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.measure.divergence import Divergence
 from accullm_cli.measure.result import Estimate, Fidelity
-from accullm_cli.model.blocks import Decoder, batches
+from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
 from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.progress import Event
@@ -42,7 +42,7 @@ from accullm_cli.stages.calibrate import (
 from accullm_cli.stages.device import compute_dtype, describe_device, device_of
 from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage
 from accullm_cli.stages.precision import products
-from accullm_cli.stages.streams import StreamStore
+from accullm_cli.stages.streams import StreamStore, advance
 from accullm_cli.stages.whole_model import load_artifact
 
 VERSION = 1
@@ -186,8 +186,7 @@ def _run_blocks(job: Job, stage: str, decoder: Decoder, ids: torch.Tensor, key: 
         job.progress(Event(stage, "step", f"blocks 1 to {start}/{total}", UP_TO_DATE, start, total))
     for index in range(start, total):
         block = decoder.load_block(index)
-        for rows in batches(*ids.shape):
-            hidden[rows] = decoder.run(index, block, hidden[rows])
+        advance(decoder, index, block, hidden)
         decoder.release_block(index)
         store.store_if_due(keys[index], {"hidden": hidden})
         job.progress(Event(stage, "step", f"block {index + 1}/{total}", None, index + 1, total))
