@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,6 +143,11 @@ class RunDirectory:
             raise AccullmError("is a file, not a directory", self.path, "give another directory with --run")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.file(".lock").exists():
             raise AccullmError("holds something else than a run", self.path, "give another directory with --run")
+
+    def remove(self, patterns: Iterable[str]) -> None:
+        """Remove the files of these names, in which * stands for anything."""
+        for path in [path for pattern in patterns for path in self.path.glob(pattern)]:
+            path.unlink()
 
     @contextmanager
     def removed_if_refused(self) -> Iterator[None]:

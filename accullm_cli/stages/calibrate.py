@@ -1,42 +1,37 @@
 """calibrate: the one full-precision pass, and everything that later stages need from the original.
 
 It leaves in the run directory
-    tokens.safetensors                  calibration ids [S, T] and validation ids [V, T], int64
+    tokens.safetensors                  calibration ids [S, T], int64
     calibrate/block-00000.safetensors   per distinct input of a block: light statistics (see quant.stats.InputStats)
-    reference.safetensors               the last block's output on the validation ids, float32 [V, T, hidden], the same
-                                        with one bfloat16 rounding per block (the noise floor), and the original's
-                                        negative log-likelihood of each next token
     calibrate/gradient-00000.safetensors  where gradients are asked for; see stages.gradients
+and, along the way, the references on the texts that artifacts will be measured on (stages.reference).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
 from accullm_cli.model.slots import LinearSlot
-from accullm_cli.model.text import Windows, calibration_windows, other_windows, search_windows, validation_windows
-from accullm_cli.model.tokenizer import load_tokenizer
-from accullm_cli.progress import Event
 from accullm_cli.quant.grid import minmax_grid, row_chunks
 from accullm_cli.quant.stats import FeatureMoments, InputStats
-from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
+from accullm_cli.run import key_of
 from accullm_cli.stages.gradients import keep_input, run_backward
-from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
+from accullm_cli.stages.job import Job, machine_inputs
 from accullm_cli.stages.keyed import is_made_for, write_keyed
+from accullm_cli.stages.original import open_decoder, run_original
 from accullm_cli.stages.precision import precision_of, products
+from accullm_cli.stages.reference import missing_references
+from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.streams import StreamStore, advance
+from accullm_cli.stages.texts import calibration_inputs, calibration_of, write_calibration
 
-VERSION = 3
+VERSION = 4
 # Statistics choose outlier features and weigh the errors of grids: second moments of so many windows do, unless there
 # are experts, each of which sees few of the tokens.
 STATISTICS_WINDOWS = 32
@@ -45,113 +40,44 @@ DAMAGE_GROUP_SIZES = (32, 64, 128, -1)
 DAMAGE_BITS = 4
 # Tokens of the first window that are enough to see which linears share an input.
 PROBE_TOKENS = 32
-# Where in the run directory the tokens and the original's last hidden states lie: of the text that the contract is
-# judged on, of the text that a search over plans is measured on, and of the text of another kind.
-VALIDATION_TEXT = ""
-SEARCH_TEXT = "search/"
-OTHER_TEXT = "other/"
-# Its reference is a part of validation: a run of `validate` alone makes it.
-OTHER_REFERENCE = "validate other reference"
 
 
-def calibrate(job: Job, force: bool = False) -> StageOutcome:
-    """Tokenize, run the original once, keep statistics of every input and its last hidden states."""
-    inputs = calibrate_inputs(job)
+def calibrate(job: Job, decision: Decision) -> Work:
+    """Cut or sample the text, run the original over it once, and keep statistics of every input."""
+    windows = calibration_of(job)
+    tokens = write_calibration(job, windows)
+    decoder = open_decoder(job)
+    with products("float32"):
+        decoder.load_outside()
+        statistics = Statistics(job, decoder, windows.ids, decision.key)
+        references = missing_references(job, decoder)
+        decoder.release_outside()
+        run_original(job, decision.stage, decoder, [statistics, *references])
+        for reference in references:
+            reference.finish()
+        outputs = statistics.finish()
+    return Work((tokens, *outputs), (*job.source.records, *_unreached(job, len(decoder.block_names))))
 
-    def work(reason: Reason) -> Work:
-        with products("float32"):
-            return _run_original(job, "calibrate", key_of(inputs), *_tokenize(job))
 
-    return run_stage(job, "calibrate", inputs, force, work)
-
-
-def calibrate_inputs(job: Job) -> dict[str, str]:
-    """What the statistics and the reference depend on."""
-    config = job.config
+def calibrate_inputs(job: Job, before: Before) -> dict[str, str]:
+    """What statistics and gradients depend on."""
+    gradient_samples = job.config.gradient_samples
+    # Gradients are those of tokens that are drawn.
+    seed = {"config:machine.seed": str(job.config.machine.seed)} if gradient_samples else {}
     return {
         "source:sha256": job.source.sha256,
         "version:calibrate": str(VERSION),
-        "config:machine.seed": str(config.machine.seed),
-        **section_inputs("calibration", config.calibration),
-        "config:calibration.gradient_samples": str(config.gradient_samples),
-        **section_inputs("validation", config.validation, "text", "windows"),
-        **_file_inputs(config.calibration.text, config.validation.text),
+        "config:calibration.gradient_samples": str(gradient_samples),
+        **seed,
+        **calibration_inputs(job),
         **machine_inputs(),
         "machine:precision": precision_of(job),
     }
 
 
-def make_reference(job: Job, force: bool = False) -> StageOutcome:
-    """As `calibrate`, for the validation text alone: what `validate` needs of the original."""
-    return _reference(
-        job, "reference", VALIDATION_TEXT, cut_validation_windows, validation_reference_inputs(job), force
-    )
-
-
-def make_search_reference(job: Job, force: bool = False) -> StageOutcome:
-    """As `make_reference`, for the other windows of that text that a search over plans is measured on."""
-    return _reference(job, "search reference", SEARCH_TEXT, cut_search_windows, validation_reference_inputs(job), force)
-
-
-def make_other_reference(job: Job, force: bool = False) -> StageOutcome:
-    """As `make_reference`, for the text of another kind."""
-    return _reference(job, OTHER_REFERENCE, OTHER_TEXT, cut_other_windows, other_reference_inputs(job), force)
-
-
-def cut_validation_windows(job: Job) -> Windows:
-    """The windows that the contract is judged on."""
-    return _cut(job, validation_windows, job.config.validation.text, job.config.validation.windows)
-
-
-def cut_search_windows(job: Job) -> Windows:
-    """Those that a search is measured on."""
-    return _cut(job, search_windows, job.config.validation.text, job.config.validation.windows)
-
-
-def cut_other_windows(job: Job) -> Windows:
-    """Those of the text of another kind."""
-    return _cut(job, other_windows, job.config.validation.other_text, other_window_count(job))
-
-
-def validation_reference_inputs(job: Job) -> dict[str, str]:
-    """What the references for the contract's windows and for a search's depend on: they are cut from one text."""
-    return _reference_inputs(job, job.config.validation.text, job.config.validation.windows)
-
-
-def other_reference_inputs(job: Job) -> dict[str, str]:
-    """What the reference for the text of another kind depends on."""
-    return _reference_inputs(job, job.config.validation.other_text, other_window_count(job))
-
-
-def other_window_count(job: Job) -> int:
-    """Windows of the text of another kind; 0 where there is to be none."""
-    validation = job.config.validation
-    return 0 if validation.other_text == "none" else max(2, validation.windows // 2)
-
-
-def _reference(
-    job: Job, stage: str, place: str, cut: Callable[[Job], Windows], inputs: dict[str, str], force: bool
-) -> StageOutcome:
-    def work(reason: Reason) -> Work:
-        found = cut(job)
-        none = Windows(found.ids[:0], "none", "")
-        with products("float32"):
-            return _run_original(job, stage, key_of(inputs), none, found, place)
-
-    return run_stage(job, stage, inputs, force, work)
-
-
-def _reference_inputs(job: Job, text: str, windows: int) -> dict[str, str]:
-    return {
-        "source:sha256": job.source.sha256,
-        "version:calibrate": str(VERSION),
-        "config:machine.seed": str(job.config.machine.seed),
-        "config:calibration.seq_len": str(job.config.calibration.seq_len),
-        "config:validation.text": repr(text),
-        "config:validation.windows": repr(windows),
-        **_file_inputs(text),
-        **machine_inputs(),
-    }
+CALIBRATE = Stage(
+    "calibrate", calibrate_inputs, calibrate, commands=("calibrate",), files=("tokens.safetensors", "calibrate/*")
+)
 
 
 def measured_windows(job: Job, decoder: Decoder) -> int:
@@ -160,12 +86,6 @@ def measured_windows(job: Job, decoder: Decoder) -> int:
     if any(slot.expert is not None for slots in decoder.slots for slot in slots):
         return samples
     return min(samples, max(STATISTICS_WINDOWS, job.config.gradient_samples))
-
-
-def open_decoder(job: Job) -> Decoder:
-    """The source's decoder, without weights yet; refuses a checkpoint that does not fit its configuration."""
-    model = build_skeleton(job.source.directory)
-    return Decoder(model, Checkpoint(job.source, model))
 
 
 def load_block_stats(path: Path) -> list[InputStats]:
@@ -192,124 +112,51 @@ def stats_path(job: Job, index: int) -> Path:
     return job.run.file(f"calibrate/block-{index:05d}.safetensors")
 
 
-def load_tokens(job: Job, place: str = VALIDATION_TEXT) -> dict[str, torch.Tensor]:
-    """The "calibration" and "validation" ids; in the search's place, the "validation" ids are those to search on."""
-    return load_file(job.run.file(f"{place}tokens.safetensors"))
-
-
-def load_reference(job: Job, place: str = VALIDATION_TEXT) -> dict[str, torch.Tensor]:
-    """What the original makes of the validation ids: "hidden", "floor" and "negative_log_likelihood"."""
-    return load_file(job.run.file(f"{place}reference.safetensors"))
-
-
-def validation_text(job: Job, place: str = VALIDATION_TEXT) -> str:
-    """What the validation ids were cut from, in one line."""
-    with safe_open(job.run.file(f"{place}tokens.safetensors"), framework="pt") as file:
-        return str(json.loads(file.metadata()["texts"])["validation"])
-
-
 # -- the stage, top to bottom ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Streams:
-    """Hidden states between two blocks: of the calibration text, of the validation text, and of the noise floor."""
+class Statistics:
+    """The original's hidden states on the calibration text, measured in every block; see `original.Passenger`."""
 
-    calibration: torch.Tensor
-    validation: torch.Tensor
-    floor: torch.Tensor
+    def __init__(self, job: Job, decoder: Decoder, ids: torch.Tensor, key: str) -> None:
+        """As far as an earlier call came; the decoder's outside must be loaded."""
+        self._job, self._decoder, self._key = job, decoder, key
+        ids = ids[: measured_windows(job, decoder)]
+        self._with_gradient = min(job.config.gradient_samples, len(ids))
+        total = len(decoder.block_names)
+        self._keys = [key_of({"stage": key, "block": str(index)}) for index in range(total)]
+        measured = [is_made_for(stats_path(job, index), self._keys[index]) for index in range(total)]
+        self.known = [*measured, False].index(False)
+        self._store = StreamStore(job.run.file("calibrate/streams.safetensors"))
+        decoder.learn_calls(ids[:1, :PROBE_TOKENS])
+        restored = self._store.restore(self._keys[: self.known])
+        if restored is None:
+            self.start, self._hidden = 0, decoder.embed_all(ids)
+        else:
+            self.start, self._hidden = restored[0], restored[1]["hidden"]
+            decoder.learn_calls(ids)
+        decoder.learn_calls(ids[: self._with_gradient])
 
-
-def _run_original(
-    job: Job, stage: str, key: str, calibration: Windows, validation: Windows, place: str = VALIDATION_TEXT
-) -> Work:
-    tokens_path = job.run.file(f"{place}tokens.safetensors")
-    ids = {"calibration": calibration.ids, "validation": validation.ids}
-    texts = json.dumps({"calibration": calibration.description, "validation": validation.description})
-    # One entry, here and below: safetensors writes several in an order that differs from run to run.
-    write_file(tokens_path, lambda path: save_file(ids, path, metadata={"texts": texts}))
-
-    decoder = open_decoder(job)
-    measured = calibration.ids[: measured_windows(job, decoder)]
-    decoder.load_outside()
-    store = StreamStore(job.run.file("calibrate/streams.safetensors"))
-    keys = [key_of({"stage": key, "block": str(index)}) for index in range(len(decoder.block_names))]
-    finished = 0
-    while finished < len(keys) and is_made_for(stats_path(job, finished), keys[finished]):
-        finished += 1
-    decoder.learn_calls(validation.ids[:1, :PROBE_TOKENS])
-    restored = store.restore(keys[:finished])
-    if restored is None:
-        start, streams = 0, _embed(decoder, measured, validation.ids)
-    else:
-        start, streams = restored[0], _Streams(**restored[1])
-        for windows in (measured, validation.ids):
-            decoder.learn_calls(windows)
-    with_gradient = min(job.config.gradient_samples, len(measured))
-    decoder.learn_calls(measured[:with_gradient])
-    decoder.release_outside()
-    total = len(keys)
-    for index in range(start, total):
-        if with_gradient:
-            keep_input(job, index, streams.calibration[:with_gradient])
-        block = decoder.load_block(index)
-        with products(precision_of(job)):
-            if index >= finished and len(measured):
-                stats = _measure_and_advance(decoder, index, block, streams.calibration)
-                _write_stats(stats_path(job, index), stats, keys[index])
+    def go_through(self, index: int, block: nn.Module) -> None:
+        if self._with_gradient:
+            keep_input(self._job, index, self._hidden[: self._with_gradient])
+        with products(precision_of(self._job)):
+            if index < self.known:
+                advance(self._decoder, index, block, self._hidden)
             else:
-                advance(decoder, index, block, streams.calibration)
-        streams = _Streams(
-            streams.calibration,
-            advance(decoder, index, block, streams.validation),
-            advance(decoder, index, block, streams.floor).to(torch.bfloat16).float(),
-        )
-        decoder.release_block(index)
-        store.store_if_due(keys[index], vars(streams))
-        reason = Reason("new") if index >= finished else UP_TO_DATE
-        job.progress(Event(stage, "step", f"block {index + 1}/{total}", reason, index + 1, total))
-    decoder.load_outside()
-    reference = {
-        "hidden": streams.validation,
-        "floor": streams.floor,
-        "negative_log_likelihood": _negative_log_likelihood(decoder, streams.validation, validation.ids),
-    }
-    reference_path = job.run.file(f"{place}reference.safetensors")
-    write_file(reference_path, lambda path: save_file(reference, path))
-    gradients: tuple[Path, ...] = ()
-    if with_gradient:
-        decoder.release_outside()
-        with products(precision_of(job)):
-            gradients = run_backward(job, decoder, stage, key, streams.calibration[:with_gradient])
-    store.remove()
-    if not len(measured):
-        return Work((tokens_path, reference_path), job.source.records)
-    outputs = (tokens_path, reference_path, *(stats_path(job, index) for index in range(total)), *gradients)
-    return Work(outputs, (*job.source.records, *_unreached(job, total)))
+                stats = _measure_and_advance(self._decoder, index, block, self._hidden)
+                _write_stats(stats_path(self._job, index), stats, self._keys[index])
+        self._store.store_if_due(self._keys[index], {"hidden": self._hidden})
 
-
-def _cut(job: Job, cut: Callable[..., Windows], text: str, windows: int) -> Windows:
-    tokenizer = load_tokenizer(job.source.directory)
-    return cut(text, tokenizer, windows, job.config.calibration.seq_len, job.config.machine.seed)
-
-
-def _tokenize(job: Job) -> tuple[Windows, Windows]:
-    config, seed = job.config, job.config.machine.seed
-    tokenizer = load_tokenizer(job.source.directory)
-    seq_len = config.calibration.seq_len
-    validation = cut_validation_windows(job)
-    if config.calibration.text == "self":
-        from accullm_cli.model.self_text import sampled_windows
-
-        samples = config.calibration.samples
-        return sampled_windows(job.source, tokenizer, samples, seq_len, seed, job.progress), validation
-    calibration = calibration_windows(config.calibration.text, tokenizer, config.calibration.samples, seq_len, seed)
-    return calibration, validation
-
-
-def _embed(decoder: Decoder, calibration: torch.Tensor, validation: torch.Tensor) -> _Streams:
-    hidden = decoder.embed_all(validation)
-    return _Streams(decoder.embed_all(calibration), hidden, hidden.to(torch.bfloat16).float())
+    def finish(self) -> tuple[Path, ...]:
+        """Take gradients back, where they are asked for; all blocks must be behind. What there is then."""
+        gradients: tuple[Path, ...] = ()
+        if self._with_gradient:
+            last = self._hidden[: self._with_gradient]
+            with products(precision_of(self._job)):
+                gradients = run_backward(self._job, self._decoder, "calibrate", self._key, last)
+        self._store.remove()
+        return (*(stats_path(self._job, index) for index in range(len(self._keys))), *gradients)
 
 
 def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> list[InputStats]:
@@ -351,15 +198,6 @@ def _write_stats(path: Path, stats: list[InputStats], key: str) -> None:
     write_keyed(path, key, tensors, inputs=described)
 
 
-def _negative_log_likelihood(decoder: Decoder, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Of each next token, in nats: [V, T - 1]."""
-    rows = []
-    for window, tokens in zip(hidden, ids, strict=True):
-        logits = decoder.logits(window[None])[0, :-1].float()
-        rows.append(nn.functional.cross_entropy(logits, tokens[1:], reduction="none"))
-    return torch.stack(rows)
-
-
 def _unreached(job: Job, blocks: int) -> list[str]:
     """A sentence for every block with experts that no calibration token reached."""
     sentences = []
@@ -369,10 +207,3 @@ def _unreached(job: Job, blocks: int) -> list[str]:
         if names:
             sentences.append(f"calibration never reached {', '.join(names)}")
     return sentences
-
-
-def _file_inputs(*texts: str) -> Mapping[str, str]:
-    """The content hash of every text that is a file."""
-    from accullm_cli.run import file_sha256
-
-    return {f"input:text {text}": file_sha256(Path(text)) for text in texts if Path(text).is_file()}

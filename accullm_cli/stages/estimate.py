@@ -9,9 +9,10 @@ import torch
 
 from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
 from accullm_cli.quant.plan import Plan
-from accullm_cli.stages.calibrate import measured_windows, other_window_count
+from accullm_cli.stages.calibrate import measured_windows
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.precision import products
+from accullm_cli.stages.texts import other_window_count
 
 FLOAT = 4
 # Passes through the blocks in quantize. The original's stream goes through each once. The rounded one comes up to each

@@ -14,43 +14,42 @@ from accullm_cli.formats.manifest import MANIFEST_NAME, artifact_files
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.progress import Event
-from accullm_cli.run import Reason, existing_parent, file_sha256, machine_errors, sync_directory
-from accullm_cli.stages.calibrate import open_decoder
-from accullm_cli.stages.job import Job, StageOutcome, Work, run_stage, versions
+from accullm_cli.run import existing_parent, file_sha256, machine_errors, sync_directory
+from accullm_cli.stages.job import Job, versions
+from accullm_cli.stages.original import open_decoder
 from accullm_cli.stages.profile import load_plan, model_shape
+from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.units import load_record, shard_path, units_of
 
-VERSION = 1
+VERSION = 2
 # The input that says where the artifact of a format goes.
-_PLACE = "config:export.out ({})"
+PLACE = "config:export.out ({})"
 # The working directories beside an artifact: of a check, of the artifact that is being written, of the one before it.
 _BESIDE = ("probe", "partial", "old")
 
 
-def export(job: Job, out: Path, quantize_key: str, force: bool = False) -> StageOutcome:
+def export(job: Job, decision: Decision) -> Work:
     """Assemble the artifact of each requested format; a directory appears whole or not at all."""
-    directories = artifact_directories(job, out)
-    inputs = export_inputs(job, out, quantize_key)
-
-    def work(reason: Reason) -> Work:
-        decoder = open_decoder(job)
-        files: list[Path] = []
-        for number, (name, directory) in enumerate(directories.items(), 1):
-            _write_artifact(job, decoder, name, directory)
-            files += [directory / file for file in artifact_files(directory)] + [directory / MANIFEST_NAME]
-            job.progress(Event("export", "step", f"{name} to {directory}", reason, number, len(directories)))
-        return Work(tuple(files))
-
-    return run_stage(job, "export", inputs, force, work)
+    decoder = open_decoder(job)
+    files: list[Path] = []
+    for number, (name, directory) in enumerate(job.artifacts.items(), 1):
+        _write_artifact(job, decoder, name, directory)
+        files += [directory / file for file in artifact_files(directory)] + [directory / MANIFEST_NAME]
+        told = f"{name} to {directory}"
+        job.progress(Event(decision.stage, "step", told, decision.reason, number, len(job.artifacts)))
+    return Work(tuple(files))
 
 
-def export_inputs(job: Job, out: Path, quantize_key: str) -> dict[str, str]:
+def export_inputs(job: Job, before: Before) -> dict[str, str]:
     """What the artifacts depend on."""
     return {
-        "input:quantize": quantize_key,
+        "input:quantize": before["quantize"].key,
         "version:export": str(VERSION),
-        **{_PLACE.format(name): str(path.absolute()) for name, path in artifact_directories(job, out).items()},
+        **{PLACE.format(name): str(path.absolute()) for name, path in job.artifacts.items()},
     }
+
+
+EXPORT = Stage("export", export_inputs, export, ("quantize",), ("export",))
 
 
 def known_files(job: Job, inputs: Mapping[str, str], name: str) -> dict[str, str] | None:
@@ -58,7 +57,7 @@ def known_files(job: Job, inputs: Mapping[str, str], name: str) -> dict[str, str
 
     The same inputs give the same bytes, wherever they are written to. None where these inputs are new.
     """
-    place = _PLACE.format(name)
+    place = PLACE.format(name)
     record = job.run.stages().get("export")
     if record is None or place not in record.inputs or _but_places(record.inputs) != _but_places(inputs):
         return None
@@ -72,13 +71,7 @@ def known_files(job: Job, inputs: Mapping[str, str], name: str) -> dict[str, str
 
 
 def _but_places(inputs: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in inputs.items() if not name.startswith(_PLACE.format("")[:-1])}
-
-
-def artifact_directories(job: Job, out: Path) -> dict[str, Path]:
-    """Where each format goes: `out` itself, or one directory below it for each of several formats."""
-    formats = job.config.export.format
-    return {name: out / name if len(formats) > 1 else out for name in formats}
+    return {name: value for name, value in inputs.items() if not name.startswith(PLACE.format("")[:-1])}
 
 
 def check_output(job: Job, directory: Path) -> None:
@@ -173,11 +166,9 @@ def _checked_shard(job: Job, unit: str) -> Path:
 
 def _provenance(job: Job, units: list[str]) -> Mapping[str, Any]:
     """Where the artifact comes from, without anything that differs between two runs of the same conversion."""
-    config = job.config.model_dump(mode="json", exclude={"model", "export", "machine"})
-    # The contract is judged, not built in; texts are named by what they are, not where they lie.
-    config["validation"].pop("require")
-    for section, key in (("calibration", "text"), ("validation", "text"), ("validation", "other_text")):
-        config[section][key] = Path(config[section][key]).name
+    config = job.config.model_dump(mode="json", include={"calibration", "plan", "rounding"})
+    # A text is named by what it is, not where it lies.
+    config["calibration"]["text"] = Path(config["calibration"]["text"]).name
     records = [*job.source.records]
     for unit in units:
         record = load_record(job, unit)

@@ -29,45 +29,49 @@ from accullm_cli.quant.plan import Plan
 from accullm_cli.quant.rounding import RoundedLinear
 from accullm_cli.run import UP_TO_DATE, Reason, compare_inputs, file_sha256, key_of
 from accullm_cli.stages.block_rounding import BlockPair, round_with_streams, round_without_streams
-from accullm_cli.stages.calibrate import open_decoder
-from accullm_cli.stages.device import device_of
 from accullm_cli.stages.embedding_rounding import head_gram, round_embedding
-from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
+from accullm_cli.stages.job import Job, machine_inputs, section_inputs
+from accullm_cli.stages.original import open_decoder
 from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.profile import load_plan
+from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.two_streams import TwoStreams
 from accullm_cli.stages.units import Unit, UnitRecord, load_record, shard_path, units_of, write_unit
 
 VERSION = 4
 
 
-def quantize(job: Job, calibrate_key: str, profile_key: str, force: bool = False) -> StageOutcome:
+def quantize(job: Job, decision: Decision) -> Work:
     """Round every linear of the plan; finished blocks whose inputs did not change are kept."""
-    inputs = quantize_inputs(job, calibrate_key, profile_key)
     plan = load_plan(job.run.file("plan.json"))
-    decoder = open_decoder(job)
-
-    def work(reason: Reason) -> Work:
-        # What is particular to a block comes from its rows of the plan, not from the plan as a whole.
-        shared = {name: value for name, value in inputs.items() if name != "input:profile"}
-        with products("float32"):
-            return _quantize(job, decoder, plan, shared, reason.code == "forced")
-
-    return run_stage(job, "quantize", inputs, force, work)
+    # What is particular to a block comes from its rows of the plan, not from the plan as a whole.
+    shared = {name: value for name, value in decision.inputs.items() if name != "input:profile"}
+    with products("float32"):
+        return _quantize(job, open_decoder(job), plan, shared, decision.reason.code == "forced")
 
 
-def quantize_inputs(job: Job, calibrate_key: str, profile_key: str) -> dict[str, str]:
+def quantize_inputs(job: Job, before: Before) -> dict[str, str]:
     """What the shards depend on."""
+    rounding = job.config.rounding
+    # Nearest rounding multiplies no activations, and only stochastic rounding draws numbers.
+    streams: dict[str, str] = {}
+    if rounding.method != "nearest":
+        streams = section_inputs("rounding", rounding, "outlier_mode", "target", "damping")
+        streams["machine:precision"] = precision_of(job)
+    seed = {"config:machine.seed": str(job.config.machine.seed)} if rounding.method == "stochastic" else {}
     return {
         "source:sha256": job.source.sha256,
         "version:quantize": str(VERSION),
-        "input:calibrate": calibrate_key,
-        "input:profile": profile_key,
-        "config:machine.seed": str(job.config.machine.seed),
-        **section_inputs("rounding", job.config.rounding),
-        **machine_inputs(device_of(job.config)),
-        "machine:precision": precision_of(job),
+        "input:calibrate": before["calibrate"].key,
+        "input:profile": before["profile"].key,
+        **section_inputs("rounding", rounding, "method", "grid"),
+        **streams,
+        **seed,
+        **machine_inputs(job.device),
     }
+
+
+QUANTIZE = Stage("quantize", quantize_inputs, quantize, ("calibrate", "profile"), ("quantize",), ("quantize/*",))
 
 
 # -- the stage, top to bottom ------------------------------------------------------------------------------

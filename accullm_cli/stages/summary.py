@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.measure.result import LinearSummary, StageSummary
-from accullm_cli.stages.job import Job, StageOutcome
+from accullm_cli.stages.job import Job
+from accullm_cli.stages.stage import StageOutcome
 from accullm_cli.stages.units import block_unit, load_record
 
 

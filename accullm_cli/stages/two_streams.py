@@ -11,10 +11,11 @@ from accullm_cli.model.slots import share_weights
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import Plan
 from accullm_cli.run import key_of
-from accullm_cli.stages.calibrate import PROBE_TOKENS, load_tokens
+from accullm_cli.stages.calibrate import PROBE_TOKENS
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.streams import StreamStore, advance
+from accullm_cli.stages.texts import load_calibration
 from accullm_cli.stages.units import Unit, block_unit, linear_of, shard_path
 
 # How many blocks are behind stored streams, and the streams by name.
@@ -34,7 +35,7 @@ class TwoStreams:
         self._decoder = decoder
         self._precision = precision_of(job)
         self._store = _stream_store(job)
-        ids = load_tokens(job)["calibration"]
+        ids = load_calibration(job)
         reads_original = job.config.rounding.target == "corrected" or job.config.gradient_samples > 0
         decoder.load_outside()
         decoder.learn_calls(ids[:1, :PROBE_TOKENS])

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from accullm_cli.stages import estimate as stage
-from accullm_cli.stages.calibrate import open_decoder
 from accullm_cli.stages.estimate import Estimated, estimate
+from accullm_cli.stages.original import open_decoder
 from accullm_cli.stages.profile import make_plan
 from tests.streaming import opened, run_to, short_config
 from tests.tiny import make_checkpoint, make_tokenizer

@@ -13,9 +13,9 @@ import torch
 from accullm_cli.kernels import packed
 from accullm_cli.stages import speed
 from accullm_cli.stages.job import Job
-from accullm_cli.stages.speed import load_speed, measure_speed, time_model
+from accullm_cli.stages.speed import load_speed, time_model
 from accullm_cli.stages.whole_model import engines, load_artifact, load_original
-from tests.streaming import fast_config, opened, reference_model, run_to
+from tests.streaming import fast_config, opened, reference_model, run_alone, run_to
 from tests.tiny import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -68,9 +68,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return source, place / "out"
 
 
-def measured(job: Job, out: Path, force: bool = False) -> str:
-    outcome = measure_speed(job, out, "hash", job.run.stages()["calibrate"].key, force)
-    return str(outcome.reason)
+def measured(job: Job, out: Path) -> str:
+    return str(run_alone(job, speed.speed(out)).reason)
 
 
 def test_both_models_are_timed_and_the_engines_named(exported: tuple[Path, Path]) -> None:

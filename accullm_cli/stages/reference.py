@@ -1,0 +1,132 @@
+"""reference: what the original makes of a text, so that measuring an artifact on it runs none of the original's blocks.
+
+It leaves in the run directory, for each text (stages.texts),
+    reference.safetensors   "ids", the windows [V, T], int64; "hidden", the last block's output on them, float32
+                            [V, T, hidden]; "floor", the same with one bfloat16 rounding per block (the noise floor);
+                            "negative_log_likelihood" of each next token, in nats [V, T - 1]
+A conversion that calibrates makes it in the same pass over the blocks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from accullm_cli.model.blocks import Decoder
+from accullm_cli.run import key_of
+from accullm_cli.stages.job import Job, machine_inputs
+from accullm_cli.stages.keyed import facts_of, is_made_for, write_keyed
+from accullm_cli.stages.original import open_decoder, run_original
+from accullm_cli.stages.precision import products
+from accullm_cli.stages.stage import Before, Decision, Stage, Work, decide
+from accullm_cli.stages.streams import StreamStore, advance
+from accullm_cli.stages.texts import Text, text_inputs, texts_of, windows_of
+
+VERSION = 1
+
+
+def reference(text: Text) -> Stage:
+    """The stage that runs the original over a text."""
+
+    def inputs(job: Job, before: Before) -> dict[str, str]:
+        return {
+            "source:sha256": job.source.sha256,
+            "version:reference": str(VERSION),
+            **text_inputs(job, text),
+            **machine_inputs(),
+        }
+
+    def work(job: Job, decision: Decision) -> Work:
+        path = _path(job, text)
+        if not is_made_for(path, decision.key):  # calibrate makes it along with its own
+            decoder = open_decoder(job)
+            with products("float32"):
+                decoder.load_outside()
+                streams = ReferenceStreams(job, decoder, text, decision.key)
+                decoder.release_outside()
+                run_original(job, text.reference, decoder, [streams])
+                streams.finish()
+        return Work((path,), job.source.records)
+
+    files = (f"{text.place}reference.safetensors", f"{text.place}reference-streams.safetensors")
+    return Stage(text.reference, inputs, work, commands=("validate", "calibrate"), files=files)
+
+
+def missing_references(job: Job, decoder: Decoder) -> list[ReferenceStreams]:
+    """The streams of all references that the command will need and that are not there, for a pass that is due anyway.
+
+    The decoder's outside must be loaded.
+    """
+    decisions = {text: decide(job, reference(text), {}) for text in texts_of(job)}
+    return [
+        ReferenceStreams(job, decoder, text, decision.key)
+        for text, decision in decisions.items()
+        if decision.reason.runs and not is_made_for(_path(job, text), decision.key)
+    ]
+
+
+def load_reference(job: Job, text: Text) -> dict[str, torch.Tensor]:
+    """What the original makes of a text: "ids", "hidden", "floor" and "negative_log_likelihood"."""
+    return load_file(_path(job, text))
+
+
+def described(job: Job, text: Text) -> str:
+    """What the windows of a reference were cut from, in one line."""
+    return str(facts_of(_path(job, text))["text"])
+
+
+class ReferenceStreams:
+    """The original's hidden states on a text, and those of its noise floor; see `original.Passenger`."""
+
+    def __init__(self, job: Job, decoder: Decoder, text: Text, key: str) -> None:
+        """As far as an earlier call came; the decoder's outside must be loaded."""
+        self._decoder, self._key = decoder, key
+        self._path, self._windows = _path(job, text), windows_of(job, text)
+        self._keys = [key_of({"stage": key, "block": str(index)}) for index in range(len(decoder.block_names))]
+        self._store = StreamStore(self._path.with_name("reference-streams.safetensors"))
+        restored = self._store.restore(self._keys)
+        if restored is None:
+            self.start, self._hidden = 0, decoder.embed_all(self._windows.ids)
+            self._floor = _rounded(self._hidden)
+        else:
+            self.start, self._hidden, self._floor = restored[0], restored[1]["hidden"], restored[1]["floor"]
+            decoder.learn_calls(self._windows.ids)
+        self.known = self.start
+
+    def go_through(self, index: int, block: nn.Module) -> None:
+        advance(self._decoder, index, block, self._hidden)
+        self._floor = _rounded(advance(self._decoder, index, block, self._floor))
+        self._store.store_if_due(self._keys[index], {"hidden": self._hidden, "floor": self._floor})
+
+    def finish(self) -> None:
+        """Write the reference; all blocks must be behind."""
+        self._decoder.load_outside()
+        tensors = {
+            "ids": self._windows.ids,
+            "hidden": self._hidden,
+            "floor": self._floor,
+            "negative_log_likelihood": _negative_log_likelihood(self._decoder, self._hidden, self._windows.ids),
+        }
+        self._decoder.release_outside()
+        write_keyed(self._path, self._key, tensors, text=self._windows.description)
+        self._store.remove()
+
+
+def _path(job: Job, text: Text) -> Path:
+    return job.run.file(f"{text.place}reference.safetensors")
+
+
+def _rounded(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.to(torch.bfloat16).float()
+
+
+def _negative_log_likelihood(decoder: Decoder, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Of each next token, in nats: [V, T - 1]."""
+    rows = []
+    for window, tokens in zip(hidden, ids, strict=True):
+        logits = decoder.logits(window[None])[0, :-1].float()
+        rows.append(nn.functional.cross_entropy(logits, tokens[1:], reduction="none"))
+    return torch.stack(rows)
