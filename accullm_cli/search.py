@@ -36,8 +36,7 @@ from accullm_cli.progress import Event
 from accullm_cli.run import RunDirectory, key_of, write_text
 from accullm_cli.stages.checks import GOLDEN_FORMAT
 from accullm_cli.stages.export import EXPORT, PLACE
-from accullm_cli.stages.job import Job
-from accullm_cli.stages.original import open_decoder
+from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.profile import PROFILE, average_choices, load_stats
 from accullm_cli.stages.quantize import QUANTIZE
 from accullm_cli.stages.stage import Before, Stage, StageOutcome, finished, foresee, walk

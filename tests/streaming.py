@@ -71,12 +71,11 @@ def opened(config: Config, progress: Progress = silent, only: str | None = None,
         yield Job(config, run, open_source(config.model, run.path, progress), progress, only, fresh)
 
 
-def run_to(job: Job, last: str) -> dict[str, StageOutcome]:
-    """Run the stages up to the one of this name, or up to the measurements of all texts for "validate"."""
+def run_to(job: Job, *last: str) -> dict[str, StageOutcome]:
+    """Run the stages of these names or commands, and all before them."""
     stages = conversion(job)
-    names = {stage.name for stage in stages if last in (stage.name, *stage.commands)}
-    done = {outcome.name: outcome for outcome in walk(job, upstream(stages, names))}
-    return done | {last: list(done.values())[-1]} if last == "validate" else done
+    names = {stage.name for stage in stages if {stage.name, *stage.commands} & set(last)}
+    return {outcome.name: outcome for outcome in walk(job, upstream(stages, names))}
 
 
 def run_alone(job: Job, stage: Stage, **before: str) -> StageOutcome:

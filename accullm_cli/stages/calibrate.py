@@ -20,15 +20,14 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.quant.grid import minmax_grid, row_chunks
 from accullm_cli.quant.stats import FeatureMoments, InputStats
-from accullm_cli.run import key_of
 from accullm_cli.stages.gradients import keep_input, run_backward
-from accullm_cli.stages.job import Job, machine_inputs
+from accullm_cli.stages.job import Job, machine_inputs, open_decoder
 from accullm_cli.stages.keyed import is_made_for, write_keyed
-from accullm_cli.stages.original import open_decoder, run_original
+from accullm_cli.stages.passes import Passenger, block_keys, run_blocks
 from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.reference import missing_references
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
-from accullm_cli.stages.streams import StreamStore, advance
+from accullm_cli.stages.streams import advance
 from accullm_cli.stages.texts import calibration_inputs, calibration_of, write_calibration
 
 VERSION = 4
@@ -52,9 +51,9 @@ def calibrate(job: Job, decision: Decision) -> Work:
         statistics = Statistics(job, decoder, windows.ids, decision.key)
         references = missing_references(job, decoder)
         decoder.release_outside()
-        run_original(job, decision.stage, decoder, [statistics, *references])
+        run_blocks(job, decision.stage, decoder, [statistics, *references])
         for reference in references:
-            reference.finish()
+            reference.write()
         outputs = statistics.finish()
     return Work((tokens, *outputs), (*job.source.records, *_unreached(job, len(decoder.block_names))))
 
@@ -115,48 +114,39 @@ def stats_path(job: Job, index: int) -> Path:
 # -- the stage, top to bottom ------------------------------------------------------------------------------
 
 
-class Statistics:
-    """The original's hidden states on the calibration text, measured in every block; see `original.Passenger`."""
+class Statistics(Passenger):
+    """The original's hidden states on the calibration text, measured in every block."""
 
     def __init__(self, job: Job, decoder: Decoder, ids: torch.Tensor, key: str) -> None:
-        """As far as an earlier call came; the decoder's outside must be loaded."""
-        self._job, self._decoder, self._key = job, decoder, key
+        self._job, self._key = job, key
         ids = ids[: measured_windows(job, decoder)]
         self._with_gradient = min(job.config.gradient_samples, len(ids))
-        total = len(decoder.block_names)
-        self._keys = [key_of({"stage": key, "block": str(index)}) for index in range(total)]
-        measured = [is_made_for(stats_path(job, index), self._keys[index]) for index in range(total)]
-        self.known = [*measured, False].index(False)
-        self._store = StreamStore(job.run.file("calibrate/streams.safetensors"))
         decoder.learn_calls(ids[:1, :PROBE_TOKENS])
-        restored = self._store.restore(self._keys[: self.known])
-        if restored is None:
-            self.start, self._hidden = 0, decoder.embed_all(ids)
-        else:
-            self.start, self._hidden = restored[0], restored[1]["hidden"]
-            decoder.learn_calls(ids)
         decoder.learn_calls(ids[: self._with_gradient])
+        measured = [is_made_for(stats_path(job, i), block_key) for i, block_key in enumerate(block_keys(decoder, key))]
+        store = job.run.file("calibrate/streams.safetensors")
+        super().__init__(decoder, ids, key, store, [*measured, False].index(False))
 
     def go_through(self, index: int, block: nn.Module) -> None:
+        hidden = self.streams["hidden"]
         if self._with_gradient:
-            keep_input(self._job, index, self._hidden[: self._with_gradient])
+            keep_input(self._job, index, hidden[: self._with_gradient])
         with products(precision_of(self._job)):
-            if index < self.known:
-                advance(self._decoder, index, block, self._hidden)
+            if index < self.finished:
+                advance(self.decoder, index, block, hidden)
             else:
-                stats = _measure_and_advance(self._decoder, index, block, self._hidden)
-                _write_stats(stats_path(self._job, index), stats, self._keys[index])
-        self._store.store_if_due(self._keys[index], {"hidden": self._hidden})
+                stats = _measure_and_advance(self.decoder, index, block, hidden)
+                _write_stats(stats_path(self._job, index), stats, self.keys[index])
 
     def finish(self) -> tuple[Path, ...]:
         """Take gradients back, where they are asked for; all blocks must be behind. What there is then."""
         gradients: tuple[Path, ...] = ()
         if self._with_gradient:
-            last = self._hidden[: self._with_gradient]
+            last = self.streams["hidden"][: self._with_gradient]
             with products(precision_of(self._job)):
-                gradients = run_backward(self._job, self._decoder, "calibrate", self._key, last)
-        self._store.remove()
-        return (*(stats_path(self._job, index) for index in range(len(self._keys))), *gradients)
+                gradients = run_backward(self._job, self.decoder, "calibrate", self._key, last)
+        self.arrived()
+        return (*(stats_path(self._job, index) for index in range(len(self.keys))), *gradients)
 
 
 def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> list[InputStats]:

@@ -11,8 +11,7 @@ from accullm_cli.run import RunDirectory
 from accullm_cli.stages.calibrate import CALIBRATE
 from accullm_cli.stages.device import check_device, check_format
 from accullm_cli.stages.export import check_output
-from accullm_cli.stages.job import Job
-from accullm_cli.stages.original import open_decoder
+from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.profile import make_plan, refuse_impossible
 from accullm_cli.stages.texts import check_texts
 

@@ -15,8 +15,7 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.progress import Event
 from accullm_cli.run import existing_parent, file_sha256, machine_errors, sync_directory
-from accullm_cli.stages.job import Job, versions
-from accullm_cli.stages.original import open_decoder
+from accullm_cli.stages.job import Job, open_decoder, versions
 from accullm_cli.stages.profile import load_plan, model_shape
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.units import load_record, shard_path, units_of

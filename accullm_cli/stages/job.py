@@ -12,6 +12,8 @@ import transformers
 
 from accullm_cli.config import Config, Section
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.blocks import Decoder
+from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
 from accullm_cli.model.source import ModelSource
 from accullm_cli.model.text import Windows
 from accullm_cli.model.tokenizer import load_tokenizer
@@ -54,6 +56,12 @@ class Job:
         """Where the artifact of each format goes: each has a directory of its own, where there are several."""
         out, formats = artifact_path(self.config), self.config.export.format
         return {name: out / name if len(formats) > 1 else out for name in formats}
+
+
+def open_decoder(job: Job) -> Decoder:
+    """The source's decoder, without weights yet; refuses a checkpoint that does not fit its configuration."""
+    model = build_skeleton(job.source.directory)
+    return Decoder(model, Checkpoint(job.source, model))
 
 
 def artifact_path(config: Config) -> Path:

@@ -27,8 +27,7 @@ from accullm_cli.report.outlier_map import draw_outlier_map
 from accullm_cli.run import write_text
 from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, stats_path
 from accullm_cli.stages.gradients import load_sensitivities
-from accullm_cli.stages.job import Job, section_inputs
-from accullm_cli.stages.original import open_decoder
+from accullm_cli.stages.job import Job, open_decoder, section_inputs
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
 
 VERSION = 1

@@ -30,8 +30,7 @@ from accullm_cli.quant.rounding import RoundedLinear
 from accullm_cli.run import UP_TO_DATE, Reason, compare_inputs, file_sha256, key_of
 from accullm_cli.stages.block_rounding import BlockPair, round_with_streams, round_without_streams
 from accullm_cli.stages.embedding_rounding import head_gram, round_embedding
-from accullm_cli.stages.job import Job, machine_inputs, section_inputs
-from accullm_cli.stages.original import open_decoder
+from accullm_cli.stages.job import Job, machine_inputs, open_decoder, section_inputs
 from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.profile import load_plan
 from accullm_cli.stages.stage import Before, Decision, Stage, Work

@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.run import key_of
-from accullm_cli.stages.job import Job, machine_inputs
+from accullm_cli.stages.job import Job, machine_inputs, open_decoder
 from accullm_cli.stages.keyed import facts_of, is_made_for, write_keyed
-from accullm_cli.stages.original import open_decoder, run_original
+from accullm_cli.stages.passes import Passenger, run_blocks
 from accullm_cli.stages.precision import products
 from accullm_cli.stages.stage import Before, Decision, Stage, Work, decide
-from accullm_cli.stages.streams import StreamStore, advance
+from accullm_cli.stages.streams import advance
 from accullm_cli.stages.texts import Text, text_inputs, texts_of, windows_of
 
 VERSION = 1
@@ -47,8 +46,8 @@ def reference(text: Text) -> Stage:
                 decoder.load_outside()
                 streams = ReferenceStreams(job, decoder, text, decision.key)
                 decoder.release_outside()
-                run_original(job, text.reference, decoder, [streams])
-                streams.finish()
+                run_blocks(job, text.reference, decoder, [streams])
+                streams.write()
         return Work((path,), job.source.records)
 
     files = (f"{text.place}reference.safetensors", f"{text.place}reference-streams.safetensors")
@@ -78,41 +77,29 @@ def described(job: Job, text: Text) -> str:
     return str(facts_of(_path(job, text))["text"])
 
 
-class ReferenceStreams:
-    """The original's hidden states on a text, and those of its noise floor; see `original.Passenger`."""
+class ReferenceStreams(Passenger):
+    """The original's hidden states on a text, and those of its noise floor."""
 
     def __init__(self, job: Job, decoder: Decoder, text: Text, key: str) -> None:
-        """As far as an earlier call came; the decoder's outside must be loaded."""
-        self._decoder, self._key = decoder, key
-        self._path, self._windows = _path(job, text), windows_of(job, text)
-        self._keys = [key_of({"stage": key, "block": str(index)}) for index in range(len(decoder.block_names))]
-        self._store = StreamStore(self._path.with_name("reference-streams.safetensors"))
-        restored = self._store.restore(self._keys)
-        if restored is None:
-            self.start, self._hidden = 0, decoder.embed_all(self._windows.ids)
-            self._floor = _rounded(self._hidden)
-        else:
-            self.start, self._hidden, self._floor = restored[0], restored[1]["hidden"], restored[1]["floor"]
-            decoder.learn_calls(self._windows.ids)
-        self.known = self.start
+        self._key, self._path, self._windows = key, _path(job, text), windows_of(job, text)
+        super().__init__(decoder, self._windows.ids, key, self._path.with_name("reference-streams.safetensors"))
+
+    def begin(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"hidden": hidden, "floor": _rounded(hidden)}
 
     def go_through(self, index: int, block: nn.Module) -> None:
-        advance(self._decoder, index, block, self._hidden)
-        self._floor = _rounded(advance(self._decoder, index, block, self._floor))
-        self._store.store_if_due(self._keys[index], {"hidden": self._hidden, "floor": self._floor})
+        super().go_through(index, block)
+        self.streams["floor"] = _rounded(advance(self.decoder, index, block, self.streams["floor"]))
 
-    def finish(self) -> None:
+    def write(self) -> None:
         """Write the reference; all blocks must be behind."""
-        self._decoder.load_outside()
-        tensors = {
-            "ids": self._windows.ids,
-            "hidden": self._hidden,
-            "floor": self._floor,
-            "negative_log_likelihood": _negative_log_likelihood(self._decoder, self._hidden, self._windows.ids),
-        }
-        self._decoder.release_outside()
+        ids = self._windows.ids
+        self.decoder.load_outside()
+        likelihood = _negative_log_likelihood(self.decoder, self.streams["hidden"], ids)
+        self.decoder.release_outside()
+        tensors = {"ids": ids, "negative_log_likelihood": likelihood, **self.streams}
         write_keyed(self._path, self._key, tensors, text=self._windows.description)
-        self._store.remove()
+        self.arrived()
 
 
 def _path(job: Job, text: Text) -> Path:

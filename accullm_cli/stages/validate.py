@@ -27,16 +27,15 @@ from accullm_cli.measure.result import Estimate, Fidelity
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
 from accullm_cli.model.embeddings import find_embeddings
-from accullm_cli.progress import Event
-from accullm_cli.run import UP_TO_DATE, file_sha256, key_of, write_text
+from accullm_cli.run import file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights
 from accullm_cli.stages.device import compute_dtype, describe_device
 from accullm_cli.stages.export import known_files
 from accullm_cli.stages.job import Job, machine_inputs
+from accullm_cli.stages.passes import Passenger, run_blocks
 from accullm_cli.stages.precision import products
 from accullm_cli.stages.reference import described, load_reference
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
-from accullm_cli.stages.streams import StreamStore, advance
 from accullm_cli.stages.texts import VALIDATION, Text
 from accullm_cli.stages.whole_model import load_artifact
 
@@ -150,30 +149,12 @@ def _on_gpu(job: Job, directory: Path, device: torch.device) -> Logits:
 
 def _by_blocks(job: Job, decision: Decision, decoder: Decoder, ids: torch.Tensor) -> Logits:
     """By all windows' last hidden states, and the output head that the decoder has by then."""
-    hidden = _run_blocks(job, decision, decoder, ids)
-    return lambda window, ids: decoder.logits(hidden[window : window + 1])[0]
-
-
-def _run_blocks(job: Job, decision: Decision, decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
-    """The artifact's last hidden states on the validation ids [V, T, hidden]; resumes from the stored stream."""
-    stage, total = decision.stage, len(decoder.block_names)
-    store = StreamStore(job.run.file(_streams_name(stage)))
-    keys = [key_of({"stage": decision.key, "block": str(index)}) for index in range(total)]
     decoder.load_outside()
-    hidden = decoder.embed_all(ids)
+    passenger = Passenger(decoder, ids, decision.key, job.run.file(_streams_name(decision.stage)))
     decoder.release_outside()
-    start = 0
-    if (restored := store.restore(keys)) is not None:
-        start, hidden = restored[0], restored[1]["hidden"]
-        job.progress(Event(stage, "step", f"blocks 1 to {start}/{total}", UP_TO_DATE, start, total))
-    for index in range(start, total):
-        block = decoder.load_block(index)
-        advance(decoder, index, block, hidden)
-        decoder.release_block(index)
-        store.store_if_due(keys[index], {"hidden": hidden})
-        job.progress(Event(stage, "step", f"block {index + 1}/{total}", None, index + 1, total))
-    store.remove()
-    return hidden
+    run_blocks(job, decision.stage, decoder, [passenger])
+    passenger.arrived()
+    return lambda window, ids: decoder.logits(passenger.streams["hidden"][window : window + 1])[0]
 
 
 def _streams_name(stage: str) -> str:

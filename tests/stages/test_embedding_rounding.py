@@ -16,7 +16,7 @@ from accullm_cli.progress import Event
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.stages import embedding_rounding
 from accullm_cli.stages.embedding_rounding import round_embedding
-from accullm_cli.stages.original import open_decoder
+from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.profile import load_plan
 from accullm_cli.stages.quantize import units_of
 from tests.quant.references import scale_and_zero, textbook_gptq

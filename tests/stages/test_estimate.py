@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from accullm_cli.stages import estimate as stage
 from accullm_cli.stages.estimate import Estimated, estimate
-from accullm_cli.stages.original import open_decoder
+from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.profile import make_plan
 from tests.streaming import opened, run_to, short_config
 from tests.tiny import make_checkpoint, make_tokenizer

@@ -18,7 +18,7 @@ from accullm_cli.run import Reason
 from accullm_cli.stages import profile as profile_module
 from accullm_cli.stages.calibrate import load_block_stats, stats_path
 from accullm_cli.stages.gradients import load_sensitivities
-from accullm_cli.stages.original import open_decoder
+from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.profile import (
     PROFILE,
     average_choices,

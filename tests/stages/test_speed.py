@@ -64,7 +64,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     place = tmp_path_factory.mktemp(request.param)
     source = make_checkpoint(request.param, place / "model")
     with opened(fast_config(source, place / "out", plan__group_size=32)) as job:
-        run_to(job, "export")
+        run_to(job, "export", "reference")
     return source, place / "out"
 
 
@@ -115,7 +115,7 @@ def test_what_is_timed_are_the_models_themselves(exported: tuple[Path, Path], mo
 def test_experts_and_heads_count_as_linears(tmp_path: Path) -> None:
     source = make_checkpoint("mixtral", tmp_path / "model")
     with opened(fast_config(source, tmp_path / "out", plan__group_size=32, plan__embedding_bits=4)) as job:
-        run_to(job, "export")
+        run_to(job, "export", "reference")
     model = load_artifact(tmp_path / "out", CPU, torch.float32)
     found = engines(model, 1)
     experts = sum(len(m) for m in model.modules() if type(m).__name__ == "HybridExperts")

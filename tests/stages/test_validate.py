@@ -38,7 +38,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     place = tmp_path_factory.mktemp(request.param)
     source = make_checkpoint(request.param, place / "model")
     with opened(fast_config(source, place / "out")) as job:
-        run_to(job, "export")
+        run_to(job, "export", "reference")
     return source, place / "out"
 
 
@@ -162,7 +162,7 @@ def with_embeddings(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
     place = tmp_path_factory.mktemp(request.param)
     source = make_checkpoint(request.param, place / "model")
     with opened(fast_config(source, place / "out", plan__embedding_bits=8)) as job:
-        run_to(job, "export")
+        run_to(job, "export", "reference")
     return source, place / "out"
 
 
