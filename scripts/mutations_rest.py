@@ -29,7 +29,7 @@ OF_THE_REST = (
     ),
     Mutant(
         "blocks behind a rounded embedding are rounded for the original's",
-        QUANTIZE,
+        "accullm_cli/stages/two_streams.py",
         "                self.rounded = decoder.embed_all(ids)\n",
         "",
         (f"{ROUND_EMBEDDINGS}::test_blocks_behind_a_rounded_embedding_are_rounded_for_it",),
@@ -66,8 +66,8 @@ OF_THE_REST = (
     Mutant(
         "a rounding option is not part of a block's key",
         QUANTIZE,
-        '        **section_inputs("rounding", job.config.rounding),\n',
-        "",
+        'section_inputs("rounding", rounding, "outlier_mode", "target", "damping")',
+        "{}",
         (f"{RESUME}::test_a_new_rounding_option_reruns_from_quantize_and_says_why",),
     ),
     Mutant(
@@ -352,14 +352,14 @@ OF_THE_REST = (
     Mutant(
         "the last plan that was tried is exported, not the best",
         SEARCH,
-        "own = _plan_job(job, best.bits)",
-        "own = _plan_job(job, measured[-1].bits)",
+        "chosen = replace(_plan_job(job, best.bits, shared)",
+        "chosen = replace(_plan_job(job, measured[-1].bits, shared)",
         ("tests/test_search.py",),
     ),
     Mutant(
         "a search begins anew where another contract was searched for before",
         SEARCH,
-        "known = [] if force else _load(job, key)",
+        "known = [] if job.fresh else _load(job, key)",
         "known = []",
         ("tests/test_search.py",),
     ),
@@ -373,7 +373,7 @@ OF_THE_REST = (
     Mutant(
         "figures on other text are those of the contract's",
         "accullm_cli/pipeline.py",
-        "other=load_fidelity(job, format_name, OTHER_TEXT) if",
+        "other=load_fidelity(job, format_name, OTHER) if",
         "other=load_fidelity(job, format_name) if",
         ("tests/pipeline/test_convert.py",),
     ),

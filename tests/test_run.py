@@ -236,6 +236,13 @@ def test_a_run_directory_that_another_process_holds_is_refused(run):
         pass
 
 
+def test_files_are_removed_by_name_and_by_pattern(run):
+    for name in ("calibrate/block-00000.safetensors", "calibrate/streams.safetensors", "plan.json", "plan.json.old"):
+        write_text(run.file(name), "")
+    run.remove(["calibrate/*", "plan.json", "absent.json"])
+    assert [path.name for path in run.path.rglob("*") if path.is_file() and path.name != ".lock"] == ["plan.json.old"]
+
+
 def test_the_lock_is_free_again_after_use(run):
     for _ in range(2):
         with run.locked():
