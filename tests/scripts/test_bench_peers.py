@@ -88,7 +88,7 @@ def test_the_divergence_is_that_of_transformers_models_in_float64(
     original, peer = reference_model(place / "model").double(), reference_model(place / "model").double()
     for name, weight in weights.items():
         peer.get_submodule(name).weight.data = weight.double()
-    ids = load_file(place / "run" / "tokens.safetensors")["validation"]
+    ids = load_file(place / "run" / "reference.safetensors")["ids"]
     p, q = original(ids).logits.log_softmax(-1), peer(ids).logits.log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     nll = -q[:, :-1].gather(2, ids[:, 1:, None]).mean()
