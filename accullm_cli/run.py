@@ -87,9 +87,11 @@ def file_sha256(path: Path) -> str:
 def compare_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> Reason:
     """The reason that the difference between two sets of inputs gives, naming the first input that differs.
 
-    Input names are `kind:name`; the kinds are source, version, machine, config and input.
+    Input names are `kind:name`; the kinds are source, version, machine, config and input. One that came or went is
+    named only where no other changed: most often it matters, or no longer does, because of what changed.
     """
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
+    changed = changed or sorted(before.keys() ^ now.keys())
     if not changed:
         return UP_TO_DATE
     by_code: dict[Code, list[str]] = {}

@@ -84,9 +84,16 @@ def test_an_input_that_came_or_went_is_a_change():
     assert str(compare_inputs(fewer, INPUTS)) == "config changed (plan.bits)"
 
 
+def test_what_comes_or_goes_with_a_change_is_not_named_beside_it():
+    nearest = {"config:method": "nearest", "input:a": "1"}
+    feedback = {"config:method": "feedback", "config:damping": "0.3", "input:a": "1"}
+    assert compare_inputs(nearest, feedback) == Reason("config changed", "method")
+    assert compare_inputs(feedback, nearest) == Reason("config changed", "method")
+
+
 def test_the_weightiest_kind_is_named_with_all_its_inputs():
     after = {"source:weights": "a", "config:plan.bits": "5", "config:a": "1", "input:statistics": "d"}
-    before = {"source:weights": "a", "config:plan.bits": "4", "input:statistics": "c"}
+    before = {"source:weights": "a", "config:plan.bits": "4", "config:a": "0", "input:statistics": "c"}
     assert compare_inputs(before, after) == Reason("config changed", "a, plan.bits")
     assert compare_inputs(before, {**after, "source:weights": "b"}) == Reason("source changed", "weights")
 

@@ -247,7 +247,7 @@ def test_it_runs_again_for_what_it_depends_on_and_nothing_else(tmp_path: Path) -
     assert again(config(calibration__samples=5)) == Reason("input changed", "calibration tokens")
     assert again(config(calibration__samples=5, machine__seed=1)) == Reason("input changed", "calibration tokens")
     with_gradients = {"calibration__gradient_samples": 2}
-    assert again(config(**with_gradients)) == Reason("config changed", "calibration.gradient_samples, machine.seed")
+    assert again(config(**with_gradients)) == Reason("config changed", "calibration.gradient_samples")
 
 
 def test_what_counts_of_a_text_are_its_tokens(tmp_path: Path) -> None:
