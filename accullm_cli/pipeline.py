@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +23,26 @@ from accullm_cli.model.alias import aliases
 from accullm_cli.model.source import open_source
 from accullm_cli.progress import Progress, silent
 from accullm_cli.report import write_report
-from accullm_cli.run import Reason, RunDirectory, key_of, write_text
+from accullm_cli.run import Reason, RunDirectory, write_text
 from accullm_cli.search import known_plans, search
-from accullm_cli.stages.calibrate import (
-    OTHER_REFERENCE,
-    OTHER_TEXT,
-    calibrate,
-    calibrate_inputs,
-    make_other_reference,
-    make_reference,
-    other_reference_inputs,
-    other_window_count,
-)
 from accullm_cli.stages.checks import (
     GOLDEN_FORMAT,
     check_config,
-    check_lengths,
     check_positions,
-    check_texts,
     preflight,
     refuse_golden,
 )
-from accullm_cli.stages.device import check_format, describe_device, device_of, wants_speed
+from accullm_cli.stages.device import check_format, describe_device, wants_speed
 from accullm_cli.stages.estimate import estimate
-from accullm_cli.stages.export import artifact_directories, export, export_inputs, known_files
-from accullm_cli.stages.job import Job, StageOutcome, decide, versions
-from accullm_cli.stages.profile import make_plan, profile, profile_inputs
-from accullm_cli.stages.quantize import quantize, quantize_inputs
-from accullm_cli.stages.speed import STAGE as SPEED
-from accullm_cli.stages.speed import load_speed, measure_speed, speed_inputs
+from accullm_cli.stages.graph import conversion, measurements, shared_by_plans
+from accullm_cli.stages.job import Job, artifact_path, run_path, versions
+from accullm_cli.stages.profile import make_plan
+from accullm_cli.stages.reading import READING
+from accullm_cli.stages.speed import load_speed
+from accullm_cli.stages.stage import Stage, StageOutcome, finished, foresee, upstream, walk
 from accullm_cli.stages.summary import linear_summaries, stage_summary
-from accullm_cli.stages.validate import (
-    artifact_sha256,
-    hash_of_files,
-    load_fidelity,
-    stage_name,
-    validate,
-    validate_inputs,
-)
+from accullm_cli.stages.texts import OTHER, check_texts, texts_of
+from accullm_cli.stages.validate import artifact_sha256, load_fidelity
 
 STAGES = ("calibrate", "profile", "quantize", "export", "validate")
 
@@ -127,14 +109,10 @@ def convert(config: Config, progress: Progress = silent, fresh: bool = False) ->
 
 def convert_all(config: Config, progress: Progress = silent, fresh: bool = False) -> tuple[Report, ...]:
     """As `convert`, for every requested format."""
-    with _open_job(config, progress) as job:
+    with _open_job(config, progress, fresh) as job:
         if config.search.golden:
-            return (_convert_golden(job, fresh),)
-        outcomes = list(_run_stages(job, fresh))
-        return tuple(
-            _finish_report(job, name, directory, outcomes)
-            for name, directory in artifact_directories(job, artifact_path(config)).items()
-        )
+            return (_convert_golden(job),)
+        return _reports(job, list(walk(job, conversion(job))))
 
 
 def run_stage(name: str, config: Config, progress: Progress = silent, fresh: bool = False) -> StageResult:
@@ -147,19 +125,17 @@ def run_stage(name: str, config: Config, progress: Progress = silent, fresh: boo
         AccullmError: an earlier stage has not run for this configuration.
     """
     refuse_golden(config, name)
-    with _open_job(config, progress, only=name) as job:
-        outcomes: list[StageOutcome] = []
-        for outcome in _run_stages(job, fresh):
-            outcomes.append(outcome)
-            if outcome.name == name != "validate":
-                break
-        reports = []
-        if name == "validate":
-            for format_name, directory in artifact_directories(job, artifact_path(config)).items():
-                reports.append(_finish_report(job, format_name, directory, outcomes))
-        record = outcomes[-1].record
-        outputs = tuple(str(job.run.file(output)) for output in record.outputs)
-        return StageResult(name, str(job.run.path), outputs, record.seconds, tuple(reports))
+    with _open_job(config, progress, fresh, only=name) as job:
+        own, stages = _alone(job, name)
+        outcomes = list(walk(job, stages))
+        records = [outcome.record for outcome in outcomes if outcome.name in own]
+        return StageResult(
+            stage=name,
+            run=str(job.run.path),
+            outputs=tuple(str(job.run.file(output)) for record in records for output in record.outputs),
+            seconds=sum(record.seconds for record in records),
+            reports=_reports(job, outcomes) if name == "validate" else (),
+        )
 
 
 def validate_artifact(artifact: Path, config: Config, progress: Progress = silent, fresh: bool = False) -> Report:
@@ -179,17 +155,16 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
     run = config.machine.run or artifact.with_name(f"{artifact.resolve().name}.validation")
     if Path(config.model).resolve() == artifact.resolve():
         config = config.model_copy(update={"model": _named_original(artifact, manifest.provenance)})
-    with _open_job(config, progress, run=run, checks_output=False) as job:
+    with _open_job(config, progress, fresh, run=run, converts=False) as job:
         # The name alone proves nothing: the content must be the one it was made from.
         made_from = manifest.provenance.get("source_sha256")
         if made_from != job.source.sha256:
             raise AccullmError(
                 f"was made from another model than {job.source.origin}", artifact, "name its original with --original"
             )
-        check_lengths(job)
-        reference = make_reference(job, fresh)
-        validated = _validate(job, manifest.format, artifact, reference.record.key, fresh)
-        return _finish_report(job, manifest.format, artifact, [reference, *validated])
+        check_texts(job, calibrates=False)
+        outcomes = list(walk(job, [READING, *measurements(job, {manifest.format: artifact})]))
+        return _finish_report(job, manifest.format, artifact, outcomes)
 
 
 def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, only: str | None = None) -> DryRun:
@@ -205,23 +180,19 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
     if only is not None:
         refuse_golden(config, only)
     run = RunDirectory(run_path(config))
-    check_config(config, run, "reference", only == "validate")
+    check_config(config, run, converts=True, only_validates=only == "validate")
     with tempfile.TemporaryDirectory() as scratch, _threads(run, config):
-        source = open_source(config.model, Path(scratch), progress)
-        job = Job(config, run, source, progress, only)
+        job = Job(config, run, open_source(config.model, Path(scratch), progress), progress, only, fresh)
         check_positions(job)
-        decoder = preflight(job, artifact_path(config))
-        check_texts(job)
-        decided = _decide_search(job, fresh) if config.search.golden else _decide_stages(job, fresh)
-        stages = tuple(PlannedStage(name, str(why), why.runs) for name, why in decided.items())
+        decoder = preflight(job)
         plan = make_plan(job, decoder)
         estimated = estimate(job, decoder, plan)
         return DryRun(
-            model=source.origin,
+            model=job.source.origin,
             run=str(run.path),
             artifact=str(artifact_path(config)),
-            stages=stages,
-            device=describe_device(device_of(config)),
+            stages=tuple(_foreseen(job)),
+            device=describe_device(job.device),
             bits_per_weight=estimated.bits_per_weight,
             artifact_bytes=estimated.artifact_bytes,
             size_is_exact=estimated.size_is_exact,
@@ -230,67 +201,27 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
         )
 
 
-def _decide_search(job: Job, fresh: bool) -> dict[str, Reason]:
-    """As `_decide_stages`, for a golden search, of which no more is known than where it begins and may end."""
-    calibrating = calibrate_inputs(job)
-    plans, known = job.config.search.max_plans, 0 if fresh else known_plans(job, key_of(calibrating))
-    begun = f", and {known} known from an earlier search" if known else ""
-    return {
-        "calibrate": decide(job, "calibrate", calibrating, fresh),
-        "search": Reason("new", f"up to {plans} plans{begun}; time is estimated for one"),
-    }
+def _alone(job: Job, command: str) -> tuple[set[str], list[Stage]]:
+    """The names of the stages that a command runs, and all that are walked for them."""
+    stages = conversion(job)
+    own = {stage.name for stage in stages if command in stage.commands}
+    return own, upstream(stages, own)
 
 
-def _decide_stages(job: Job, fresh: bool) -> dict[str, Reason]:
-    """Why each stage would run, or not: what the conversion itself will find."""
-    calibrating = calibrate_inputs(job)
-    profiling = profile_inputs(job, key_of(calibrating))
-    quantizing = quantize_inputs(job, key_of(calibrating), key_of(profiling))
-    exporting = export_inputs(job, artifact_path(job.config), key_of(quantizing))
-    inputs = {"calibrate": calibrating, "profile": profiling, "quantize": quantizing, "export": exporting}
-    reasons: dict[str, Reason] = {}
-    for name, of_stage in inputs.items():
-        reasons[name] = decide(job, name, of_stage, fresh)
-        if name == job.only:
-            return reasons
-    for format_name, directory in artifact_directories(job, artifact_path(job.config)).items():
-        if not reasons["export"].runs:
-            artifact = artifact_sha256(directory)
-        else:
-            files = known_files(job, exporting, format_name)
-            artifact = hash_of_files(files) if files else "not known before it is written"
-        name = stage_name(format_name)
-        reasons[name] = decide(job, name, validate_inputs(job, artifact, key_of(calibrating)), fresh)
-        if other_window_count(job):
-            reference = other_reference_inputs(job)
-            reasons[OTHER_REFERENCE] = decide(job, OTHER_REFERENCE, reference, fresh)
-            name = stage_name(format_name, OTHER_TEXT)
-            reasons[name] = decide(job, name, validate_inputs(job, artifact, key_of(reference)), fresh)
-        if wants_speed(job.config):
-            reasons[SPEED] = decide(job, SPEED, speed_inputs(job, artifact, key_of(calibrating)), fresh)
-    return reasons
-
-
-def artifact_path(config: Config) -> Path:
-    """Where the artifact goes: `export.out`, or the model's short name with -int4 (the bits) behind, here.
-
-    Raises:
-        AccullmError: `export.out` is the root directory.
-    """
-    if (out := config.export.out) is not None:
-        # Names beside it are made from its own: "." and ".." have none.
-        named = out if out.name not in ("", "..") else out.resolve()
-        if not named.name:
-            raise AccullmError("is no place for an artifact", named, "give another directory with --out")
-        return named
-    name = Path(config.model.rstrip("/").partition("@")[0]).name.removesuffix(".gguf")
-    return Path(f"{name or 'model'}-int{config.plan.bits}")
-
-
-def run_path(config: Config) -> Path:
-    """Where the working files go: `machine.run`, or the artifact's directory with .run behind."""
-    out = artifact_path(config)
-    return config.machine.run or out.with_name(f"{out.name}.run")
+def _foreseen(job: Job) -> Iterator[PlannedStage]:
+    """What the job's command will find; of a golden search no more is known than where it begins and may end."""
+    if job.config.search.golden:
+        stages = shared_by_plans(job)
+    else:
+        stages = conversion(job) if job.only is None else _alone(job, job.only)[1]
+    decided = foresee(job, stages)
+    for decision in decided:
+        yield PlannedStage(decision.stage, str(decision.reason), decision.reason.runs)
+    if job.config.search.golden:
+        known = 0 if job.fresh else known_plans(job, {decision.stage: decision for decision in decided})
+        begun = f", and {known} known from an earlier search" if known else ""
+        plans = f"up to {job.config.search.max_plans} plans{begun}; time is estimated for one"
+        yield PlannedStage("search", str(Reason("new", plans)), True)
 
 
 # -- before the first stage --------------------------------------------------------------------------------
@@ -300,20 +231,19 @@ def run_path(config: Config) -> Path:
 def _open_job(
     config: Config,
     progress: Progress,
+    fresh: bool,
     only: str | None = None,
     run: Path | None = None,
-    checks_output: bool = True,
+    converts: bool = True,
 ) -> Iterator[Job]:
     """Lock the run directory, fix the thread count, open the source and refuse what cannot work."""
     directory = RunDirectory(run or run_path(config))
-    foreign, only_validates = ("reference", only == "validate") if checks_output else ("calibrate", True)
-    check_config(config, directory, foreign, only_validates)
+    check_config(config, directory, converts, only_validates=only == "validate" or not converts)
     with directory.locked(), directory.removed_if_refused(), _threads(directory, config) as threads:
-        source = open_source(config.model, directory.path, progress)
-        job = Job(config, directory, source, progress, only)
+        job = Job(config, directory, open_source(config.model, directory.path, progress), progress, only, fresh)
         check_positions(job)
-        if checks_output:
-            preflight(job, artifact_path(config))
+        if converts:
+            preflight(job)
         resolved = config.model_dump(mode="json")
         resolved["machine"]["threads"] = threads
         write_text(directory.file("run.yaml"), yaml.safe_dump(resolved, sort_keys=False))
@@ -336,43 +266,26 @@ def _threads(run: RunDirectory, config: Config) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-# -- the stages in order -----------------------------------------------------------------------------------
+# -- the report at the end ---------------------------------------------------------------------------------
 
 
-def _run_stages(job: Job, fresh: bool) -> Iterator[StageOutcome]:
-    """calibrate, profile, quantize, export, and validate once for each format."""
-    calibrated = calibrate(job, fresh)
-    yield calibrated
-    profiled = profile(job, calibrated.record.key, fresh)
-    yield profiled
-    quantized = quantize(job, calibrated.record.key, profiled.record.key, fresh)
-    yield quantized
-    out = artifact_path(job.config)
-    yield export(job, out, quantized.record.key, fresh)
-    for name, directory in artifact_directories(job, out).items():
-        yield from _validate(job, name, directory, calibrated.record.key, fresh)
-
-
-def _validate(job: Job, format_name: str, directory: Path, reference_key: str, fresh: bool) -> Iterator[StageOutcome]:
-    """Measure an artifact on the text that the contract is judged on, and on text of another kind."""
-    yield validate(job, directory, format_name, reference_key, fresh)
-    if other_window_count(job):
-        other = make_other_reference(job, fresh)
-        yield other
-        yield validate(job, directory, format_name, other.record.key, fresh, OTHER_TEXT)
-    if wants_speed(job.config):
-        yield measure_speed(job, directory, artifact_sha256(directory), reference_key, fresh)
-
-
-def _convert_golden(job: Job, fresh: bool) -> Report:
+def _convert_golden(job: Job) -> Report:
     """Search for the smallest plan, export it, and judge it on text that the search never saw."""
-    calibrated = calibrate(job, fresh)
-    found = search(job, calibrated, fresh)
-    out = artifact_path(job.config)
-    exported = export(found.job, out, found.outcomes[-1].record.key, fresh)
-    validated = _validate(found.job, GOLDEN_FORMAT, out, calibrated.record.key, fresh)
-    outcomes = [*found.outcomes, exported, *validated]
-    return _finish_report(found.job, GOLDEN_FORMAT, out, outcomes, found.trials, report_path(job, GOLDEN_FORMAT))
+    shared = list(walk(job, shared_by_plans(job)))
+    found = search(job, shared)
+    out = job.config.export.model_copy(update={"out": job.artifacts[GOLDEN_FORMAT]})
+    chosen = replace(found.job, config=found.job.config.model_copy(update={"export": out}))
+    before = finished(shared)
+    outcomes = walk(chosen, [stage for stage in conversion(chosen) if stage.name not in before], before)
+    destination = report_path(job, GOLDEN_FORMAT)
+    return _finish_report(
+        chosen, GOLDEN_FORMAT, chosen.artifacts[GOLDEN_FORMAT], [*shared, *outcomes], found.trials, destination
+    )
+
+
+def _reports(job: Job, outcomes: Sequence[StageOutcome]) -> tuple[Report, ...]:
+    """One for each artifact."""
+    return tuple(_finish_report(job, name, directory, outcomes) for name, directory in job.artifacts.items())
 
 
 def _finish_report(
@@ -419,7 +332,7 @@ def _finish_report(
         stages=tuple(stage_summary(outcome) for outcome in outcomes),
         linears=linear_summaries(job, artifact),
         versions=versions(),
-        other=load_fidelity(job, format_name, OTHER_TEXT) if other_window_count(job) else None,
+        other=load_fidelity(job, format_name, OTHER) if OTHER in texts_of(job) else None,
         speed=load_speed(job) if wants_speed(job.config) else None,
         search=trials,
         directory=str(destination),

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,9 +90,11 @@ def file_sha256(path: Path) -> str:
 def compare_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> Reason:
     """The reason that the difference between two sets of inputs gives, naming the first input that differs.
 
-    Input names are `kind:name`; the kinds are source, version, machine, config and input.
+    Input names are `kind:name`; the kinds are source, version, machine, config and input. One that came or went is
+    named only where no other changed: most often it matters, or no longer does, because of what changed.
     """
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
+    changed = changed or sorted(before.keys() ^ now.keys())
     if not changed:
         return UP_TO_DATE
     by_code: dict[Code, list[str]] = {}
@@ -146,6 +148,11 @@ class RunDirectory:
             raise AccullmError("is a file, not a directory", self.path, "give another directory with --run")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.file(".lock").exists():
             raise AccullmError("holds something else than a run", self.path, "give another directory with --run")
+
+    def remove(self, patterns: Iterable[str]) -> None:
+        """Remove the files of these names, in which * stands for anything."""
+        for path in [path for pattern in patterns for path in self.path.glob(pattern)]:
+            path.unlink()
 
     @contextmanager
     def removed_if_refused(self) -> Iterator[None]:

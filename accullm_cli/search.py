@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,15 +33,15 @@ from accullm_cli.measure.contract import (
 )
 from accullm_cli.measure.result import Clause, Fidelity, Trial
 from accullm_cli.progress import Event
-from accullm_cli.quant.budget import Choices
 from accullm_cli.run import RunDirectory, key_of, write_text
-from accullm_cli.stages.calibrate import SEARCH_TEXT, make_search_reference, open_decoder, validation_reference_inputs
 from accullm_cli.stages.checks import GOLDEN_FORMAT
-from accullm_cli.stages.export import export
-from accullm_cli.stages.job import Job, StageOutcome
-from accullm_cli.stages.profile import average_choices, load_plan, load_stats, profile, profile_inputs
-from accullm_cli.stages.quantize import quantize, quantize_inputs
-from accullm_cli.stages.validate import fidelity_from_json, load_fidelity, validate
+from accullm_cli.stages.export import EXPORT, PLACE
+from accullm_cli.stages.job import Job, open_decoder
+from accullm_cli.stages.profile import PROFILE, average_choices, load_stats
+from accullm_cli.stages.quantize import QUANTIZE
+from accullm_cli.stages.stage import Before, Stage, StageOutcome, finished, foresee, walk
+from accullm_cli.stages.texts import SEARCH
+from accullm_cli.stages.validate import fidelity_from_json, load_fidelity, validation
 
 STAGE = "search"
 # Where the search begins, unless --bits is an average.
@@ -76,35 +76,32 @@ class Measured:
 class Found:
     """Where a search ended.
 
-    job: in whose run directory the finished blocks of the chosen plan are.
-    outcomes: of the stages up to quantize.
+    job: of the chosen plan alone, in whose run directory its finished blocks are.
     trials: every plan that was measured, from the smallest to the largest.
     """
 
     job: Job
-    outcomes: tuple[StageOutcome, ...]
     trials: tuple[Trial, ...]
 
 
-def search(job: Job, calibrated: StageOutcome, force: bool = False) -> Found:
+def search(job: Job, shared: Sequence[StageOutcome]) -> Found:
     """Find the smallest plan that meets the contract; where none does, the one that came nearest.
 
     Args:
-        calibrated: what calibrate left in the job's run directory.
+        shared: what all plans have in common, finished in the job's run directory: calibrate and the references.
 
     Raises:
         AccullmError: the contract asks for nothing that bits could bring about, no plan is as small as it must be, or
             the text is too short to search on.
     """
     demands = search_demands(job.config.validation.require)
-    reference = make_search_reference(job, force)
     job.progress(Event(STAGE, "start"))
     decoder = open_decoder(job)
     choices = average_choices(job, decoder, load_stats(job, decoder))
-    curve = choices.curve()
+    curve = choices.curve(job.config.search.max_bits_per_weight)
     lowest, highest = _bounds(job, curve)
-    key = _key(job, calibrated.record.key, reference.record.key)
-    known = [] if force else _load(job, key)
+    key = _key(job, finished(shared))
+    known = [] if job.fresh else _load(job, key)
     measured = [plan for plan in known if plan.bits <= highest]
     beyond = [plan for plan in known if plan.bits > highest]  # of a search that was allowed more
     for _ in range(job.config.search.max_plans):
@@ -112,21 +109,22 @@ def search(job: Job, calibrated: StageOutcome, force: bool = False) -> Found:
         bits = next_average(rooms, curve, lowest, highest, _start(job))
         if bits is None:
             break
-        plan = _measure(_plan_job(job, bits), calibrated, reference, bits, force)
+        plan = _measure(job, bits, shared)
         measured = sorted([*measured, plan], key=lambda entry: entry.bits)
         _store(job, key, [*measured, *beyond])
         job.progress(Event(STAGE, "record", f"plan {len(measured)}: {_sentence(demands, plan)}"))
         _clear(job, keep={bits, _best(demands, measured).bits})
     best = _best(demands, measured)
-    own = _plan_job(job, best.bits)
-    outcomes = (calibrated, reference, *_quantize(own, calibrated, reference))
+    chosen = replace(_plan_job(job, best.bits, shared), fresh=False)
     if _room(demands, best) >= 1:
         verdict = (
             f"the smallest that meets the contract on the search's text has {best.bits_per_weight:.3f} bits per weight"
         )
     else:
-        verdict = f"no plan of up to {highest:g} bits per weight meets the contract on the search's text; most of the "
-        verdict += f"expected loss is in {_largest_losses(own, choices)}"
+        limit = f", the most that --spend {job.config.plan.spend} can take," if highest < _allowed(job) else ""
+        losses = choices.loss_of(choices.within(best.bits))
+        verdict = f"no plan of up to {highest:g} bits per weight{limit} meets the contract on the search's text; most "
+        verdict += f"of the expected loss is in {_largest(losses)}"
     job.progress(Event(STAGE, "record", verdict))
     _clear(job, keep={best.bits})
     job.progress(Event(STAGE, "end"))
@@ -134,7 +132,7 @@ def search(job: Job, calibrated: StageOutcome, force: bool = False) -> Found:
         Trial(plan.bits_per_weight, plan.artifact_bytes, _clauses(demands, plan), _room(demands, plan) >= 1)
         for plan in measured
     )
-    return Found(own, outcomes, trials)
+    return Found(chosen, trials)
 
 
 def next_average(
@@ -201,8 +199,7 @@ def _bounds(job: Job, curve: Sequence[tuple[float, float]]) -> tuple[float, floa
     Raises:
         AccullmError: the smallest plan takes more than what is allowed.
     """
-    # In thousandths, as plans are named: the largest is then known when it is met.
-    allowed = math.floor(1000 * job.config.search.max_bits_per_weight) / 1000
+    allowed = _allowed(job)
     lowest = math.ceil(1000 * curve[0][0]) / 1000
     if allowed < lowest:
         raise AccullmError(
@@ -213,40 +210,49 @@ def _bounds(job: Job, curve: Sequence[tuple[float, float]]) -> tuple[float, floa
     return lowest, min(allowed, math.ceil(1000 * curve[-1][0]) / 1000)
 
 
-def _plan_job(job: Job, bits: float) -> Job:
-    """The conversion to an average of `bits`, in a run directory of its own."""
+def _allowed(job: Job) -> float:
+    """The largest average, in thousandths, as plans are named: it is then known when it is met."""
+    return math.floor(1000 * job.config.search.max_bits_per_weight) / 1000
+
+
+def _planned(job: Job, bits: float, run: RunDirectory) -> Job:
+    """The conversion to an average of `bits`, which is not a search, in a run directory of its own."""
+    update = {
+        "plan": job.config.plan.model_copy(update={"bits": float(bits)}),
+        "export": job.config.export.model_copy(update={"out": run.file("artifact")}),
+        "search": job.config.search.model_copy(update={"golden": False}),
+    }
+    return replace(job, run=run, config=job.config.model_copy(update=update))
+
+
+def _plan_job(job: Job, bits: float, shared: Sequence[StageOutcome]) -> Job:
+    """As `_planned`, with links to what all plans have in common."""
     run = RunDirectory(job.run.file(f"search/plan-{bits:.3f}"))
-    plan = job.config.plan.model_copy(update={"bits": float(bits)})
-    destination = job.config.export.model_copy(update={"out": run.file("artifact")})
-    return replace(job, run=run, config=job.config.model_copy(update={"plan": plan, "export": destination}))
-
-
-def _quantize(own: Job, calibrated: StageOutcome, reference: StageOutcome, force: bool = False) -> list[StageOutcome]:
-    """The stages of one plan up to its finished blocks."""
-    base = own.run.path.parent.parent
-    for outcome in (calibrated, reference):
-        if own.run.stages().get(outcome.name) != outcome.record:
+    for outcome in shared:
+        if run.stages().get(outcome.name) != outcome.record:
             for output in outcome.record.outputs:
-                own.run.file(output).parent.mkdir(parents=True, exist_ok=True)
-                own.run.file(output).unlink(missing_ok=True)
-                link_or_copy(base / output, own.run.file(output))
-            own.run.finish(outcome.name, outcome.record)
-    profiled = profile(own, calibrated.record.key, force)
-    return [profiled, quantize(own, calibrated.record.key, profiled.record.key, force)]
+                run.file(output).parent.mkdir(parents=True, exist_ok=True)
+                run.file(output).unlink(missing_ok=True)
+                link_or_copy(job.run.file(output), run.file(output))
+            run.finish(outcome.name, outcome.record)
+    return _planned(job, bits, run)
 
 
-def _measure(own: Job, calibrated: StageOutcome, reference: StageOutcome, bits: float, force: bool) -> Measured:
+def _stages(own: Job) -> list[Stage]:
+    """What is done for one plan."""
+    return [PROFILE, QUANTIZE, EXPORT, validation(GOLDEN_FORMAT, own.artifacts[GOLDEN_FORMAT], SEARCH)]
+
+
+def _measure(job: Job, bits: float, shared: Sequence[StageOutcome]) -> Measured:
     """Convert to one plan, and measure the artifact on the search's text."""
-    quantized = _quantize(own, calibrated, reference, force)[-1]
-    directory = own.config.export.out
-    assert directory is not None
-    export(own, directory, quantized.record.key, force)
-    validate(own, directory, GOLDEN_FORMAT, reference.record.key, force, SEARCH_TEXT)
+    own = _plan_job(job, bits, shared)
+    list(walk(own, _stages(own), finished(shared)))
+    directory = own.artifacts[GOLDEN_FORMAT]
     return Measured(
         bits,
         open_artifact(directory).plan.bits_per_weight,
         sum(entry.bytes for entry in read_manifest(directory).files.values()),
-        load_fidelity(own, GOLDEN_FORMAT, SEARCH_TEXT),
+        load_fidelity(own, GOLDEN_FORMAT, SEARCH),
     )
 
 
@@ -261,16 +267,19 @@ def _clear(job: Job, keep: set[float]) -> None:
 # -- what was measured -------------------------------------------------------------------------------------
 
 
-def known_plans(job: Job, calibrate_key: str) -> int:
+def known_plans(job: Job, before: Before) -> int:
     """How many plans an earlier search measured that this one would begin with."""
-    return len(_load(job, _key(job, calibrate_key, key_of(validation_reference_inputs(job)))))
+    return len(_load(job, _key(job, before)))
 
 
-def _key(job: Job, calibrate_key: str, reference_key: str) -> str:
+def _key(job: Job, before: Before) -> str:
     """Of all that the figures depend on, but for the average."""
-    inputs = {**profile_inputs(job, calibrate_key), **quantize_inputs(job, calibrate_key, "")}
-    inputs.pop("config:plan.bits")
-    return key_of({**inputs, "input:reference": reference_key})
+    own = _planned(job, START, RunDirectory(job.run.file("search/plan")))
+    decided = foresee(own, _stages(own), before)
+    inputs = {name: value for decision in decided for name, value in decision.inputs.items()}
+    for name in ("config:plan.bits", "input:profile", "input:quantize", "input:artifact", PLACE.format(GOLDEN_FORMAT)):
+        del inputs[name]
+    return key_of(inputs)
 
 
 def _trials_path(job: Job) -> Path:
@@ -319,9 +328,8 @@ def _sentence(demands: Sequence[Requirement], plan: Measured) -> str:
     return f"{plan.bits_per_weight:.3f} bits per weight, {', '.join(parts)}"
 
 
-def _largest_losses(own: Job, choices: Choices) -> str:
+def _largest(losses: Mapping[str, float]) -> str:
     """The linears with the largest part of the expected loss: "model.layers.0.mlp.down_proj (4.1%), ..."."""
-    losses = choices.loss_of(load_plan(own.run.file("plan.json")))
     total = sum(losses.values()) or 1.0
     largest = sorted(losses, key=lambda name: losses[name], reverse=True)[:NAMED]
     return ", ".join(f"{name} ({losses[name] / total:.1%})" for name in largest)

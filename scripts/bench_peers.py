@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from accullm_cli.errors import AccullmError
@@ -37,6 +36,7 @@ from accullm_cli.model.source import ModelSource, open_source
 from accullm_cli.model.structure import Structure, read_structure
 from accullm_cli.progress import silent
 from accullm_cli.run import file_sha256, key_of, write_text
+from accullm_cli.stages.keyed import facts_of
 from accullm_cli.units import duration, size
 
 RUNNER = Path(__file__).resolve().with_name("run_peer.py")
@@ -241,7 +241,7 @@ def make(command: Sequence[str], out: Path, inputs: str) -> None:
 class Reference:
     """The original, and what its calibrate stage left in a run directory.
 
-    tokens: file with "calibration" and "validation" ids.
+    tokens: file with "calibration" ids.
     text: what the validation ids were cut from.
     ids: validation, int64 [V, T].
     hidden: the last block's output on them, float32 [V, T, hidden].
@@ -265,11 +265,9 @@ class Reference:
         tokens, states = run / "tokens.safetensors", run / "reference.safetensors"
         if not tokens.exists() or not states.exists():
             raise AccullmError("calibrate has not run", run, f"run accullm calibrate {model} --run {run}")
-        with safe_open(tokens, framework="pt") as file:
-            text = json.loads(file.metadata()["texts"])["validation"]
         stored = load_file(states)
         source = open_source(str(model), run, silent)
-        return Reference(source, tokens, text, load_file(tokens)["validation"], stored["hidden"], stored["floor"])
+        return Reference(source, tokens, facts_of(states)["text"], stored["ids"], stored["hidden"], stored["floor"])
 
 
 class PeerWeights(Checkpoint):

@@ -14,15 +14,11 @@ from accullm_cli.config import Config
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
 from accullm_cli.model.source import open_source
-from accullm_cli.pipeline import artifact_path, run_path
 from accullm_cli.progress import Progress, silent
-from accullm_cli.run import RunDirectory
-from accullm_cli.stages.calibrate import calibrate
-from accullm_cli.stages.export import export
-from accullm_cli.stages.job import Job, StageOutcome
-from accullm_cli.stages.profile import profile
-from accullm_cli.stages.quantize import quantize
-from accullm_cli.stages.validate import validate
+from accullm_cli.run import UP_TO_DATE, RunDirectory
+from accullm_cli.stages.graph import conversion
+from accullm_cli.stages.job import Job, run_path
+from accullm_cli.stages.stage import Decision, Stage, StageOutcome, upstream, walk
 from tests.tiny import tiny_config
 
 FAST = {"rounding__method": "nearest", "rounding__grid": "minmax", "calibration__samples": 1}
@@ -69,23 +65,24 @@ def fast_config(model: Path, out: Path, **settings: object) -> Config:
 
 
 @contextmanager
-def opened(config: Config, progress: Progress = silent, only: str | None = None) -> Iterator[Job]:
+def opened(config: Config, progress: Progress = silent, only: str | None = None, fresh: bool = False) -> Iterator[Job]:
     """The job of a configuration, as the pipeline opens it but without its checks."""
     run = RunDirectory(run_path(config))
     with run.locked():
-        yield Job(config, run, open_source(config.model, run.path, progress), progress, only)
+        yield Job(config, run, open_source(config.model, run.path, progress), progress, only, fresh)
 
 
-def run_to(job: Job, last: str) -> dict[str, StageOutcome]:
-    """Run the stages up to `last`; validate as well, where it is the last."""
-    done = {"calibrate": calibrate(job)}
-    if last != "calibrate":
-        done["profile"] = profile(job, done["calibrate"].record.key)
-    if last in ("quantize", "export", "validate"):
-        done["quantize"] = quantize(job, done["calibrate"].record.key, done["profile"].record.key)
-    out = artifact_path(job.config)
-    if last in ("export", "validate"):
-        done["export"] = export(job, out, done["quantize"].record.key)
-    if last == "validate":
-        done["validate"] = validate(job, out, job.config.export.format[0], done["calibrate"].record.key)
-    return done
+def run_to(job: Job, *last: str) -> dict[str, StageOutcome]:
+    """Run the stages of these names or commands, and all before them."""
+    stages = conversion(job)
+    names = {stage.name for stage in stages if {stage.name, *stage.commands} & set(last)}
+    return {outcome.name: outcome for outcome in walk(job, upstream(stages, names))}
+
+
+def run_alone(job: Job, stage: Stage, **before: str) -> StageOutcome:
+    """Run one stage, whatever has become of those before it; `before` gives them other keys than their records'."""
+    known = {name: Decision(name, record.inputs, UP_TO_DATE) for name, record in job.run.stages().items()}
+    known |= {name: Decision(name, {"key": key}, UP_TO_DATE) for name, key in before.items()}
+    known.pop(stage.name, None)
+    (outcome,) = walk(job, [stage], known)
+    return outcome

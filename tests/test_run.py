@@ -87,9 +87,16 @@ def test_an_input_that_came_or_went_is_a_change():
     assert str(compare_inputs(fewer, INPUTS)) == "config changed (plan.bits)"
 
 
+def test_what_comes_or_goes_with_a_change_is_not_named_beside_it():
+    nearest = {"config:method": "nearest", "input:a": "1"}
+    feedback = {"config:method": "feedback", "config:damping": "0.3", "input:a": "1"}
+    assert compare_inputs(nearest, feedback) == Reason("config changed", "method")
+    assert compare_inputs(feedback, nearest) == Reason("config changed", "method")
+
+
 def test_the_weightiest_kind_is_named_with_all_its_inputs():
     after = {"source:weights": "a", "config:plan.bits": "5", "config:a": "1", "input:statistics": "d"}
-    before = {"source:weights": "a", "config:plan.bits": "4", "input:statistics": "c"}
+    before = {"source:weights": "a", "config:plan.bits": "4", "config:a": "0", "input:statistics": "c"}
     assert compare_inputs(before, after) == Reason("config changed", "a, plan.bits")
     assert compare_inputs(before, {**after, "source:weights": "b"}) == Reason("source changed", "weights")
 
@@ -249,6 +256,13 @@ def test_a_run_directory_that_another_process_holds_is_refused(run):
         holder.wait()
     with run.locked():  # a killed holder leaves no lock behind
         pass
+
+
+def test_files_are_removed_by_name_and_by_pattern(run):
+    for name in ("calibrate/block-00000.safetensors", "calibrate/streams.safetensors", "plan.json", "plan.json.old"):
+        write_text(run.file(name), "")
+    run.remove(["calibrate/*", "plan.json", "absent.json"])
+    assert [path.name for path in run.path.rglob("*") if path.is_file() and path.name != ".lock"] == ["plan.json.old"]
 
 
 def test_the_lock_is_free_again_after_use(run):

@@ -120,8 +120,8 @@ def test_the_artifact_is_the_smallest_plan_that_met_the_contract(llama: Path, fi
 def test_the_contract_is_judged_on_text_that_the_search_never_saw(first: tuple[Path, list[Event]]) -> None:
     out, _ = first
     run = out.with_name("out.run")
-    judged = load_file(run / "tokens.safetensors")["validation"]
-    searched = load_file(run / "search/tokens.safetensors")["validation"]
+    judged = load_file(run / "reference.safetensors")["ids"]
+    searched = load_file(run / "search/reference.safetensors")["ids"]
     assert searched.shape == judged.shape
     assert not {tuple(row.tolist()) for row in judged} & {tuple(row.tolist()) for row in searched}
 
@@ -150,13 +150,13 @@ def test_a_dry_run_tells_the_plans_that_are_known(llama: Path, first: tuple[Path
     run = out.with_name("out.run")
     known = len(convert(golden(llama, out, "mean_kl<=0.02")).search)
     for limit in ("0.02", "0.3"):  # whatever is demanded of them
-        calibrate, search = dry_run(golden(llama, tmp_path / "out", f"mean_kl<={limit}", machine__run=run)).stages
-        assert not calibrate.runs
+        *shared, search = dry_run(golden(llama, tmp_path / "out", f"mean_kl<={limit}", machine__run=run)).stages
+        assert not any(stage.runs for stage in shared)
         assert f"up to 5 plans, and {known} known from an earlier search; " in search.reason
-    begun_anew = dry_run(golden(llama, tmp_path / "out", "mean_kl<=0.02", machine__run=run), fresh=True).stages[1]
+    begun_anew = dry_run(golden(llama, tmp_path / "out", "mean_kl<=0.02", machine__run=run), fresh=True).stages[-1]
     assert "known" not in begun_anew.reason
     reseeded = golden(llama, tmp_path / "out", "mean_kl<=0.02", machine__run=run, machine__seed=1)
-    assert "known" not in dry_run(reseeded).stages[1].reason
+    assert "known" not in dry_run(reseeded).stages[-1].reason
 
 
 def test_another_contract_begins_with_what_is_known(
@@ -237,6 +237,29 @@ def test_where_no_plan_is_good_the_best_is_left_and_the_obstacles_are_named(llam
     assert "model.layers." in told
 
 
+def test_a_search_over_outliers_alone_goes_from_none_to_the_most(llama: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    config = golden(llama, tmp_path / "out", "mean_kl<=1e-7", plan__spend="outliers")
+    report = convert(config, events.append)
+    spent = [trial.bits_per_weight for trial in report.search]
+    assert len(spent) > 1
+    assert spent == sorted(set(spent))
+    linears = open_artifact(tmp_path / "out").plan.linears.values()
+    assert {len(linear.outlier_index) for linear in linears} == {1, 2}  # 3% of 64 and of 96 input features
+    told = [event.label for event in events if event.stage == "search" and event.kind == "record"][-1]
+    most = math.ceil(1000 * spent[-1]) / 1000
+    assert told.startswith(f"no plan of up to {most:g} bits per weight, the most that --spend outliers can take, ")
+
+
+def test_a_search_over_outliers_alone_ends_at_the_smallest_good_plan(llama: Path, tmp_path: Path) -> None:
+    tried = convert(golden(llama, tmp_path / "out", "mean_kl<=1e-7", plan__spend="outliers")).search
+    (low, *_, high) = sorted(trial.clauses[0].measured for trial in tried)
+    limit = (low + high) / 2
+    report = convert(golden(llama, tmp_path / "out", f"mean_kl<={limit}", plan__spend="outliers"))
+    good = [trial.bits_per_weight for trial in report.search if trial.met]
+    assert report.bits_per_weight == min(good) < max(trial.bits_per_weight for trial in report.search)
+
+
 def test_only_the_best_plan_keeps_its_blocks(first: tuple[Path, list[Event]]) -> None:
     out, _ = first
     assert len(list((out.with_name("out.run") / "search").glob("plan-*"))) == 1
@@ -297,6 +320,7 @@ def test_a_search_is_no_stage(llama: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_says_that_it_will_search(llama: Path, tmp_path: Path) -> None:
     planned = dry_run(golden(llama, tmp_path / "out", "mean_kl<=1"))
-    assert [(stage.name, stage.runs) for stage in planned.stages] == [("calibrate", True), ("search", True)]
-    assert planned.stages[1].reason == "new (up to 5 plans; time is estimated for one)"
+    names = ["calibrate", "reference", "search reference", "search"]
+    assert [(stage.name, stage.runs) for stage in planned.stages] == [(name, True) for name in names]
+    assert planned.stages[-1].reason == "new (up to 5 plans; time is estimated for one)"
     assert not (tmp_path / "out.run").exists()

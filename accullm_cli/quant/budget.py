@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -81,14 +82,18 @@ class Choices:
             least[name] = min(own, key=lambda plan: plan.stored_bytes)
         return Plan({**self.plans, **least})
 
-    def curve(self) -> tuple[tuple[float, float], ...]:
-        """(bits per weight, expected loss), from the smallest plan to the largest."""
+    def largest(self) -> Plan:
+        """The plan that is best where bits cost nothing."""
+        return self._at(0.0)
+
+    def curve(self, most: float = math.inf) -> tuple[tuple[float, float], ...]:
+        """(bits per weight, expected loss), from the smallest plan to the largest, or the first of `most` bits."""
         points: dict[float, float] = {}
-        price = PRICES[1]
+        price, end = PRICES[1], min(most, self.largest().bits_per_weight)
         while price >= PRICES[0]:
             plan = self._at_price(price)
             points[plan.bits_per_weight] = sum(self.loss_of(plan).values())
-            if all(plan.linears[name].bits == max(self.widths) for name in self.losses):
+            if plan.bits_per_weight >= end:
                 break
             price -= 1 / POINTS_PER_OCTAVE
         return tuple(sorted(points.items()))
@@ -106,7 +111,10 @@ class Choices:
     def _at_price(self, exponent: float) -> Plan:
         """The plan at a price of 2**exponent of what the dearest feature can save, for each bit."""
         dearest = max((float(loss.max()) for by_size in self.losses.values() for loss in by_size.values()), default=0.0)
-        price = dearest * 2.0**exponent
+        return self._at(dearest * 2.0**exponent)
+
+    def _at(self, price: float) -> Plan:
+        """The plan at a price for each bit."""
         chosen = {name: self._best(self.plans[name], by_size, price) for name, by_size in self.losses.items()}
         return Plan({**self.plans, **chosen})
 

@@ -1,40 +1,35 @@
 """calibrate: the one full-precision pass, and everything that later stages need from the original.
 
 It leaves in the run directory
-    tokens.safetensors                  calibration ids [S, T] and validation ids [V, T], int64
+    tokens.safetensors                  calibration ids [S, T], int64
     calibrate/block-00000.safetensors   per distinct input of a block: light statistics (see quant.stats.InputStats)
-    reference.safetensors               the last block's output on the validation ids, float32 [V, T, hidden], the same
-                                        with one bfloat16 rounding per block (the noise floor), and the original's
-                                        negative log-likelihood of each next token
     calibrate/gradient-00000.safetensors  where gradients are asked for; see stages.gradients
+and, along the way, the references on the texts that artifacts will be measured on (stages.reference).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from accullm_cli.model.blocks import Decoder, batches
-from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
+from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.slots import LinearSlot
-from accullm_cli.model.text import Windows, calibration_windows, other_windows, search_windows, validation_windows
-from accullm_cli.model.tokenizer import check_ids, load_tokenizer, tokenizer_records
-from accullm_cli.progress import Event
+from accullm_cli.model.tokenizer import tokenizer_records
 from accullm_cli.quant.grid import minmax_grid, row_chunks
 from accullm_cli.quant.stats import FeatureMoments, InputStats
-from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
 from accullm_cli.stages.gradients import keep_input, run_backward
-from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage, section_inputs
+from accullm_cli.stages.job import Job, machine_inputs, open_decoder
+from accullm_cli.stages.keyed import is_made_for, write_keyed
+from accullm_cli.stages.passes import Passenger, block_keys, run_blocks
 from accullm_cli.stages.precision import precision_of, products
-from accullm_cli.stages.reading import check_reading
-from accullm_cli.stages.streams import StreamStore
+from accullm_cli.stages.reference import missing_references
+from accullm_cli.stages.stage import Before, Decision, Stage, Work
+from accullm_cli.stages.streams import advance
+from accullm_cli.stages.texts import calibration_inputs, calibration_of, write_calibration
 
 VERSION = 4
 # Statistics choose outlier features and weigh the errors of grids: second moments of so many windows do, unless there
@@ -45,113 +40,50 @@ DAMAGE_GROUP_SIZES = (32, 64, 128, -1)
 DAMAGE_BITS = 4
 # Tokens of the first window that are enough to see which linears share an input.
 PROBE_TOKENS = 32
-# Where in the run directory the tokens and the original's last hidden states lie: of the text that the contract is
-# judged on, of the text that a search over plans is measured on, and of the text of another kind.
-VALIDATION_TEXT = ""
-SEARCH_TEXT = "search/"
-OTHER_TEXT = "other/"
-# Its reference is a part of validation: a run of `validate` alone makes it.
-OTHER_REFERENCE = "validate other reference"
 
 
-def calibrate(job: Job, force: bool = False) -> StageOutcome:
-    """Tokenize, run the original once, keep statistics of every input and its last hidden states."""
-    inputs = calibrate_inputs(job)
+def calibrate(job: Job, decision: Decision) -> Work:
+    """Cut or sample the text, run the original over it once, and keep statistics of every input."""
+    windows = calibration_of(job)
+    tokens = write_calibration(job, windows)
+    decoder = open_decoder(job)
+    with products("float32"):
+        decoder.load_outside()
+        statistics = Statistics(job, decoder, windows.ids, decision.key)
+        references = missing_references(job, decoder)
+        decoder.release_outside()
+        run_blocks(job, decision.stage, decoder, [statistics, *references])
+        for reference in references:
+            reference.write()
+        outputs = statistics.finish()
+    records = (*job.source.records, *tokenizer_records(job.source.directory))
+    return Work((tokens, *outputs), (*records, *_unreached(job, len(decoder.block_names))))
 
-    def work(reason: Reason) -> Work:
-        with products("float32"):
-            return _run_original(job, "calibrate", key_of(inputs), *_tokenize(job))
 
-    return run_stage(job, "calibrate", inputs, force, work)
-
-
-def calibrate_inputs(job: Job) -> dict[str, str]:
-    """What the statistics and the reference depend on."""
-    config = job.config
+def calibrate_inputs(job: Job, before: Before) -> dict[str, str]:
+    """What statistics and gradients depend on."""
+    gradient_samples = job.config.gradient_samples
+    # Gradients are those of tokens that are drawn.
+    seed = {"config:machine.seed": str(job.config.machine.seed)} if gradient_samples else {}
     return {
         "source:sha256": job.source.sha256,
         "version:calibrate": str(VERSION),
-        "config:machine.seed": str(config.machine.seed),
-        **section_inputs("calibration", config.calibration),
-        "config:calibration.gradient_samples": str(config.gradient_samples),
-        **section_inputs("validation", config.validation, "text", "windows"),
-        **_file_inputs(config.calibration.text, config.validation.text),
+        "config:calibration.gradient_samples": str(gradient_samples),
+        **seed,
+        **calibration_inputs(job),
         **machine_inputs(),
         "machine:precision": precision_of(job),
     }
 
 
-def make_reference(job: Job, force: bool = False) -> StageOutcome:
-    """As `calibrate`, for the validation text alone: what `validate` needs of the original."""
-    return _reference(
-        job, "reference", VALIDATION_TEXT, cut_validation_windows, validation_reference_inputs(job), force
-    )
-
-
-def make_search_reference(job: Job, force: bool = False) -> StageOutcome:
-    """As `make_reference`, for the other windows of that text that a search over plans is measured on."""
-    return _reference(job, "search reference", SEARCH_TEXT, cut_search_windows, validation_reference_inputs(job), force)
-
-
-def make_other_reference(job: Job, force: bool = False) -> StageOutcome:
-    """As `make_reference`, for the text of another kind."""
-    return _reference(job, OTHER_REFERENCE, OTHER_TEXT, cut_other_windows, other_reference_inputs(job), force)
-
-
-def cut_validation_windows(job: Job) -> Windows:
-    """The windows that the contract is judged on."""
-    return _cut(job, validation_windows, job.config.validation.text, job.config.validation.windows)
-
-
-def cut_search_windows(job: Job) -> Windows:
-    """Those that a search is measured on."""
-    return _cut(job, search_windows, job.config.validation.text, job.config.validation.windows)
-
-
-def cut_other_windows(job: Job) -> Windows:
-    """Those of the text of another kind."""
-    return _cut(job, other_windows, job.config.validation.other_text, other_window_count(job))
-
-
-def validation_reference_inputs(job: Job) -> dict[str, str]:
-    """What the references for the contract's windows and for a search's depend on: they are cut from one text."""
-    return _reference_inputs(job, job.config.validation.text, job.config.validation.windows)
-
-
-def other_reference_inputs(job: Job) -> dict[str, str]:
-    """What the reference for the text of another kind depends on."""
-    return _reference_inputs(job, job.config.validation.other_text, other_window_count(job))
-
-
-def other_window_count(job: Job) -> int:
-    """Windows of the text of another kind; 0 where there is to be none."""
-    validation = job.config.validation
-    return 0 if validation.other_text == "none" else max(2, validation.windows // 2)
-
-
-def _reference(
-    job: Job, stage: str, place: str, cut: Callable[[Job], Windows], inputs: dict[str, str], force: bool
-) -> StageOutcome:
-    def work(reason: Reason) -> Work:
-        found = cut(job)
-        none = Windows(found.ids[:0], "none", "")
-        with products("float32"):
-            return _run_original(job, stage, key_of(inputs), none, found, place)
-
-    return run_stage(job, stage, inputs, force, work)
-
-
-def _reference_inputs(job: Job, text: str, windows: int) -> dict[str, str]:
-    return {
-        "source:sha256": job.source.sha256,
-        "version:calibrate": str(VERSION),
-        "config:machine.seed": str(job.config.machine.seed),
-        "config:calibration.seq_len": str(job.config.calibration.seq_len),
-        "config:validation.text": repr(text),
-        "config:validation.windows": repr(windows),
-        **_file_inputs(text),
-        **machine_inputs(),
-    }
+CALIBRATE = Stage(
+    "calibrate",
+    calibrate_inputs,
+    calibrate,
+    after=("reading",),
+    commands=("calibrate",),
+    files=("tokens.safetensors", "calibrate/*"),
+)
 
 
 def measured_windows(job: Job, decoder: Decoder) -> int:
@@ -162,16 +94,10 @@ def measured_windows(job: Job, decoder: Decoder) -> int:
     return min(samples, max(STATISTICS_WINDOWS, job.config.gradient_samples))
 
 
-def open_decoder(job: Job) -> Decoder:
-    """The source's decoder, without weights yet; refuses a checkpoint that does not fit its configuration."""
-    model = build_skeleton(job.source.directory, job.source.untied)
-    return Decoder(model, Checkpoint(job.source, model))
-
-
 def load_block_stats(path: Path) -> list[InputStats]:
     """The statistics of one block's inputs, in the order the block computes them."""
     with safe_open(path, framework="pt") as file:
-        described = json.loads(file.metadata()["block"])["inputs"]
+        described = json.loads(file.metadata()["made"])["inputs"]
         return [
             InputStats(
                 linears=tuple(entry["linears"]),
@@ -192,146 +118,42 @@ def stats_path(job: Job, index: int) -> Path:
     return job.run.file(f"calibrate/block-{index:05d}.safetensors")
 
 
-def load_tokens(job: Job, place: str = VALIDATION_TEXT) -> dict[str, torch.Tensor]:
-    """The "calibration" and "validation" ids; in the search's place, the "validation" ids are those to search on."""
-    return load_file(job.run.file(f"{place}tokens.safetensors"))
-
-
-def load_reference(job: Job, place: str = VALIDATION_TEXT) -> dict[str, torch.Tensor]:
-    """What the original makes of the validation ids: "hidden", "floor" and "negative_log_likelihood"."""
-    return load_file(job.run.file(f"{place}reference.safetensors"))
-
-
-def validation_text(job: Job, place: str = VALIDATION_TEXT) -> str:
-    """What the validation ids were cut from, in one line."""
-    with safe_open(job.run.file(f"{place}tokens.safetensors"), framework="pt") as file:
-        return str(json.loads(file.metadata()["texts"])["validation"])
-
-
 # -- the stage, top to bottom ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Streams:
-    """Hidden states between two blocks: of the calibration text, of the validation text, and of the noise floor."""
+class Statistics(Passenger):
+    """The original's hidden states on the calibration text, measured in every block."""
 
-    calibration: torch.Tensor
-    validation: torch.Tensor
-    floor: torch.Tensor
+    def __init__(self, job: Job, decoder: Decoder, ids: torch.Tensor, key: str) -> None:
+        self._job, self._key = job, key
+        ids = ids[: measured_windows(job, decoder)]
+        self._with_gradient = min(job.config.gradient_samples, len(ids))
+        decoder.learn_calls(ids[:1, :PROBE_TOKENS])
+        decoder.learn_calls(ids[: self._with_gradient])
+        measured = [is_made_for(stats_path(job, i), block_key) for i, block_key in enumerate(block_keys(decoder, key))]
+        store = job.run.file("calibrate/streams.safetensors")
+        super().__init__(decoder, ids, key, store, [*measured, False].index(False))
 
-
-def _run_original(
-    job: Job, stage: str, key: str, calibration: Windows, validation: Windows, place: str = VALIDATION_TEXT
-) -> Work:
-    decoder = open_decoder(job)
-    reading = check_reading(job, stage, decoder, validation.ids)
-    tokens_path = job.run.file(f"{place}tokens.safetensors")
-    ids = {"calibration": calibration.ids, "validation": validation.ids}
-    texts = json.dumps({"calibration": calibration.description, "validation": validation.description})
-    # One entry, here and below: safetensors writes several in an order that differs from run to run.
-    write_file(tokens_path, lambda path: save_file(ids, path, metadata={"texts": texts}))
-
-    measured = calibration.ids[: measured_windows(job, decoder)]
-    decoder.load_outside()
-    store = StreamStore(job.run.file("calibrate/streams.safetensors"))
-    keys = [key_of({"stage": key, "block": str(index)}) for index in range(len(decoder.block_names))]
-    finished = 0
-    while finished < len(keys) and _block_key(stats_path(job, finished)) == keys[finished]:
-        finished += 1
-    decoder.learn_calls(validation.ids[:1, :PROBE_TOKENS])
-    restored = store.restore(keys[:finished])
-    if restored is None:
-        start, streams = 0, _embed(decoder, measured, validation.ids)
-    else:
-        start, streams = restored[0], _Streams(**restored[1])
-        for windows in (measured, validation.ids):
-            decoder.learn_calls(windows)
-    with_gradient = min(job.config.gradient_samples, len(measured))
-    decoder.learn_calls(measured[:with_gradient])
-    decoder.release_outside()
-    total = len(keys)
-    for index in range(start, total):
-        if with_gradient:
-            keep_input(job, index, streams.calibration[:with_gradient])
-        block = decoder.load_block(index)
-        with products(precision_of(job)):
-            if index >= finished and len(measured):
-                stats = _measure_and_advance(decoder, index, block, streams.calibration)
-                _write_stats(stats_path(job, index), stats, keys[index])
+    def go_through(self, index: int, block: nn.Module) -> None:
+        hidden = self.streams["hidden"]
+        if self._with_gradient:
+            keep_input(self._job, index, hidden[: self._with_gradient])
+        with products(precision_of(self._job)):
+            if index < self.finished:
+                advance(self.decoder, index, block, hidden)
             else:
-                _advance(decoder, index, block, streams.calibration)
-        streams = _Streams(
-            streams.calibration,
-            _advance(decoder, index, block, streams.validation),
-            _rounded(decoder, _advance(decoder, index, block, streams.floor)),
-        )
-        decoder.release_block(index)
-        store.store_if_due(keys[index], vars(streams))
-        reason = Reason("new") if index >= finished else UP_TO_DATE
-        job.progress(Event(stage, "step", f"block {index + 1}/{total}", reason, index + 1, total))
-    decoder.load_outside()
-    reference = {
-        "hidden": streams.validation,
-        "floor": streams.floor,
-        "negative_log_likelihood": _negative_log_likelihood(decoder, streams.validation, validation.ids),
-    }
-    reference_path = job.run.file(f"{place}reference.safetensors")
-    write_file(reference_path, lambda path: save_file(reference, path))
-    gradients: tuple[Path, ...] = ()
-    if with_gradient:
-        decoder.release_outside()
-        with products(precision_of(job)):
-            gradients = run_backward(job, decoder, stage, key, streams.calibration[:with_gradient])
-    store.remove()
-    if not len(measured):
-        return Work((tokens_path, reference_path), (*job.source.records, *reading))
-    outputs = (tokens_path, reference_path, *(stats_path(job, index) for index in range(total)), *gradients)
-    records = (*job.source.records, *reading, *tokenizer_records(job.source.directory), *_unreached(job, total))
-    return Work(outputs, records)
+                stats = _measure_and_advance(self.decoder, index, block, hidden)
+                _write_stats(stats_path(self._job, index), stats, self.keys[index])
 
-
-def _cut(job: Job, cut: Callable[..., Windows], text: str, windows: int) -> Windows:
-    tokenizer = load_tokenizer(job.source.directory)
-    cut_windows = cut(text, tokenizer, windows, job.config.calibration.seq_len, job.config.machine.seed)
-    check_ids(cut_windows.ids, tokenizer, job.source.directory)
-    return cut_windows
-
-
-def cut_calibration_windows(job: Job) -> Windows:
-    """The windows that weights are rounded for, where the model does not write them itself."""
-    return _cut(job, calibration_windows, job.config.calibration.text, job.config.calibration.samples)
-
-
-def _tokenize(job: Job) -> tuple[Windows, Windows]:
-    validation = cut_validation_windows(job)
-    if job.config.calibration.text == "self":
-        from accullm_cli.model.self_text import sampled_windows
-
-        check_reading(job, "calibrate", open_decoder(job), validation.ids)  # before hours of writing
-        config = job.config.calibration
-        tokenizer = load_tokenizer(job.source.directory)
-        seed = job.config.machine.seed
-        return sampled_windows(job.source, tokenizer, config.samples, config.seq_len, seed, job.progress), validation
-    return cut_calibration_windows(job), validation
-
-
-def _embed(decoder: Decoder, calibration: torch.Tensor, validation: torch.Tensor) -> _Streams:
-    hidden = decoder.embed_all(validation)
-    return _Streams(decoder.embed_all(calibration), hidden, _rounded(decoder, hidden.clone()))
-
-
-def _rounded(decoder: Decoder, stream: torch.Tensor) -> torch.Tensor:
-    """A stream with its hidden states rounded to bfloat16, in place."""
-    states = decoder.states(stream)
-    states.copy_(states.to(torch.bfloat16))
-    return stream
-
-
-def _advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Run a block over a stream, in place."""
-    for rows in batches(*hidden.shape[:2]):
-        hidden[rows] = decoder.run(index, block, hidden[rows])
-    return hidden
+    def finish(self) -> tuple[Path, ...]:
+        """Take gradients back, where they are asked for; all blocks must be behind. What there is then."""
+        gradients: tuple[Path, ...] = ()
+        if self._with_gradient:
+            last = self.streams["hidden"][: self._with_gradient]
+            with products(precision_of(self._job)):
+                gradients = run_backward(self._job, self.decoder, "calibrate", self._key, last)
+        self.arrived()
+        return (*(stats_path(self._job, index) for index in range(len(self.keys))), *gradients)
 
 
 def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor) -> list[InputStats]:
@@ -344,10 +166,7 @@ def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden:
         if name in moments:
             moments[name].add(value.reshape(-1, value.shape[-1]))
 
-    for rows in batches(*hidden.shape[:2]):
-        output = decoder.run_capturing(index, block, hidden[rows], add)
-        assert output is not None
-        hidden[rows] = output
+    advance(decoder, index, block, hidden, add)
     return [
         moments[group[0]].finish(group, {name: _damage(block, slot_of[name]) for name in group}) for group in groups
     ]
@@ -373,26 +192,7 @@ def _write_stats(path: Path, stats: list[InputStats], key: str) -> None:
         for name, by_size in entry.damage.items():
             tensors |= {f"{number}.damage.{name}.{size}": value for size, value in by_size.items()}
     described = [{"linears": entry.linears, "tokens": entry.tokens} for entry in stats]
-    metadata = {"block": json.dumps({"key": key, "inputs": described})}
-    write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def _block_key(path: Path) -> str | None:
-    """The key that a finished block's file was written for; None where there is no such file."""
-    if not path.exists():
-        return None
-    with safe_open(path, framework="pt") as file:
-        key: str | None = json.loads((file.metadata() or {}).get("block", "{}")).get("key")
-        return key
-
-
-def _negative_log_likelihood(decoder: Decoder, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Of each next token, in nats: [V, T - 1]."""
-    rows = []
-    for window, tokens in zip(hidden, ids, strict=True):
-        logits = decoder.logits(window[None])[0, :-1].float()
-        rows.append(nn.functional.cross_entropy(logits, tokens[1:], reduction="none"))
-    return torch.stack(rows)
+    write_keyed(path, key, tensors, inputs=described)
 
 
 def _unreached(job: Job, blocks: int) -> list[str]:
@@ -404,10 +204,3 @@ def _unreached(job: Job, blocks: int) -> list[str]:
         if names:
             sentences.append(f"calibration never reached {', '.join(names)}")
     return sentences
-
-
-def _file_inputs(*texts: str) -> Mapping[str, str]:
-    """The content hash of every text that is a file."""
-    from accullm_cli.run import file_sha256
-
-    return {f"input:text {text}": file_sha256(Path(text)) for text in texts if Path(text).is_file()}

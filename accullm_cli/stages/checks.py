@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
 from accullm_cli.measure.contract import parse_requirement, search_demands
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.text import check_text
 from accullm_cli.run import RunDirectory
-from accullm_cli.stages.calibrate import (
-    cut_calibration_windows,
-    cut_other_windows,
-    cut_search_windows,
-    cut_validation_windows,
-    open_decoder,
-    other_window_count,
-)
+from accullm_cli.stages.calibrate import CALIBRATE
 from accullm_cli.stages.device import check_device, check_format
-from accullm_cli.stages.export import artifact_directories, check_output
-from accullm_cli.stages.job import Job
+from accullm_cli.stages.export import check_output
+from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.profile import make_plan, refuse_impossible
+from accullm_cli.stages.texts import check_texts
 
 # The one format that holds what a search comes to.
 GOLDEN_FORMAT = "accullm"
 
 
-def check_config(config: Config, run: RunDirectory, foreign: str, only_validates: bool = False) -> None:
+def check_config(config: Config, run: RunDirectory, converts: bool, only_validates: bool) -> None:
     """Refuse what needs no look at the model.
 
     Args:
-        foreign: the stage that begins the other kind of work. A conversion and a validation on its own keep files of
-            the same names, so neither goes into the other's run directory.
+        converts: otherwise a finished artifact is validated. Both keep files of the same names, so neither goes into
+            the other's run directory.
         only_validates: nothing else will be computed.
     """
     for text in config.validation.require:
@@ -56,8 +48,9 @@ def check_config(config: Config, run: RunDirectory, foreign: str, only_validates
     for text in (config.calibration.text, config.validation.text, config.validation.other_text):
         check_text(text)
     run.check()
-    if foreign in run.stages():
-        what = "holds a conversion" if foreign == "calibrate" else "holds the validation of a finished artifact"
+    stages = run.stages()
+    if stages and (CALIBRATE.name in stages) != converts:
+        what = "holds the validation of a finished artifact" if converts else "holds a conversion"
         raise AccullmError(what, run.path, "give another directory with --run")
 
 
@@ -83,35 +76,11 @@ def check_positions(job: Job) -> None:
         )
 
 
-def check_lengths(job: Job) -> None:
-    """Cut the texts that are needed only when the work is done.
-
-    Raises:
-        AccullmError: one is too short.
-    """
-    if job.config.search.golden:
-        cut_search_windows(job)
-    if other_window_count(job):
-        cut_other_windows(job)
-
-
-def check_texts(job: Job) -> None:
-    """Cut the texts that a conversion begins with: what only a dry run has to do beforehand.
-
-    Raises:
-        AccullmError: one is too short, or has tokens that the model does not know.
-    """
-    cut_validation_windows(job)
-    text = job.config.calibration.text
-    if job.only in (None, "calibrate") and text != "self" and not text.startswith("hub:"):
-        cut_calibration_windows(job)
-
-
-def preflight(job: Job, out: Path) -> Decoder:
+def preflight(job: Job) -> Decoder:
     """Refuse what cannot end well before the first forward pass: output directories, and what formats cannot hold."""
-    for directory in artifact_directories(job, out).values():
+    for directory in job.artifacts.values():
         check_output(job, directory)
-    check_lengths(job)
+    check_texts(job, calibrates=True)
     decoder = open_decoder(job)
     refuse_impossible(job, make_plan(job, decoder), decoder)
     return decoder

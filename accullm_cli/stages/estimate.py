@@ -10,10 +10,11 @@ import torch
 from accullm_cli.formats import FORMATS
 from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
 from accullm_cli.quant.plan import Plan
-from accullm_cli.stages.calibrate import measured_windows, other_window_count
+from accullm_cli.stages.calibrate import measured_windows
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.precision import products
 from accullm_cli.stages.profile import source_dtype
+from accullm_cli.stages.texts import other_window_count, texts_of, windows_of
 
 FLOAT = 4
 # Passes through the blocks in quantize. The original's stream goes through each once. The rounded one comes up to each
@@ -82,7 +83,9 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     logits = LOGITS_HELD * calibration.seq_len * vocabulary
     if plan.embeddings:  # beside its own head, the artifact has that of the original
         logits += vocabulary * hidden
-    streams = 2 * tokens * hidden
+    # Two of the calibration text in quantize; or in calibrate its measured part, and two of each other text.
+    beside = 2 * sum(windows_of(job, text).ids.numel() for text in texts_of(job))
+    streams = hidden * max(2 * tokens, measured_windows(job, decoder) * calibration.seq_len + beside)
     # What surrounds the blocks, together with a block and its stored form or with logits; or the block with its rounded
     # copy and the Hessian that is being factored (three [K, K]; while Gram matrices grow, two and a few activations).
     block = max(in_blocks)

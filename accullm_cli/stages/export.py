@@ -14,41 +14,41 @@ from accullm_cli.formats.manifest import MANIFEST_NAME, artifact_files
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.progress import Event
-from accullm_cli.run import Reason, existing_parent, file_sha256, machine_errors, sync_directory
-from accullm_cli.stages.calibrate import open_decoder
-from accullm_cli.stages.job import Job, StageOutcome, Work, run_stage, versions
+from accullm_cli.run import existing_parent, file_sha256, machine_errors, sync_directory
+from accullm_cli.stages.job import Job, open_decoder, versions
 from accullm_cli.stages.profile import load_plan, model_shape
-from accullm_cli.stages.quantize import load_record, shard_path, units_of
+from accullm_cli.stages.stage import Before, Decision, Stage, Work
+from accullm_cli.stages.units import load_record, shard_path, units_of
 
-VERSION = 1
+VERSION = 2
 # The input that says where the artifact of a format goes.
-_PLACE = "config:export.out ({})"
+PLACE = "config:export.out ({})"
+# The working directories beside an artifact: of a check, of the artifact that is being written, of the one before it.
+_BESIDE = ("probe", "partial", "old")
 
 
-def export(job: Job, out: Path, quantize_key: str, force: bool = False) -> StageOutcome:
+def export(job: Job, decision: Decision) -> Work:
     """Assemble the artifact of each requested format; a directory appears whole or not at all."""
-    directories = artifact_directories(job, out)
-    inputs = export_inputs(job, out, quantize_key)
-
-    def work(reason: Reason) -> Work:
-        decoder = open_decoder(job)
-        files: list[Path] = []
-        for number, (name, directory) in enumerate(directories.items(), 1):
-            _write_artifact(job, decoder, name, directory)
-            files += [directory / file for file in artifact_files(directory)] + [directory / MANIFEST_NAME]
-            job.progress(Event("export", "step", f"{name} to {directory}", reason, number, len(directories)))
-        return Work(tuple(files))
-
-    return run_stage(job, "export", inputs, force, work)
+    decoder = open_decoder(job)
+    files: list[Path] = []
+    for number, (name, directory) in enumerate(job.artifacts.items(), 1):
+        _write_artifact(job, decoder, name, directory)
+        files += [directory / file for file in artifact_files(directory)] + [directory / MANIFEST_NAME]
+        told = f"{name} to {directory}"
+        job.progress(Event(decision.stage, "step", told, decision.reason, number, len(job.artifacts)))
+    return Work(tuple(files))
 
 
-def export_inputs(job: Job, out: Path, quantize_key: str) -> dict[str, str]:
+def export_inputs(job: Job, before: Before) -> dict[str, str]:
     """What the artifacts depend on."""
     return {
-        "input:quantize": quantize_key,
+        "input:quantize": before["quantize"].key,
         "version:export": str(VERSION),
-        **{_PLACE.format(name): str(path.absolute()) for name, path in artifact_directories(job, out).items()},
+        **{PLACE.format(name): str(path.absolute()) for name, path in job.artifacts.items()},
     }
+
+
+EXPORT = Stage("export", export_inputs, export, ("quantize",), ("export",))
 
 
 def known_files(job: Job, inputs: Mapping[str, str], name: str) -> dict[str, str] | None:
@@ -56,7 +56,7 @@ def known_files(job: Job, inputs: Mapping[str, str], name: str) -> dict[str, str
 
     The same inputs give the same bytes, wherever they are written to. None where these inputs are new.
     """
-    place = _PLACE.format(name)
+    place = PLACE.format(name)
     record = job.run.stages().get("export")
     if record is None or place not in record.inputs or _but_places(record.inputs) != _but_places(inputs):
         return None
@@ -70,13 +70,7 @@ def known_files(job: Job, inputs: Mapping[str, str], name: str) -> dict[str, str
 
 
 def _but_places(inputs: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in inputs.items() if not name.startswith(_PLACE.format("")[:-1])}
-
-
-def artifact_directories(job: Job, out: Path) -> dict[str, Path]:
-    """Where each format goes: `out` itself, or one directory below it for each of several formats."""
-    formats = job.config.export.format
-    return {name: out / name if len(formats) > 1 else out for name in formats}
+    return {name: value for name, value in inputs.items() if not name.startswith(PLACE.format("")[:-1])}
 
 
 def check_output(job: Job, directory: Path) -> None:
@@ -90,35 +84,53 @@ def check_output(job: Job, directory: Path) -> None:
         raise AccullmError("is the model that is being read", directory, "give another directory with --out")
     if directory.is_file():
         raise AccullmError("is a file, not a directory", directory, "give another directory with --out")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST_NAME).exists():
+    # What a killed export of several formats, each in a directory of its own below this one, may have left.
+    leftovers = {_beside(directory / name, kind) for name in FORMATS for kind in _BESIDE}
+    holds = directory.is_dir() and any(path not in leftovers for path in directory.iterdir())
+    if holds and not (directory / MANIFEST_NAME).exists():
         raise AccullmError(
             "holds something else than an artifact", directory, "give an empty or new directory with --out"
         )
-    parent = existing_parent(directory.parent)
     with machine_errors(directory):
-        probe = parent / f".{directory.name}.probe"
+        probe = existing_parent(directory.parent) / _beside(directory, "probe").name
+        _remove(probe)
         probe.mkdir()
         probe.rmdir()
 
 
 def _write_artifact(job: Job, decoder: Decoder, name: str, directory: Path) -> None:
     """Write beside `directory` and rename: an artifact that was there is replaced in one step."""
-    partial, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("partial", "old"))
+    partial, old = _beside(directory, "partial"), _beside(directory, "old")
     with machine_errors(directory):
+        if old.is_dir() and not directory.exists():
+            # Killed between the two renames below: the earlier artifact stays until there is a new one.
+            old.rename(directory)
         for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
         partial.mkdir(parents=True)
         try:
             FORMATS[name].write(partial, _parts(job, decoder))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        # Killed between these two renames, the next call finds its output missing and exports again.
         if directory.exists():
             directory.rename(old)
         partial.rename(directory)
         sync_directory(directory.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(directory: Path, kind: str) -> Path:
+    """A working directory of an export, beside the artifact's own."""
+    return directory.with_name(f".{directory.name}.{kind}")
+
+
+def _remove(leftover: Path) -> None:
+    """Remove what a killed export left under this name; nothing else has one like it."""
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def _parts(job: Job, decoder: Decoder) -> Parts:
@@ -154,11 +166,9 @@ def _checked_shard(job: Job, unit: str) -> Path:
 
 def _provenance(job: Job, decoder: Decoder, units: list[str]) -> Mapping[str, Any]:
     """Where the artifact comes from, without anything that differs between two runs of the same conversion."""
-    config = job.config.model_dump(mode="json", exclude={"model", "export", "machine"})
-    # The contract is judged, not built in; texts are named by what they are, not where they lie.
-    config["validation"].pop("require")
-    for section, key in (("calibration", "text"), ("validation", "text"), ("validation", "other_text")):
-        config[section][key] = Path(config[section][key]).name
+    config = job.config.model_dump(mode="json", include={"calibration", "plan", "rounding"})
+    # A text is named by what it is, not where it lies.
+    config["calibration"]["text"] = Path(config["calibration"]["text"]).name
     records = [*job.source.records, *decoder.structure.records]
     for unit in units:
         record = load_record(job, unit)

@@ -16,7 +16,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -24,6 +23,7 @@ from accullm_cli.model.blocks import Decoder, batches
 from accullm_cli.progress import Event
 from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
 from accullm_cli.stages.job import Job
+from accullm_cli.stages.keyed import is_made_for, write_keyed
 
 
 def gradient_path(job: Job, index: int) -> Path:
@@ -72,18 +72,19 @@ def run_backward(job: Job, decoder: Decoder, stage: str, key: str, last: torch.T
     """
     total = len(decoder.block_names)
     keys = [key_of({"stage": key, "gradient": str(index)}) for index in range(total)]
-    if _key(gradient_path(job, total - 1)) != keys[-1]:
+    if not is_made_for(gradient_path(job, total - 1), keys[-1]):
         gradient = _of_the_loss(decoder, last, job.config.machine.seed)
-        _store(gradient_path(job, total - 1), keys[-1], {"gradient": gradient.to(torch.bfloat16)})
+        write_keyed(gradient_path(job, total - 1), keys[-1], {"gradient": gradient.to(torch.bfloat16)})
     for index in reversed(range(total)):
         reason = UP_TO_DATE
-        passed = _key(sensitivity_path(job, index)) == keys[index]
-        if not passed or (index and _key(gradient_path(job, index - 1)) != keys[index - 1]):
+        passed = is_made_for(sensitivity_path(job, index), keys[index])
+        if not passed or (index and not is_made_for(gradient_path(job, index - 1), keys[index - 1])):
             reason = Reason("new")
             gradient, sensitivities = _through_block(job, decoder, index)
             if index:
-                _store(gradient_path(job, index - 1), keys[index - 1], {"gradient": gradient.to(torch.bfloat16)})
-            _store(sensitivity_path(job, index), keys[index], sensitivities)
+                before = {"gradient": gradient.to(torch.bfloat16)}
+                write_keyed(gradient_path(job, index - 1), keys[index - 1], before)
+            write_keyed(sensitivity_path(job, index), keys[index], sensitivities)
         job.progress(Event(stage, "step", f"gradient {total - index}/{total}", reason, total - index, total))
     for index in range(total):
         _input_path(job, index).unlink(missing_ok=True)
@@ -127,18 +128,5 @@ def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor
     return torch.cat(found), {name: (total / (tokens * outputs[name])).float() for name, total in sums.items()}
 
 
-def _store(path: Path, key: str, tensors: dict[str, torch.Tensor]) -> None:
-    write_file(path, lambda temporary: save_file(tensors, temporary, metadata={"key": key}))
-
-
 def _input_path(job: Job, index: int) -> Path:
     return job.run.file(f"calibrate/input-{index:05d}.safetensors")
-
-
-def _key(path: Path) -> str | None:
-    """The key that a gradient was written for; None where there is none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("key")
-    except (OSError, SafetensorError):
-        return None

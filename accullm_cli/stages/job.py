@@ -1,11 +1,10 @@
-"""What every stage gets, and what running one as part of a run means: decide, time, write into the manifest."""
+"""What every stage gets: the configuration, the run directory, the source, and who is told about progress."""
 
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,25 +12,25 @@ import transformers
 
 from accullm_cli.config import Config, Section
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.blocks import Decoder
+from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
 from accullm_cli.model.source import ModelSource
-from accullm_cli.progress import Event, Progress
-from accullm_cli.run import (
-    Reason,
-    RunDirectory,
-    StageRecord,
-    file_sha256,
-    peak_memory,
-    reset_peak_memory,
-)
+from accullm_cli.model.text import Windows
+from accullm_cli.model.tokenizer import load_tokenizer
+from accullm_cli.progress import Progress
+from accullm_cli.run import RunDirectory
+from accullm_cli.stages.device import device_of
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One conversion: its configuration, run directory, source, and who is told about progress.
+    """One conversion, or the validation of an artifact.
 
-    only: the one stage that may run, where a single one was asked for; the others must be up to date.
+    only: the command whose stages alone may run, where it was not `convert`; all others must be up to date.
+    fresh: those that may run do so, whatever is finished.
+    windows: the texts that were cut into tokens so far, by name; see `stages.texts`.
     """
 
     config: Config
@@ -39,73 +38,52 @@ class Job:
     source: ModelSource
     progress: Progress
     only: str | None = None
+    fresh: bool = False
+    windows: dict[str, Windows] = field(default_factory=dict, repr=False, compare=False)
 
-    def may_run(self, stage: str) -> bool:
-        return self.only in (None, stage.split()[0])
+    @cached_property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        """The source's."""
+        return load_tokenizer(self.source.directory)
 
+    @property
+    def device(self) -> torch.device:
+        """Where weights are rounded and artifacts run."""
+        return device_of(self.config)
 
-@dataclass(frozen=True)
-class StageOutcome:
-    """What became of one stage: why it ran or not, and its record in the manifest."""
-
-    name: str
-    reason: Reason
-    record: StageRecord
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a stage's work function returns: the files it wrote and what it treated differently from the plan."""
-
-    outputs: tuple[Path, ...]
-    records: tuple[str, ...] = ()
+    @property
+    def artifacts(self) -> dict[str, Path]:
+        """Where the artifact of each format goes: each has a directory of its own, where there are several."""
+        out, formats = artifact_path(self.config), self.config.export.format
+        return {name: out / name if len(formats) > 1 else out for name in formats}
 
 
-def run_stage(
-    job: Job, name: str, inputs: Mapping[str, str], force: bool, work: Callable[[Reason], Work]
-) -> StageOutcome:
-    """Run `work` if the stage's inputs changed or its outputs are gone, and put it on record.
-
-    Args:
-        inputs: `kind:name` to value; see `run.compare_inputs`.
-
-    Raises:
-        AccullmError: it would have to run, but another stage was asked for.
-    """
-    reason = decide(job, name, inputs, force)
-    if not reason.runs:
-        job.progress(Event(name, "skip", reason=reason))
-        return StageOutcome(name, reason, job.run.stages()[name])
-    job.progress(Event(name, "start", reason=reason))
-    reset_peak_memory()
-    started = time.monotonic()
-    done = work(reason)
-    for sentence in done.records:
-        job.progress(Event(name, "record", sentence))
-    record = StageRecord(
-        inputs=dict(inputs),
-        outputs={_relative(path, job.run.path): file_sha256(path) for path in done.outputs},
-        seconds=round(time.monotonic() - started, 3),
-        peak_bytes=peak_memory(),
-        records=list(done.records),
-        versions=versions(),
-    )
-    job.run.finish(name, record)
-    job.progress(Event(name, "end"))
-    return StageOutcome(name, reason, record)
+def open_decoder(job: Job) -> Decoder:
+    """The source's decoder, without weights yet; refuses a checkpoint that does not fit its configuration."""
+    model = build_skeleton(job.source.directory, job.source.untied)
+    return Decoder(model, Checkpoint(job.source, model))
 
 
-def decide(job: Job, name: str, inputs: Mapping[str, str], force: bool) -> Reason:
-    """Why a stage runs or is skipped, for a run and a dry run alike.
+def artifact_path(config: Config) -> Path:
+    """Where the artifact goes: `export.out`, or the model's short name with -int4 (the bits) behind, here.
 
     Raises:
-        AccullmError: it would have to run, but another stage was asked for.
+        AccullmError: `export.out` is the root directory.
     """
-    reason = job.run.decide(name, inputs, force and job.may_run(name))
-    if reason.runs and not job.may_run(name):
-        state = "has not run" if reason.code == "new" else f"is not up to date: {reason}"
-        raise AccullmError(f"{name} {state}", job.run.path, f"run accullm {name} with the same options first")
-    return reason
+    if (out := config.export.out) is not None:
+        # Names beside it are made from its own: "." and ".." have none.
+        named = out if out.name not in ("", "..") else out.resolve()
+        if not named.name:
+            raise AccullmError("is no place for an artifact", named, "give another directory with --out")
+        return named
+    name = Path(config.model.rstrip("/").partition("@")[0]).name.removesuffix(".gguf")
+    return Path(f"{name or 'model'}-int{config.plan.bits}")
+
+
+def run_path(config: Config) -> Path:
+    """Where the working files go: `machine.run`, or the artifact's directory with .run behind."""
+    out = artifact_path(config)
+    return config.machine.run or out.with_name(f"{out.name}.run")
 
 
 def section_inputs(section: str, values: Section, *fields: str) -> dict[str, str]:
@@ -132,9 +110,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _relative(path: Path, base: Path) -> str:
-    """`path` as the manifest names it: relative inside the run directory, absolute elsewhere."""
-    path, base = path.absolute(), base.absolute()
-    return str(path.relative_to(base)) if path.is_relative_to(base) else str(path)

@@ -24,11 +24,12 @@ from accullm_cli.quant.outliers import choose_outliers, expected_loss
 from accullm_cli.quant.plan import LinearPlan, Plan
 from accullm_cli.quant.stats import InputStats
 from accullm_cli.report.outlier_map import draw_outlier_map
-from accullm_cli.run import Reason, write_text
-from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, open_decoder, stats_path
+from accullm_cli.run import write_text
+from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, stats_path
 from accullm_cli.stages.gradients import load_sensitivities
-from accullm_cli.stages.job import Job, StageOutcome, Work, run_stage, section_inputs
+from accullm_cli.stages.job import Job, open_decoder, section_inputs
 from accullm_cli.stages.kept import FLAG, kept_names, kept_sentence
+from accullm_cli.stages.stage import Before, Decision, Stage, Work
 
 VERSION = 2
 # What a linear may get where --bits is an average. On a grid of 2 bits rounding is no longer the small change that
@@ -40,22 +41,17 @@ LARGEST_OUTLIER_FRACTION = 0.03
 KEPT_BITS = 16
 
 
-def profile(job: Job, calibrate_key: str, force: bool = False) -> StageOutcome:
+def profile(job: Job, decision: Decision) -> Work:
     """Choose outlier features by the loss they are expected to save, and write the plan."""
-    inputs = profile_inputs(job, calibrate_key)
-
-    def work(reason: Reason) -> Work:
-        decoder = open_decoder(job)
-        stats = load_stats(job, decoder)
-        plan = make_plan(job, decoder, stats)
-        refuse_impossible(job, plan, decoder)
-        plan_path, picture = job.run.file("plan.json"), job.run.file("outliers.html")
-        write_text(plan_path, json.dumps(asdict(plan), indent=1))
-        draw_outlier_map(stats, plan, picture)
-        kept = starmap(kept_sentence, kept_linears(job, decoder).items())
-        return Work((plan_path, picture), (*decoder.structure.records, *kept))
-
-    return run_stage(job, "profile", inputs, force, work)
+    decoder = open_decoder(job)
+    stats = load_stats(job, decoder)
+    plan = make_plan(job, decoder, stats)
+    refuse_impossible(job, plan, decoder)
+    plan_path, picture = job.run.file("plan.json"), job.run.file("outliers.html")
+    write_text(plan_path, json.dumps(asdict(plan), indent=1))
+    draw_outlier_map(stats, plan, picture)
+    kept = starmap(kept_sentence, kept_linears(job, decoder).items())
+    return Work((plan_path, picture), (*decoder.structure.records, *kept))
 
 
 def load_stats(job: Job, decoder: Decoder) -> list[InputStats]:
@@ -63,15 +59,22 @@ def load_stats(job: Job, decoder: Decoder) -> list[InputStats]:
     return [entry for index in range(len(decoder.block_names)) for entry in load_block_stats(stats_path(job, index))]
 
 
-def profile_inputs(job: Job, calibrate_key: str) -> dict[str, str]:
+def profile_inputs(job: Job, before: Before) -> dict[str, str]:
     """What the plan depends on."""
+    options = job.config.plan
+    spend = section_inputs("plan", options, "spend") if options.is_average else {}
     return {
-        "input:calibrate": calibrate_key,
+        "input:calibrate": before["calibrate"].key,
         "version:profile": str(VERSION),
         "config:export.scale_dtype": scale_dtype(job),
-        **section_inputs("plan", job.config.plan),
+        **section_inputs("plan", options, "bits", "symmetric", "outliers", "embedding_bits"),
+        **spend,
+        "config:plan.group_size": repr(options.group_sizes),
         "config:plan.scale_bits": str(scale_bits(job)),
     }
+
+
+PROFILE = Stage("profile", profile_inputs, profile, ("calibrate",), ("profile",), ("plan.json", "outliers.html"))
 
 
 def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Plan:

@@ -7,7 +7,6 @@ blocks that calibrate and quantize run one after another.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -19,9 +18,10 @@ from accullm_cli.measure.agreement import largest_difference
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.names import destinations
 from accullm_cli.model.plain import plain_model
-from accullm_cli.progress import Event
-from accullm_cli.run import available_memory, key_of, write_text
-from accullm_cli.stages.job import Job, versions
+from accullm_cli.run import available_memory
+from accullm_cli.stages.job import Job, open_decoder, versions
+from accullm_cli.stages.stage import Before, Decision, Stage, Work
+from accullm_cli.stages.texts import VALIDATION, windows_of
 from accullm_cli.units import size
 
 VERSION = 1
@@ -32,35 +32,23 @@ SHARE_OF_MEMORY = 0.5
 _FLOAT = 4
 
 
-def check_reading(job: Job, stage: str, decoder: Decoder, ids: torch.Tensor) -> tuple[str, ...]:
-    """Refuse a source that plain transformers reads otherwise; remembered in `reading.json`.
+def reading_inputs(job: Job, before: Before) -> dict[str, str]:
+    """What the comparison depends on: any text would do."""
+    made_by = {f"version:{name}": version for name, version in versions().items()}
+    return {"source:sha256": job.source.sha256, "version:reading": str(VERSION), **made_by}
 
-    Args:
-        stage: that asks for it, and tells of progress.
-        decoder: the source's, without weights.
-        ids: int64 [windows, T], of which the beginning of the first window is run.
 
-    Returns: a sentence where it could not be held against plain transformers.
+def check_reading(job: Job, decision: Decision) -> Work:
+    """Refuse a source that plain transformers reads otherwise.
 
     Raises:
         AccullmError: the two give different logits.
     """
-    path = job.run.file("reading.json")
-    key = key_of({"source": job.source.sha256, "version": str(VERSION), **versions()})
-    if (records := _remembered(path, key)) is not None:
-        return records
-    job.progress(Event(stage, "step", "held against plain transformers"))
-    records = _compare(job, decoder, ids[:1, :TOKENS])
-    write_text(path, json.dumps({"key": key, "records": records}, indent=1))
-    return records
+    ids = windows_of(job, VALIDATION).ids[:1, :TOKENS]
+    return Work((), _compare(job, open_decoder(job), ids))
 
 
-def _remembered(path: Path, key: str) -> tuple[str, ...] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(content["records"]) if content["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # absent or damaged: it is done again
+READING = Stage("reading", reading_inputs, check_reading, commands=("calibrate", "validate"))
 
 
 def _compare(job: Job, decoder: Decoder, ids: torch.Tensor) -> tuple[str, ...]:
@@ -83,7 +71,7 @@ def _compare(job: Job, decoder: Decoder, ids: torch.Tensor) -> tuple[str, ...]:
         # Whatever a class of transformers cannot do; what is known is that it was not compared.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return (f"the reading was not held against plain transformers, which cannot run it ({reason})",)
-    difference = largest_difference(run_blocks(decoder, ids)[0], logits)
+    difference = largest_difference(logits_by_blocks(decoder, ids)[0], logits)
     if difference.is_arithmetic:
         return ()
     raise AccullmError(
@@ -111,7 +99,7 @@ def _place(job: Job, decoder: Decoder, is_gguf: bool) -> tuple[Path | None, str]
 
 
 @torch.no_grad()
-def run_blocks(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+def logits_by_blocks(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     """Logits [windows, T, vocabulary] by the decoder's blocks, one of them in memory at a time."""
     decoder.load_outside()
     hidden = decoder.embed(ids)

@@ -23,7 +23,7 @@ from accullm_cli.model.plain import plain_model
 from accullm_cli.model.structure import read_structure
 from accullm_cli.run import available_memory
 from accullm_cli.stages.artifact_weights import ArtifactWeights
-from accullm_cli.stages.reading import run_blocks
+from accullm_cli.stages.reading import logits_by_blocks
 from accullm_cli.units import size
 
 # Of a validation window. Up to PACKED_TOKENS of them are multiplied by packed weights, more by dequantized ones.
@@ -83,7 +83,7 @@ def _run_alone(artifact: StoredArtifact, ids: torch.Tensor) -> torch.Tensor:
         dtype = artifact.files.infos[f"{name}.weight_scale"].torch_dtype
     model = build_skeleton(artifact.path)
     structure = read_structure(model)
-    return run_blocks(Decoder(model, ArtifactWeights(artifact, model, structure, dtype), structure), ids[None])[0]
+    return logits_by_blocks(Decoder(model, ArtifactWeights(artifact, model, structure, dtype), structure), ids[None])[0]
 
 
 def _logits(artifact: StoredArtifact, ids: torch.Tensor) -> list[torch.Tensor]:

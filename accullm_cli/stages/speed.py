@@ -19,14 +19,16 @@ from transformers import PreTrainedModel
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.measure.result import Speed, Throughput
 from accullm_cli.progress import Event
-from accullm_cli.run import Reason, write_text
-from accullm_cli.stages.calibrate import load_tokens
-from accullm_cli.stages.device import compute_dtype, describe_device, device_of
-from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage
+from accullm_cli.run import write_text
+from accullm_cli.stages.device import KERNEL_FORMAT, compute_dtype, describe_device
+from accullm_cli.stages.job import Job, machine_inputs
+from accullm_cli.stages.reference import load_reference
+from accullm_cli.stages.stage import Before, Decision, Stage, Work
+from accullm_cli.stages.texts import VALIDATION
+from accullm_cli.stages.validate import foreseen_sha256
 from accullm_cli.stages.whole_model import engines, load_artifact, load_original
 
 VERSION = 1
-# Begins with the word of the stage that may run where validate alone was asked for.
 STAGE = "validate speed"
 _FILE = "speed.json"
 DECODED_TOKENS = 32
@@ -34,36 +36,27 @@ DECODED_TOKENS = 32
 RUNS = 3
 
 
-def measure_speed(
-    job: Job, artifact: Path, artifact_hash: str, reference_key: str, force: bool = False
-) -> StageOutcome:
-    """Time prefill and decoding of the artifact and of its original.
+def speed(artifact: Path) -> Stage:
+    """The stage that times prefill and decoding of an artifact and of its original, on the validation text."""
 
-    Args:
-        reference_key: of the stage that cut the validation text, whose first windows are read.
-    """
+    def inputs(job: Job, before: Before) -> dict[str, str]:
+        return {
+            "input:artifact": foreseen_sha256(job, before, KERNEL_FORMAT, artifact),
+            "input:reference": before[VALIDATION.reference].key,
+            "version:speed": str(VERSION),
+            **machine_inputs(job.device),
+        }
 
-    def work(reason: Reason) -> Work:
+    def work(job: Job, decision: Decision) -> Work:
         path = job.run.file(_FILE)
         write_text(path, json.dumps(asdict(_measure(job, artifact)), indent=1))
         return Work((path,))
 
-    return run_stage(job, STAGE, speed_inputs(job, artifact_hash, reference_key), force, work)
-
-
-def speed_inputs(job: Job, artifact_hash: str, reference_key: str) -> dict[str, str]:
-    """What the figures depend on."""
-    return {
-        "input:artifact": artifact_hash,
-        "input:source": job.source.sha256,
-        "input:reference": reference_key,
-        "version:speed": str(VERSION),
-        **machine_inputs(device_of(job.config)),
-    }
+    return Stage(STAGE, inputs, work, ("export", VALIDATION.reference), ("validate",), (_FILE,))
 
 
 def load_speed(job: Job) -> Speed:
-    """What `measure_speed` found."""
+    """What was measured."""
     content = json.loads(job.run.file(_FILE).read_text())
     for name in ("original", "artifact"):
         content[name] = Throughput(**content[name])
@@ -71,7 +64,7 @@ def load_speed(job: Job) -> Speed:
 
 
 def _measure(job: Job, artifact: Path) -> Speed:
-    device = device_of(job.config)
+    device = job.device
     dtype = compute_dtype(device, job.source.config)
     prompt, following = (ids.to(device) for ids in _prompt_and_next(job))
     job.progress(Event(STAGE, "step", "the artifact", None, 0, 2))
@@ -95,7 +88,7 @@ def _measure(job: Job, artifact: Path) -> Speed:
 
 def _prompt_and_next(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [1, T] to read at once, and [1, D] to read after them; together no more than the model's positions."""
-    first, second = load_tokens(job)["validation"][:2]
+    first, second = load_reference(job, VALIDATION)["ids"][:2]
     following = second[:DECODED_TOKENS]
     text = job.source.config.get("text_config", job.source.config)
     positions = text.get("max_position_embeddings", text.get("n_positions"))

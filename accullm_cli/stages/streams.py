@@ -5,18 +5,39 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
+from torch import nn
 
 from accullm_cli.errors import MachineError
-from accullm_cli.run import machine_errors, write_file
+from accullm_cli.model.blocks import Decoder, batches
+from accullm_cli.run import machine_errors
+from accullm_cli.stages.keyed import facts_of, write_keyed
 
 # A resume repeats at most about this much forward work.
 SECONDS_BETWEEN_STORES = 60.0
+
+
+def advance(
+    decoder: Decoder,
+    index: int,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    on_input: Callable[[str, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Run a block over a stream [windows, tokens, hidden], in place; `on_input` as for `Decoder.run_capturing`."""
+    for rows in batches(*hidden.shape[:2]):
+        if on_input is None:
+            hidden[rows] = decoder.run(index, block, hidden[rows])
+        else:
+            output = decoder.run_capturing(index, block, hidden[rows], on_input)
+            assert output is not None  # nothing was asked for at which it would stop
+            hidden[rows] = output
+    return hidden
 
 
 class StreamStore:
@@ -29,7 +50,7 @@ class StreamStore:
     def store_if_due(self, key: str, streams: dict[str, torch.Tensor]) -> None:
         """Store the streams behind the block with this key, if the last store is long enough ago."""
         if time.monotonic() - self._last >= SECONDS_BETWEEN_STORES:
-            write_file(self.path, lambda temporary: save_file(streams, temporary, metadata={"key": key}))
+            write_keyed(self.path, key, streams)
             self._last = time.monotonic()
 
     def restore(self, keys: list[str]) -> tuple[int, dict[str, torch.Tensor]] | None:
@@ -38,14 +59,8 @@ class StreamStore:
         Args:
             keys: keys of the finished blocks, in order.
         """
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                key = (file.metadata() or {}).get("key")
-                if key not in keys:
-                    return None
-                return keys.index(key) + 1, {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError):
-            return None
+        key = facts_of(self.path).get("key")
+        return (keys.index(key) + 1, load_file(self.path)) if key in keys else None
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.measure.result import LinearSummary, StageSummary
-from accullm_cli.stages.job import Job, StageOutcome
-from accullm_cli.stages.quantize import block_unit, load_record
+from accullm_cli.stages.job import Job
+from accullm_cli.stages.stage import StageOutcome
+from accullm_cli.stages.units import block_unit, load_record
 
 
 def stage_summary(outcome: StageOutcome) -> StageSummary:

@@ -24,27 +24,21 @@ from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.measure.divergence import Divergence
 from accullm_cli.measure.result import Estimate, Fidelity
-from accullm_cli.model.blocks import Decoder, batches
+from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
 from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.model.structure import read_structure
-from accullm_cli.progress import Event
-from accullm_cli.run import UP_TO_DATE, Reason, file_sha256, key_of, write_text
+from accullm_cli.run import file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights
-from accullm_cli.stages.calibrate import (
-    OTHER_TEXT,
-    SEARCH_TEXT,
-    VALIDATION_TEXT,
-    load_reference,
-    load_tokens,
-    open_decoder,
-    validation_text,
-)
-from accullm_cli.stages.device import compute_dtype, describe_device, device_of
-from accullm_cli.stages.job import Job, StageOutcome, Work, machine_inputs, run_stage
+from accullm_cli.stages.device import compute_dtype, describe_device
+from accullm_cli.stages.export import known_files
+from accullm_cli.stages.job import Job, machine_inputs
+from accullm_cli.stages.passes import Passenger, run_blocks
 from accullm_cli.stages.precision import products
+from accullm_cli.stages.reference import described, load_reference
 from accullm_cli.stages.shipped import TOKENS, check_shipped
-from accullm_cli.stages.streams import StreamStore
+from accullm_cli.stages.stage import Before, Decision, Stage, Work
+from accullm_cli.stages.texts import VALIDATION, Text
 from accullm_cli.stages.whole_model import load_artifact
 
 VERSION = 2
@@ -52,59 +46,37 @@ VERSION = 2
 HEAD_TOLERANCE = 1e-3
 
 
-def validate(
-    job: Job,
-    artifact: Path,
-    format_name: str,
-    reference_key: str,
-    force: bool = False,
-    place: str = VALIDATION_TEXT,
-) -> StageOutcome:
-    """Measure how far the artifact's next-token distributions are from the original's.
+def validation(format_name: str, artifact: Path, text: Text) -> Stage:
+    """The stage that measures how far an artifact's next-token distributions are from the original's on a text."""
+    name = text.measuring.format(format_name)
 
-    Args:
-        reference_key: of the stage that ran the original over the text that lies in `place`.
-    """
-    name = stage_name(format_name, place)
-    inputs = validate_inputs(job, artifact_sha256(artifact), reference_key)
+    def inputs(job: Job, before: Before) -> dict[str, str]:
+        return {
+            "input:artifact": foreseen_sha256(job, before, format_name, artifact),
+            "input:reference": before[text.reference].key,
+            "config:machine.seed": str(job.config.machine.seed),
+            "version:validate": str(VERSION),
+            **machine_inputs(job.device),
+        }
 
-    def work(reason: Reason) -> Work:
+    def work(job: Job, decision: Decision) -> Work:
         with products("float32"):
-            fidelity, records = _measure(job, name, artifact, key_of(inputs), place)
-        path = fidelity_path(job, format_name, place)
+            fidelity, records = _measure(job, decision, artifact, text)
+        path = fidelity_path(job, format_name, text)
         write_text(path, json.dumps(asdict(fidelity), indent=1))
         return Work((path,), records)
 
-    return run_stage(job, name, inputs, force, work)
+    files = (f"{text.place}validate-{format_name}.json", _streams_name(name))
+    return Stage(name, inputs, work, ("export", text.reference), ("validate",), files)
 
 
-def stage_name(format_name: str, place: str = VALIDATION_TEXT) -> str:
-    """Each format's artifact is measured by a stage of its own on each text."""
-    return {
-        VALIDATION_TEXT: f"validate {format_name}",
-        OTHER_TEXT: f"validate {format_name} on other text",
-        SEARCH_TEXT: f"measure {format_name}",
-    }[place]
+def fidelity_path(job: Job, format_name: str, text: Text = VALIDATION) -> Path:
+    return job.run.file(f"{text.place}validate-{format_name}.json")
 
 
-def validate_inputs(job: Job, artifact_hash: str, calibrate_key: str) -> dict[str, str]:
-    """What the figures depend on."""
-    return {
-        "input:artifact": artifact_hash,
-        "input:calibrate": calibrate_key,
-        "config:machine.seed": str(job.config.machine.seed),
-        "version:validate": str(VERSION),
-        **machine_inputs(device_of(job.config)),
-    }
-
-
-def fidelity_path(job: Job, format_name: str, place: str = VALIDATION_TEXT) -> Path:
-    return job.run.file(f"{place}validate-{format_name}.json")
-
-
-def load_fidelity(job: Job, format_name: str, place: str = VALIDATION_TEXT) -> Fidelity:
+def load_fidelity(job: Job, format_name: str, text: Text = VALIDATION) -> Fidelity:
     """What `validate` measured."""
-    return fidelity_from_json(json.loads(fidelity_path(job, format_name, place).read_text()))
+    return fidelity_from_json(json.loads(fidelity_path(job, format_name, text).read_text()))
 
 
 def fidelity_from_json(content: dict[str, Any]) -> Fidelity:
@@ -122,27 +94,36 @@ def artifact_sha256(directory: Path) -> str:
     return hash_of_files({name: file_sha256(directory / name) for name in read_manifest(directory).files})
 
 
+def foreseen_sha256(job: Job, before: Before, format_name: str, directory: Path) -> str:
+    """As `artifact_sha256`, also where the artifact has yet to be written, as far as that is known."""
+    exporting = before.get("export")
+    if exporting is None or not exporting.reason.runs:
+        return artifact_sha256(directory)
+    files = known_files(job, exporting.inputs, format_name)
+    return hash_of_files(files) if files else "not known before it is written"
+
+
 def hash_of_files(files: Mapping[str, str]) -> str:
     """As `artifact_sha256`, where the SHA-256 of each file is known by its relative name."""
     return key_of({name: digest for name, digest in files.items() if name not in (CARD_NAME, MANIFEST_NAME)})
 
 
-def _measure(job: Job, stage: str, directory: Path, key: str, place: str) -> tuple[Fidelity, tuple[str, ...]]:
+def _measure(job: Job, decision: Decision, directory: Path, text: Text) -> tuple[Fidelity, tuple[str, ...]]:
     """The figures, and sentences about what could not be checked."""
     artifact = open_artifact(directory)
     model = build_skeleton(directory)
     structure = read_structure(model)
     decoder = Decoder(model, ArtifactWeights(artifact, model, structure), structure)
-    ids = load_tokens(job, place)["validation"]
-    device = device_of(job.config)
-    logits_of = _on_gpu(job, directory, device) if device.type == "cuda" else _by_blocks(job, stage, decoder, ids, key)
+    reference = load_reference(job, text)
+    ids = reference["ids"]
+    device = job.device
+    logits_of = _on_gpu(job, directory, device) if device.type == "cuda" else _by_blocks(job, decision, decoder, ids)
 
     decoder.load_outside()
     records: tuple[str, ...] = ()
-    if device.type == "cpu" and place == VALIDATION_TEXT:  # on a GPU, what is measured is what users load
+    if device.type == "cpu" and text is VALIDATION:  # on a GPU, what is measured is what users load
         records = check_shipped(artifact, ids[0, :TOKENS], logits_of(0, ids[0])[:TOKENS])
     originals_head = _head_weight(job) if artifact.plan.embeddings else None
-    reference = load_reference(job, place)
     divergence = Divergence()
     for window in range(len(ids)):
         with _other_head(decoder, originals_head):
@@ -150,7 +131,7 @@ def _measure(job: Job, stage: str, directory: Path, key: str, place: str) -> tup
             floor = decoder.logits(reference["floor"][window : window + 1])[0]
         _check_head(original, ids[window], reference["negative_log_likelihood"][window], directory)
         divergence.add(original, logits_of(window, ids[window]), ids[window], floor)
-    found = divergence.finish(validation_text(job, place), job.config.machine.seed)
+    found = divergence.finish(described(job, text), job.config.machine.seed)
     if device.type == "cpu":
         return found, records
     dtype = compute_dtype(device, job.source.config)
@@ -173,41 +154,25 @@ def _on_gpu(job: Job, directory: Path, device: torch.device) -> Logits:
     return logits_of
 
 
-def _by_blocks(job: Job, stage: str, decoder: Decoder, ids: torch.Tensor, key: str) -> Logits:
+def _by_blocks(job: Job, decision: Decision, decoder: Decoder, ids: torch.Tensor) -> Logits:
     """By all windows' last hidden states, and the output head that the decoder has by then."""
-    hidden = _run_blocks(job, stage, decoder, ids, key)
-    return lambda window, ids: decoder.logits(hidden[window : window + 1])[0]
-
-
-def _run_blocks(job: Job, stage: str, decoder: Decoder, ids: torch.Tensor, key: str) -> torch.Tensor:
-    """The artifact's last hidden states on the validation ids [V, T, hidden]; resumes from the stored stream."""
-    total = len(decoder.block_names)
-    store = StreamStore(job.run.file(f"{stage.replace(' ', '-')}-stream.safetensors"))
-    keys = [key_of({"stage": key, "block": str(index)}) for index in range(total)]
     decoder.load_outside()
-    hidden = decoder.embed_all(ids)
+    passenger = Passenger(decoder, ids, decision.key, job.run.file(_streams_name(decision.stage)))
     decoder.release_outside()
-    start = 0
-    if (restored := store.restore(keys)) is not None:
-        start, hidden = restored[0], restored[1]["hidden"]
-        job.progress(Event(stage, "step", f"blocks 1 to {start}/{total}", UP_TO_DATE, start, total))
-    for index in range(start, total):
-        block = decoder.load_block(index)
-        for rows in batches(*ids.shape):
-            hidden[rows] = decoder.run(index, block, hidden[rows])
-        decoder.release_block(index)
-        store.store_if_due(keys[index], {"hidden": hidden})
-        job.progress(Event(stage, "step", f"block {index + 1}/{total}", None, index + 1, total))
-    store.remove()
-    return hidden
+    run_blocks(job, decision.stage, decoder, [passenger])
+    passenger.arrived()
+    return lambda window, ids: decoder.logits(passenger.streams["hidden"][window : window + 1])[0]
+
+
+def _streams_name(stage: str) -> str:
+    return f"{stage.replace(' ', '-')}-stream.safetensors"
 
 
 def _head_weight(job: Job) -> nn.Parameter:
     """The weight of the original's output head, in float32."""
-    source = open_decoder(job)
-    assert isinstance(source.weights, Checkpoint)
-    (slot,) = (slot for slot in find_embeddings(source.model) if slot.is_head)
-    return nn.Parameter(source.weights.read(slot.parameter).float(), requires_grad=False)
+    model = build_skeleton(job.source.directory, job.source.untied)
+    (slot,) = (slot for slot in find_embeddings(model) if slot.is_head)
+    return nn.Parameter(Checkpoint(job.source, model).read(slot.parameter).float(), requires_grad=False)
 
 
 @contextmanager

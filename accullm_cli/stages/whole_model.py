@@ -9,8 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from accullm_cli.kernels.matmul import ENGINE, engine
-from accullm_cli.stages.calibrate import open_decoder
-from accullm_cli.stages.job import Job
+from accullm_cli.stages.job import Job, open_decoder
 
 
 def load_artifact(directory: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

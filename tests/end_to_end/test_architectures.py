@@ -38,7 +38,7 @@ def test_report_says_what_transformers_measures(name: str, tmp_path: Path) -> No
     config = tiny_config(source, tmp_path / "out")
     report = convert(config)
 
-    ids = load_file(tmp_path / "out.run" / "tokens.safetensors")["validation"]
+    ids = load_file(tmp_path / "out.run" / "reference.safetensors")["ids"]
     original, artifact = logits_of(source, ids), logits_of(tmp_path / "out", ids)
     assert report.fidelity.mean_kl.value == pytest.approx(mean_kl(original, artifact), rel=1e-3, abs=1e-6)
     agreement = (original.argmax(-1) == artifact.argmax(-1)).double().mean()
@@ -73,7 +73,7 @@ def test_compressed_tensors_logits_are_those_of_the_native_artifact(tmp_path: Pa
     from accullm_cli.pipeline import convert_all
 
     reports = convert_all(config)
-    ids = load_file(tmp_path / "out.run" / "tokens.safetensors")["validation"]
+    ids = load_file(tmp_path / "out.run" / "reference.safetensors")["ids"]
     native, stock = (logits_of(tmp_path / "out" / report.format, ids) for report in reports)
     assert [report.format for report in reports] == ["accullm", "compressed-tensors"]
     # The stock loader rounds each dequantized weight to the model's bfloat16 once.

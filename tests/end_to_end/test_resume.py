@@ -184,7 +184,7 @@ def events_of(config: object) -> list[str]:
 
 def test_a_second_call_finds_everything_done(model: Path, tmp_path: Path) -> None:
     convert(tiny_config(model, tmp_path / "out"))
-    stages = ("calibrate", "profile", "quantize", "export", "validate accullm")
+    stages = ("calibrate", "profile", "quantize", "export", "reference", "validate accullm")
     assert events_of(tiny_config(model, tmp_path / "out")) == [f"{stage}: up to date" for stage in stages]
 
 
@@ -197,6 +197,7 @@ def test_a_new_rounding_option_reruns_from_quantize_and_says_why(model: Path, tm
         "block 1/2: config changed (rounding.damping)",
         "block 2/2: config changed (rounding.damping)",
         "export: input changed (quantize)",
+        "reference: up to date",
         "validate accullm: input changed (artifact)",
     ]
 

@@ -20,8 +20,10 @@ from accullm_cli.pipeline import (
     run_stage,
 )
 from tests.pipeline.observe import refusal, snapshot
-from tests.streaming import fast_config
+from tests.streaming import fast_config, write_text
 from tests.tiny import make_checkpoint
+
+ALL = ["calibrate", "profile", "quantize", "export", "reference", "validate accullm"]
 
 
 def test_a_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:
@@ -33,7 +35,7 @@ def test_a_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:
     assert list(place.iterdir()) == []
     assert snapshot(llama.parent) == before
     assert (planned.run, planned.artifact) == (str(place / "out.run"), str(place / "out"))
-    assert planned.stages == tuple(PlannedStage(name, "new", True) for name in (*STAGES[:-1], "validate accullm"))
+    assert planned.stages == tuple(PlannedStage(name, "new", True) for name in ALL)
     assert planned.peak_bytes > 100_000_000
     assert planned.device.startswith("CPU with ")
 
@@ -109,8 +111,9 @@ def planned_and_done(config: Config) -> tuple[list[PlannedStage], list[PlannedSt
 @pytest.mark.parametrize(
     ("settings", "reasons"),
     [
-        ({}, ["up to date"] * 5),
-        ({"validation__require": "[mean_kl<=1]"}, ["up to date"] * 5),
+        ({}, ["up to date"] * 6),
+        ({"validation__require": "[mean_kl<=1]"}, ["up to date"] * 6),
+        ({"rounding__damping": 0.5}, ["up to date"] * 6),  # nearest rounding knows none
         (
             {"plan__outliers": 0.1},
             [
@@ -118,6 +121,7 @@ def planned_and_done(config: Config) -> tuple[list[PlannedStage], list[PlannedSt
                 "config changed (plan.outliers)",
                 "input changed (profile)",
                 "input changed (quantize)",
+                "up to date",
                 "input changed (artifact)",
             ],
         ),
@@ -128,16 +132,26 @@ def planned_and_done(config: Config) -> tuple[list[PlannedStage], list[PlannedSt
                 "up to date",
                 "config changed (rounding.grid)",
                 "input changed (quantize)",
+                "up to date",
                 "input changed (artifact)",
             ],
         ),
         (
+            {"validation__windows": 2},
+            [*["up to date"] * 4, "input changed (validation tokens)", "input changed (reference)"],
+        ),
+        (
+            {"validation__text": "{text}"},
+            [*["up to date"] * 4, "input changed (validation tokens)", "input changed (reference)"],
+        ),
+        (
             {"machine__seed": 3},
             [
-                "config changed (machine.seed)",
+                "input changed (calibration tokens)",
                 "input changed (calibrate)",
-                "config changed (machine.seed)",
+                "input changed (calibrate, profile)",
                 "input changed (quantize)",
+                "input changed (validation tokens)",
                 "config changed (machine.seed)",
             ],
         ),
@@ -146,52 +160,42 @@ def planned_and_done(config: Config) -> tuple[list[PlannedStage], list[PlannedSt
 def test_a_dry_run_gives_the_reasons_of_the_run(
     settings: dict[str, object], reasons: list[str], llama: Path, copied: Path
 ) -> None:
-    planned, done = planned_and_done(fast_config(llama, copied, **settings))
+    write_text(copied.with_name("own.txt"), 9)
+    chosen = {key: str(value).format(text=copied.with_name("own.txt")) for key, value in settings.items()}
+    planned, done = planned_and_done(fast_config(llama, copied, **chosen))
     assert [stage.reason for stage in planned] == reasons
     assert planned == done
 
 
-@pytest.mark.parametrize(
-    ("settings", "foreseen", "found"),
-    [
-        ({"rounding__damping": 0.5}, "input changed (artifact)", PlannedStage("validate accullm", "up to date", False)),
-        (
-            {"validation__windows": 2},
-            "input changed (artifact, calibrate)",
-            PlannedStage("validate accullm", "input changed (calibrate)", True),
-        ),
-    ],
-)
-def test_a_dry_run_supposes_that_what_is_rounded_again_comes_out_different(
-    settings: dict[str, object], foreseen: str, found: PlannedStage, llama: Path, copied: Path
-) -> None:
-    """Nearest rounding knows no damping, and no validation text: here the artifact is the one from before."""
+def test_a_dry_run_supposes_that_what_is_rounded_again_comes_out_different(llama: Path, copied: Path) -> None:
+    """Here it does not: with one more window of calibration text, a grid from the least to the largest is the same."""
+    settings = {"calibration__samples": 2, "plan__outliers": 0}
+    convert(fast_config(llama, copied, plan__outliers=0))
     planned, done = planned_and_done(fast_config(llama, copied, **settings))
-    assert planned[:4] == done[:4]
-    assert planned[3].reason == "input changed (quantize)"
-    assert planned[4].reason == foreseen
-    assert done[4] == found
+    assert planned[:5] == done[:5]
+    assert planned[5].reason == "input changed (artifact)"
+    assert done[5] == PlannedStage("validate accullm", "up to date", False)
 
 
 def test_an_artifact_that_is_written_again_need_not_be_measured_again(llama: Path, copied: Path) -> None:
     shutil.rmtree(copied)
     planned, done = planned_and_done(fast_config(llama, copied))
     assert planned[3].reason == f"output missing ({copied}/README.md)"
-    assert planned[4] == PlannedStage("validate accullm", "up to date", False)
+    assert planned[5] == PlannedStage("validate accullm", "up to date", False)
     assert planned == done
 
 
 def test_an_artifact_that_is_written_elsewhere_need_not_be_measured_again(llama: Path, copied: Path) -> None:
     run = copied.with_name("out.run")
     planned, done = planned_and_done(fast_config(llama, copied.with_name("other"), machine__run=run))
-    assert [stage.reason for stage in planned[3:]] == ["config changed (export.out (accullm))", "up to date"]
+    assert [stage.reason for stage in planned[3:]] == ["config changed (export.out (accullm))", *["up to date"] * 2]
     assert planned == done
 
 
 def test_an_artifact_that_was_changed_is_measured_again(llama: Path, copied: Path) -> None:
     tokenizer = copied / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
-    assert dry_run(fast_config(llama, copied)).stages[4] == PlannedStage(
+    assert dry_run(fast_config(llama, copied)).stages[5] == PlannedStage(
         "validate accullm", "input changed (artifact)", True
     )
 
@@ -203,6 +207,7 @@ def test_a_dry_run_has_a_line_for_the_validation_of_each_format(llama: Path, tmp
     config = config.model_copy(update={"export": config.export.model_copy(update={"format": formats})})
     planned, done = planned_and_done(config)
     assert [(stage.name, stage.reason) for stage in planned[4:]] == [
+        ("reference", "up to date"),
         ("validate accullm", "input changed (artifact)"),
         ("validate compressed-tensors", "new"),
     ]
@@ -211,18 +216,22 @@ def test_a_dry_run_has_a_line_for_the_validation_of_each_format(llama: Path, tmp
 
 def test_a_fresh_dry_run_forces_what_a_fresh_run_would(llama: Path, finished: Path) -> None:
     config = fast_config(llama, finished)
-    assert [stage.reason for stage in dry_run(config, fresh=True).stages] == ["forced"] * 5
+    assert [stage.reason for stage in dry_run(config, fresh=True).stages] == ["forced"] * 6
     alone = dry_run(config, fresh=True, only="quantize").stages
     assert [stage.reason for stage in alone] == ["up to date", "up to date", "forced"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_dry_run_of_one_stage_ends_with_it_or_refuses_as_it_would(stage: str, llama: Path, finished: Path) -> None:
-    named = [planned.name.split()[0] for planned in dry_run(fast_config(llama, finished), only=stage).stages]
-    assert named == list(STAGES[: STAGES.index(stage) + 1])
+    named = [planned.name for planned in dry_run(fast_config(llama, finished), only=stage).stages]
+    expected = {"calibrate": ["calibrate", "reference"], "validate": ALL}
+    assert named == expected.get(stage, ALL[: ALL.index(stage) + 1] if stage in ALL else [])
     config = fast_config(llama, finished, machine__seed=3)
     if stage == "calibrate":
-        assert dry_run(config, only=stage).stages == (PlannedStage("calibrate", "config changed (machine.seed)", True),)
+        assert dry_run(config, only=stage).stages == (
+            PlannedStage("calibrate", "input changed (calibration tokens)", True),
+            PlannedStage("reference", "input changed (validation tokens)", True),
+        )
         return
     assert refusal(lambda: dry_run(config, only=stage)) == refusal(lambda: run_stage(stage, config))
 

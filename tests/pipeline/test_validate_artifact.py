@@ -84,7 +84,7 @@ def test_what_is_no_artifact_is_refused(llama: Path, tmp_path: Path) -> None:
 
 
 def test_a_validation_leaves_a_conversions_files_alone(llama: Path, finished: Path, tmp_path: Path) -> None:
-    """Both keep tokens and a reference, but a validation has no calibration text."""
+    """Both keep a reference, but a validation calibrates nothing."""
     run = tmp_path / "run"
     shutil.copytree(finished.with_name("out.run"), run)
     before = snapshot(run)

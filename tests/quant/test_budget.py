@@ -154,6 +154,26 @@ def test_the_curve_is_that_of_the_plans() -> None:
         assert own <= loss * (1 + 1e-9)
 
 
+def test_a_curve_of_one_width_goes_on_to_the_most_outliers() -> None:
+    """By its first plan everything has the largest width, and yet there is more to spend on."""
+    names = ("a", "b", "c")
+    losses = random_losses(names, 64, seed=2)
+    choices = Choices({name: linear(name) for name in names}, {name: {16: losses[name]} for name in names}, (4,), 0.1)
+    curve = choices.curve()
+    assert curve[0][0] == choices.smallest().bits_per_weight
+    assert curve[-1][0] == choices.largest().bits_per_weight
+    assert {len(plan.outlier_index) for plan in choices.largest().linears.values()} == {6}
+    assert len(curve) > 10
+    assert all(later[0] > earlier[0] and later[1] < earlier[1] for earlier, later in itertools.pairwise(curve))
+    middle = curve[len(curve) // 2][0]
+    assert choices.curve(middle) == curve[: len(curve) // 2 + 1]
+
+
+def test_a_curve_with_nothing_to_spend_on_is_a_point() -> None:
+    choices = Choices({"a": linear("a")}, {"a": {16: torch.ones(64)}}, (4,), 0.0)
+    assert [bits for bits, _ in choices.curve()] == [choices.smallest().bits_per_weight]
+
+
 def test_the_group_size_is_chosen_too() -> None:
     """Smaller groups where they save more than their scales cost, larger ones where they cost next to nothing."""
     losses = {"a": {8: torch.ones(64), 32: 8 * torch.ones(64)}, "b": {8: torch.ones(64), 32: 1.01 * torch.ones(64)}}

@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.measure.result import Estimate
-from accullm_cli.pipeline import run_path
-from accullm_cli.stages.calibrate import calibrate
+from accullm_cli.stages.job import run_path
 from tests.scripts.loading import SCRIPTS, load_script
-from tests.streaming import opened, reference_model, short_config
+from tests.streaming import opened, reference_model, run_to, short_config
 from tests.tiny import make_checkpoint
 
 # Stands in for run_peer.py: quantizes nothing, notes that it ran, and fails where it is told to.
@@ -41,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("peers")
     config = short_config(make_checkpoint("llama", directory / "model"), directory / "out")
     with opened(config) as job:
-        calibrate(job)
+        run_to(job, "calibrate")
     run_path(config).rename(directory / "run")
     return directory
 
@@ -89,7 +88,7 @@ def test_the_divergence_is_that_of_transformers_models_in_float64(
     original, peer = reference_model(place / "model").double(), reference_model(place / "model").double()
     for name, weight in weights.items():
         peer.get_submodule(name).weight.data = weight.double()
-    ids = load_file(place / "run" / "tokens.safetensors")["validation"]
+    ids = load_file(place / "run" / "reference.safetensors")["ids"]
     p, q = original(ids).logits.log_softmax(-1), peer(ids).logits.log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     nll = -q[:, :-1].gather(2, ids[:, 1:, None]).mean()

@@ -16,8 +16,6 @@ from accullm_cli.model.checkpoint import build_skeleton
 from accullm_cli.model.structure import read_structure
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.stages.artifact_weights import ArtifactWeights
-from accullm_cli.stages.export import export
-from accullm_cli.stages.quantize import quantize
 from tests.stages.quantized import edit_plan
 from tests.stages.references import set_weight
 from tests.streaming import fast_config, opened, random_ids, reference_model, run_to
@@ -28,11 +26,10 @@ def make_artifact(name: str, place: Path, embedding_bits: int = 16, **bits: int)
     """Source and artifact; `bits` of linears by the end of their names."""
     source = make_checkpoint(name, place / "model")
     with opened(fast_config(source, place / "out", plan__embedding_bits=embedding_bits)) as job:
-        done = run_to(job, "profile")
+        run_to(job, "profile")
         if bits:
             edit_plan(job.run.path, **bits)
-        done["quantize"] = quantize(job, done["calibrate"].record.key, done["profile"].record.key)
-        export(job, place / "out", done["quantize"].record.key)
+        run_to(job, "export")
     return source, place / "out"
 
 

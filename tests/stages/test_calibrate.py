@@ -9,24 +9,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from accullm_cli.config import Config
 from accullm_cli.model.blocks import Decoder
+from accullm_cli.model.text import Windows
 from accullm_cli.progress import Event
 from accullm_cli.quant.stats import InputStats
-from accullm_cli.run import Reason
+from accullm_cli.run import Reason, RunDirectory
 from accullm_cli.stages import streams
-from accullm_cli.stages.calibrate import (
-    DAMAGE_GROUP_SIZES,
-    calibrate,
-    load_block_stats,
-    make_reference,
-    validation_text,
-)
-from accullm_cli.stages.precision import products
+from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats
+from accullm_cli.stages.job import Job
+from accullm_cli.stages.reference import described
+from accullm_cli.stages.texts import CALIBRATION, VALIDATION, calibration_inputs
 from tests.stages.references import inputs_of, rounding_damage, weight_of
-from tests.streaming import WORDS, opened, reference_model, short_config
+from tests.streaming import WORDS, opened, reference_model, run_to, short_config, write_text
 from tests.tiny import make_checkpoint, make_tokenizer
 
 GROUPS = {
@@ -58,7 +54,7 @@ def calibrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     place = tmp_path_factory.mktemp(request.param)
     source = spiky_checkpoint(request.param, place / "model")
     with opened(short_config(source, place / "out")) as job:
-        calibrate(job)
+        run_to(job, "calibrate")
     return request.param, source, place / "out.run"
 
 
@@ -99,7 +95,7 @@ def test_some_of_the_windows_are_enough_for_statistics_but_for_experts(
     source = make_checkpoint(name, tmp_path / "model")
     config = short_config(source, tmp_path / "out", calibration__gradient_samples=gradients)
     with opened(config) as job:
-        calibrate(job)
+        run_to(job, "calibrate")
     run = tmp_path / "out.run"
     ids = load_file(run / "tokens.safetensors")["calibration"]
     assert len(ids) == 6  # quantize reads them all
@@ -125,7 +121,7 @@ def test_damage_is_what_rounding_to_nearest_does_to_each_column(calibrated: tupl
 def test_experts_are_measured_on_the_tokens_that_reach_them(tmp_path: Path) -> None:
     source = make_checkpoint("mixtral", tmp_path / "model")
     with opened(short_config(source, tmp_path / "out")) as job:
-        calibrate(job)
+        run_to(job, "calibrate")
     ids = load_file(tmp_path / "out.run" / "tokens.safetensors")["calibration"]
     model = reference_model(source)
     moe = model.model.layers[1].mlp
@@ -146,7 +142,7 @@ def test_experts_that_no_token_reaches_are_named(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("a" * 100)
     with opened(short_config(source, tmp_path / "out", calibration__text=text, calibration__samples=1)) as job:
-        outcome = calibrate(job)
+        outcome = run_to(job, "calibrate")["calibrate"]
     reached = {index: [entry.tokens > 0 for entry in stats_of(tmp_path / "out.run", index)] for index in range(2)}
     assert False in reached[0]
     for index in range(2):
@@ -159,18 +155,20 @@ def test_experts_that_no_token_reaches_are_named(tmp_path: Path) -> None:
             assert bool(torch.isfinite(entry.second_moment).all())
 
 
-# -- tokens and reference ----------------------------------------------------------------------------------
+# -- tokens ------------------------------------------------------------------------------------------------
 
 
 def test_tokens_are_windows_of_the_texts(calibrated: tuple[str, Path, Path]) -> None:
     _, source, run = calibrated
     ids = load_file(run / "tokens.safetensors")
-    assert {name: (tuple(value.shape), value.dtype) for name, value in ids.items()} == {
+    assert ids.keys() == {"calibration"}
+    read = {"calibration": ids["calibration"], "validation": load_file(run / "reference.safetensors")["ids"]}
+    assert {name: (tuple(value.shape), value.dtype) for name, value in read.items()} == {
         "calibration": ((6, 48), torch.int64),
         "validation": ((3, 48), torch.int64),
     }
     tokenizer = make_tokenizer()
-    for name, windows in ids.items():
+    for name, windows in read.items():
         text = source.with_name(f"{name}.txt").read_text()
         assert len({tuple(window.tolist()) for window in windows}) == len(windows)
         for window in windows:
@@ -178,64 +176,7 @@ def test_tokens_are_windows_of_the_texts(calibrated: tuple[str, Path, Path]) -> 
             assert set(written.split()[1:-1]) <= set(WORDS)
             assert written in text
     with opened(short_config(source, run.with_name("out"))) as job:
-        assert str(source.with_name("validation.txt")) in validation_text(job)
-
-
-def test_the_reference_is_the_last_blocks_output(calibrated: tuple[str, Path, Path]) -> None:
-    name, source, run = calibrated
-    model = reference_model(source)
-    found: dict[str, torch.Tensor] = {}
-
-    def note(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        found["hidden"] = output[0] if isinstance(output, tuple) else output
-
-    model.get_submodule(f"{PREFIX[name]}.1").register_forward_hook(note)
-    ids = load_file(run / "tokens.safetensors")["validation"]
-    with products("float32"):
-        logits = model(ids).logits.double()
-    reference = load_file(run / "reference.safetensors")
-    assert torch.equal(reference["hidden"], found["hidden"])
-    expected = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    assert reference["negative_log_likelihood"].shape == (3, 47)
-    np.testing.assert_allclose(reference["negative_log_likelihood"], expected, atol=1e-5)
-
-
-def test_the_noise_floor_rounds_to_bfloat16_behind_the_embedding_and_every_block(
-    calibrated: tuple[str, Path, Path],
-) -> None:
-    name, source, run = calibrated
-    model = reference_model(source)
-    found: dict[str, torch.Tensor] = {}
-
-    def round_input(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]):  # type: ignore[no-untyped-def]
-        if args:
-            return (args[0].bfloat16().float(), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": kwargs["hidden_states"].bfloat16().float()}
-
-    def note(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        found["hidden"] = (output[0] if isinstance(output, tuple) else output).bfloat16().float()
-
-    for index in range(2):
-        block = model.get_submodule(f"{PREFIX[name]}.{index}")
-        block.register_forward_pre_hook(round_input, with_kwargs=True)
-        block.register_forward_hook(note)
-    with products("float32"):
-        model(load_file(run / "tokens.safetensors")["validation"])
-    reference = load_file(run / "reference.safetensors")
-    assert torch.equal(reference["floor"], found["hidden"])
-    assert not torch.equal(reference["floor"], reference["hidden"])
-
-
-def test_the_reference_alone_is_the_same_one(tmp_path: Path, calibrated: tuple[str, Path, Path]) -> None:
-    _, source, run = calibrated
-    with opened(short_config(source, tmp_path / "out")) as job:
-        outcome = make_reference(job)
-    assert outcome.record.outputs.keys() == {"tokens.safetensors", "reference.safetensors"}
-    expected, found = load_file(run / "reference.safetensors"), load_file(tmp_path / "out.run/reference.safetensors")
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-    tokens = load_file(tmp_path / "out.run/tokens.safetensors")
-    assert torch.equal(tokens["validation"], load_file(run / "tokens.safetensors")["validation"])
-    assert not (tmp_path / "out.run/calibrate").exists()
+        assert str(source.with_name("validation.txt")) in described(job, VALIDATION)
 
 
 # -- running again -----------------------------------------------------------------------------------------
@@ -266,14 +207,14 @@ def test_resumed_behind_a_block_it_leaves_the_same_files(
     monkeypatch.setattr(streams, "SECONDS_BETWEEN_STORES", seconds)
     config = short_config(source, tmp_path / "out")
     with pytest.raises(InterruptedRunError), opened(config, stop_after("block 1/2")) as job:
-        calibrate(job)
+        run_to(job, "calibrate")
     assert (tmp_path / "out.run/calibrate/streams.safetensors").exists() == (seconds == 0.0)
     calls: list[int] = []
     original = Decoder.run
     monkeypatch.setattr(Decoder, "run", lambda self, index, *rest: calls.append(index) or original(self, index, *rest))
     reasons: list[tuple[str, str]] = []
     with opened(config, lambda event: reasons.append((event.label, str(event.reason)))) as job:
-        calibrate(job)
+        run_to(job, "calibrate")
     assert digests(tmp_path / "out.run") == digests(run)
     # The first block is not measured again; with its streams stored it is not even run again.
     assert calls.count(0) == (0 if seconds == 0.0 else 3)
@@ -284,7 +225,7 @@ def test_resumed_behind_a_block_it_leaves_the_same_files(
 
 def again(config: Config) -> Reason:
     with opened(config) as job:
-        return calibrate(job).reason
+        return run_to(job, "calibrate")["calibrate"].reason
 
 
 def test_it_runs_again_for_what_it_depends_on_and_nothing_else(tmp_path: Path) -> None:
@@ -294,19 +235,113 @@ def test_it_runs_again_for_what_it_depends_on_and_nothing_else(tmp_path: Path) -
         return short_config(source, tmp_path / "out", **settings)
 
     assert again(config()) == Reason("new")
-    unrelated = {"plan__bits": 3, "rounding__damping": 0.5, "validation__require": "[mean_kl<=1]"}
+    unrelated = {
+        "plan__bits": 3,
+        "rounding__damping": 0.5,
+        "validation__require": "[mean_kl<=1]",
+        "validation__windows": 2,
+        "validation__text": write_text(tmp_path / "another.txt", 5),
+        "validation__other_text": write_text(tmp_path / "letters.txt", 6),
+    }
     assert again(config(**unrelated)) == Reason("up to date")
-    assert again(config(calibration__samples=5)) == Reason("config changed", "calibration.samples")
-    assert again(config(calibration__samples=5, machine__seed=1)) == Reason("config changed", "machine.seed")
+    assert again(config(calibration__samples=5)) == Reason("input changed", "calibration tokens")
+    assert again(config(calibration__samples=5, machine__seed=1)) == Reason("input changed", "calibration tokens")
+    with_gradients = {"calibration__gradient_samples": 2}
+    assert again(config(**with_gradients)) == Reason("config changed", "calibration.gradient_samples")
 
 
-def test_it_runs_again_when_a_text_has_other_content(tmp_path: Path) -> None:
+def test_what_counts_of_a_text_are_its_tokens(tmp_path: Path) -> None:
+    """Neither its name, nor how windows are asked for; but how they are cut does, for that is what a model reads."""
+    source = make_checkpoint("llama", tmp_path / "model")
+    text = tmp_path / "own.txt"
+    text.write_text("one two three " * 60)  # 840 tokens
+
+    def config(**settings: object) -> Config:
+        return short_config(
+            source, tmp_path / "out", **{"calibration__text": text, "calibration__samples": 99} | settings
+        )
+
+    again(config())
+    (tmp_path / "copy.txt").write_text(text.read_text())
+    assert again(config(calibration__text=tmp_path / "copy.txt", calibration__samples=98)) == Reason("up to date")
+    assert again(config(calibration__seq_len=96)) == Reason("input changed", "calibration tokens")
+
+
+def test_the_same_tokens_cut_otherwise_are_another_text(tmp_path: Path) -> None:
+    """Without a token at their beginning, one window of 64 is two of 32."""
+    windows = [Windows(torch.arange(64).view(shape), "", "3f") for shape in ((1, 64), (2, 32))]
+    jobs = [
+        Job(Config(model="m"), RunDirectory(tmp_path), None, lambda event: None, windows={CALIBRATION: cut})  # type: ignore[arg-type]
+        for cut in windows
+    ]
+    assert [calibration_inputs(job) for job in jobs] == [
+        {"input:calibration tokens": "1 x 64, 3f"},
+        {"input:calibration tokens": "2 x 32, 3f"},
+    ]
+
+
+@pytest.mark.parametrize("home", [False, True])
+def test_it_runs_again_when_a_text_has_other_content(
+    home: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     source = make_checkpoint("llama", tmp_path / "model")
     text = tmp_path / "own.txt"
     text.write_text("one two three " * 60)
-    config = short_config(source, tmp_path / "out", calibration__text=text)
+    config = short_config(source, tmp_path / "out", calibration__text="~/own.txt" if home else text)
     again(config)
     text.write_text("four five six " * 60)
-    assert again(config) == Reason("input changed", f"text {text}")
+    assert again(config) == Reason("input changed", "calibration tokens")
     ids = load_file(tmp_path / "out.run/tokens.safetensors")["calibration"]
     assert "four" in make_tokenizer().decode(ids[0])
+
+
+# -- texts that cannot be had again at will ----------------------------------------------------------------
+
+
+def test_a_data_set_on_the_hub_is_read_once_and_again_when_asked_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    rows, reads = ["one two three " * 60], []
+
+    def read(text: str, characters: int, seed: int) -> list[str]:
+        reads.append(text)
+        return rows
+
+    monkeypatch.setattr("accullm_cli.model.text._read_hub", read)
+    config = short_config(source, tmp_path / "out", calibration__text="hub:some/texts")
+    assert again(config) == Reason("new")
+    assert again(config) == Reason("up to date")
+    rows[0] = "four five six " * 60
+    assert again(config) == Reason("up to date")
+    assert reads == ["hub:some/texts"]
+    assert again(short_config(source, tmp_path / "out", calibration__text="hub:some/texts", machine__seed=1)).runs
+    with opened(config, fresh=True) as job:
+        assert run_to(job, "calibrate")["calibrate"].reason == Reason("forced")
+    assert len(reads) == 3
+    ids = load_file(tmp_path / "out.run/tokens.safetensors")["calibration"]
+    assert "four" in make_tokenizer().decode(ids[0])
+
+
+def test_text_that_the_model_writes_is_named_by_what_it_depends_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+
+    def config(**settings: object) -> Config:
+        return short_config(source, tmp_path / "out", calibration__text="self", **settings)
+
+    with pytest.raises(InterruptedRunError), opened(config(), stop_after("block 1/2")) as job:
+        run_to(job, "calibrate")
+    written = load_file(tmp_path / "out.run/tokens.safetensors")["calibration"]
+    labels: list[str] = []
+    with opened(config(), lambda event: labels.append(event.label)) as job:
+        run_to(job, "calibrate")
+    assert not any(label.startswith("text ") for label in labels)  # what was written before is read
+    assert torch.equal(load_file(tmp_path / "out.run/tokens.safetensors")["calibration"], written)
+    assert again(config()) == Reason("up to date")
+    assert again(config(validation__windows=2)) == Reason("up to date")
+    assert again(config(machine__seed=1)) == Reason("config changed", "machine.seed")
+    assert not torch.equal(load_file(tmp_path / "out.run/tokens.safetensors")["calibration"], written)
+    assert again(config(calibration__samples=5, machine__seed=1)) == Reason("config changed", "calibration.samples")

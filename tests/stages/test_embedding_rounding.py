@@ -15,10 +15,10 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.progress import Event
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.stages import embedding_rounding
-from accullm_cli.stages.calibrate import open_decoder
 from accullm_cli.stages.embedding_rounding import round_embedding
+from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.profile import load_plan
-from accullm_cli.stages.quantize import quantize, units_of
+from accullm_cli.stages.quantize import units_of
 from tests.quant.references import scale_and_zero, textbook_gptq
 from tests.stages.quantized import Call, close, weights_of
 from tests.stages.references import rows_of, set_weight
@@ -202,14 +202,14 @@ def test_what_is_only_looked_up_is_rounded_to_nearest_on_the_best_range(method: 
 def test_nearest_runs_no_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_checkpoint("llama-tied", tmp_path / "model")
     with opened(short_config(source, tmp_path / "out", rounding__method="nearest", plan__embedding_bits=8)) as job:
-        done = run_to(job, "profile")
+        run_to(job, "profile")
 
         def refuse(*args: object, **kwargs: object) -> None:
             raise AssertionError("a forward pass")
 
         for method in ("embed", "run", "run_capturing", "load_outside", "head_input"):
             monkeypatch.setattr(Decoder, method, refuse)
-        quantize(job, done["calibrate"].record.key, done["profile"].record.key)
+        run_to(job, "quantize")
     assert (tmp_path / "out.run/quantize/head.safetensors").exists()
 
 
@@ -278,14 +278,14 @@ def test_a_shard_that_is_gone_is_made_again_with_all_behind_it(
             steps.append(f"{event.label}: {event.reason}")
 
     with opened(short_config(source, tmp_path / "out", **settings), note) as job:
-        done = run_to(job, "quantize")
+        run_to(job, "quantize")
         assert steps == [f"{unit}: new" for unit in units]
         before = files_of(job.run.file("quantize"))
         for unit in units:
             steps.clear()
             file = f"block-0000{int(unit[6]) - 1}" if unit.startswith("block") else unit
             job.run.file(f"quantize/{file}.safetensors").unlink()
-            quantize(job, done["calibrate"].record.key, done["profile"].record.key)
+            run_to(job, "quantize")
             place = units.index(unit)
             assert steps[: place + 1] == [f"{earlier}: up to date" for earlier in units[:place]] + [f"{unit}: new"]
             assert files_of(job.run.file("quantize")) == before

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from accullm_cli.stages import estimate as stage
-from accullm_cli.stages.calibrate import open_decoder
 from accullm_cli.stages.estimate import Estimated, estimate
+from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.profile import make_plan
 from tests.streaming import opened, run_to, short_config
 from tests.tiny import make_checkpoint, make_tokenizer
@@ -81,12 +81,22 @@ def test_the_size_is_within_two_percent_of_all_files(tmp_path: Path) -> None:
 
 def test_more_text_takes_more_time_and_memory(tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
-    little = estimated(source, tmp_path / "out", calibration__samples=1, validation__windows=2)
+    little = estimated(source, tmp_path / "out", calibration__samples=100, validation__windows=2)
     much = estimated(source, tmp_path / "out", calibration__samples=10_000, validation__windows=2)
     assert much.seconds > 10 * little.seconds
     # Both streams, in float32.
-    assert much.peak_bytes - little.peak_bytes == 9_999 * 48 * 64 * 4 * 2
+    assert much.peak_bytes - little.peak_bytes == 9_900 * 48 * 64 * 4 * 2
     assert much.artifact_bytes == little.artifact_bytes
+
+
+def test_references_are_held_beside_the_text_that_is_measured(tmp_path: Path) -> None:
+    """In calibrate: little of its own text, and twice the windows of each other."""
+    source = make_checkpoint("llama", tmp_path / "model")
+    two, five = (
+        estimated(source, tmp_path / "out", calibration__samples=1, validation__windows=windows).peak_bytes
+        for windows in (2, 5)
+    )
+    assert five - two == 3 * 48 * 64 * 4 * 2
 
 
 def test_gradients_take_more_time_and_a_blocks_fisher_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +137,7 @@ def test_a_large_vocabulary_takes_the_memory_of_its_logits(tmp_path: Path) -> No
         "from tests.streaming import fast_config, opened, run_to\n"
         "place = Path(sys.argv[1])\n"
         f"with opened(fast_config(place / 'model', place / 'out', **{settings})) as job:\n"
-        "    print(run_to(job, 'validate')['validate'].record.peak_bytes)\n"
+        "    print(run_to(job, 'validate')['validate accullm'].record.peak_bytes)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])

@@ -14,8 +14,8 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.formats.accullm import AccullmFormat
 from accullm_cli.run import Reason
-from accullm_cli.stages.export import artifact_directories, check_output, export
-from tests.streaming import fast_config, opened, run_to
+from accullm_cli.stages.export import EXPORT, check_output
+from tests.streaming import fast_config, opened, run_alone, run_to
 from tests.tiny import make_checkpoint
 
 
@@ -41,8 +41,8 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def export_to(llama: Path, run: Path, out: Path, force: bool = False, **settings: object) -> Reason:
-    with opened(fast_config(llama, out, machine__run=run, **settings)) as job:
-        return export(job, out, job.run.stages()["quantize"].key, force).reason
+    with opened(fast_config(llama, out, machine__run=run, **settings), fresh=force) as job:
+        return run_alone(job, EXPORT).reason
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -79,21 +79,27 @@ def test_nothing_of_the_machine_is_in_the_artifact(llama: Path, finished: Path) 
         assert str(finished.parent).encode() not in path.read_bytes()
 
 
-def test_texts_are_named_without_their_place(llama: Path, tmp_path: Path) -> None:
-    with opened(fast_config(llama, tmp_path / "out", validation__other_text=tmp_path / "letters.txt")) as job:
+def test_provenance_holds_what_made_the_artifact_and_nothing_else(llama: Path, tmp_path: Path) -> None:
+    """Not what measures it, nor where it was made; a text is named without its place."""
+    settings = {"validation__other_text": tmp_path / "letters.txt", "validation__require": "[mean_kl<=9]"}
+    (tmp_path / "letters.txt").write_text("dear sir " * 60)
+    with opened(fast_config(llama, tmp_path / "out", **settings)) as job:
         run_to(job, "export")
-    provenance = json.loads((tmp_path / "out/accullm.json").read_text())["provenance"]["config"]
-    assert provenance["calibration"]["text"] == "calibration.txt"
-    assert (provenance["validation"]["text"], provenance["validation"]["other_text"]) == (
-        "validation.txt",
-        "letters.txt",
-    )
+    provenance = json.loads((tmp_path / "out/accullm.json").read_text())["provenance"]
+    assert provenance.keys() == {"source", "source_sha256", "config", "seed", "versions", "records"}
+    assert provenance["config"].keys() == {"calibration", "plan", "rounding"}
+    assert provenance["config"]["calibration"] == {
+        "text": "calibration.txt",
+        "samples": 1,
+        "seq_len": 48,
+        "gradient_samples": None,
+    }
 
 
 def test_several_formats_get_a_directory_each(llama: Path, tmp_path: Path) -> None:
     settings = {"export__format": "[accullm,compressed-tensors]", "plan__outliers": 0}
     with opened(fast_config(llama, tmp_path / "out", **settings)) as job:
-        assert artifact_directories(job, tmp_path / "out") == {
+        assert job.artifacts == {
             "accullm": tmp_path / "out" / "accullm",
             "compressed-tensors": tmp_path / "out" / "compressed-tensors",
         }
@@ -105,7 +111,7 @@ def test_several_formats_get_a_directory_each(llama: Path, tmp_path: Path) -> No
 
 def test_one_format_gets_the_directory_itself(llama: Path, tmp_path: Path) -> None:
     with opened(fast_config(llama, tmp_path / "out")) as job:
-        assert artifact_directories(job, tmp_path / "out") == {"accullm": tmp_path / "out"}
+        assert job.artifacts == {"accullm": tmp_path / "out"}
 
 
 @pytest.mark.parametrize(("name", "embeddings"), [("llama", ["embedding", "head"]), ("llama-tied", ["head"])])
@@ -187,6 +193,88 @@ def test_killed_around_the_renames_the_next_call_restores(
     export_to(llama, run, out)
     assert contents(out) == contents(finished.with_name("out"))
     assert names(tmp_path) == ["out", "run"]
+
+
+@pytest.mark.parametrize("moment", range(1, 7))
+@pytest.mark.parametrize("earlier", [False, True], ids=["nothing there", "an artifact there"])
+def test_killed_at_any_step_it_neither_refuses_nor_loses_the_earlier_artifact(
+    moment: int,
+    earlier: bool,
+    llama: Path,
+    run: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process dies right before the nth thing that it does to a directory, in the check or in the export."""
+    out = tmp_path / "out"
+    if earlier:
+        earlier_artifact(out)
+    before = contents(out)
+    steps: list[str] = []
+
+    def die_at(name: str, moments: int, call):  # type: ignore[no-untyped-def]
+        def dying(path, *args, **kwargs):  # type: ignore[no-untyped-def]
+            if len(steps) + 1 >= moments:
+                raise KilledError
+            if ".out." in str(path) or path == out:
+                steps.append(f"{name} {Path(path).name}")
+            return call(path, *args, **kwargs)
+
+        return dying
+
+    def checked_export() -> None:
+        with opened(fast_config(llama, out, machine__run=run)) as job:
+            check_output(job, out)
+        export_to(llama, run, out)
+
+    for dies_at in (moment, moment + 1):  # the second time in what the first time left
+        steps.clear()
+        with monkeypatch.context() as patch:
+            for name in ("mkdir", "rmdir", "rename"):
+                patch.setattr(Path, name, die_at(name, dies_at, getattr(Path, name)))
+            patch.setattr(shutil, "rmtree", die_at("rmtree", dies_at, shutil.rmtree))
+            try:
+                checked_export()
+            except KilledError:
+                held = [contents(place) for place in (out, tmp_path / ".out.old") if place.exists()]
+                assert not earlier or before in held or contents(out) == contents(finished.with_name("out"))
+    checked_export()
+    assert contents(out) == contents(finished.with_name("out"))
+    assert names(tmp_path) == ["out", "run"]
+
+
+@pytest.mark.parametrize("kind", ["probe", "partial", "old"])
+@pytest.mark.parametrize("what", ["empty", "full", "file", "link"])
+def test_a_leftover_of_any_kind_is_no_obstacle(
+    kind: str, what: str, llama: Path, run: Path, finished: Path, tmp_path: Path
+) -> None:
+    leftover = tmp_path / f".out.{kind}"
+    if what == "link":
+        leftover.symlink_to(finished)
+    elif what == "file":
+        leftover.write_text("")
+    else:
+        leftover.mkdir()
+        if what == "full":
+            (leftover / "half.safetensors").write_text("half")
+    with opened(fast_config(llama, tmp_path / "out", machine__run=run)) as job:
+        check_output(job, tmp_path / "out")
+    export_to(llama, run, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(finished.with_name("out"))
+    assert [name for name in names(tmp_path) if name != f".out.{kind}"] == ["out", "run"]
+    assert (finished / "manifest.json").exists()
+
+
+def test_a_leftover_of_several_exports_is_no_file_of_others(llama: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for kind in ("partial", "old"):
+        (out / f".accullm.{kind}").mkdir(parents=True)
+    with opened(fast_config(llama, out, machine__run=run)) as job:
+        check_output(job, out)
+        (out / ".mine").mkdir()
+        with pytest.raises(AccullmError, match=r"holds something else than an artifact"):
+            check_output(job, out)
 
 
 @pytest.mark.parametrize("lost", ["config.json", "accullm.json"])

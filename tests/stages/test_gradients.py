@@ -13,7 +13,6 @@ from torch import nn
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.progress import Event
 from accullm_cli.stages import gradients
-from accullm_cli.stages.calibrate import calibrate
 from accullm_cli.stages.job import Job
 from tests.stages.quantized import Call
 from tests.stages.references import rows_of
@@ -65,7 +64,7 @@ def test_gradients_are_those_of_one_backward_pass(name: str, tmp_path: Path) -> 
     source = make_checkpoint(name, tmp_path / "model")
     config = short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS, machine__seed=3)
     with opened(config) as job:
-        outcome = calibrate(job)
+        outcome = run_to(job, "calibrate")["calibrate"]
         found = [gradients.load_gradient(job, index) for index in range(2)]
     run = tmp_path / "out.run"
     ids = load_file(run / "tokens.safetensors")["calibration"][:WINDOWS]
@@ -83,7 +82,7 @@ def test_gradients_are_those_of_one_backward_pass(name: str, tmp_path: Path) -> 
 def test_sensitivities_are_mean_squares_of_output_gradients(name: str, tmp_path: Path) -> None:
     source = make_checkpoint(name, tmp_path / "model")
     with opened(short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS)) as job:
-        calibrate(job)
+        run_to(job, "calibrate")
         found = gradients.load_sensitivities(job, 2)
     ids = load_file(tmp_path / "out.run" / "tokens.safetensors")["calibration"][:WINDOWS]
     _, expected = whole_backward(source, ids, seed=0)
@@ -136,7 +135,7 @@ def test_a_broken_off_backward_pass_goes_on(tmp_path: Path, monkeypatch: pytest.
     source = make_checkpoint("llama", tmp_path / "model")
     whole = short_config(source, tmp_path / "whole", calibration__gradient_samples=WINDOWS)
     with opened(whole) as job:
-        calibrate(job)
+        run_to(job, "calibrate")
     config = short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS)
     through = gradients._through_block
 
@@ -147,13 +146,13 @@ def test_a_broken_off_backward_pass_goes_on(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(gradients, "_through_block", stop)
     with pytest.raises(KeyboardInterrupt), opened(config) as job:
-        calibrate(job)
+        run_to(job, "calibrate")
     monkeypatch.setattr(gradients, "_through_block", through)
     of_the_loss: list[Decoder] = []
     monkeypatch.setattr(gradients, "_of_the_loss", lambda decoder, *rest: of_the_loss.append(decoder))
     seen: list[Event] = []
     with opened(config, seen.append) as job:
-        calibrate(job)
+        run_to(job, "calibrate")
     assert of_the_loss == []
     names = ("gradient-00000.safetensors", "gradient-00001.safetensors")
     for file in names:
@@ -168,7 +167,7 @@ def test_gradients_of_other_draws_are_made_anew(tmp_path: Path) -> None:
     for out, seed in (("out", 1), ("out", 2), ("fresh", 2)):
         settings = {"calibration__gradient_samples": WINDOWS, "machine__seed": seed}
         with opened(short_config(source, tmp_path / out, **settings)) as job:
-            calibrate(job)
+            run_to(job, "calibrate")
     for index in range(2):
         file = f"calibrate/gradient-0000{index}.safetensors"
         assert (tmp_path / "out.run" / file).read_bytes() == (tmp_path / "fresh.run" / file).read_bytes()

@@ -16,19 +16,20 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.run import Reason
 from accullm_cli.stages import profile as profile_module
-from accullm_cli.stages.calibrate import calibrate, load_block_stats, open_decoder, stats_path
+from accullm_cli.stages.calibrate import load_block_stats, stats_path
 from accullm_cli.stages.gradients import load_sensitivities
+from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.profile import (
+    PROFILE,
     average_choices,
     load_plan,
     load_stats,
     make_plan,
-    profile,
     refuse_impossible,
     scale_dtype,
 )
 from tests.stages.references import inputs_of, rounding_damage, weight_of
-from tests.streaming import opened, reference_model, run_to, short_config
+from tests.streaming import opened, reference_model, run_alone, run_to, short_config
 from tests.tiny import make_checkpoint
 
 
@@ -184,7 +185,7 @@ def test_another_budget_runs_profile_again_and_not_calibrate(llama: Path, tmp_pa
     assert done["calibrate"].reason == Reason("up to date")
     assert done["profile"].reason == Reason("config changed", "plan.outliers")
     with opened(short_config(llama, tmp_path / "out", plan__outliers=0.1)) as job:
-        assert profile(job, "another key").reason == Reason("input changed", "calibrate")
+        assert run_alone(job, PROFILE, calibrate="another key").reason == Reason("input changed", "calibrate")
 
 
 # -- an average ----------------------------------------------------------------------------------------------
@@ -246,11 +247,11 @@ def test_an_expert_that_no_gradient_reached_keeps_four_bits(tmp_path: Path, monk
     source = make_checkpoint("mixtral", tmp_path / "model")
     name = "model.layers.0.mlp.experts.down_proj.2"
     with opened(short_config(source, tmp_path / "out", **AVERAGE)) as job:
-        calibrated = calibrate(job)
+        run_to(job, "calibrate")
         known = load_sensitivities(job, 2)
         assert known[name] > 0
         monkeypatch.setattr(profile_module, "load_sensitivities", lambda *_: {**known, name: 0.0})
-        profile(job, calibrated.record.key)
+        run_to(job, "profile")
         plan = load_plan(job.run.file("plan.json"))
     assert (plan.linears[name].bits, plan.linears[name].outlier_index) == (4, ())
 

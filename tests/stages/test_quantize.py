@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,8 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.progress import Event
 from accullm_cli.stages import block_rounding
-from accullm_cli.stages.calibrate import calibrate
-from accullm_cli.stages.profile import load_plan, profile
-from accullm_cli.stages.quantize import quantize
+from accullm_cli.stages.profile import load_plan
+from accullm_cli.stages.quantize import QUANTIZE
 from tests.stages.quantized import (
     LLAMA_ORDER,
     Call,
@@ -28,7 +28,7 @@ from tests.stages.quantized import (
     weights_of,
 )
 from tests.stages.references import inputs_of, seen, set_weight, weight_of
-from tests.streaming import opened, reference_model, run_to, short_config
+from tests.streaming import opened, reference_model, run_alone, run_to, short_config
 from tests.tiny import make_checkpoint
 
 MIXTRAL_ORDER = [
@@ -141,14 +141,14 @@ def test_nearest_runs_no_block(tmp_path: Path, calls: list[Call], monkeypatch: p
     source = make_checkpoint("llama", tmp_path / "model")
     settings = {"rounding__method": "nearest", "rounding__grid": "minmax", "plan__scale_bits": 16}
     with opened(short_config(source, tmp_path / "out", **settings)) as job:
-        done = run_to(job, "profile")
+        run_to(job, "profile")
 
         def refuse(*args: object, **kwargs: object) -> None:
             raise AssertionError("a forward pass")
 
         for method in ("embed", "run", "run_capturing", "load_outside"):
             monkeypatch.setattr(Decoder, method, refuse)
-        quantize(job, done["calibrate"].record.key, done["profile"].record.key)
+        run_to(job, "quantize")
     run = tmp_path / "out.run"
     plan, model = load_plan(run / "plan.json"), reference_model(source)
     for name, entry in plan.linears.items():
@@ -198,13 +198,11 @@ def test_a_changed_plan_of_the_first_block_runs_all_that_follow(tmp_path: Path) 
             steps.append(f"{event.label}: {event.reason}")
 
     with opened(short_config(source, tmp_path / "out"), note) as job:
-        calibrated = calibrate(job).record.key
-        profiled = profile(job, calibrated).record.key
-        quantize(job, calibrated, profiled)
+        run_to(job, "quantize")
         before = shard(job.run.path, 1)
         steps.clear()
         edit_plan(job.run.path, **{"layers.0.self_attn.q_proj": 3})
-        quantize(job, calibrated, f"{profiled} edited")
+        run_alone(job, QUANTIZE, profile="edited")
         after = shard(job.run.path, 1)
     assert steps == ["block 1/2: config changed (plan)", "block 2/2: input changed (block before)"]
     codes = "model.layers.1.mlp.up_proj.qweight"
@@ -244,14 +242,13 @@ def test_a_block_is_run_again_from_what_is_known(tmp_path: Path, monkeypatch: py
         return run(self, index, block, hidden, known, **filler)
 
     with opened(short_config(source, tmp_path / "out", calibration__samples=1)) as job:
-        done = run_to(job, "profile")
-        keys = done["calibrate"].record.key, done["profile"].record.key
+        run_to(job, "profile")
         with monkeypatch.context() as patch:
             patch.setattr(Decoder, "run", spy)
-            quantize(job, *keys)
+            run_to(job, "quantize")
         shards = [shard(job.run.path, index) for index in range(2)]
         monkeypatch.setattr(Decoder, "shortcuts", lambda *args: ())
-        quantize(job, *keys, force=True)
+        run_alone(replace(job, fresh=True), QUANTIZE)
         # For q, k and v, for o, for gate and up, for down, and at the end for the next block.
         assert begun == 2 * [(), (), ("o_proj",), ("o_proj",), ("o_proj", "down_proj")]
         for index, expected in enumerate(shards):

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from accullm_cli.quant.rounding import RoundedLinear, round_linears
 from accullm_cli.stages import block_rounding
 from accullm_cli.stages.profile import load_plan
-from accullm_cli.stages.quantize import quantize
 from tests.stages.quantized import (
     LLAMA_ORDER,
     Call,
@@ -142,9 +141,9 @@ def test_round_linears_returns_what_the_shard_stores(tmp_path: Path, monkeypatch
 def test_a_linear_of_16_bits_is_stored_bit_for_bit(calls: list[Call], tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
     with opened(short_config(source, tmp_path / "out")) as job:
-        done = run_to(job, "profile")
+        run_to(job, "profile")
         edit_plan(job.run.path, **{"0.self_attn.q_proj": 16, "1.mlp.down_proj": 16})
-        quantize(job, done["calibrate"].record.key, done["profile"].record.key)
+        run_to(job, "quantize")
     run, stored = tmp_path / "out.run", load_file(source / "model.safetensors")
     for index, name in enumerate(("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")):
         own = {key: value for key, value in shard(run, index).items() if key.startswith(f"{name}.")}
@@ -160,10 +159,10 @@ def test_the_streams_go_through_blocks_that_end_in_16_bits(calls: list[Call], tm
     """What a block's last linear is does not matter for the input of the next block."""
     source = make_checkpoint("llama", tmp_path / "model")
     with opened(short_config(source, tmp_path / "out")) as job:
-        done = run_to(job, "profile")
+        run_to(job, "profile")
         kept = ("o_proj", "gate_proj", "up_proj", "down_proj")
         edit_plan(job.run.path, **{f"layers.0.{'self_attn' if n == 'o_proj' else 'mlp'}.{n}": 16 for n in kept})
-        quantize(job, done["calibrate"].record.key, done["profile"].record.key)
+        run_to(job, "quantize")
     run = tmp_path / "out.run"
     ids = load_file(run / "tokens.safetensors")["calibration"]
     rounded, model = weights_of(run), reference_model(source)
@@ -178,10 +177,10 @@ def test_the_streams_go_through_blocks_that_end_in_16_bits(calls: list[Call], tm
 def test_a_block_of_16_bits_alone_loses_nothing(calls: list[Call], tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
     with opened(short_config(source, tmp_path / "out")) as job:
-        done = run_to(job, "profile")
+        run_to(job, "profile")
         for linears in LLAMA_ORDER:
             edit_plan(job.run.path, **{f"layers.0.{linear}": 16 for linear in linears})
-        quantize(job, done["calibrate"].record.key, done["profile"].record.key)
+        run_to(job, "quantize")
     first = calls[0]
     assert first.names[0] == "model.layers.1.self_attn.q_proj"
     y = inputs_of(reference_model(source), load_file(tmp_path / "out.run" / "tokens.safetensors")["calibration"])
@@ -193,9 +192,9 @@ def test_a_block_of_16_bits_alone_loses_nothing(calls: list[Call], tmp_path: Pat
 def test_one_expert_of_a_stack_may_stay_in_16_bits(tmp_path: Path) -> None:
     source = make_checkpoint("mixtral", tmp_path / "model")
     with opened(short_config(source, tmp_path / "out")) as job:
-        done = run_to(job, "profile")
+        run_to(job, "profile")
         edit_plan(job.run.path, **{"1.mlp.experts.down_proj.2": 16})
-        quantize(job, done["calibrate"].record.key, done["profile"].record.key)
+        run_to(job, "quantize")
     held = shard(tmp_path / "out.run", 1)
     name = "model.layers.1.mlp.experts.down_proj"
     expected = load_file(source / "model.safetensors")["model.layers.1.block_sparse_moe.experts.2.w2.weight"]

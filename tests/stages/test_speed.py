@@ -13,9 +13,9 @@ import torch
 from accullm_cli.kernels import packed
 from accullm_cli.stages import speed
 from accullm_cli.stages.job import Job
-from accullm_cli.stages.speed import load_speed, measure_speed, time_model
+from accullm_cli.stages.speed import load_speed, time_model
 from accullm_cli.stages.whole_model import engines, load_artifact, load_original
-from tests.streaming import fast_config, opened, reference_model, run_to
+from tests.streaming import fast_config, opened, reference_model, run_alone, run_to
 from tests.tiny import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -64,13 +64,12 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     place = tmp_path_factory.mktemp(request.param)
     source = make_checkpoint(request.param, place / "model")
     with opened(fast_config(source, place / "out", plan__group_size=32)) as job:
-        run_to(job, "export")
+        run_to(job, "export", "reference")
     return source, place / "out"
 
 
-def measured(job: Job, out: Path, force: bool = False) -> str:
-    outcome = measure_speed(job, out, "hash", job.run.stages()["calibrate"].key, force)
-    return str(outcome.reason)
+def measured(job: Job, out: Path) -> str:
+    return str(run_alone(job, speed.speed(out)).reason)
 
 
 def test_both_models_are_timed_and_the_engines_named(exported: tuple[Path, Path]) -> None:
@@ -116,7 +115,7 @@ def test_what_is_timed_are_the_models_themselves(exported: tuple[Path, Path], mo
 def test_experts_and_heads_count_as_linears(tmp_path: Path) -> None:
     source = make_checkpoint("mixtral", tmp_path / "model")
     with opened(fast_config(source, tmp_path / "out", plan__group_size=32, plan__embedding_bits=4)) as job:
-        run_to(job, "export")
+        run_to(job, "export", "reference")
     model = load_artifact(tmp_path / "out", CPU, torch.float32)
     found = engines(model, 1)
     experts = sum(len(m) for m in model.modules() if type(m).__name__ == "HybridExperts")

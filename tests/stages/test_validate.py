@@ -23,13 +23,12 @@ from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.progress import Event
 from accullm_cli.run import Reason
 from accullm_cli.stages import device, streams
-from accullm_cli.stages import validate as validation
-from accullm_cli.stages.export import export
-from accullm_cli.stages.job import StageOutcome
-from accullm_cli.stages.quantize import quantize
-from accullm_cli.stages.validate import artifact_sha256, fidelity_path, load_fidelity, validate
+from accullm_cli.stages import validate as validate_module
+from accullm_cli.stages.stage import StageOutcome
+from accullm_cli.stages.texts import VALIDATION
+from accullm_cli.stages.validate import artifact_sha256, fidelity_path, load_fidelity, validation
 from tests.stages.quantized import edit_plan
-from tests.streaming import fast_config, opened, reference_model, run_to
+from tests.streaming import fast_config, opened, reference_model, run_alone, run_to
 from tests.tiny import make_checkpoint
 
 
@@ -39,13 +38,13 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     place = tmp_path_factory.mktemp(request.param)
     source = make_checkpoint(request.param, place / "model")
     with opened(fast_config(source, place / "out")) as job:
-        run_to(job, "export")
+        run_to(job, "export", "reference")
     return source, place / "out"
 
 
 def measure(source: Path, out: Path, artifact: Path | None = None) -> tuple[StageOutcome, Fidelity]:
     with opened(fast_config(source, out)) as job:
-        outcome = validate(job, artifact or out, "accullm", job.run.stages()["calibrate"].key)
+        outcome = run_alone(job, validation("accullm", artifact or out, VALIDATION))
         return outcome, load_fidelity(job, "accullm")
 
 
@@ -66,7 +65,7 @@ def damaged(out: Path, place: Path, name: str, factor: float) -> Path:
 def test_perplexities_are_those_of_transformers(exported: tuple[Path, Path]) -> None:
     source, out = exported
     _, fidelity = measure(source, out)
-    ids = load_file(out.with_name("out.run") / "tokens.safetensors")["validation"]
+    ids = load_file(out.with_name("out.run") / "reference.safetensors")["ids"]
 
     def perplexity(logits: torch.Tensor) -> float:
         likelihood = logits.double()[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
@@ -83,11 +82,9 @@ def with_all_linears_kept(directory: Path, **settings: object) -> Fidelity:
     """What is measured of a Llama whose linears in the blocks all stay as they are."""
     source, out = make_checkpoint("llama", directory / "model"), directory / "out"
     with opened(fast_config(source, out, **settings)) as job:
-        done = run_to(job, "profile")
+        run_to(job, "profile")
         edit_plan(job.run.path, _proj=16)
-        done["quantize"] = quantize(job, done["calibrate"].record.key, done["profile"].record.key)
-        export(job, out, done["quantize"].record.key)
-        validate(job, out, "accullm", done["calibrate"].record.key)
+        run_to(job, "validate")
         return load_fidelity(job, "accullm")
 
 
@@ -106,8 +103,8 @@ def test_the_originals_weights_are_not_read(exported: tuple[Path, Path], monkeyp
         raise AssertionError("the original was read")
 
     monkeypatch.setattr(Checkpoint, "__init__", refuse)
-    with opened(fast_config(source, out)) as job:
-        validate(job, out, "accullm", job.run.stages()["calibrate"].key, force=True)
+    with opened(fast_config(source, out), fresh=True) as job:
+        run_alone(job, validation("accullm", out, VALIDATION))
 
 
 def test_what_was_measured_reads_back(exported: tuple[Path, Path]) -> None:
@@ -136,7 +133,7 @@ def test_on_a_gpu_the_whole_model_gives_the_logits(
         went.append((device, dtype))
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
-    monkeypatch.setattr(validation, "load_artifact", load)
+    monkeypatch.setattr(validate_module, "load_artifact", load)
     monkeypatch.setattr(device, "why_no_kernels", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     shutil.copytree(out, tmp_path / "out")
@@ -144,7 +141,7 @@ def test_on_a_gpu_the_whole_model_gives_the_logits(
     config = fast_config(source, tmp_path / "out")
     config = config.model_copy(update={"machine": config.machine.model_copy(update={"device": "cuda"})})
     with opened(config) as job:
-        outcome = validate(job, tmp_path / "out", "accullm", job.run.stages()["calibrate"].key)
+        outcome = run_alone(job, validation("accullm", tmp_path / "out", VALIDATION))
         on_gpu = load_fidelity(job, "accullm")
     assert str(outcome.reason) == "machine changed (device)"
     assert went == [(torch.device("cuda", 0), torch.bfloat16)]
@@ -165,7 +162,7 @@ def with_embeddings(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
     place = tmp_path_factory.mktemp(request.param)
     source = make_checkpoint(request.param, place / "model")
     with opened(fast_config(source, place / "out", plan__embedding_bits=8)) as job:
-        run_to(job, "export")
+        run_to(job, "export", "reference")
     return source, place / "out"
 
 
@@ -173,7 +170,7 @@ def test_the_originals_logits_are_those_of_its_own_head(with_embeddings: tuple[P
     """And the artifact's are those of the quantized one, as transformers computes them."""
     source, out = with_embeddings
     _, fidelity = measure(source, out)
-    ids = load_file(out.with_name("out.run") / "tokens.safetensors")["validation"]
+    ids = load_file(out.with_name("out.run") / "reference.safetensors")["ids"]
     original = reference_model(source)(ids).logits.double().log_softmax(-1)
     artifact = reference_model(out)(ids).logits.double().log_softmax(-1)
 
@@ -253,8 +250,8 @@ def test_it_goes_on_behind_the_last_stored_block(exported: tuple[Path, Path], mo
         if event.label == "block 1/2":
             raise InterruptedRunError
 
-    with opened(fast_config(source, out), stop) as job, pytest.raises(InterruptedRunError):
-        validate(job, out, "accullm", job.run.stages()["calibrate"].key, force=True)
+    with opened(fast_config(source, out), stop, fresh=True) as job, pytest.raises(InterruptedRunError):
+        run_alone(job, validation("accullm", out, VALIDATION))
     stored = out.with_name("out.run") / "validate-accullm-stream.safetensors"
     assert stored.exists()
     calls: list[int] = []
@@ -262,7 +259,7 @@ def test_it_goes_on_behind_the_last_stored_block(exported: tuple[Path, Path], mo
     monkeypatch.setattr(Decoder, "run", lambda self, index, *rest: calls.append(index) or run(self, index, *rest))
     labels: list[str] = []
     with opened(fast_config(source, out), lambda event: labels.append(event.label)) as job:
-        validate(job, out, "accullm", job.run.stages()["calibrate"].key, force=True)
+        run_alone(job, validation("accullm", out, VALIDATION))
         assert load_fidelity(job, "accullm") == expected
     assert calls == [1]
     assert "blocks 1 to 1/2" in labels

@@ -1,0 +1,160 @@
+"""The texts of a conversion as windows of tokens.
+
+They are cut before anything is decided: what is made of a text depends on its tokens, wherever they come from, and on
+nothing else. Text that the model samples is the exception: it is made by calibrate, and named by what it depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from accullm_cli.model.text import Windows, calibration_windows, other_windows, search_windows, validation_windows
+from accullm_cli.model.tokenizer import check_ids
+from accullm_cli.run import key_of
+from accullm_cli.stages.job import Job, machine_inputs, section_inputs
+from accullm_cli.stages.keyed import facts_of, is_made_for, write_keyed
+
+CALIBRATION = "calibration"
+SAMPLED = "self"
+# Calibration's tokens in the run directory: quantize reads them there, and texts that cannot be cut again at will.
+TOKENS = "tokens.safetensors"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that artifacts are held against their original on.
+
+    place: what the names of its files in the run directory begin with.
+    reference: the stage that runs the original over it.
+    measuring: the stage that runs an artifact over it, with {} for the artifact's format.
+    """
+
+    name: str
+    place: str
+    reference: str
+    measuring: str
+    cut: Callable[..., Windows]
+
+
+# What the contract is judged on, what a search over plans is measured on, and text of another kind.
+VALIDATION = Text("validation", "", "reference", "validate {}", validation_windows)
+SEARCH = Text("search", "search/", "search reference", "measure {}", search_windows)
+OTHER = Text("other", "other/", "other reference", "validate {} on other text", other_windows)
+
+
+def texts_of(job: Job) -> tuple[Text, ...]:
+    """The texts that the configuration asks to be measured on."""
+    wanted = {VALIDATION: True, SEARCH: job.config.search.golden, OTHER: other_window_count(job) > 0}
+    return tuple(text for text in wanted if wanted[text])
+
+
+def other_window_count(job: Job) -> int:
+    """Windows of the text of another kind; 0 where there is to be none."""
+    validation = job.config.validation
+    return 0 if validation.other_text == "none" else max(2, validation.windows // 2)
+
+
+def windows_of(job: Job, text: Text) -> Windows:
+    """A text's windows, cut once for a job.
+
+    Raises:
+        AccullmError: the text cannot be had, or is too short.
+    """
+    if text.name not in job.windows:
+        validation = job.config.validation
+        source, count = validation.text, validation.windows
+        if text is OTHER:
+            source, count = validation.other_text, other_window_count(job)
+        seq_len, seed = job.config.calibration.seq_len, job.config.machine.seed
+        windows = text.cut(source, job.tokenizer, count, seq_len, seed)
+        check_ids(windows.ids, job.tokenizer, job.source.directory)
+        job.windows[text.name] = windows
+    return job.windows[text.name]
+
+
+def text_inputs(job: Job, text: Text) -> dict[str, str]:
+    """What a stage depends on that reads a text."""
+    return {f"input:{text.name} tokens": _fingerprint(windows_of(job, text))}
+
+
+def calibration_of(job: Job) -> Windows:
+    """As `windows_of`, for calibration.
+
+    A data set on the hub may change, and a model takes long to write: both are kept for as long as the same is asked.
+    """
+    if CALIBRATION not in job.windows:
+        options, seed = job.config.calibration, job.config.machine.seed
+        if (kept := _kept(job)) is not None:
+            job.windows[CALIBRATION] = kept
+        elif options.text == SAMPLED:
+            from accullm_cli.model.self_text import sampled_windows
+
+            job.windows[CALIBRATION] = sampled_windows(
+                job.source, job.tokenizer, options.samples, options.seq_len, seed, job.progress
+            )
+        else:
+            windows = calibration_windows(options.text, job.tokenizer, options.samples, options.seq_len, seed)
+            check_ids(windows.ids, job.tokenizer, job.source.directory)
+            job.windows[CALIBRATION] = windows
+    return job.windows[CALIBRATION]
+
+
+def calibration_inputs(job: Job) -> dict[str, str]:
+    """What calibrate depends on of its text."""
+    if job.config.calibration.text == SAMPLED:
+        return _asked_for(job)
+    return {"input:calibration tokens": _fingerprint(calibration_of(job))}
+
+
+def _calibration_key(job: Job) -> str:
+    """What calibration's tokens are kept for."""
+    return key_of({**_asked_for(job), **machine_inputs(), "source:sha256": job.source.sha256})
+
+
+def check_texts(job: Job, calibrates: bool) -> None:
+    """Cut what will be needed, long before it is.
+
+    Raises:
+        AccullmError: a text cannot be had, or is too short.
+    """
+    for text in texts_of(job):
+        windows_of(job, text)
+    if calibrates and job.config.calibration.text != SAMPLED:
+        calibration_of(job)
+
+
+def write_calibration(job: Job, windows: Windows) -> Path:
+    """Keep calibration's windows in the run directory."""
+    path, facts = job.run.file(TOKENS), {"text": windows.description, "sha256": windows.sha256}
+    write_keyed(path, _calibration_key(job), {CALIBRATION: windows.ids}, **facts)
+    return path
+
+
+def load_calibration(job: Job) -> torch.Tensor:
+    """Calibration's token ids [S, T], as calibrate left them."""
+    return load_file(job.run.file(TOKENS))[CALIBRATION]
+
+
+def _asked_for(job: Job) -> dict[str, str]:
+    seed = {"config:machine.seed": str(job.config.machine.seed)}
+    return seed | section_inputs("calibration", job.config.calibration, "text", "samples", "seq_len")
+
+
+def _kept(job: Job) -> Windows | None:
+    """The calibration windows in the run directory, if they can be got from there alone and are what is asked for."""
+    path, text = job.run.file(TOKENS), job.config.calibration.text
+    is_forced = job.fresh and job.only in (None, "calibrate")
+    if is_forced or not (text == SAMPLED or text.startswith("hub:")) or not is_made_for(path, _calibration_key(job)):
+        return None
+    facts = facts_of(path)
+    return Windows(load_file(path)[CALIBRATION], facts["text"], facts["sha256"])
+
+
+def _fingerprint(windows: Windows) -> str:
+    """By its tokens and how they are cut: "128 x 512, 3f0c..."."""
+    return f"{' x '.join(map(str, windows.ids.shape))}, {windows.sha256}"
