@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from accullm_cli.pipeline import DryRun
 
 JSON_SCHEMA_VERSION = 1
-# Seconds after which a log that is no terminal hears of a stage that is still at work. Continuous integration takes a
-# job that says nothing for a few minutes for dead.
-PATIENCE = 30.0
+# Seconds after which a log that is no terminal hears of a stage that is still at work. The docs promise 30: this leaves
+# some for a thread that is scheduled late. Continuous integration takes a job that is silent for minutes for dead.
+PATIENCE = 25.0
 
 
 class Console:
@@ -149,7 +149,7 @@ class Console:
             self._watch.start()
 
     def _call_when_silent(self) -> None:
-        while not self._ended.wait(max(self._last_line + self._patience - self._clock(), self._patience / 10)):
+        while not self._ended.wait(max(self._last_line + self._patience - self._clock(), self._patience / 250)):
             try:
                 self.still_at_work()
             except (OSError, ValueError):  # nobody reads any more

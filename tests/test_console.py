@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from accullm_cli.console import Console, plain, render, report_text, table, to_json
+from accullm_cli.console import PATIENCE, Console, plain, render, report_text, table, to_json
 from accullm_cli.measure.result import Clause, Report
 from accullm_cli.progress import Event, alike, grouped
 from accullm_cli.run import UP_TO_DATE, Reason
@@ -129,7 +129,7 @@ class Log:
     def __init__(self) -> None:
         self.now = 0.0
         self.stream = io.StringIO()
-        self.console = Console(self.stream, clock=lambda: self.now)
+        self.console = Console(self.stream, clock=lambda: self.now, patience=30)
 
     def at(self, now: float, *events: Event) -> str | None:
         """The line, if any, that the console writes at a time by itself, after these events."""
@@ -229,6 +229,10 @@ def lines_while_a_stage_sleeps(stream: io.StringIO) -> str:
 
 def test_the_line_comes_while_the_stage_itself_says_nothing_and_no_more_after_the_end():
     assert "quantize: 0." in lines_while_a_stage_sleeps(io.StringIO())
+
+
+def test_a_console_is_less_patient_than_the_docs_promise():
+    assert PATIENCE <= 25
 
 
 def test_bars_that_move_need_no_such_line(monkeypatch):
