@@ -226,7 +226,13 @@ class _Settler:
         return self._set(heads, value) or value == self.config.num_attention_heads
 
     def _settle_head(self, value: Any) -> bool:
-        return self._set(("head_dim",), value) or value * self.config.num_attention_heads == self.config.hidden_size
+        """Some classes take a size that they do not declare; one that ignores it has projections of other shapes."""
+        sizes = {self.values.get(f"attention.{name}_length", value) for name in ("key", "value")}
+        if len(sizes) > 1:
+            return False
+        if not self._set(("head_dim",), value) and self._head() != value:
+            self.config.head_dim = value
+        return True
 
     def _settle_attention_scale(self, value: Any) -> bool:
         if value == 0:

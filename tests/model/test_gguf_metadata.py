@@ -8,8 +8,10 @@ import gguf
 import pytest
 from transformers import (
     BloomConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -19,6 +21,8 @@ from transformers import (
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    StableLmConfig,
     Starcoder2Config,
 )
 
@@ -157,6 +161,7 @@ def test_a_class_without_rotary_positions_refuses_them() -> None:
         ("nemotron", NemotronConfig(), "attention.layer_norm_epsilon", 1e-3, "norm_eps", 1e-3),
         ("starcoder2", Starcoder2Config(), "attention.layer_norm_epsilon", 1e-3, "norm_epsilon", 1e-3),
         ("qwen3", Qwen3Config(), "attention.key_length", 64, "head_dim", 64),
+        ("qwen3moe", Qwen3MoeConfig(), "attention.key_length", 128, "head_dim", 128),  # 2048 / 32 without it
         ("qwen2moe", Qwen2MoeConfig(), "expert_feed_forward_length", 96, "moe_intermediate_size", 96),
         ("qwen2moe", Qwen2MoeConfig(), "expert_shared_feed_forward_length", 80, "shared_expert_intermediate_size", 80),
         ("qwen2moe", Qwen2MoeConfig(), "expert_weights_norm", True, "norm_topk_prob", True),
@@ -251,6 +256,55 @@ def test_no_key_that_gguf_knows_is_ignored(key: str) -> None:
         refused = error.what
     harmless = {"tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
     assert f"llama.{name} = 7 " in refused or config.to_dict() != before or name in harmless
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "metadata"),
+    [
+        (
+            "falcon",
+            FalconConfig,
+            {"tensor_data_layout": "jploski", "context_length": 2048, "embedding_length": 4544,
+             "feed_forward_length": 18176, "attention.head_count": 71, "attention.head_count_kv": 71},
+        ),
+        (
+            "bloom",
+            BloomConfig,
+            {"context_length": 2048, "feed_forward_length": 256, "attention.head_count": 8,
+             "attention.head_count_kv": 8, "attention.layer_norm_epsilon": 1e-5},
+        ),
+        (
+            "gpt-oss",
+            GptOssConfig,
+            {"attention.sliding_window": 128, "expert_feed_forward_length": 2880, "attention.key_length": 64,
+             "rope.scaling.type": "yarn", "rope.scaling.factor": 32.0, "rope.freq_base": 150000.0,
+             "rope.scaling.original_context_length": 4096, "context_length": 131072, "expert_count": 128},
+        ),
+        (
+            "stablelm",
+            StableLmConfig,
+            {"rope.dimension_count": 20, "use_parallel_residual": False, "attention.layer_norm_epsilon": 1e-5},
+        ),
+        (
+            "gemma2",
+            Gemma2Config,
+            {"context_length": 8192, "attention.sliding_window": 4096, "attention.key_length": 256,
+             "attention.value_length": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        ),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_writes_of_a_model_with_the_class_s_defaults_changes_nothing(
+    architecture: str, config: type[PreTrainedConfig], metadata: dict[str, Any]
+) -> None:
+    made = config()
+    assert settle({f"{architecture}.{name}": value for name, value in metadata.items()}, architecture, made) == []
+    assert made.to_dict() == config().to_dict()
+
+
+def test_keys_and_values_of_two_sizes_are_refused() -> None:
+    assert refusal("llama", llama(), {"attention.key_length": 24, "attention.value_length": 16}) == (
+        "metadata llama.attention.key_length = 24 cannot be followed by transformers' class"
+    )
 
 
 def test_a_state_space_model_says_that_it_has_no_attention() -> None:
