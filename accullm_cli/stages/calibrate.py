@@ -1,7 +1,7 @@
 """calibrate: the one full-precision pass, and everything that later stages need from the original.
 
 It leaves in the run directory
-    tokens.safetensors                  calibration ids [S, T], int64
+    tokens.safetensors                  calibration ids [S, T] and validation ids [V, T], int64
     calibrate/block-00000.safetensors   per distinct input of a block: light statistics (see quant.stats.InputStats)
     calibrate/gradient-00000.safetensors  where gradients are asked for; see stages.gradients
 and, along the way, the references on the texts that artifacts will be measured on (stages.reference).
