@@ -52,8 +52,8 @@ OF_THE_REST = (
     Mutant(
         "an input that came or went is no change",
         RUN,
-        "before.keys() | now.keys()",
-        "before.keys() & now.keys()",
+        "changed or sorted(before.keys() ^ now.keys())",
+        "changed",
         ("tests/test_run.py",),
     ),
     Mutant(
