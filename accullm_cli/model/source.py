@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class ModelSource:
     directory: holds config.json and the safetensors files.
     tensors: by checkpoint name.
     companions: files to be copied as they are (tokenizer, templates, licences, ...), by name relative to the directory.
-    sha256: hex, over the content of config.json, the weight files and the companions.
+    sha256: hex, over the content of config.json and the weight files. companions_sha256: over that of the companions.
     weight_bytes: size of the weight files.
     records: what is not as the user may expect ("source weights are Q4_1 ...").
     untied, kept: see model.accounting; `config` is what it made of config.json.
@@ -53,6 +53,7 @@ class ModelSource:
     tensors: Mapping[str, TensorInfo]
     companions: Mapping[str, Path]
     sha256: str
+    companions_sha256: str
     weight_bytes: int
     records: tuple[str, ...]
     untied: bool = False
@@ -141,7 +142,6 @@ def open_directory(
     shards = sorted({tensor.file for tensor in weights.tensors.values()})
     accounting = account(directory, config, weights.tensors)
     hashes = ContentHashes(cache, progress).of([config_file, *shards, *companions.values()])
-    content = sorted(f"{path.relative_to(directory).as_posix()} {digest}" for path, digest in hashes.items())
     return ModelSource(
         name=name or _short_name(directory),
         origin=origin or str(directory),
@@ -149,7 +149,8 @@ def open_directory(
         config=accounting.config,
         tensors=weights.tensors,
         companions=companions,
-        sha256=hashlib.sha256("\n".join(content).encode()).hexdigest(),
+        sha256=_digest(directory, hashes, [config_file, *shards]),
+        companions_sha256=_digest(directory, hashes, [*companions.values()]),
         weight_bytes=sum(path.stat().st_size for path in shards),
         records=(
             *records,
@@ -160,6 +161,11 @@ def open_directory(
         untied=accounting.untied,
         kept=accounting.kept,
     )
+
+
+def _digest(directory: Path, hashes: Mapping[Path, str], files: Sequence[Path]) -> str:
+    lines = sorted(f"{file.relative_to(directory).as_posix()} {hashes[file]}" for file in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def check_shapes(source: ModelSource, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -43,6 +43,7 @@ def export_inputs(job: Job, before: Before) -> dict[str, str]:
     """What the artifacts depend on."""
     return {
         "input:quantize": before["quantize"].key,
+        "source:companions": job.source.companions_sha256,
         "version:export": str(VERSION),
         **{PLACE.format(name): str(path.absolute()) for name, path in job.artifacts.items()},
     }

@@ -17,7 +17,7 @@ from accullm_cli.run import Reason, RunDirectory
 from accullm_cli.stages.job import Job, versions
 from accullm_cli.stages.stage import Before, Decision, Stage, StageOutcome, Work, finished, foresee, upstream, walk
 
-SOURCE = ModelSource("tiny", "/models/tiny", Path("/models/tiny"), {}, {}, (), "0" * 64, 0, ())
+SOURCE = ModelSource("tiny", "/models/tiny", Path("/models/tiny"), {}, {}, {}, "0" * 64, "1" * 64, 0, ())
 
 
 @pytest.fixture
