@@ -11,7 +11,7 @@ loaded in or moved to: the weights are rounded to the activations' dtype when th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -235,6 +237,11 @@ class AccullmConfig(QuantizationConfigMixin):
         for key in SCHEME_KEYS:
             setattr(self, key, common.get(key, DEFAULT_SCHEME.get(key)))
 
+    def rename(self, renamed: Callable[[str], str]) -> None:
+        """Give linears, embeddings and stacks other names."""
+        for part in ("linears", "embeddings", "stacks"):
+            setattr(self, part, {renamed(name): entry for name, entry in getattr(self, part).items()})
+
     def scheme(self, name: str) -> dict[str, Any]:
         """bits, group_size, symmetric and outliers of a quantized linear or embedding."""
         if name in self.embeddings:
@@ -270,9 +277,12 @@ class AccullmQuantizer(HfQuantizer):
             AccullmError: one of them is not in the model, or a tensor not in the files. (transformers would give random
                 values to what is missing.)
         """
-        stored: dict[str, TensorInfo] = {}
+        found: dict[str, TensorInfo] = {}
         for file in checkpoint_files or []:
-            stored |= tensors_of(Path(file))
+            found |= tensors_of(Path(file))
+        self._prefixes = other_prefixes(model, self.quantization_config)
+        stored = {self._renamed(name): info for name, info in found.items()}
+        self.quantization_config.rename(self._renamed)
         where = model.config.name_or_path
         config, dtype = self.quantization_config, dtype or torch.get_default_dtype()
         for name in (*config.linears, *config.embeddings):
@@ -295,9 +305,14 @@ class AccullmQuantizer(HfQuantizer):
                 check_outlier_index(index, module.in_features, f"{name}.outlier_index", model.config.name_or_path)
         return model
 
+    def _renamed(self, name: str) -> str:
+        for rule in self._prefixes:
+            name, _ = rule.rename_source_key(name)
+        return name
+
     def update_weight_conversions(self, weight_conversions: list[Any], *_: object) -> list[Any]:
-        """None: an artifact's tensors have the names and shapes of the module tree. (Newer versions pass the model.)"""
-        return []
+        """An artifact's tensors have the names and shapes of the module tree. (Newer versions pass the model.)"""
+        return self._prefixes
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Buffers of hybrid modules load as they are, also where a model asks for some modules in float32."""
@@ -313,6 +328,17 @@ class AccullmQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> Literal[False]:
         return False
+
+
+def other_prefixes(model: PreTrainedModel, config: AccullmConfig) -> list[PrefixChange]:
+    """transformers' rules for a class that names its modules otherwise than the one that was converted.
+
+    Such is the language part of a checkpoint for images and text, loaded alone.
+    """
+    linear = next((name.removesuffix(".0") for name in (*config.linears, *config.embeddings)), None)
+    if linear is None or _find(model, linear) is not None:
+        return []
+    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, PrefixChange)]
 
 
 # -- swapping modules --------------------------------------------------------------------------------------
