@@ -129,7 +129,7 @@ def check_texts(job: Job, calibrates: bool) -> None:
 
 
 def write_calibration(job: Job, windows: Windows) -> Path:
-    """Keep calibration's windows in the run directory, and beside them, for who looks there, those of validation now."""
+    """Keep calibration's windows in the run directory, and those of validation beside them, for whoever looks there."""
     path, facts = job.run.file(TOKENS), {"text": windows.description, "sha256": windows.sha256}
     ids = {CALIBRATION: windows.ids, VALIDATION.name: windows_of(job, VALIDATION).ids}
     write_keyed(path, _calibration_key(job), ids, **facts)
