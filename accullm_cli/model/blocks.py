@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.calls import Call, Layout, is_alike
 from accullm_cli.model.dry_pass import Path, is_same, replace_at, value_at
 from accullm_cli.model.shortcut import Shortcut
 from accullm_cli.model.slots import CaptureInputs, InputIdentity
@@ -43,55 +44,6 @@ class Trace:
 
     steps: tuple[tuple[tuple[str, ...], ...], ...]
     summed: frozenset[str]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What the model passes to one block, None in the places of what depends on the tokens.
-
-    extras: the places of the values beside the hidden states that depend on them, and the numbers of the extras there.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    extras: Mapping[Path, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What a stream [windows, tokens, features] consists of: hidden states, and behind them the extras.
-
-    Extras are what blocks are passed beside the hidden states and depends on the tokens, such as embeddings of their
-    own. They come along unchanged.
-    shapes: of each, hidden states first, without windows and tokens. dtypes: likewise, as the model passes it.
-    """
-
-    shapes: tuple[torch.Size, ...]
-    dtypes: tuple[torch.dtype, ...]
-
-    @staticmethod
-    def of(values: Sequence[torch.Tensor]) -> _Layout:
-        return _Layout(tuple(value.shape[2:] for value in values), tuple(value.dtype for value in values))
-
-    @property
-    def features(self) -> int:
-        """Of the hidden states alone."""
-        return self.shapes[0].numel()
-
-    def join(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One stream of all values. Token ids and the like are exact up to 2**24 in float32."""
-        rows = [value.reshape(*value.shape[:2], -1) for value in values]
-        return rows[0] if len(rows) == 1 else torch.cat([row.float() for row in rows], dim=-1)
-
-    def split(self, stream: torch.Tensor) -> list[torch.Tensor]:
-        """The values of a stream."""
-        if len(self.shapes) == 1:
-            return [stream.view(*stream.shape[:2], *self.shapes[0])]
-        parts = stream.split([shape.numel() for shape in self.shapes], dim=-1)
-        return [
-            part.reshape(*part.shape[:2], *shape).to(dtype)
-            for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
-        ]
 
 
 class Weights(Protocol):
@@ -145,8 +97,8 @@ class Decoder:
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if not name.startswith(inside)
         }
-        self._calls: dict[tuple[int, int], list[_Call]] = {}
-        self._layout: _Layout | None = None
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._layout: Layout | None = None
 
     # -- weights -------------------------------------------------------------------------------------------
 
@@ -185,7 +137,7 @@ class Decoder:
         Raises:
             AccullmError: the model passes other values to its blocks than for the windows before.
         """
-        calls: list[_Call] = []
+        calls: list[Call] = []
         values: list[torch.Tensor] = []
 
         def record(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -199,16 +151,16 @@ class Decoder:
                 extras[path] = next((n for n, other in enumerate(values) if n and is_same(value, other)), len(values))
                 if extras[path] == len(values):
                     values.append(value)
-            calls.append(_Call(*replace_at(args, kwargs, dict.fromkeys([shape.hidden, *extras])), extras))
+            calls.append(Call(*replace_at(args, kwargs, dict.fromkeys([shape.hidden, *extras])), extras))
             if index == len(self.block_names) - 1:
                 raise _EnoughError
             return hidden
 
         self._run_shell(ids, record)
-        layout = _Layout.of(values)
+        layout = Layout.of(values)
         self._layout = self._layout or layout
         known = self._calls.setdefault((ids.shape[0], ids.shape[1]), calls)
-        if layout != self._layout or not all(_same(a, b) for a, b in zip(known, calls, strict=True)):
+        if layout != self._layout or not all(is_alike(a, b) for a, b in zip(known, calls, strict=True)):
             raise AccullmError(
                 "passes values to its blocks that depend on the text in a way that is not supported",
                 type(self.model).__name__,
@@ -438,16 +390,3 @@ def batches(windows: int, tokens: int) -> list[slice]:
     """Slices of windows that go through a block at once."""
     size = max(1, TOKENS_PER_BATCH // tokens)
     return [slice(start, min(start + size, windows)) for start in range(0, windows, size)]
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two calls pass the same values."""
-    if isinstance(a, _Call):
-        return a.extras == b.extras and _same(a.args, b.args) and _same(dict(a.kwargs), dict(b.kwargs))
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.shape == b.shape and bool((a == b).all())
-    if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return a is b or type(a) is type(b)

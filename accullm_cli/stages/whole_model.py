@@ -34,7 +34,7 @@ def load_original(job: Job, device: torch.device, dtype: torch.dtype) -> PreTrai
 
 def engines(model: PreTrainedModel, tokens: int) -> str:
     """What multiplies so many tokens by the quantized linears and output head of `model`, and by how many of them."""
-    from accullm_cli.hf import HybridExperts, HybridLinear, HybridWeight, TiedHead
+    from accullm_cli.hybrid import HybridExperts, HybridLinear, HybridWeight, TiedHead
 
     counts: dict[str, int] = {}
     for module in model.modules():
