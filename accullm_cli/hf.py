@@ -337,5 +337,4 @@ def mark_initialized(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, HybridWeight | HybridExperts | KeptWeight | TiedHead):
-            for inner in module.modules():
-                inner._is_hf_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True  # type: ignore[assignment]

@@ -31,6 +31,7 @@ DEPENDS: dict[str, tuple[Any, set[str]]] = {
     "plan.symmetric": (True, {"profile"}),
     "plan.outliers": (0.1, {"profile"}),
     "plan.embedding_bits": (8, {"profile"}),
+    "plan.keep": ("['*.down_proj']", {"profile"}),
     "rounding.method": ("stochastic", {"quantize"}),
     "rounding.outlier_mode": ("compensating", {"quantize"}),
     "rounding.target": ("original", {"quantize"}),
@@ -124,7 +125,8 @@ def test_every_stage_depends_on_the_stages_that_it_names(llama: Path) -> None:
         before = {other.name for other in stages[:number]}
         read = {name.removeprefix("input:") for name in decisions[stage.name].inputs} & before
         assert read <= set(stage.after) <= before
-        assert set(stage.after) - read <= {"export"}  # of which it is the artifact that is read
+        # Of export it is the artifact that is read; reading leaves nothing, and stops what would follow.
+        assert set(stage.after) - read <= {"export", "reading"}
 
 
 def test_a_command_stands_for_every_stage(llama: Path) -> None:
@@ -132,6 +134,7 @@ def test_a_command_stands_for_every_stage(llama: Path) -> None:
     with opened(short_config(llama, llama.with_name("out"), **settings)) as job:
         commands = {stage.name: stage.commands for stage in conversion(job)}
         assert list(commands) == [
+            "reading",
             "calibrate",
             "profile",
             "quantize",
@@ -148,4 +151,4 @@ def test_a_command_stands_for_every_stage(llama: Path) -> None:
         assert {commands[name] for name in commands if name.startswith("validate")} == {("validate",)}
         # The validation of a finished artifact is that part of it alone.
         alone = measurements(job, {"accullm": llama.with_name("elsewhere")})
-        assert [stage.name for stage in alone] == list(commands)[4:]
+        assert [stage.name for stage in alone] == list(commands)[5:]
