@@ -53,7 +53,9 @@ EXAMPLES = {
     "recurrent_gemma": "RecurrentGemma", "rwkv": "RWKV-4", "seed_oss": "Seed-OSS", "smollm3": "SmolLM3",
     "smolvlm": "SmolVLM2", "solar_open": "Solar Open", "stablelm": "StableLM 3B", "stablelm:parallel": "StableLM 2 12B",
     "starcoder2": "StarCoder2", "vaultgemma": "VaultGemma", "xglm": "XGLM", "xlstm": "xLSTM 7B", "youtu": "Youtu-LLM",
-    "zamba": "Zamba", "zamba2": "Zamba2",
+    "zamba": "Zamba", "zamba2": "Zamba2", "aria": "Aria", "aya_vision": "Aya Vision",
+    "cohere2_vision": "Command A Vision", "glm4v_moe": "GLM-4.5V", "idefics2": "Idefics2", "kimi_k25": "Kimi K2.5",
+    "lfm2_vl": "LFM2-VL", "llava_onevision": "LLaVA-OneVision", "ovis2": "Ovis2", "voxtral": "Voxtral",
 }  # fmt: skip
 
 

@@ -286,6 +286,8 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _send(sender: Any, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    # torch makes a fork's thread pool anew at the first call that needs it, which two threads must not be at once.
+    torch.set_num_threads(1)
     try:
         sender.send(function(*arguments))
     except Exception as error:  # whatever it is: it is told

@@ -70,14 +70,14 @@ def tiny_config(name: str, values: Mapping[str, Any] | None = None) -> PreTraine
     if composite.text:
         text = tiny_config(composite.text, composite.text_values).to_dict()
         parts["text_config"] = {**text, "model_type": composite.text}
-    if composite.vision is not None and "vision_config" in kind.sub_configs:
+    if "vision_config" in kind.sub_configs:
         vision = composite.vision.get("model_type")
         vision_class = CONFIG_MAPPING[vision] if vision else kind.sub_configs["vision_config"]
         tower = {"model_type": vision_class.model_type, **_of_fields(vision_class, TOWER), **composite.vision}
         parts["vision_config"] = _present(tower)
-    own = _of_fields(kind, composite.values) if composite.values.keys() >= SIZES.keys() else composite.values
     ids = {key: SIZES[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return kind(**_present({**parts, **ids, **own}))
+    sizes = _of_fields(kind, SIZES) if composite.has_sizes else ids
+    return kind(**_present({**parts, **sizes, **composite.values}))
 
 
 def _of_fields(kind: type[PreTrainedConfig], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -236,14 +236,15 @@ class Composite:
     """A configuration with others in it.
 
     text: the type of its text_config. text_values, vision: values of these parts beyond SIZES and TOWER.
-    values: of the whole. parts: other parts, with all values.
+    values: of the whole, which takes SIZES as well where it `has_sizes`. parts: other parts, with all values.
     """
 
     text: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
-    vision: Mapping[str, Any] | None = field(default_factory=dict)
+    vision: Mapping[str, Any] = field(default_factory=dict)
     text_values: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    has_sizes: bool = False
 
 
 _IMAGE, _IMAGE_INDEX = {"image_token_id": 280}, {"image_token_index": 280}
@@ -256,6 +257,9 @@ _BYTES = {name: SIZES[name] for name in ("hidden_size", "num_attention_heads", "
 _BYTES |= {"num_hidden_layers": 2, "max_position_embeddings": 256}
 
 COMPOSITE: dict[str, Composite] = {
+    "aria": Composite("aria_text", _IMAGE_INDEX, {"model_type": "idefics3_vision"}),
+    "aya_vision": Composite("cohere", _IMAGE_INDEX, _SIGLIP),
+    "cohere2_vision": Composite("cohere2", {**_IMAGE, "alignment_intermediate_size": 64}, _SIGLIP),
     "dots3_note": Composite(
         "dots3_note_text",
         _QWEN,
@@ -292,15 +296,25 @@ COMPOSITE: dict[str, Composite] = {
     ),
     "gemma4": Composite("gemma4_text", _GEMMA4_IDS),
     "gemma4_unified": Composite("gemma4_unified_text", _GEMMA4_IDS),
-    "git": Composite(values=SIZES),
-    "git:base": Composite(values=SIZES, vision={"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}),
+    "git": Composite(has_sizes=True),
+    "git:base": Composite(vision={"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}, has_sizes=True),
     "glm4v": Composite("glm4v_text", _QWEN, text_values=_SECTIONS),
+    "glm4v_moe": Composite(
+        "glm4v_moe_text",
+        _QWEN,
+        text_values={"rope_parameters": {**_SECTIONS["rope_parameters"], "mrope_section": [1, 1, 2]}},
+    ),
     "got_ocr2": Composite("qwen2", _IMAGE_INDEX),
+    "idefics2": Composite("mistral", _IMAGE),
     "idefics3": Composite("llama", _IMAGE),
     "internvl": Composite("qwen2", _IMAGE, {"image_size": [32, 32], "patch_size": [8, 8]}),
+    "kimi_k25": Composite("deepseek_v3", _IMAGE),
+    "lfm2_vl": Composite("lfm2", _IMAGE_INDEX, {"model_type": "siglip2_vision_model"}),
     "llama4": Composite("llama4_text", _IMAGE_INDEX),
     "llava": Composite("llama", _IMAGE_INDEX, _CLIP),
     "llava_next": Composite("mistral", _IMAGE_INDEX, _CLIP),
+    "llava_onevision": Composite("qwen2", _IMAGE_INDEX, _SIGLIP),
+    "minimax_m3_vl": Composite("minimax_m3_vl_text", _IMAGE_INDEX),
     "mistral3": Composite("mistral", _IMAGE_INDEX, {"model_type": "pixtral"}),
     "mllama": Composite("mllama_text_model", _IMAGE_INDEX, {"max_num_tiles": 4}),
     "moss_transcribe_diarize": Composite(
@@ -308,9 +322,11 @@ COMPOSITE: dict[str, Composite] = {
         {"audio_token_id": 280},
         parts={"audio_config": {**_AUDIO, "num_mel_bins": 16, "max_source_positions": 64}},
     ),
+    "ovis2": Composite("qwen2", _IMAGE),
     "paligemma": Composite("gemma", {**_IMAGE_INDEX, "hidden_size": 64, "projection_dim": 64}, _SIGLIP),
     "phi4_multimodal": Composite(
-        values={**SIZES, **dict.fromkeys(("sliding_window", "rotary_dim"), ABSENT)},
+        has_sizes=True,
+        values=dict.fromkeys(("sliding_window", "rotary_dim"), ABSENT),
         vision=_IMAGE,
         parts={
             "audio_config": {
@@ -325,6 +341,11 @@ COMPOSITE: dict[str, Composite] = {
     **{name: Composite(f"{name}_text", _QWEN) for name in ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")},
     "qwen4_exp": Composite("qwen4_exp_text", _QWEN),
     "smolvlm": Composite("llama", _IMAGE),
+    "voxtral": Composite(
+        "llama",
+        {"audio_token_id": 280},
+        parts={"audio_config": {**_AUDIO, "num_mel_bins": 16, "max_source_positions": 64, "head_dim": 16}},
+    ),
     # No multimodal one: bytes are encoded in patches and decoded again, by decoders of their own.
     **{
         name: Composite(
