@@ -136,12 +136,13 @@ def _counts(results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def _results_table(results: Sequence[Result]) -> str:
-    header = ("model type", "for example", "result", "mean KL, nearest", "stays in 16 bits, or why not")
+    header = ("model type", "for example", "result", "mean KL (nearest)", "stays in 16 bits, or why not")
     rows = []
     for result in sorted(results, key=lambda result: result.name):
-        figures = "" if result.kl is None or result.nearest_kl is None else f"{result.kl:.3g}, {result.nearest_kl:.3g}"
+        figures = "" if result.kl is None or result.nearest_kl is None else f"{result.kl:.3g} ({result.nearest_kl:.3g})"
         told = [result.message, _kept(result.records)]
-        told += [f"{result.share:.1%} of the linear weights quantized"] if (result.share or 1) < 0.995 else []
+        if result.share is not None and result.share < 0.995:
+            told.append(f"{result.share:.1%} of the linear weights quantized")
         what = "; ".join(part for part in told if part)
         rows.append((f"`{result.name}`", EXAMPLES.get(result.name, ""), result.verdict, figures, what))
     return _table(header, rows)
@@ -173,10 +174,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 INTRODUCTION = """\
 # Which architectures can be converted
 
-There is no table of architectures in the code: how a model is built is seen from its own forward pass. This page is
-what came of that for every type that transformers loads as a causal language model, and for models with images or sound
-that people convert. For each, a tiny random model with every kind of layer of its type was made, converted, and loaded
-in transformers, original and artifact, both whole; then both were run on the held-out tokens of the report.
+There is no table of architectures in the code: how a model is built is seen from its own forward pass. This page shows
+what becomes of every type that transformers loads as a causal language model, and of models with images or sound that
+people convert. For each type a tiny random model with every kind of its layers was made and converted. Then
+transformers loaded the original and the artifact, each whole, and ran them on the report's held-out tokens.
 
     python scripts/bench_architectures.py --all --markdown docs/architectures.md
 
@@ -193,5 +194,5 @@ MEANINGS = """\
 - **wrong**: it converts, and one of these is not so. **failed**: exit code 1, or no artifact.
 - **not built**: no tiny model was made.
 
-The mean KL (nats) is that of 4 bits in groups of 32, calibrated on 16 windows of 64 tokens; beside it that of nearest
+The mean KL (nats) is that of 4 bits in groups of 32, calibrated on 16 windows of 64 tokens; in brackets that of nearest
 rounding. Weights are random: it shows that rounding works there, and tells nothing about a trained model's loss."""

@@ -234,7 +234,7 @@ def test_experts_are_quantized_one_by_one(script: ModuleType) -> None:
 def test_the_page_counts_types_and_says_what_stays_in_16_bits(script: ModuleType) -> None:
     results = [
         script.Result("llama", "right", seconds=3.0, kl=0.12345, nearest_kl=0.2, share=1.0),
-        script.Result("falcon:new", "right", kl=0.1, nearest_kl=0.2, share=0.5),
+        script.Result("falcon:new", "right", kl=0.1, nearest_kl=0.2, share=0.0),
         script.Result("dory", "refused", "dory: block a runs 2 times | looped", 0.4),
         script.Result("bart", "refused", "its blocks need more than text", 0.2),
         script.Result(
@@ -264,12 +264,12 @@ def test_the_page_counts_types_and_says_what_stays_in_16_bits(script: ModuleType
     rows = [line for line in lines if line.startswith("| `")]
     assert rows[:4] == [
         r"| `dory` |  | refused |  | dory: block a runs 2 times \| looped |",
-        "| `falcon:new` | Falcon 40B | right | 0.1, 0.2 | 50.0% of the linear weights quantized |",
-        "| `llama` | Llama 2, 3; SmolLM2; Yi | right | 0.123, 0.2 |  |",
+        "| `falcon:new` | Falcon 40B | right | 0.1 (0.2) | 0.0% of the linear weights quantized |",
+        "| `llama` | Llama 2, 3; SmolLM2; Yi | right | 0.123 (0.2) |  |",
         "| `gemma3n` |  | not built |  | its vision tower needs the package timm (its language part: gemma3n_text) |",
     ]
     assert (
-        "| `llava` | LLaVA 1.5 | wrong | 0.1, 0.3 | the report is wrong; not used for text: vision_tower; "
+        "| `llava` | LLaVA 1.5 | wrong | 0.1 (0.3) | the report is wrong; not used for text: vision_tower; "
         "router: mlp.gate, mlp.other_gate |"
     ) in rows
 
