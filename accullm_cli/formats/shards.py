@@ -67,7 +67,7 @@ class TensorFiles:
             header = tensors_of(directory / file)
             for name in header:
                 if name in infos:
-                    raise AccullmError(f"tensor {name} is in {infos[name].file} already", directory / file)
+                    raise AccullmError(f"tensor {name} is in {infos[name].file.name} already", directory / file)
                 if of_artifact and files_of.get(name) != file:
                     raise AccullmError(f"tensor {name} is not in the index under this file", directory / file)
             infos |= header

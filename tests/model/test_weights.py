@@ -20,8 +20,8 @@ def places(directory: Path) -> dict[str, str]:
 
 
 def test_a_tensor_that_the_index_does_not_name_is_read(sharded: Path) -> None:
-    save_file({NORM: tensors()[NORM], "stray": np.ones(1, np.float32)}, sharded / FIRST)
-    assert places(sharded) == {NORM: FIRST, EMBEDDING: SECOND, "stray": FIRST}
+    save_file({NORM: tensors()[NORM], "mtp.stray": np.ones(1, np.float32)}, sharded / FIRST)
+    assert places(sharded) == {NORM: FIRST, EMBEDDING: SECOND, "mtp.stray": FIRST}
     assert read(sharded).records == ("tensors stray are in the shards, but not in the index; they are read",)
 
 
@@ -35,10 +35,10 @@ def test_a_tensor_in_another_shard_than_the_index_says_is_read_from_there(sharde
 
 @pytest.mark.parametrize("named", [FIRST, SECOND])
 def test_a_tensor_that_two_shards_hold_alike_is_read_once(sharded: Path, named: str) -> None:
-    save_file({NORM: tensors()[NORM], "other": np.ones(1, np.float32)}, sharded / FIRST)
+    save_file({NORM: tensors()[NORM], "mtp.other": np.ones(1, np.float32)}, sharded / FIRST)
     save_file(tensors(), sharded / SECOND)
-    write_index(sharded, {NORM: named, EMBEDDING: SECOND, "other": FIRST})
-    assert places(sharded) == {NORM: FIRST, EMBEDDING: SECOND, "other": FIRST}
+    write_index(sharded, {NORM: named, EMBEDDING: SECOND, "mtp.other": FIRST})
+    assert places(sharded) == {NORM: FIRST, EMBEDDING: SECOND, "mtp.other": FIRST}
     assert read(sharded).records == (f"tensors {NORM} are in two shards, the same in both",)
 
 
