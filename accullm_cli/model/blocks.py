@@ -105,6 +105,11 @@ class Decoder:
     def load_outside(self) -> None:
         """Read embeddings, final norm and output head, in float32."""
         self.weights.load_outside(self.block_names, self.structure.unused)
+        # What text does not reach takes no memory, but lies where the rest does: models ask their first parameter.
+        for name in self.structure.unused.intersection(self._unloaded):
+            module_name, _, attribute = name.rpartition(".")
+            idle = torch.zeros(()).expand(self._unloaded[name].shape)
+            setattr(self.model.get_submodule(module_name), attribute, nn.Parameter(idle, requires_grad=False))
         self.model.tie_weights()
         for parameter in self.model.parameters():
             if parameter.device.type != "meta":

@@ -123,7 +123,8 @@ def _find_blocks(model: PreTrainedModel, stand_ins: StandIns) -> list[str]:
         nested = any(f"{name}.".startswith(f"{block}.") for block in children[best]) or f"{best}.".startswith(
             f"{name}."
         )
-        if count and not nested:
+        layered = any(not isinstance(model.get_submodule(child), nn.Linear) for child in children[name])
+        if count and layered and not nested:
             raise AccullmError(
                 f"its layers are in more than one list ({best} and {name}), which is not supported", where
             )

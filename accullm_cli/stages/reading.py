@@ -44,7 +44,7 @@ def check_reading(job: Job, decision: Decision) -> Work:
     Raises:
         AccullmError: the two give different logits.
     """
-    ids = windows_of(job, VALIDATION).ids[:1, :TOKENS]
+    ids = windows_of(job, VALIDATION).ids[:2, :TOKENS]
     return Work((), _compare(job, open_decoder(job), ids))
 
 
@@ -62,7 +62,7 @@ def _compare(job: Job, decoder: Decoder, ids: torch.Tensor) -> tuple[str, ...]:
         dtype = next(iter(job.source.tensors.values())).torch_dtype
     try:
         with plain_model(job.source.directory, scratch, gguf, dtype) as plain, torch.no_grad():
-            logits, misfits = plain.model(input_ids=ids, use_cache=False).logits[0].float(), plain.misfits
+            logits, misfits = plain.model(input_ids=ids[:1], use_cache=False).logits[0].float(), plain.misfits
             class_name = type(plain.model).__name__
             del plain
     except Exception as error:
@@ -71,9 +71,17 @@ def _compare(job: Job, decoder: Decoder, ids: torch.Tensor) -> tuple[str, ...]:
         # Whatever a class of transformers cannot do; what is known is that it was not compared.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return (f"the reading was not held against plain transformers, which cannot run it ({reason})",)
+    # The first window, here in a batch with another, as all windows are run.
     difference = largest_difference(logits_by_blocks(decoder, ids)[0], logits)
     if difference.is_arithmetic:
         return ()
+    if largest_difference(logits_by_blocks(decoder, ids[:1])[0], logits).is_arithmetic:
+        raise AccullmError(
+            f"what {class_name} makes of a text depends on the other texts in its batch: log-probabilities differ by up "
+            f"to {difference}",
+            job.source.origin,
+            "no figure could be measured of this model",
+        )
     raise AccullmError(
         f"plain transformers ({class_name}) reads another model than accullm runs: log-probabilities differ by up to "
         f"{difference}{f'; {misfits}' if misfits else ''}",
