@@ -51,7 +51,7 @@ def profile(job: Job, decision: Decision) -> Work:
     write_text(plan_path, json.dumps(asdict(plan), indent=1))
     draw_outlier_map(stats, plan, picture)
     kept = starmap(kept_sentence, kept_linears(job, decoder).items())
-    return Work((plan_path, picture), (*decoder.structure.records, *kept))
+    return Work((plan_path, picture), (*kept, *decoder.structure.records))
 
 
 def load_stats(job: Job, decoder: Decoder) -> list[InputStats]:

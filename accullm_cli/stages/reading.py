@@ -77,8 +77,8 @@ def _compare(job: Job, decoder: Decoder, ids: torch.Tensor) -> tuple[str, ...]:
         return ()
     if largest_difference(logits_by_blocks(decoder, ids[:1])[0], logits).is_arithmetic:
         raise AccullmError(
-            f"what {class_name} makes of a text depends on the other texts in its batch: log-probabilities differ by up "
-            f"to {difference}",
+            f"what {class_name} makes of a text depends on the other texts in its batch: log-probabilities differ by up"
+            f" to {difference}",
             job.source.origin,
             "no figure could be measured of this model",
         )
