@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DoryConfig
 
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.source import open_source
-from accullm_cli.pipeline import convert, validate_artifact
+from accullm_cli.pipeline import convert, run_stage, validate_artifact
 from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages import reading
@@ -21,7 +22,7 @@ from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.reading import READING
 from tests.model.test_gguf import Q8_0, write
 from tests.streaming import fast_config, opened, run_alone
-from tests.tiny import _SHAPE, make_checkpoint, make_tokenizer
+from tests.tiny import make_checkpoint
 
 HINT = "this model cannot be converted truly, so it is not"
 
@@ -34,31 +35,11 @@ def checked(config: Config, progress: Progress = silent) -> list[str]:
     return record.records
 
 
-def refusal(config: Config) -> str:
+def refusal(config: Config, call: Callable[[Config], object] = checked) -> str:
     with pytest.raises(AccullmError) as caught:
-        checked(config)
+        call(config)
     assert caught.value.exit_code == 2
     return caught.value.line()
-
-
-def make_looped(directory: Path) -> Path:
-    """Dory: its middle blocks run twice."""
-    rope = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
-    layers = ["sliding_attention", "full_attention", "sliding_attention"]
-    shape = {**_SHAPE, "num_hidden_layers": 3, "head_dim": 16}
-    config = DoryConfig(
-        **shape,
-        layer_types=layers,
-        rope_parameters=rope,
-        n_input_layers=1,
-        n_recurrent_layers=1,
-        n_output_layers=1,
-        ngpt_alpha_init=0.3,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma3", "mixtral"])
@@ -103,12 +84,12 @@ def test_a_model_that_plain_transformers_cannot_run_is_on_record(
 
     with opened(config) as job:
         decoder = open_decoder(job)  # by a forward pass of the same class
-    monkeypatch.setattr(reading, "open_decoder", lambda job: decoder)
-    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", fail)
-    assert checked(config) == [
-        "the reading was not held against plain transformers, which cannot run it "
-        "(ValueError: You must specify pixel_values)"
-    ]
+        monkeypatch.setattr(reading, "open_decoder", lambda job: decoder)
+        monkeypatch.setattr("transformers.LlamaForCausalLM.forward", fail)
+        assert run_alone(job, READING).record.records == [
+            "the reading was not held against plain transformers, which cannot run it "
+            "(ValueError: You must specify pixel_values)"
+        ]
 
 
 def test_it_is_done_once_for_each_source(tmp_path: Path) -> None:
@@ -126,20 +107,22 @@ def test_it_is_done_once_for_each_source(tmp_path: Path) -> None:
     assert reasons() == [("start", "source changed (sha256)")]
 
 
-def test_blocks_that_run_twice_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    source = make_looped(tmp_path / "model")
+def test_blocks_that_compute_something_else_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By calibrate, too, which is what users run where they run one stage after another."""
+    source = make_checkpoint("llama", tmp_path / "model")
     config = fast_config(source, tmp_path / "out")
-    line = refusal(config)
-    number = r"[\d.e-]+"
-    assert re.fullmatch(
-        rf"{source}: plain transformers \(DoryForCausalLM\) reads another model than accullm runs: log-probabilities "
-        rf"differ by up to {number} nats for token \d+ at position \d+; {HINT}",
-        line,
-    )
-    with pytest.raises(AccullmError, match="reads another model"):
-        convert(config)
+    run = Decoder.run
+    monkeypatch.setattr(Decoder, "run", lambda self, *given: 1.01 * run(self, *given))
+    for call in (checked, convert, partial(run_stage, "calibrate")):
+        assert re.fullmatch(
+            rf"{source}: plain transformers \(LlamaForCausalLM\) reads another model than accullm runs: "
+            rf"log-probabilities differ by up to [\d.e-]+ nats for token \d+ at position \d+; {HINT}",
+            refusal(config, call),
+        )
     assert not (tmp_path / "out").exists()
-    assert not list((tmp_path / "out.run").glob("*.safetensors"))
+    assert not list((tmp_path / "out.run").glob("**/*.safetensors"))
 
 
 def test_a_validation_on_its_own_checks_the_reading_too(tmp_path: Path) -> None:
