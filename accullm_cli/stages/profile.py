@@ -67,7 +67,7 @@ def profile_inputs(job: Job, before: Before) -> dict[str, str]:
         "input:calibrate": before["calibrate"].key,
         "version:profile": str(VERSION),
         "config:export.scale_dtype": scale_dtype(job),
-        **section_inputs("plan", options, "bits", "symmetric", "outliers", "embedding_bits"),
+        **section_inputs("plan", options, "bits", "symmetric", "outliers", "embedding_bits", "keep"),
         **spend,
         "config:plan.group_size": repr(options.group_sizes),
         "config:plan.scale_bits": str(scale_bits(job)),

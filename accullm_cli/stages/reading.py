@@ -48,7 +48,7 @@ def check_reading(job: Job, decision: Decision) -> Work:
     return Work((), _compare(job, open_decoder(job), ids))
 
 
-READING = Stage("reading", reading_inputs, check_reading, commands=("calibrate", "validate"))
+READING = Stage("reading", reading_inputs, check_reading, commands=("calibrate",))
 
 
 def _compare(job: Job, decoder: Decoder, ids: torch.Tensor) -> tuple[str, ...]:

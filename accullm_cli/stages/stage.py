@@ -108,8 +108,8 @@ def decide(job: Job, stage: Stage, before: Before) -> Decision:
     reason = job.run.decide(stage.name, inputs, job.fresh and stage.may_run(job))
     if reason.runs and not stage.may_run(job):
         state = "has not run" if reason.code == "new" else f"is not up to date: {reason}"
-        hint = f"run accullm {stage.commands[0]} with the same options first"
-        raise AccullmError(f"{stage.name} {state}", job.run.path, hint)
+        command = stage.commands[0]
+        raise AccullmError(f"{command} {state}", job.run.path, f"run accullm {command} with the same options first")
     return Decision(stage.name, inputs, reason)
 
 

@@ -40,8 +40,8 @@ def test_stages_alone_end_where_a_conversion_ends(llama: Path, finished: Path, t
         assert result.outputs
         assert all(Path(output).exists() for output in result.outputs)
         done = RunDirectory(tmp_path / "out.run").stages().keys()
-        # Calibrate makes the reference along the way.
-        assert {name.split()[0] for name in done} == {*STAGES[: number + 1], "reference"}
+        # Calibrate reads the source first, and makes the reference along the way.
+        assert {name.split()[0] for name in done} == {"reading", *STAGES[: number + 1], "reference"}
         assert [report.format for report in result.reports] == (["accullm"] if stage == "validate" else [])
     assert (tmp_path / "out/accullm.json").read_bytes() == (finished / "accullm.json").read_bytes()
 
@@ -57,6 +57,14 @@ def test_a_stage_alone_needs_the_one_before_it(stage: str, llama: Path, tmp_path
         f"{tmp_path}/out.run: {missing} has not run; run accullm {missing} with the same options first"
     )
     assert (tmp_path / "out.run").exists() == bool(before)
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_a_stage_alone_does_nothing_where_nothing_has_run(stage: str, llama: Path, tmp_path: Path) -> None:
+    assert refusal(lambda: run_stage(stage, fast_config(llama, tmp_path / "out"))) == (
+        f"{tmp_path}/out.run: calibrate has not run; run accullm calibrate with the same options first"
+    )
+    assert not (tmp_path / "out.run").exists()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +92,7 @@ def test_a_stage_alone_runs_and_none_after_it(llama: Path, finished: Path, tmp_p
     seen: list[tuple[str, str]] = []
     config = fast_config(llama, tmp_path / "out", machine__run=tmp_path / "run", plan__outliers=0.1)
     run_stage("profile", config, lambda event: seen.append((event.stage, event.kind)))
-    assert [stage for stage, kind in seen if kind == "skip"] == ["calibrate"]
+    assert [stage for stage, kind in seen if kind == "skip"] == ["reading", "calibrate"]
     assert {stage for stage, kind in seen if kind == "start"} == {"profile"}
 
 
@@ -103,7 +111,7 @@ def test_fresh_converts_everything_again(llama: Path, tmp_path: Path) -> None:
     config = fast_config(llama, tmp_path / "out")
     first = convert(config)
     second = convert(config, fresh=True)
-    assert [stage.reason for stage in second.stages] == ["forced"] * 6
+    assert [stage.reason for stage in second.stages] == ["forced"] * 7
     assert second.artifact_sha256 == first.artifact_sha256
 
 
@@ -195,7 +203,7 @@ def test_a_resume_keeps_the_thread_count_it_began_with(
     second = convert(config, lambda event: seen.append(torch.get_num_threads()))
     assert set(seen) == {2}
     assert threads_of(tmp_path / "out.run") == 2
-    assert [stage.ran for stage in second.stages] == [False] * 6
+    assert [stage.ran for stage in second.stages] == [False] * 7
     assert second.artifact_sha256 == first.artifact_sha256
     assert torch.get_num_threads() == before
 
@@ -203,7 +211,8 @@ def test_a_resume_keeps_the_thread_count_it_began_with(
 def test_another_thread_count_is_a_reason_to_run_again(llama: Path, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished.with_name("out.run"), tmp_path / "run")
     config = fast_config(llama, tmp_path / "out", machine__run=tmp_path / "run", machine__threads=2)
-    assert str(dry_run(config).stages[0].reason) == "machine changed (threads)"
+    reasons = {stage.name: stage.reason for stage in dry_run(config).stages}
+    assert (reasons["reading"], reasons["calibrate"]) == ("up to date", "machine changed (threads)")
 
 
 # -- from Python -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from tests.pipeline.observe import refusal, snapshot
 from tests.streaming import fast_config, write_text
 from tests.tiny import make_checkpoint
 
-ALL = ["calibrate", "profile", "quantize", "export", "reference", "validate accullm"]
+ALL = ["reading", "calibrate", "profile", "quantize", "export", "reference", "validate accullm"]
 
 
 def test_a_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:
@@ -84,11 +84,11 @@ def test_an_average_of_five_is_not_a_width_of_five(llama: Path, tmp_path: Path) 
     config = fast_config(llama, tmp_path / "out", plan__bits="5")
     convert(config)
     average = fast_config(llama, tmp_path / "out", plan__bits="5.0")
-    assert dry_run(average).stages[1].reason == "config changed (plan.bits)"
+    assert dry_run(average).stages[2].reason == "config changed (plan.bits)"
     assert convert(average).bits_per_weight <= 5.0 < convert(config).bits_per_weight
     remembered = load_config(files=[tmp_path / "out.run" / "run.yaml"])
     assert (remembered.plan.bits, remembered.plan.is_average) == (5, False)
-    assert dry_run(remembered).stages[1].reason == "up to date"
+    assert dry_run(remembered).stages[2].reason == "up to date"
 
 
 @pytest.fixture
@@ -111,13 +111,13 @@ def planned_and_done(config: Config) -> tuple[list[PlannedStage], list[PlannedSt
 @pytest.mark.parametrize(
     ("settings", "reasons"),
     [
-        ({}, ["up to date"] * 6),
-        ({"validation__require": "[mean_kl<=1]"}, ["up to date"] * 6),
-        ({"rounding__damping": 0.5}, ["up to date"] * 6),  # nearest rounding knows none
+        ({}, ["up to date"] * 7),
+        ({"validation__require": "[mean_kl<=1]"}, ["up to date"] * 7),
+        ({"rounding__damping": 0.5}, ["up to date"] * 7),  # nearest rounding knows none
         (
             {"plan__outliers": 0.1},
             [
-                "up to date",
+                *["up to date"] * 2,
                 "config changed (plan.outliers)",
                 "input changed (profile)",
                 "input changed (quantize)",
@@ -128,8 +128,7 @@ def planned_and_done(config: Config) -> tuple[list[PlannedStage], list[PlannedSt
         (
             {"rounding__grid": "search"},
             [
-                "up to date",
-                "up to date",
+                *["up to date"] * 3,
                 "config changed (rounding.grid)",
                 "input changed (quantize)",
                 "up to date",
@@ -138,15 +137,16 @@ def planned_and_done(config: Config) -> tuple[list[PlannedStage], list[PlannedSt
         ),
         (
             {"validation__windows": 2},
-            [*["up to date"] * 4, "input changed (validation tokens)", "input changed (reference)"],
+            [*["up to date"] * 5, "input changed (validation tokens)", "input changed (reference)"],
         ),
         (
             {"validation__text": "{text}"},
-            [*["up to date"] * 4, "input changed (validation tokens)", "input changed (reference)"],
+            [*["up to date"] * 5, "input changed (validation tokens)", "input changed (reference)"],
         ),
         (
             {"machine__seed": 3},
             [
+                "up to date",
                 "input changed (calibration tokens)",
                 "input changed (calibrate)",
                 "input changed (calibrate, profile)",
@@ -172,30 +172,30 @@ def test_a_dry_run_supposes_that_what_is_rounded_again_comes_out_different(llama
     settings = {"calibration__samples": 2, "plan__outliers": 0}
     convert(fast_config(llama, copied, plan__outliers=0))
     planned, done = planned_and_done(fast_config(llama, copied, **settings))
-    assert planned[:5] == done[:5]
-    assert planned[5].reason == "input changed (artifact)"
-    assert done[5] == PlannedStage("validate accullm", "up to date", False)
+    assert planned[:6] == done[:6]
+    assert planned[6].reason == "input changed (artifact)"
+    assert done[6] == PlannedStage("validate accullm", "up to date", False)
 
 
 def test_an_artifact_that_is_written_again_need_not_be_measured_again(llama: Path, copied: Path) -> None:
     shutil.rmtree(copied)
     planned, done = planned_and_done(fast_config(llama, copied))
-    assert planned[3].reason == f"output missing ({copied}/README.md)"
-    assert planned[5] == PlannedStage("validate accullm", "up to date", False)
+    assert planned[4].reason == f"output missing ({copied}/README.md)"
+    assert planned[6] == PlannedStage("validate accullm", "up to date", False)
     assert planned == done
 
 
 def test_an_artifact_that_is_written_elsewhere_need_not_be_measured_again(llama: Path, copied: Path) -> None:
     run = copied.with_name("out.run")
     planned, done = planned_and_done(fast_config(llama, copied.with_name("other"), machine__run=run))
-    assert [stage.reason for stage in planned[3:]] == ["config changed (export.out (accullm))", *["up to date"] * 2]
+    assert [stage.reason for stage in planned[4:]] == ["config changed (export.out (accullm))", *["up to date"] * 2]
     assert planned == done
 
 
 def test_an_artifact_that_was_changed_is_measured_again(llama: Path, copied: Path) -> None:
     tokenizer = copied / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
-    assert dry_run(fast_config(llama, copied)).stages[5] == PlannedStage(
+    assert dry_run(fast_config(llama, copied)).stages[6] == PlannedStage(
         "validate accullm", "input changed (artifact)", True
     )
 
@@ -206,7 +206,7 @@ def test_a_dry_run_has_a_line_for_the_validation_of_each_format(llama: Path, tmp
     formats = ["accullm", "compressed-tensors"]
     config = config.model_copy(update={"export": config.export.model_copy(update={"format": formats})})
     planned, done = planned_and_done(config)
-    assert [(stage.name, stage.reason) for stage in planned[4:]] == [
+    assert [(stage.name, stage.reason) for stage in planned[5:]] == [
         ("reference", "up to date"),
         ("validate accullm", "input changed (artifact)"),
         ("validate compressed-tensors", "new"),
@@ -216,19 +216,20 @@ def test_a_dry_run_has_a_line_for_the_validation_of_each_format(llama: Path, tmp
 
 def test_a_fresh_dry_run_forces_what_a_fresh_run_would(llama: Path, finished: Path) -> None:
     config = fast_config(llama, finished)
-    assert [stage.reason for stage in dry_run(config, fresh=True).stages] == ["forced"] * 6
+    assert [stage.reason for stage in dry_run(config, fresh=True).stages] == ["forced"] * 7
     alone = dry_run(config, fresh=True, only="quantize").stages
-    assert [stage.reason for stage in alone] == ["up to date", "up to date", "forced"]
+    assert [stage.reason for stage in alone] == [*["up to date"] * 3, "forced"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_dry_run_of_one_stage_ends_with_it_or_refuses_as_it_would(stage: str, llama: Path, finished: Path) -> None:
     named = [planned.name for planned in dry_run(fast_config(llama, finished), only=stage).stages]
-    expected = {"calibrate": ["calibrate", "reference"], "validate": ALL}
+    expected = {"calibrate": ["reading", "calibrate", "reference"], "validate": ALL}
     assert named == expected.get(stage, ALL[: ALL.index(stage) + 1] if stage in ALL else [])
     config = fast_config(llama, finished, machine__seed=3)
     if stage == "calibrate":
         assert dry_run(config, only=stage).stages == (
+            PlannedStage("reading", "up to date", False),
             PlannedStage("calibrate", "input changed (calibration tokens)", True),
             PlannedStage("reference", "input changed (validation tokens)", True),
         )

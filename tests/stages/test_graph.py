@@ -146,6 +146,7 @@ def test_a_command_stands_for_every_stage(llama: Path) -> None:
             "validate speed",
         ]
         assert commands["reference"] == commands["other reference"] == ("validate", "calibrate")
+        assert commands["reading"] == ("calibrate",)
         for name in ("calibrate", "profile", "quantize", "export"):
             assert commands[name] == (name,)
         assert {commands[name] for name in commands if name.startswith("validate")} == {("validate",)}

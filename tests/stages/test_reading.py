@@ -3,65 +3,49 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DoryConfig
 
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.source import open_source
-from accullm_cli.pipeline import convert, validate_artifact
-from accullm_cli.progress import Event
+from accullm_cli.pipeline import convert, run_stage, validate_artifact
+from accullm_cli.progress import Event, Progress, silent
+from accullm_cli.run import RunDirectory
 from accullm_cli.stages import reading
-from accullm_cli.stages.calibrate import open_decoder
-from accullm_cli.stages.reading import check_reading
+from accullm_cli.stages.job import open_decoder
+from accullm_cli.stages.reading import READING
 from tests.model.test_gguf import Q8_0, write
-from tests.streaming import fast_config, opened, random_ids
-from tests.tiny import _SHAPE, make_checkpoint, make_tokenizer
+from tests.streaming import fast_config, opened, run_alone
+from tests.tiny import make_checkpoint
 
 HINT = "this model cannot be converted truly, so it is not"
 
 
-def checked(config: Config, events: list[Event] | None = None) -> tuple[str, ...]:
-    """The records of a first reading, on random tokens."""
-    with opened(config, (events if events is not None else []).append) as job:
-        return check_reading(job, "calibrate", open_decoder(job), random_ids(2, 40))
+def checked(config: Config, progress: Progress = silent) -> list[str]:
+    """The records of a reading, which leaves no files."""
+    with opened(config, progress) as job:
+        record = run_alone(job, READING).record
+    assert record.outputs == {}
+    return record.records
 
 
-def refusal(config: Config) -> str:
+def refusal(config: Config, call: Callable[[Config], object] = checked) -> str:
     with pytest.raises(AccullmError) as caught:
-        checked(config)
+        call(config)
     assert caught.value.exit_code == 2
     return caught.value.line()
-
-
-def make_looped(directory: Path) -> Path:
-    """Dory: its middle blocks run twice."""
-    rope = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
-    layers = ["sliding_attention", "full_attention", "sliding_attention"]
-    shape = {**_SHAPE, "num_hidden_layers": 3, "head_dim": 16}
-    config = DoryConfig(
-        **shape,
-        layer_types=layers,
-        rope_parameters=rope,
-        n_input_layers=1,
-        n_recurrent_layers=1,
-        n_output_layers=1,
-        ngpt_alpha_init=0.3,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma3", "mixtral"])
 def test_the_two_readings_of_a_plain_source_agree(name: str, tmp_path: Path) -> None:
     config = fast_config(make_checkpoint(name, tmp_path / "model"), tmp_path / "out")
-    assert checked(config) == ()
+    assert checked(config) == []
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
@@ -74,7 +58,7 @@ def test_a_model_that_is_too_large_is_read_from_disk(
     placed = []
     plain_model = reading.plain_model
     monkeypatch.setattr(reading, "plain_model", lambda *given: placed.append(given[1]) or plain_model(*given))
-    assert checked(config) == ()
+    assert checked(config) == []
     assert placed == [tmp_path / "out.run"]
     assert not list((tmp_path / "out.run").glob(".plain-*"))
 
@@ -85,9 +69,9 @@ def test_where_not_even_the_disk_is_large_enough_a_record_says_so(
     config = fast_config(make_checkpoint("mixtral", tmp_path / "model"), tmp_path / "out")
     monkeypatch.setattr(reading, "available_memory", lambda: 1000)
     monkeypatch.setattr(reading.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 500_000}))
-    assert checked(config) == (
-        "the reading was not held against plain transformers: it takes 590 kB on disk, where 500 kB are free",
-    )
+    assert checked(config) == [
+        "the reading was not held against plain transformers: it takes 590 kB on disk, where 500 kB are free"
+    ]
 
 
 def test_a_model_that_plain_transformers_cannot_run_is_on_record(
@@ -99,62 +83,63 @@ def test_a_model_that_plain_transformers_cannot_run_is_on_record(
         raise ValueError("You must specify\n pixel_values")
 
     with opened(config) as job:
-        decoder = open_decoder(job)
+        decoder = open_decoder(job)  # by a forward pass of the same class
+        monkeypatch.setattr(reading, "open_decoder", lambda job: decoder)
         monkeypatch.setattr("transformers.LlamaForCausalLM.forward", fail)
-        assert check_reading(job, "calibrate", decoder, random_ids(1, 8)) == (
+        assert run_alone(job, READING).record.records == [
             "the reading was not held against plain transformers, which cannot run it "
-            "(ValueError: You must specify pixel_values)",
-        )
+            "(ValueError: You must specify pixel_values)"
+        ]
 
 
 def test_it_is_done_once_for_each_source(tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
     config = fast_config(source, tmp_path / "out")
-    events: list[Event] = []
-    for _ in range(2):
-        checked(config, events)
-    assert [event.label for event in events if event.stage == "calibrate"] == ["held against plain transformers"]
+
+    def reasons() -> list[tuple[str, str]]:
+        events: list[Event] = []
+        checked(config, events.append)
+        return [(event.kind, str(event.reason)) for event in events if event.stage == "reading" and event.reason]
+
+    assert [reasons(), reasons()] == [[("start", "new")], [("skip", "up to date")]]
     tensors = load_file(source / "model.safetensors")
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, source / "model.safetensors")
-    checked(config, events)
-    assert len([event for event in events if event.stage == "calibrate"]) == 2
+    assert reasons() == [("start", "source changed (sha256)")]
 
 
-def test_blocks_that_run_twice_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    source = make_looped(tmp_path / "model")
+def test_blocks_that_compute_something_else_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By calibrate, too, which is what users run where they run one stage after another."""
+    source = make_checkpoint("llama", tmp_path / "model")
     config = fast_config(source, tmp_path / "out")
-    line = refusal(config)
-    number = r"[\d.e-]+"
-    assert re.fullmatch(
-        rf"{source}: plain transformers \(DoryForCausalLM\) reads another model than accullm runs: log-probabilities "
-        rf"differ by up to {number} nats for token \d+ at position \d+; {HINT}",
-        line,
-    )
-    with pytest.raises(AccullmError, match="reads another model"):
-        convert(config)
+    run = Decoder.run
+    monkeypatch.setattr(Decoder, "run", lambda self, *given: 1.01 * run(self, *given))
+    for call in (checked, convert, partial(run_stage, "calibrate")):
+        assert re.fullmatch(
+            rf"{source}: plain transformers \(LlamaForCausalLM\) reads another model than accullm runs: "
+            rf"log-probabilities differ by up to [\d.e-]+ nats for token \d+ at position \d+; {HINT}",
+            refusal(config, call),
+        )
     assert not (tmp_path / "out").exists()
-    assert not list((tmp_path / "out.run").glob("*.safetensors"))
+    assert not list((tmp_path / "out.run").glob("**/*.safetensors"))
 
 
 def test_a_validation_on_its_own_checks_the_reading_too(tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
     convert(fast_config(source, tmp_path / "out"))
     validate_artifact(tmp_path / "out", fast_config(source, tmp_path / "out", machine__run=tmp_path / "other"))
-    assert (tmp_path / "other" / "reading.json").exists()
+    assert list(RunDirectory(tmp_path / "other").stages()) == ["reading", "reference", "validate accullm"]
 
 
 def test_a_gguf_file_is_held_against_what_transformers_dequantizes(tmp_path: Path) -> None:
     path = write(tmp_path / "tiny.gguf", Q8_0, scale=0.3)
     config = fast_config(path, tmp_path / "out")
-    ids = random_ids(1, 40) % 90
-    with opened(config) as job:
-        assert check_reading(job, "calibrate", open_decoder(job), ids) == ()
-        (job.run.path / "reading.json").unlink()
+    assert checked(config) == []
     # As if the import had not undone llama.cpp's order of the rows of q.
-    imported = open_source(str(path), job.run.path).directory
+    imported = open_source(str(path), tmp_path / "out.run").directory
     tensors = load_file(imported / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     tensors[name] = tensors[name].flip(0).contiguous()
     save_file(tensors, imported / "model.safetensors")
-    with opened(config) as job, pytest.raises(AccullmError, match="reads another model"):
-        check_reading(job, "calibrate", open_decoder(job), ids)
+    assert "reads another model" in refusal(config)
