@@ -193,4 +193,26 @@ KINDS: dict[str, Kind] = {
         },
         vision_config={"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64, "patch_size": 8},
     ),
+    "language part with a class of its own": _kind(
+        "Qwen3_5ForConditionalGeneration",
+        "qwen3_5",
+        text_config={
+            **_SHAPE,
+            "model_type": "qwen3_5_text",
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 16,
+        },
+    ),
 }

@@ -47,6 +47,17 @@ def test_report_says_what_transformers_measures(name: str, tmp_path: Path) -> No
     assert 0 < report.fidelity.mean_kl_floor.value < report.fidelity.mean_kl.value
 
 
+def test_the_language_part_of_an_artifact_can_be_loaded_alone(tmp_path: Path) -> None:
+    """By the class that transformers has for it, whose modules have other names."""
+    source = KINDS["language part with a class of its own"].save(tmp_path / "model")
+    convert(tiny_config(source, tmp_path / "out", rounding__method="nearest"))
+    ids = torch.arange(60).view(2, 30)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert type(alone).__name__ == "Qwen3_5ForCausalLM"
+    with torch.no_grad():
+        assert torch.equal(alone(input_ids=ids).logits.double(), logits_of(tmp_path / "out", ids))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_feedback_loses_less_than_nearest(name: str, tmp_path: Path) -> None:
     source = make_checkpoint(name, tmp_path / "model")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, LlamaF
 from accullm_cli.errors import AccullmError
 from accullm_cli.model import blocks
 from accullm_cli.model.blocks import Decoder, batches
+from tests.kinds import KINDS
 from tests.streaming import random_ids, reference_model, streamed
 from tests.tiny import CONFIGS, make_checkpoint
 
@@ -444,3 +445,15 @@ def test_the_same_values_for_other_tokens_are_no_reason_to_refuse() -> None:
     decoder = in_memory(tiny_llama())
     for seed in range(3):
         decoder.embed(random_ids(2, 8, seed=seed).clamp(max=63))
+
+
+def test_what_text_does_not_reach_takes_no_memory_and_is_where_the_rest_is(tmp_path: Path) -> None:
+    """Models put what they make on the device of their first parameter, which may be of a vision tower."""
+    decoder = streamed(KINDS["vision tower"].save(tmp_path / "model"), tmp_path)
+    decoder.load_outside()
+    assert decoder.model.device.type == "cpu"
+    idle = [decoder.model.get_parameter(name) for name in decoder.structure.unused]
+    assert idle
+    assert {parameter.untyped_storage().nbytes() for parameter in idle} == {4}
+    decoder.release_outside()
+    assert all(parameter.is_meta for parameter in decoder.model.parameters())
