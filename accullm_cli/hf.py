@@ -337,4 +337,4 @@ def mark_initialized(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, HybridWeight | HybridExperts | KeptWeight | TiedHead):
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True
