@@ -329,7 +329,7 @@ def _root(
 
 HELP: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "convert": (
-        "All stages: calibrate, profile, quantize, export, validate. Prints the artifact's path.",
+        "All stages: reading, calibrate, profile, quantize, export, validate. Prints the artifact's path.",
         (
             "accullm convert work/smollm2-135m",
             "accullm convert llama-3.1-8b --group-size 128 --outliers 1% --out llama-int4",
@@ -338,7 +338,7 @@ HELP: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "calibrate": (
-        "Read the original's activations on the calibration text. Prints the run directory.",
+        "Check the reading of the source, and measure the original on the calibration text. Prints the run directory.",
         ("accullm calibrate work/smollm2-135m --samples 64",),
     ),
     "profile": (

@@ -88,7 +88,7 @@ def search(job: Job, shared: Sequence[StageOutcome]) -> Found:
     """Find the smallest plan that meets the contract; where none does, the one that came nearest.
 
     Args:
-        shared: what all plans have in common, finished in the job's run directory: calibrate and the references.
+        shared: what all plans have in common, finished in the job's run directory: reading, calibrate, the references.
 
     Raises:
         AccullmError: the contract asks for nothing that bits could bring about, no plan is as small as it must be, or

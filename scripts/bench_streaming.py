@@ -279,7 +279,7 @@ def high_water_mark(pid: int) -> int:
 
 def stages_of(manifest: Mapping[str, Any]) -> tuple[StageFigures, ...]:
     """The stages in a run's manifest, in the order they run."""
-    order = ("calibrate", "profile", "quantize", "export", "validate")
+    order = ("reading", "calibrate", "profile", "quantize", "export", "validate")
     records = manifest["stages"]
     names = sorted(
         (name for name in records if name.split()[0] in order), key=lambda name: order.index(name.split()[0])

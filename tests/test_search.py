@@ -320,7 +320,7 @@ def test_a_search_is_no_stage(llama: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_says_that_it_will_search(llama: Path, tmp_path: Path) -> None:
     planned = dry_run(golden(llama, tmp_path / "out", "mean_kl<=1"))
-    names = ["calibrate", "reference", "search reference", "search"]
+    names = ["reading", "calibrate", "reference", "search reference", "search"]
     assert [(stage.name, stage.runs) for stage in planned.stages] == [(name, True) for name in names]
     assert planned.stages[-1].reason == "new (up to 5 plans; time is estimated for one)"
     assert not (tmp_path / "out.run").exists()

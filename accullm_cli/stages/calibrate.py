@@ -137,7 +137,7 @@ class Statistics(Passenger):
     def go_through(self, index: int, block: nn.Module) -> None:
         hidden = self.streams["hidden"]
         if self._with_gradient:
-            keep_input(self._job, index, hidden[: self._with_gradient])
+            keep_input(self._job, self.decoder, index, hidden[: self._with_gradient])
         with products(precision_of(self._job)):
             if index < self.finished:
                 advance(self.decoder, index, block, hidden)

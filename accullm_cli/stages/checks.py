@@ -13,6 +13,7 @@ from accullm_cli.stages.device import check_device, check_format
 from accullm_cli.stages.export import check_output
 from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.profile import make_plan, refuse_impossible
+from accullm_cli.stages.reading import READING
 from accullm_cli.stages.texts import check_texts
 
 # The one format that holds what a search comes to.
@@ -48,7 +49,7 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
     for text in (config.calibration.text, config.validation.text, config.validation.other_text):
         check_text(text)
     run.check()
-    stages = run.stages()
+    stages = run.stages().keys() - {READING.name}  # with which both begin
     if stages and (CALIBRATE.name in stages) != converts:
         what = "holds the validation of a finished artifact" if converts else "holds a conversion"
         raise AccullmError(what, run.path, "give another directory with --run")

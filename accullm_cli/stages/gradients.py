@@ -43,9 +43,12 @@ def load_gradient(job: Job, index: int) -> torch.Tensor | None:
     return load_file(gradient_path(job, index))["gradient"]
 
 
-def keep_input(job: Job, index: int, hidden: torch.Tensor) -> None:
-    """Keep what goes into a block, [windows, tokens, hidden], until the gradient has passed it."""
-    tensors = {"hidden": hidden.to(torch.bfloat16)}
+def keep_input(job: Job, decoder: Decoder, index: int, hidden: torch.Tensor) -> None:
+    """Keep what goes into a block, [windows, tokens, hidden], until the gradient has passed it.
+
+    Hidden states alone in bfloat16. What lies behind them may be token ids, which that holds up to 256 only.
+    """
+    tensors = {"hidden": hidden.to(torch.bfloat16) if decoder.states(hidden).shape == hidden.shape else hidden}
     write_file(_input_path(job, index), lambda path: save_file(tensors, path))
 
 

@@ -120,6 +120,7 @@ def _measure(job: Job, decision: Decision, directory: Path, text: Text) -> tuple
     logits_of = _on_gpu(job, directory, device) if device.type == "cuda" else _by_blocks(job, decision, decoder, ids)
 
     decoder.load_outside()
+    decoder.learn_calls(ids[:1])  # on a GPU nothing was embedded, and what a stream consists of is not known
     records: tuple[str, ...] = ()
     if device.type == "cpu" and text is VALIDATION:  # on a GPU, what is measured is what users load
         records = check_shipped(artifact, ids[0, :TOKENS], logits_of(0, ids[0])[:TOKENS])

@@ -78,7 +78,7 @@ def test_kept_linears_are_those_of_the_source_bit_for_bit(
     assert (report.bits_per_weight <= planned.bits_per_weight) if "plan__bits" in settings else planned.size_is_exact
     if planned.size_is_exact:
         assert report.bits_per_weight == pytest.approx(planned.bits_per_weight, rel=1e-12)
-    assert [record.partition(":")[0] for record in report.records[: len(patterns)]] == [
+    assert [record.partition(":")[0] for record in report.records if "--keep" in record] == [
         f"{sum(fnmatchcase(linear.name, pattern) for linear in kept)} linears stay in 16 bits (--keep {pattern!r})"
         for pattern in patterns
     ]

@@ -184,13 +184,14 @@ def events_of(config: object) -> list[str]:
 
 def test_a_second_call_finds_everything_done(model: Path, tmp_path: Path) -> None:
     convert(tiny_config(model, tmp_path / "out"))
-    stages = ("calibrate", "profile", "quantize", "export", "reference", "validate accullm")
+    stages = ("reading", "calibrate", "profile", "quantize", "export", "reference", "validate accullm")
     assert events_of(tiny_config(model, tmp_path / "out")) == [f"{stage}: up to date" for stage in stages]
 
 
 def test_a_new_rounding_option_reruns_from_quantize_and_says_why(model: Path, tmp_path: Path) -> None:
     convert(tiny_config(model, tmp_path / "out"))
     assert events_of(tiny_config(model, tmp_path / "out", rounding__damping=0.02)) == [
+        "reading: up to date",
         "calibrate: up to date",
         "profile: up to date",
         "quantize: config changed (rounding.damping)",
@@ -220,7 +221,7 @@ def test_a_changed_plan_of_the_last_block_keeps_the_blocks_before_it(model: Path
     manifest["stages"]["profile"]["outputs"] = {}
     del manifest["stages"]["quantize"]
     (run / "manifest.json").write_text(json.dumps(manifest))
-    assert events_of(tiny_config(model, tmp_path / "out"))[2:5] == [
+    assert events_of(tiny_config(model, tmp_path / "out"))[3:6] == [
         "quantize: new",
         "block 1/2: up to date",
         "block 2/2: config changed (plan)",

@@ -22,6 +22,7 @@ from accullm_cli.pipeline import (
     convert_all,
     dry_run,
     run_stage,
+    validate_artifact,
 )
 from accullm_cli.progress import Event
 from accullm_cli.run import RunDirectory
@@ -113,6 +114,23 @@ def test_fresh_converts_everything_again(llama: Path, tmp_path: Path) -> None:
     second = convert(config, fresh=True)
     assert [stage.reason for stage in second.stages] == ["forced"] * 7
     assert second.artifact_sha256 == first.artifact_sha256
+
+
+def test_stopped_behind_its_reading_a_conversion_goes_on(llama: Path, finished: Path, tmp_path: Path) -> None:
+    """As would the validation of a finished artifact, which begins with one, too."""
+
+    def stop(event: Event) -> None:
+        if (event.stage, event.kind) == ("calibrate", "start"):
+            raise KeyboardInterrupt
+
+    config = fast_config(llama, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        convert(config, stop)
+    shutil.copytree(tmp_path / "out.run", tmp_path / "run")
+    expected = ["up to date", *["new"] * 6]
+    assert [stage.reason for stage in convert(config).stages] == expected
+    report = validate_artifact(finished, fast_config(llama, finished, machine__run=tmp_path / "run"))
+    assert [stage.reason for stage in report.stages] == expected[:3]
 
 
 # -- the report --------------------------------------------------------------------------------------------

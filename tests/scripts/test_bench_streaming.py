@@ -118,9 +118,16 @@ def test_a_model_without_blocks_is_refused(capsys: pytest.CaptureFixture[str]) -
 
 def test_stages_come_in_the_order_they_run() -> None:
     record: Mapping[str, float] = {"seconds": 1.0, "peak_bytes": 2}
-    names = ["validate accullm", "quantize", "calibrate", "export", "reference", "profile"]
+    names = ["validate accullm", "quantize", "calibrate", "export", "reading", "reference", "profile"]
     found = script.stages_of({"stages": dict.fromkeys(names, record)})
-    assert [stage.name for stage in found] == ["calibrate", "profile", "quantize", "export", "validate accullm"]
+    assert [stage.name for stage in found] == [
+        "reading",
+        "calibrate",
+        "profile",
+        "quantize",
+        "export",
+        "validate accullm",
+    ]
 
 
 def test_watching_sees_a_peak_that_is_over_before_the_process_ends() -> None:

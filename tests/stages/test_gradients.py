@@ -59,6 +59,27 @@ def near(found: torch.Tensor, expected: torch.Tensor, digits: float) -> None:
     np.testing.assert_allclose(found.double(), expected.double(), atol=digits * scale, rtol=0)
 
 
+class Layout:
+    """Stands for a decoder whose hidden states have so many features."""
+
+    def __init__(self, features: int) -> None:
+        self.features = features
+
+    def states(self, stream: torch.Tensor) -> torch.Tensor:
+        return stream[..., : self.features]
+
+
+@pytest.mark.parametrize(("features", "kept"), [(3, [1.0, 256.0, 0.330078125]), (2, [1.0, 257.0, 0.33])])
+def test_what_goes_into_a_block_is_kept_in_bfloat16_unless_there_are_token_ids_in_it(
+    features: int, kept: list[float], tmp_path: Path
+) -> None:
+    hidden = torch.tensor([[[1.0, 257.0, 0.33]]])
+    with opened(short_config(make_checkpoint("llama", tmp_path / "model"), tmp_path / "out")) as job:
+        gradients.keep_input(job, Layout(features), 0, hidden)  # type: ignore[arg-type]
+    stored = load_file(tmp_path / "out.run/calibrate/input-00000.safetensors")["hidden"]
+    assert torch.equal(stored.float(), torch.tensor([[kept]]))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_gradients_are_those_of_one_backward_pass(name: str, tmp_path: Path) -> None:
     source = make_checkpoint(name, tmp_path / "model")

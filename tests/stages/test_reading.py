@@ -28,9 +28,10 @@ HINT = "this model cannot be converted truly, so it is not"
 
 
 def checked(config: Config, progress: Progress = silent) -> list[str]:
-    """The records of a reading, which leaves no files."""
+    """The records of a reading, which depends on little and leaves no files."""
     with opened(config, progress) as job:
         record = run_alone(job, READING).record
+    assert record.inputs.keys() == {"source:sha256", "version:reading", "version:torch", "version:transformers"}
     assert record.outputs == {}
     return record.records
 
