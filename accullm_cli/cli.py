@@ -22,7 +22,7 @@ from typer.main import get_command
 
 from accullm_cli import __version__
 from accullm_cli.config import config_schema
-from accullm_cli.console import Console, dry_run_text, render, to_json
+from accullm_cli.console import Console, dry_run_text, json_text, render
 from accullm_cli.errors import (
     EXIT_FAULT,
     EXIT_MACHINE,
@@ -191,7 +191,7 @@ def _stage(name: str) -> Callable[[Call], Outcome]:
         if result.reports:
             return _reports(call, result.reports)
         if call.as_json:
-            return Outcome(to_json(stage=result))
+            return Outcome(json_text(stage=result))
         return Outcome("\n".join(map(str, result.outputs)) if name == "export" else str(result.run))
 
     return run
@@ -226,17 +226,17 @@ def _reports(call: Call, reports: Sequence[Any]) -> Outcome:
             code = EXIT_NOT_SO
             missed = ", ".join(f"{c.text} (measured {c.measured:.6g})" for c in report.contract if not c.met)
             call.console.error(AccullmError(f"the contract is not met: {missed}", report.artifact).line())
-    text = to_json(reports=tuple(reports)) if call.as_json else "\n".join(str(report.artifact) for report in reports)
+    text = json_text(reports=tuple(reports)) if call.as_json else "\n".join(str(report.artifact) for report in reports)
     return Outcome(text, code)
 
 
 def _dry_run(call: Call, planned: Any) -> Outcome:
-    return Outcome(to_json(dry_run=planned) if call.as_json else dry_run_text(planned))
+    return Outcome(json_text(dry_run=planned) if call.as_json else dry_run_text(planned))
 
 
 def _result(as_json: bool, name: str, value: object, code: int = EXIT_OK) -> Outcome:
     """A result that is itself what was asked for: a table, or JSON under `name`."""
-    return Outcome(to_json(**{name: value}) if as_json else render(value), code)
+    return Outcome(json_text(**{name: value}) if as_json else render(value), code)
 
 
 # -- questions ---------------------------------------------------------------------------------------------

@@ -276,7 +276,7 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
     rows.append(("artifact", report.artifact))
     if report.directory:
         rows.append(("report", str(Path(report.directory) / "report.html")))
-    return table(rows)
+    return text_table(rows)
 
 
 def _speed_rows(speed: Speed) -> list[tuple[str, str]]:
@@ -299,7 +299,7 @@ def _estimate(estimate: Estimate, form: str) -> str:
     return f"{form.format(estimate.value)} [{low} to {high}]"
 
 
-def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+def text_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
     """Rows as columns aligned by spaces; the last column is as long as it needs to be."""
     lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
     if not lines:
@@ -332,7 +332,7 @@ def render(value: object) -> str:
             below.append(f"{_words(name)}:\n{_indent(render(content))}")
         else:
             rows.append((_words(name), _cell(name, content)))
-    return "\n\n".join(part for part in (table(rows), *below) if part)
+    return "\n\n".join(part for part in (text_table(rows), *below) if part)
 
 
 def _render_tuple(values: tuple[Any, ...]) -> str:
@@ -342,9 +342,9 @@ def _render_tuple(values: tuple[Any, ...]) -> str:
     if dataclasses.is_dataclass(first):
         names = [field.name for field in dataclasses.fields(first)]
         rows = [[_cell(name, getattr(value, name)) for name in names] for value in values]
-        return table(rows, [_words(name) for name in names])
+        return text_table(rows, [_words(name) for name in names])
     if isinstance(first, (tuple, list)):
-        return table([[_cell("", cell) for cell in value] for value in values])
+        return text_table([[_cell("", cell) for cell in value] for value in values])
     return "\n".join(_cell("", value) for value in values)
 
 
@@ -384,7 +384,7 @@ def _cell(name: str, value: object) -> str:
 # -- JSON --------------------------------------------------------------------------------------------------
 
 
-def to_json(**content: object) -> str:
+def json_text(**content: object) -> str:
     """One JSON object, `schema_version` first; what JSON cannot hold (NaN, infinities) is null."""
     return json.dumps({"schema_version": JSON_SCHEMA_VERSION, **plain(content)}, indent=1)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from accullm_cli.console import PATIENCE, Console, plain, render, report_text, table, to_json
+from accullm_cli.console import PATIENCE, Console, json_text, plain, render, report_text, text_table
 from accullm_cli.measure.result import Clause, Report
 from accullm_cli.progress import Event, alike, grouped
 from accullm_cli.run import UP_TO_DATE, Reason
@@ -391,7 +391,7 @@ def test_what_is_not_a_result_is_refused():
 
 
 def test_a_table_is_as_wide_as_its_cells():
-    assert table([["a", "b" * 300], ["cc", "d"]]).splitlines() == ["a   " + "b" * 300, "cc  d"]
+    assert text_table([["a", "b" * 300], ["cc", "d"]]).splitlines() == ["a   " + "b" * 300, "cc  d"]
 
 
 # -- JSON --------------------------------------------------------------------------------------------------
@@ -400,7 +400,7 @@ def test_a_table_is_as_wide_as_its_cells():
 def test_json_is_one_versioned_object_and_strict():
     unbounded = dataclasses.replace(FIDELITY, kl_histogram=((0.1, 7000), (float("inf"), 1176)))
     report = dataclasses.replace(a_report(), fidelity=unbounded)
-    content = json.loads(to_json(reports=(report,)), parse_constant=lambda name: pytest.fail(name))
+    content = json.loads(json_text(reports=(report,)), parse_constant=lambda name: pytest.fail(name))
     assert content["schema_version"] == 1
     [written] = content["reports"]
     assert written["fidelity"]["mean_kl"] == {"value": 0.0664, "low": 0.05, "high": 0.083}

@@ -9,7 +9,7 @@ from pathlib import Path
 from accullm_cli.measure.result import Clause, Estimate, Fidelity, Report, Speed
 from accullm_cli.progress import SHOWN, grouped
 from accullm_cli.report import plots
-from accullm_cli.report.page import bullets, collapsed, figure, page, paragraph, section, table
+from accullm_cli.report.page import bullets, collapsed, figure, html_table, page, paragraph, section
 from accullm_cli.report.schema import to_json
 from accullm_cli.run import write_text
 from accullm_cli.units import duration, size
@@ -71,7 +71,7 @@ def _verdict(report: Report) -> str:
             ("met" if clause.met else "not met", clause.text, _clause(clause, clause.measured), _limit(clause))
             for clause in report.contract
         ]
-        parts.append(table(columns, rows, ["good" if clause.met else "bad" for clause in report.contract]))
+        parts.append(html_table(columns, rows, ["good" if clause.met else "bad" for clause in report.contract]))
     return "\n".join(parts)
 
 
@@ -128,7 +128,7 @@ def _figures(heading: str, found: Fidelity) -> str:
     )
     if found.windows < _FEW_WINDOWS:
         note += f" From {found.windows} windows they are too narrow: measure more."
-    return section(heading, table(columns, rows), paragraph(note, "note"))
+    return section(heading, html_table(columns, rows), paragraph(note, "note"))
 
 
 def _search(report: Report) -> str:
@@ -146,7 +146,7 @@ def _search(report: Report) -> str:
     note = "The smallest that met the contract is this artifact, judged above on text that no plan was tried on."
     return section(
         "Plans that were tried",
-        table(columns, rows, ["good" if t.met else "bad" for t in report.search]),
+        html_table(columns, rows, ["good" if t.met else "bad" for t in report.search]),
         paragraph(note, "note"),
     )
 
@@ -162,7 +162,7 @@ def _sizes(report: Report) -> str:
             "of the quantized linears: codes, scales, zero points, outliers and their index",
         ),
     ]
-    return section("Size", table([("", ""), ("", "number"), ("", "quiet")], rows))
+    return section("Size", html_table([("", ""), ("", "number"), ("", "quiet")], rows))
 
 
 def _speed(found: Speed) -> str:
@@ -177,7 +177,7 @@ def _speed(found: Speed) -> str:
         ratio = f"{artifact / original:.3g} times"
         rows.append((name, f"{artifact:.4g}", f"{original:.4g}", ratio, f"{what}; the artifact by {engine}"))
     note = f"On {found.device}, both in {found.dtype}; medians of several runs, one sequence at a time."
-    return section("Speed", table(columns, rows), paragraph(note, "note"))
+    return section("Speed", html_table(columns, rows), paragraph(note, "note"))
 
 
 def _plots(report: Report) -> str:
@@ -222,7 +222,7 @@ def _stages(report: Report) -> str:
         )
         for stage in report.stages
     ]
-    return section("Stages", table(columns, rows))
+    return section("Stages", html_table(columns, rows))
 
 
 def _linears(report: Report) -> str:
@@ -247,7 +247,7 @@ def _linears(report: Report) -> str:
         )
         for linear in report.linears
     ]
-    return section("Linears", collapsed(f"All {_count(len(rows), 'linear')}", table(columns, rows)))
+    return section("Linears", collapsed(f"All {_count(len(rows), 'linear')}", html_table(columns, rows)))
 
 
 def _provenance(report: Report) -> str:
@@ -260,7 +260,7 @@ def _provenance(report: Report) -> str:
         *((name, version) for name, version in sorted(report.versions.items())),
         ("Report schema", str(report.schema_version)),
     ]
-    return section("Provenance", table([("", ""), ("", "wrap mono")], rows))
+    return section("Provenance", html_table([("", ""), ("", "wrap mono")], rows))
 
 
 # -- figures as text -------------------------------------------------------------------------------------------

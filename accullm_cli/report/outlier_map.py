@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from accullm_cli.quant.plan import Plan
 from accullm_cli.quant.stats import LLM_INT8_THRESHOLD, InputStats
-from accullm_cli.report.page import collapsed, figure, page, paragraph, section, table
+from accullm_cli.report.page import collapsed, figure, html_table, page, paragraph, section
 from accullm_cli.report.plots import (
     ORANGE,
     RED,
@@ -251,4 +251,4 @@ def _table(drawn: Sequence[_Input]) -> str:
         )
         for entry in drawn
     ]
-    return section("Inputs", collapsed(f"All {len(rows):,} distinct inputs", table(columns, rows)))
+    return section("Inputs", collapsed(f"All {len(rows):,} distinct inputs", html_table(columns, rows)))

@@ -76,7 +76,7 @@ def bullets(lines: Sequence[str]) -> str:
     return "<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in lines) + "\n</ul>"
 
 
-def table(
+def html_table(
     columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], row_styles: Sequence[str] | None = None
 ) -> str:
     """A table of text.
