@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Float32 sums in another order change a log-probability by some 1e-5 nats; the smallest mistake of reading that was
-# tried (one norm's weight by 1 percent) changed one by 0.05. What is large is rounded more coarsely: a float32 has 7
-# digits, of which the sums of a deep model leave 5.
+# Float32 sums in another order change a log-probability by some 1e-5 nats, and mistakes of reading by far more. What is
+# large is rounded more coarsely: a float32 has 7 digits, of which the sums of a deep model leave 5.
 TOLERANCE = 1e-3
 RELATIVE_TOLERANCE = 1e-5
 

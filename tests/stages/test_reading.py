@@ -20,9 +20,10 @@ from accullm_cli.run import RunDirectory
 from accullm_cli.stages import reading
 from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.reading import READING
+from tests.kinds import Kind
 from tests.model.test_gguf import Q8_0, write
 from tests.streaming import fast_config, opened, run_alone
-from tests.tiny import make_checkpoint
+from tests.tiny import VOCABULARY, make_checkpoint
 
 HINT = "this model cannot be converted truly, so it is not"
 
@@ -124,6 +125,35 @@ def test_blocks_that_compute_something_else_are_refused_before_anything_is_writt
         )
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.run").glob("**/*.safetensors"))
+
+
+def test_a_model_that_mixes_the_texts_of_a_batch_is_refused(tmp_path: Path) -> None:
+    """No way to measure it would be right: what it says of a text depends on how many are run together."""
+    kind = Kind(
+        "DogeForCausalLM",
+        "doge",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "is_moe": True,
+            "num_experts": 16,
+            "num_experts_per_tok": 2,
+            "bos_token_id": 256,
+            "eos_token_id": 257,
+            "pad_token_id": 258,
+        },
+    )
+    source = kind.save(tmp_path / "model")
+    assert re.fullmatch(
+        rf"{source}: what DogeForCausalLM makes of a text depends on the other texts in its batch: log-probabilities "
+        r"differ by up to [\d.e-]+ nats for token \d+ at position \d+; no figure could be measured of this model",
+        refusal(fast_config(source, tmp_path / "out"), checked),
+    )
 
 
 def test_a_validation_on_its_own_checks_the_reading_too(tmp_path: Path) -> None:
