@@ -31,7 +31,8 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.measure.divergence import Divergence
 from accullm_cli.measure.result import Estimate, Fidelity
 from accullm_cli.model.blocks import Decoder, batches
-from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
+from accullm_cli.model.checkpoint import Checkpoint
+from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.source import ModelSource, open_source
 from accullm_cli.model.structure import Structure, read_structure
 from accullm_cli.progress import silent

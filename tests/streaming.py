@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from accullm_cli.config import Config
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
+from accullm_cli.model.checkpoint import Checkpoint
+from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.source import open_source
 from accullm_cli.progress import Progress, silent
 from accullm_cli.run import UP_TO_DATE, RunDirectory

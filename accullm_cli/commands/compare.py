@@ -165,7 +165,8 @@ class _Converted:
     """
 
     def __init__(self, directory: Path) -> None:
-        from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
+        from accullm_cli.model.checkpoint import Checkpoint
+        from accullm_cli.model.skeleton import build_skeleton
         from accullm_cli.model.source import open_source
         from accullm_cli.model.structure import read_structure
 

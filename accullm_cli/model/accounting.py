@@ -23,9 +23,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.model.checkpoint import build_skeleton
 from accullm_cli.model.integrity import TensorInfo
 from accullm_cli.model.names import Destination, destinations
+from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import find_blocks
 from accullm_cli.units import size
 

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -24,36 +22,6 @@ from transformers.modeling_utils import LoadStateDictConfig
 from accullm_cli.errors import AccullmError
 from accullm_cli.model.names import destinations
 from accullm_cli.model.source import ModelSource, TensorInfo, check_finite, check_shapes
-from accullm_cli.model.supported import model_class
-
-
-def build_skeleton(directory: Path, untied: bool = False) -> PreTrainedModel:
-    """The model that `directory`/config.json describes, in float32: parameters on the meta device, buffers real.
-
-    Experts run one after another ("eager"), so that each product with an expert's weight can be seen.
-
-    Args:
-        untied: tie no weights, whatever config.json says.
-    """
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if untied:
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = model_class(config)._from_config(
-                config, dtype=torch.float32, experts_implementation="eager"
-            )
-    except AssertionError as error:  # torch's: an embedding's padding lies beyond it
-        raise AccullmError(
-            f"transformers cannot build the model ({error}; pad_token_id is {config.get_text_config().pad_token_id})",
-            directory / "config.json",
-            "correct the value",
-        ) from None
-    return model.eval().requires_grad_(False)
 
 
 class Checkpoint:

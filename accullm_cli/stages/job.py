@@ -13,7 +13,8 @@ import transformers
 from accullm_cli.config import Config, Section
 from accullm_cli.errors import AccullmError
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
+from accullm_cli.model.checkpoint import Checkpoint
+from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.source import ModelSource
 from accullm_cli.model.text import Windows
 from accullm_cli.model.tokenizer import load_tokenizer

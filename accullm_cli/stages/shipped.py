@@ -18,8 +18,8 @@ from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.kernels.packed import PACKED_TOKENS
 from accullm_cli.measure.agreement import Difference, largest_difference
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.model.checkpoint import build_skeleton
 from accullm_cli.model.plain import plain_model
+from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import read_structure
 from accullm_cli.run import available_memory
 from accullm_cli.stages.artifact_weights import ArtifactWeights

@@ -25,8 +25,9 @@ from accullm_cli.formats.shards import dtype_name
 from accullm_cli.measure.divergence import Divergence
 from accullm_cli.measure.result import Estimate, Fidelity
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
+from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.model.embeddings import find_embeddings
+from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import read_structure
 from accullm_cli.run import file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights

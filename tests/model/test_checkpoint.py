@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.model.checkpoint import Checkpoint, build_skeleton
+from accullm_cli.model.checkpoint import Checkpoint
+from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.source import open_source
 from tests.streaming import random_ids, reference_model, streamed
 from tests.tiny import CONFIGS, make_checkpoint

@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.model.checkpoint import build_skeleton
 from accullm_cli.model.embeddings import EmbeddingSlot, find_embeddings
+from accullm_cli.model.skeleton import build_skeleton
 from tests.tiny import CONFIGS
 
 # (embedding, its width, head, its width); without a head where that is the embedding.

@@ -12,7 +12,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
 from accullm_cli.formats.base import Artifact
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.model.checkpoint import build_skeleton
+from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import read_structure
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.stages.artifact_weights import ArtifactWeights
