@@ -17,7 +17,9 @@ from accullm_cli.model.calls import Call, Layout, is_alike
 from accullm_cli.model.dry_pass import Path, is_same, replace_at, value_at
 from accullm_cli.model.shortcut import Shortcut
 from accullm_cli.model.slots import CaptureInputs, InputIdentity
-from accullm_cli.model.structure import Structure, read_structure
+from accullm_cli.model.structure import Structure, find_blocks, read_structure
+
+__all__ = ["Decoder", "Trace", "Weights", "batches", "find_blocks"]
 
 # Tokens that go through a block at once: enough for full speed of the matrix products, and few enough that their
 # activations stay in the processor's cache. On a 135M Llama, two cores busy with other work too, 512 tokens took about
