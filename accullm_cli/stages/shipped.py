@@ -16,7 +16,7 @@ import torch
 from accullm_cli.errors import NotSoError, is_out_of_memory
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.kernels.packed import PACKED_TOKENS
-from accullm_cli.measure.agreement import Difference, largest_difference
+from accullm_cli.measure.agreement import largest_difference
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.plain import plain_model
 from accullm_cli.model.skeleton import build_skeleton
@@ -54,9 +54,9 @@ def check_shipped(artifact: StoredArtifact, ids: torch.Tensor, measured: torch.T
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise NotSoError(f"transformers cannot run the artifact ({reason})", artifact.path, _HINT) from error
-    differences = _differences(measured, shipped)
+    differences = [largest_difference(measured[: len(logits)], logits) for logits in shipped]
     if not all(difference.is_arithmetic for difference in differences):
-        differences = _differences(_run_alone(artifact, ids), shipped)
+        differences = [largest_difference(_run_alone(artifact, ids[: len(logits)]), logits) for logits in shipped]
     for logits, difference in zip(shipped, differences, strict=True):
         if not difference.is_arithmetic:
             raise NotSoError(
@@ -68,15 +68,11 @@ def check_shipped(artifact: StoredArtifact, ids: torch.Tensor, measured: torch.T
     return ()
 
 
-def _differences(expected: torch.Tensor, shipped: list[torch.Tensor]) -> list[Difference]:
-    return [largest_difference(expected[: len(logits)], logits) for logits in shipped]
-
-
 def _run_alone(artifact: StoredArtifact, ids: torch.Tensor) -> torch.Tensor:
     """By blocks, from these tokens alone, and from weights as the format's readers round them; [T, vocabulary].
 
-    A window's length may choose its rotary frequencies (longrope, dynamic NTK). compressed-tensors' reader rounds
-    weights to the dtype of their scales.
+    A window's length may choose its rotary frequencies (longrope, dynamic NTK), and where attention looks ahead, as
+    over PaliGemma's prompts, the tokens behind count. compressed-tensors' reader rounds weights to the dtype of scales.
     """
     dtype, name = torch.float32, next(iter(artifact.plan.quantized), None)
     if artifact.format == "compressed-tensors" and name is not None:
