@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats.base import Objection, Parts
+from accullm_cli.formats.base import Parts
 from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, write_card, write_manifest
+from accullm_cli.formats.objections import objections
 from accullm_cli.formats.shards import INDEX_NAME, SHARD_BYTES, rename, shards_of, write_index, write_shard
 from accullm_cli.run import sync_directory, write_file, write_text
 
@@ -73,7 +74,11 @@ def copy_companion(source: Path, target: Path) -> None:
     write_file(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
-def refuse(objections: list[Objection], directory: Path) -> None:
-    """Turn the first objection into a refusal."""
-    if objections:
-        raise AccullmError(objections[0].what, directory, objections[0].hint)
+def refuse(format_name: str, parts: Parts, directory: Path) -> None:
+    """Refuse to write a plan that the format cannot hold.
+
+    Raises:
+        AccullmError: with the first objection.
+    """
+    for objection in objections(format_name, parts.plan, parts.shape):
+        raise AccullmError(objection.what, directory, objection.hint)

@@ -1,4 +1,4 @@
-"""What every artifact format offers: objections before computing, a writer, a reader."""
+"""What every artifact format offers, a writer and a reader, and what they are given."""
 
 from __future__ import annotations
 
@@ -98,13 +98,9 @@ class Artifact(Protocol):
 
 
 class Format(Protocol):
-    """One artifact format."""
+    """Writer and reader of one artifact format; what it can hold is in `formats.capabilities`."""
 
     name: str
-
-    def objections(self, plan: Plan, shape: ModelShape) -> list[Objection]:
-        """Everything that makes this plan impossible in this format; empty where it fits. Needs no tensors."""
-        ...
 
     def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
         """Bytes that are stored for a linear of a plan without objections; dtype: of the source's weights."""

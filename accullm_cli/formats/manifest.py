@@ -15,6 +15,7 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.base import Parts
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.shards import dtype_name, read_json
 from accullm_cli.progress import SHOWN, grouped
 from accullm_cli.quant.plan import LinearPlan, Plan
@@ -256,10 +257,13 @@ def _shortened(records: Sequence[str]) -> list[str]:
 
 
 def _loading_lines(format_name: str) -> Iterator[str]:
-    if format_name == "accullm":
-        yield from ("```python", "import accullm_cli.hf  # teaches transformers the format")
+    format = CAPABILITIES[format_name]
+    if format.module:
+        yield from ("```python", f"import {format.module}  # teaches transformers the format")
+    elif format.package:
+        yield from ("```python", f"# needs the package {format.package}")
     else:
-        yield from ("```python", "# needs the package compressed-tensors")
+        return
     yield from ("from transformers import AutoModelForCausalLM", "")
     yield from ('model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")', "```", "")
 

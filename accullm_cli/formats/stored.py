@@ -58,6 +58,11 @@ class StoredArtifact(ABC):
     def kept(self) -> tuple[str, ...]:
         return self.manifest.kept if self.manifest is not None else ()
 
+    @property
+    def reader_dtype(self) -> torch.dtype:
+        """What the format's stock reader rounds weights to while it loads them in float32."""
+        return torch.float32
+
     def names(self) -> tuple[str, ...]:
         others = {name for tensors in self.schema.values() for name in tensors} | set(self.kept)
         return tuple(name for name in self.files.infos if name not in others)

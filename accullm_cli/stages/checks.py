@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats import NATIVE
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.measure.contract import parse_requirement, search_demands
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.text import check_text
@@ -17,7 +19,7 @@ from accullm_cli.stages.reading import READING
 from accullm_cli.stages.texts import check_texts
 
 # The one format that holds what a search comes to.
-GOLDEN_FORMAT = "accullm"
+GOLDEN_FORMAT = NATIVE
 
 
 def check_config(config: Config, run: RunDirectory, converts: bool, only_validates: bool) -> None:
@@ -43,9 +45,10 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
         if not config.gradient_samples:
             what = "a plan needs gradients, which tell how much each linear matters"
             raise AccullmError(what, flag, "leave out --gradient-samples, or give more than 0")
-        if "compressed-tensors" in config.export.format:
-            what = "compressed-tensors holds linears of one width and no outliers, not an average"
-            raise AccullmError(what, "--bits", "give 4 or 8, and --outliers 0")
+        for name in config.export.format:
+            if CAPABILITIES[name].outliers == "not at all":
+                what = f"{name} holds linears of one width and no outliers, not an average"
+                raise AccullmError(what, "--bits", "give 4 or 8, and --outliers 0")
     for text in (config.calibration.text, config.validation.text, config.validation.other_text):
         check_text(text)
     run.check()

@@ -43,5 +43,5 @@ def measurements(job: Job, artifacts: Mapping[str, Path]) -> list[Stage]:
         stages.append(reference(text))
         stages += [validation(name, directory, text) for name, directory in artifacts.items()]
     if wants_speed(job.config):
-        stages += [speed(directory) for directory in artifacts.values()]
+        stages += [speed(name, directory) for name, directory in artifacts.items()]
     return stages

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import ModelShape, Stack
+from accullm_cli.formats.capabilities import CAPABILITIES, KEPT_BITS
+from accullm_cli.formats.objections import objections
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.embeddings import find_embeddings
@@ -37,8 +38,6 @@ VERSION = 2
 WIDTHS = {"widths": (3, 4, 5, 6, 8), "outliers": (4,)}
 # What the kernels are made for.
 LARGEST_OUTLIER_FRACTION = 0.03
-# Says of a linear, or of embedding and head, that it stays as it is in the source.
-KEPT_BITS = 16
 
 
 def profile(job: Job, decision: Decision) -> Work:
@@ -208,14 +207,17 @@ def load_plan(path: Path) -> Plan:
 
 
 def scale_dtype(job: Job) -> str:
-    """compressed-tensors stores scales in the model's dtype; for a bfloat16 model they must be exact in both."""
-    in_bfloat16 = "compressed-tensors" in job.config.export.format and source_dtype(job) == torch.bfloat16
-    return "bfloat16" if in_bfloat16 else "float16"
+    """Where a format stores scales in the model's dtype, those for a bfloat16 model must be exact in both."""
+    formats = [CAPABILITIES[name] for name in job.config.export.format]
+    of_the_model = any(format.scale_dtype == "of the model" for format in formats)
+    return "bfloat16" if of_the_model and source_dtype(job) == torch.bfloat16 else "float16"
 
 
 def scale_bits(job: Job) -> int:
-    """As configured; compressed-tensors alone has no tables, so that every scale may be a float16 of its own."""
-    return 16 if job.config.export.format == ["compressed-tensors"] else job.config.plan.scale_bits
+    """As configured; where no format has tables, every scale may be a float16 of its own."""
+    formats = [CAPABILITIES[name] for name in job.config.export.format]
+    only = {bits for format in formats for storable in format.linears for bits in storable.scale_bits}
+    return 16 if only == {16} else job.config.plan.scale_bits
 
 
 def source_dtype(job: Job) -> torch.dtype:
@@ -259,7 +261,7 @@ def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:
                     "use --outliers 0, or convert the checkpoint to one dtype",
                 )
     for name in job.config.export.format:
-        for objection in FORMATS[name].objections(plan, shape):
+        for objection in objections(name, plan, shape):
             raise AccullmError(objection.what, f"--format {name}", objection.hint)
 
 
