@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from accullm_cli.quant.plan import LinearPlan
 
-# As rows of a plan have it, for "left as it is in the source".
-KEPT_BITS = 16
+# The group size of one scale per output row.
 WHOLE_ROWS = -1
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from accullm_cli.formats.base import ModelShape, Objection
-from accullm_cli.formats.capabilities import CAPABILITIES, KEPT_BITS, WHOLE_ROWS, Capabilities, Storable
+from accullm_cli.formats.capabilities import CAPABILITIES, WHOLE_ROWS, Capabilities, Storable
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.quant.encodings import ENCODINGS
-from accullm_cli.quant.plan import LinearPlan, Plan
+from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 
 # Of the model, in which scales of 16 bits, as plans have them, are exact (or rounded to be, for bfloat16).
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -92,6 +92,15 @@ def _row_objections(name: str, rows: list[LinearPlan], of_embeddings: bool) -> I
     found = [row for row in rows if not storable[row.name].holds_group_size(row.group_size, row.in_features)]
     if found:
         yield _group_objection(name, found, rows, storable[found[0].name])
+    found = [row for row in rows if row.scale_bits not in storable[row.name].scale_bits]
+    if found:
+        first, bits = found[0], storable[found[0].name].scale_bits
+        another = _or_another(name, lambda other: any(first.scale_bits in entry.scale_bits for entry in other.linears))
+        yield Objection(
+            f"{name} stores scales of {_widths(bits)} bits, and those of {first.name} have {first.scale_bits}"
+            f"{_more(found)}",
+            f"leave out --scale-bits{another}",
+        )
     found = [row for row in rows if row.symmetric not in storable[row.name].symmetric]
     if found:
         only, flag = ("asymmetric", "--no-symmetric") if found[0].symmetric else ("symmetric", "--symmetric")

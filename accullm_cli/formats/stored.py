@@ -91,6 +91,12 @@ class StoredArtifact(ABC):
             return self.plan.linears[name].weights * self._kept(name).torch_dtype.itemsize
         return sum(self.files.infos[tensor].bytes for tensor in self.schema[name])
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored for the linears, in bits, over their weights."""
+        weights = sum(linear.weights for linear in self.plan.linears.values())
+        return 8 * sum(map(self.linear_bytes, self.plan.linears)) / weights
+
     def _kept(self, name: str) -> TensorInfo:
         """What holds a linear that was left as it is: NAME.weight, or the parameter that stacks the experts."""
         linear = self.plan.linears[name]

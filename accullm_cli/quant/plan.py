@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from accullm_cli.quant.encodings import ENCODINGS
 
+# The bits of a linear that is left as it is in the source.
+KEPT_BITS = 16
+
 
 @dataclass(frozen=True)
 class LinearPlan:
@@ -44,7 +47,7 @@ class LinearPlan:
     @property
     def stored_bytes(self) -> int:
         """Bytes of everything that is stored: what the encoding has, outlier features and their index."""
-        if self.bits == 16:
+        if self.bits == KEPT_BITS:
             return self.source_itemsize * self.weights
         outliers = (self.source_itemsize * self.out_features + 4) * len(self.outlier_index)
         return ENCODINGS[self.encoding].stored_bytes(self) + outliers
@@ -68,7 +71,8 @@ class Plan:
     @property
     def quantized(self) -> dict[str, LinearPlan]:
         """All that is stored as codes: linears that are not left as they are, and embeddings."""
-        return {name: linear for name, linear in self.linears.items() if linear.bits != 16} | dict(self.embeddings)
+        linears = {name: linear for name, linear in self.linears.items() if linear.bits != KEPT_BITS}
+        return linears | dict(self.embeddings)
 
     @property
     def bits_per_weight(self) -> float:

@@ -100,4 +100,4 @@ class TwoStreams:
 
 
 def _stream_store(job: Job) -> StreamStore:
-    return StreamStore(job.run.file("quantize/streams.safetensors"))
+    return StreamStore(job.own("quantize/streams.safetensors"))

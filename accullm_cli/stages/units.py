@@ -77,7 +77,7 @@ def block_unit(index: int) -> str:
 
 
 def shard_path(job: Job, unit: str) -> Path:
-    return job.run.file(f"quantize/{unit}.safetensors")
+    return job.own(f"quantize/{unit}.safetensors")
 
 
 def load_record(job: Job, unit: str) -> UnitRecord | None:

@@ -226,9 +226,9 @@ def test_text_that_cannot_be_used(
             "give more than 0",
         ),
         (
-            ["--bits", "4.4", "--gradient-samples", "1", "--format", "compressed-tensors"],
-            "--bits: compressed-tensors holds linears of one width and no outliers, not an average; give 4 or 8, and "
-            "--outliers 0",
+            ["--bits", "4.4", "--gradient-samples", "1", "--format", "compressed-tensors", "--spend", "outliers"],
+            "--format compressed-tensors: compressed-tensors holds no outlier features, which --spend outliers asks "
+            "for; leave it out, or export to the format accullm",
         ),
         (
             ["--bits", "3.5", "--gradient-samples", "1", "--group-size", "16"],

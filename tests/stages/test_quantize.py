@@ -14,8 +14,10 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.progress import Event
 from accullm_cli.stages import block_rounding
+from accullm_cli.stages import quantize as quantize_module
 from accullm_cli.stages.profile import load_plan
-from accullm_cli.stages.quantize import QUANTIZE
+from accullm_cli.stages.quantize import rounding
+from accullm_cli.stages.units import shard_path
 from tests.stages.quantized import (
     LLAMA_ORDER,
     Call,
@@ -202,7 +204,7 @@ def test_a_changed_plan_of_the_first_block_runs_all_that_follow(tmp_path: Path) 
         before = shard(job.run.path, 1)
         steps.clear()
         edit_plan(job.run.path, **{"layers.0.self_attn.q_proj": 3})
-        run_alone(job, QUANTIZE, profile="edited")
+        run_alone(job, rounding("accullm"), profile="edited")
         after = shard(job.run.path, 1)
     assert steps == ["block 1/2: config changed (plan)", "block 2/2: input changed (block before)"]
     codes = "model.layers.1.mlp.up_proj.qweight"
@@ -248,10 +250,36 @@ def test_a_block_is_run_again_from_what_is_known(tmp_path: Path, monkeypatch: py
             run_to(job, "quantize")
         shards = [shard(job.run.path, index) for index in range(2)]
         monkeypatch.setattr(Decoder, "shortcuts", lambda *args: ())
-        run_alone(replace(job, fresh=True), QUANTIZE)
+        run_alone(replace(job, fresh=True), rounding("accullm"))
         # For q, k and v, for o, for gate and up, for down, and at the end for the next block.
         assert begun == 2 * [(), (), ("o_proj",), ("o_proj",), ("o_proj", "down_proj")]
         for index, expected in enumerate(shards):
             found = shard(job.run.path, index)
             assert expected.keys() == found.keys()
             assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_what_two_formats_have_alike_is_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal plans: the second format's shards are the first one's files. Another width for one of them: all anew."""
+    source = make_checkpoint("llama", tmp_path / "model", torch.float16)
+    names = ("accullm", "compressed-tensors")
+    alike = {"plan__outliers": 0, "plan__group_size": 32, "plan__scale_bits": 16}
+    alike["export__format"] = f"[{','.join(names)}]"
+    rounded: list[int] = []
+    quantize_block = quantize_module._quantize_block
+
+    def watch(*given):
+        rounded.append(given[4])
+        return quantize_block(*given)
+
+    monkeypatch.setattr(quantize_module, "_quantize_block", watch)
+    with opened(short_config(source, tmp_path / "out", **alike)) as job:
+        run_to(job, "quantize")
+        shards = [shard_path(job.of(name), "block-00001") for name in names]
+        assert rounded == [0, 1]
+        assert shards[0] != shards[1]
+        assert shards[0].samefile(shards[1])
+    with opened(short_config(source, tmp_path / "out", **alike | {"plan__scale_bits": "null"})) as job:
+        run_to(job, "quantize")
+        assert rounded == [0, 1, 0, 1]  # the native one has tables now, and the other is up to date
+        assert not shards[0].samefile(shards[1])
