@@ -24,13 +24,14 @@ from accullm_cli.formats.manifest import (
 )
 from accullm_cli.formats.shards import TensorFiles, link_or_copy, read_json
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
+from accullm_cli.quant.encodings.integer import IntegerZero
 from accullm_cli.quant.linear import QuantizedLinear, check_outlier_index
 from accullm_cli.quant.packing import pack, packed_length, unpack
 from accullm_cli.quant.plan import LinearPlan, Plan
 
 __all__ = ["LOADER_GUARD", "AccullmArtifact", "AccullmFormat", "record_fidelity"]
 
-SUFFIXES = ("qweight", "scales", "qscales", "scale_table", "qzeros", "outlier_index", "outlier_weight")
+SUFFIXES = IntegerZero.suffixes
 # What config.json leaves out: version 1 had no tables of scales, and embeddings have none.
 DEFAULT_SCHEME = {"scale_bits": 16}
 SCHEME_KEYS = ("bits", "group_size", "scale_bits", "symmetric", "outliers")

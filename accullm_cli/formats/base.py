@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
 
 
@@ -92,7 +92,7 @@ class Artifact(Protocol):
         """One of those tensors, in its stored dtype."""
         ...
 
-    def linear(self, name: str) -> QuantizedLinear:
+    def linear(self, name: str) -> StoredLinear:
         """One quantized linear or embedding of the plan."""
         ...
 

@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats.accullm import SUFFIXES as NATIVE_SUFFIXES
-from accullm_cli.formats.assemble import assemble, refuse
+from accullm_cli.formats.assemble import assemble, read_shard, refuse
 from accullm_cli.formats.base import Parts
 from accullm_cli.formats.manifest import MANIFEST_NAME, Manifest, read_manifest
 from accullm_cli.formats.objections import SCALE_DTYPES
-from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, tensors_of, write_shard
+from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, write_shard
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.packing import pack, packed_length, unpack
@@ -49,9 +47,6 @@ class CompressedTensorsFormat:
             AccullmError: the plan is impossible, or a scale cannot be stored exactly in the model's dtype.
         """
         refuse(self.name, parts, directory)
-        # It has no tables: every scale stands for itself.
-        linears = {name: replace(linear, scale_bits=16) for name, linear in parts.plan.linears.items()}
-        parts = replace(parts, plan=replace(parts.plan, linears=linears))
 
         def place(source: Path, target: Path) -> None:
             write_shard(target, dict(_convert_block(source, parts.plan, parts.shape.dtype)))
@@ -149,20 +144,13 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
 
 def _convert_block(source: Path, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a block: quantized linears in this format, the rest as it is."""
-    files = TensorFiles(source.parent, tensors_of(source))
-    by_linear: dict[str, list[str]] = {}
-    for name in files.infos:
-        owner, _, suffix = name.rpartition(".")
-        if suffix in NATIVE_SUFFIXES:
-            by_linear.setdefault(owner, []).append(name)
-        else:
-            yield name, files.tensor(name)
-    for owner, names in by_linear.items():
-        linear = plan.linears[owner]
-        tensors = {name.removeprefix(f"{owner}."): tensor for name, tensor in files.tensors(names).items()}
-        quantized = QuantizedLinear.from_tensors(tensors, linear.in_features, linear.bits, linear.group_size)
-        for suffix, tensor in encode(quantized, dtype, owner).items():
-            yield f"{owner}.{suffix}", tensor
+    for name, stored in read_shard(source, plan):
+        if isinstance(stored, torch.Tensor):
+            yield name, stored
+            continue
+        assert isinstance(stored, QuantizedLinear)
+        for suffix, tensor in encode(stored, dtype, name).items():
+            yield f"{name}.{suffix}", tensor
 
 
 def encode(linear: QuantizedLinear, dtype: torch.dtype, where: object) -> dict[str, torch.Tensor]:

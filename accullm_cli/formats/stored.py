@@ -13,7 +13,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats.manifest import Manifest
 from accullm_cli.formats.shards import TensorFiles, dtype_name
 from accullm_cli.model.integrity import TensorInfo
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import Plan
 
 
@@ -70,7 +70,7 @@ class StoredArtifact(ABC):
     def tensor(self, name: str) -> torch.Tensor:
         return self.files.tensor(name)
 
-    def linear(self, name: str) -> QuantizedLinear:
+    def linear(self, name: str) -> StoredLinear:
         """One quantized linear, or an embedding.
 
         Raises:
@@ -123,7 +123,7 @@ class StoredArtifact(ABC):
                 yield from not_finite(name, self.tensor(name))
 
     @abstractmethod
-    def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> QuantizedLinear: ...
+    def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> StoredLinear: ...
 
     @abstractmethod
     def _linear_problems(self, name: str, stored: Mapping[str, torch.Tensor]) -> Iterator[str]: ...

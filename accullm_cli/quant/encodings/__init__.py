@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from accullm_cli.quant.encodings.affine import AffineGroups
 from accullm_cli.quant.encodings.base import Encoding
 from accullm_cli.quant.encodings.integer import IntegerZero
 
-ENCODINGS: Mapping[str, Encoding] = {encoding.name: encoding for encoding in (IntegerZero(),)}
+ENCODINGS: Mapping[str, Encoding] = {encoding.name: encoding for encoding in (IntegerZero(), AffineGroups())}

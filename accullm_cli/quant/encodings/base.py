@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from accullm_cli.quant.plan import LinearPlan
 
 
+OUTLIER_SUFFIXES = ("outlier_index", "outlier_weight")
+
+
 class StoredLinear(Protocol):
     """A weight [N, K] as its encoding stores it: codes, what their grid is made of, and outlier features."""
 
@@ -42,6 +45,8 @@ class Encoding(ABC):
     """
 
     name: ClassVar[str]
+    # Of the tensors that a shard holds of a linear, those of outlier features included.
+    suffixes: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def problem(self, row: LinearPlan) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from accullm_cli.quant.encodings.base import Encoding
+from accullm_cli.quant.encodings.base import OUTLIER_SUFFIXES, Encoding
 from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, minmax_grid, searched_grid, spanning_scales
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.packing import packed_length
@@ -27,6 +27,7 @@ class IntegerZero(Encoding):
     """2 to 8 bits in groups of any size, the last of which may be shorter; symmetric or not."""
 
     name = "integer"
+    suffixes = ("qweight", "scales", "qscales", "scale_table", "qzeros", *OUTLIER_SUFFIXES)
 
     def problem(self, row: LinearPlan) -> str:
         if row.bits not in WIDTHS:
