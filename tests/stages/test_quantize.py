@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from accullm_cli.formats.capabilities import CAPABILITIES, Storable
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.progress import Event
+from accullm_cli.quant.packing import unpack
 from accullm_cli.stages import block_rounding
 from accullm_cli.stages import quantize as quantize_module
 from accullm_cli.stages.profile import load_plan
@@ -283,3 +285,40 @@ def test_what_two_formats_have_alike_is_rounded_once(tmp_path: Path, monkeypatch
         run_to(job, "quantize")
         assert rounded == [0, 1, 0, 1]  # the native one has tables now, and the other is up to date
         assert not shards[0].samefile(shards[1])
+
+
+def test_a_format_that_stores_offsets_is_planned_and_rounded_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linears, embedding and head as code * scale + offset; and blocks that are made again are the same."""
+    name = "compressed-tensors"
+    affine = Storable("affine", bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128), symmetric=(False,))
+    declared = replace(CAPABILITIES[name], linears=(affine,), embeddings=(affine,))
+    monkeypatch.setitem(CAPABILITIES, name, declared)
+    source = make_checkpoint("llama", tmp_path / "model")
+    settings = {"plan__bits": 5.5, "plan__outliers": "null", "plan__group_size": "null", "plan__embedding_bits": 8}
+    settings |= {"export__format": f"[{name}]", "calibration__gradient_samples": 2}
+    with opened(short_config(source, tmp_path / "out", **settings)) as job:
+        run_to(job, "quantize")
+        plan = load_plan(job.own("plan.json"))
+        shards = [shard_path(job, unit) for unit in ("block-00000", "block-00001", "embedding", "head")]
+        before = [shard.read_bytes() for shard in shards]
+        shards[1].unlink()
+        run_to(job, "quantize")
+        assert [shard.read_bytes() for shard in shards] == before
+        tensors = {key: tensor for shard in shards for key, tensor in load_file(shard).items()}
+    # 96 input features are a multiple of 32 alone, and gate and up are alike, as q, k and v.
+    assert {row.group_size for row in plan.linears.values() if row.in_features == 96} == {32}
+    assert {row.encoding for row in plan.quantized.values()} == {"affine"}
+    assert len({row.bits for row in plan.linears.values()}) > 1
+    model = reference_model(source)
+    for row in plan.quantized.values():
+        size, count = row.group_size, row.in_features
+        codes = unpack(tensors[f"{row.name}.qweight"], row.bits, count).float()
+        scale, offset = (tensors[f"{row.name}.{part}"].float() for part in ("scales", "offsets"))
+        column = torch.arange(count) // size
+        weight = weight_of(model, row.name) if row.name in plan.linears else model.get_parameter(f"{row.name}.weight")
+        lost = codes * scale[:, column] + offset[:, column] - torch.as_tensor(weight)
+        relative = float(lost.norm() / torch.as_tensor(weight).norm())
+        assert relative < {3: 0.6, 4: 0.3, 5: 0.2, 6: 0.15, 8: 0.1}[row.bits]  # targets make up for earlier blocks
+        assert torch.equal(offset.bfloat16().float(), offset)
