@@ -107,25 +107,28 @@ class PlanOptions(Section):
     )
     group_size: GroupSize | None = option(
         None,
-        "Input features that share a scale; -1 for one scale per output row. Default: 64; with an average of bits, 32, "
-        "64 or 128, whichever serves a linear best.",
+        "Input features that share a scale; -1 for one scale per output row. Default: 64, or what is nearest to it "
+        "where a format needs groups that divide the inputs; with an average of bits, 32, 64 or 128, whichever serves "
+        "a linear best.",
         example="128",
         allowed="-1, or 1 or more",
         ge=-1,
     )
-    scale_bits: ScaleBits = option(
-        6,
-        "Bits of a scale. With 6 it is one of 64 in a table that each linear has; 16 stores float16 scales.",
+    scale_bits: ScaleBits | None = option(
+        None,
+        "Bits of a scale. With 6 it is one of 64 in a table that each linear has; 16 stores scales of 16 bits. "
+        "Default: 6; 16 in a format without tables.",
         example="16",
         allowed="4 to 8, or 16",
         ge=4,
         le=16,
     )
     symmetric: bool = option(False, "Fix the zero point in the middle of the grid, so none is stored.")
-    outliers: Fraction = option(
-        0.005,
+    outliers: Fraction | None = option(
+        None,
         "Fraction of each linear's input features that stay in the source's dtype: 0.005 or 0.5%. With an average for "
-        "--bits, the plan chooses them, up to 3% in any linear; 0 still means none.",
+        "--bits, the plan chooses them, up to 3% in any linear; 0 still means none. Default: 0.5%; none in a format "
+        "that holds none.",
         example="0.5%",
         ge=0,
         le=0.5,

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats import NATIVE
 from accullm_cli.formats.accullm import DEFAULT_SCHEME, LOADER_GUARD, SCHEME_KEYS, SUFFIXES
 from accullm_cli.formats.manifest import check_version
 from accullm_cli.formats.shards import dtype_name, tensors_of
@@ -41,7 +42,7 @@ logger = logging.get_logger(__name__)
 # -- what transformers calls -------------------------------------------------------------------------------
 
 
-@register_quantization_config("accullm")
+@register_quantization_config(NATIVE)
 class AccullmConfig(QuantizationConfigMixin):
     """The `quantization_config` of an artifact's config.json; docs/format.md says what is in it."""
 
@@ -54,7 +55,7 @@ class AccullmConfig(QuantizationConfigMixin):
         stacks: Mapping[str, Mapping[str, Any]] | None = None,
         **common: Any,
     ) -> None:
-        self.quant_method = "accullm"
+        self.quant_method = NATIVE
         check_version(format_version, Path("config.json"))
         self.format_version = format_version
         self.linears = dict(linears or {})
@@ -76,7 +77,7 @@ class AccullmConfig(QuantizationConfigMixin):
         return {key: getattr(self, key) for key in SCHEME_KEYS} | dict(self.linears[name])
 
 
-@register_quantizer("accullm")
+@register_quantizer(NATIVE)
 class AccullmQuantizer(HfQuantizer):
     """Puts hybrid modules into the model's skeleton; transformers then loads their buffers like any other."""
 

@@ -26,7 +26,6 @@ from accullm_cli.report import write_report
 from accullm_cli.run import Reason, RunDirectory, write_text
 from accullm_cli.search import known_plans, search
 from accullm_cli.stages.checks import (
-    GOLDEN_FORMAT,
     check_config,
     check_positions,
     preflight,
@@ -39,7 +38,7 @@ from accullm_cli.stages.job import Job, artifact_path, run_path, versions
 from accullm_cli.stages.profile import make_plan
 from accullm_cli.stages.reading import READING
 from accullm_cli.stages.speed import load_speed
-from accullm_cli.stages.stage import Stage, StageOutcome, finished, foresee, upstream, walk
+from accullm_cli.stages.stage import Stage, StageOutcome, finished, foresee, named, upstream, walk
 from accullm_cli.stages.summary import linear_summaries, stage_summary
 from accullm_cli.stages.texts import OTHER, check_texts, texts_of
 from accullm_cli.stages.validate import artifact_sha256, load_fidelity
@@ -273,14 +272,13 @@ def _convert_golden(job: Job) -> Report:
     """Search for the smallest plan, export it, and judge it on text that the search never saw."""
     shared = list(walk(job, shared_by_plans(job)))
     found = search(job, shared)
-    out = job.config.export.model_copy(update={"out": job.artifacts[GOLDEN_FORMAT]})
+    out = job.config.export.model_copy(update={"out": job.artifacts[job.format]})
     chosen = replace(found.job, config=found.job.config.model_copy(update={"export": out}))
     before = finished(shared)
     outcomes = walk(chosen, [stage for stage in conversion(chosen) if stage.name not in before], before)
-    destination = report_path(job, GOLDEN_FORMAT)
-    return _finish_report(
-        chosen, GOLDEN_FORMAT, chosen.artifacts[GOLDEN_FORMAT], [*shared, *outcomes], found.trials, destination
-    )
+    destination = report_path(job, job.format)
+    directory = chosen.artifacts[job.format]
+    return _finish_report(chosen, job.format, directory, [*shared, *outcomes], found.trials, destination)
 
 
 def _reports(job: Job, outcomes: Sequence[StageOutcome]) -> tuple[Report, ...]:
@@ -306,13 +304,14 @@ def _finish_report(
     artifact = open_artifact(directory)
     fidelity = load_fidelity(job, format_name)
     manifest = read_manifest(directory)
-    weights = sum(linear.weights for linear in artifact.plan.linears.values())
-    bits_per_weight = 8 * sum(artifact.linear_bytes(name) for name in artifact.plan.linears) / weights
+    bits_per_weight = artifact.bits_per_weight
     size = sum(entry.bytes for entry in manifest.files.values())
-    records = tuple(dict.fromkeys(sentence for outcome in outcomes for sentence in outcome.record.records))
+    own = [outcome for outcome in outcomes if outcome.format in ("", format_name)]
+    records = tuple(dict.fromkeys(sentence for outcome in own for sentence in outcome.record.records))
     requirements = [parse_requirement(text) for text in job.config.validation.require]
     # What profile says is the plan, and no deviation from it.
-    planned = {sentence for outcome in outcomes if outcome.name == "profile" for sentence in outcome.record.records}
+    plans = [outcome.record for outcome in own if outcome.name == named("profile", format_name)]
+    planned = {sentence for record in plans for sentence in record.records}
     fallbacks = [sentence for sentence in records if sentence not in planned]
     contract = judge(requirements, fidelity, bits_per_weight, size, fallbacks)
     report = Report(
@@ -330,7 +329,7 @@ def _finish_report(
         contract_met=all(clause.met for clause in contract),
         records=records,
         stages=tuple(stage_summary(outcome) for outcome in outcomes),
-        linears=linear_summaries(job, artifact),
+        linears=linear_summaries(job.of(format_name), artifact),
         versions=versions(),
         other=load_fidelity(job, format_name, OTHER) if OTHER in texts_of(job) else None,
         speed=load_speed(job) if wants_speed(job.config) else None,

@@ -34,12 +34,11 @@ from accullm_cli.measure.contract import (
 from accullm_cli.measure.result import Clause, Fidelity, Trial
 from accullm_cli.progress import Event
 from accullm_cli.run import RunDirectory, key_of, write_text
-from accullm_cli.stages.checks import GOLDEN_FORMAT
-from accullm_cli.stages.export import EXPORT, PLACE
+from accullm_cli.stages.export import PLACE, exporting
 from accullm_cli.stages.job import Job, open_decoder
-from accullm_cli.stages.profile import PROFILE, average_choices, load_stats
-from accullm_cli.stages.quantize import QUANTIZE
-from accullm_cli.stages.stage import Before, Stage, StageOutcome, finished, foresee, walk
+from accullm_cli.stages.profile import average_choices, load_stats, planning
+from accullm_cli.stages.quantize import rounding
+from accullm_cli.stages.stage import Before, Stage, StageOutcome, finished, foresee, named, walk
 from accullm_cli.stages.texts import SEARCH
 from accullm_cli.stages.validate import fidelity_from_json, load_fidelity, validation
 
@@ -240,19 +239,21 @@ def _plan_job(job: Job, bits: float, shared: Sequence[StageOutcome]) -> Job:
 
 def _stages(own: Job) -> list[Stage]:
     """What is done for one plan."""
-    return [PROFILE, QUANTIZE, EXPORT, validation(GOLDEN_FORMAT, own.artifacts[GOLDEN_FORMAT], SEARCH)]
+    measured = validation(own.format, own.artifacts[own.format], SEARCH)
+    return [planning(own.format), rounding(own.format), exporting(own.artifacts), measured]
 
 
 def _measure(job: Job, bits: float, shared: Sequence[StageOutcome]) -> Measured:
     """Convert to one plan, and measure the artifact on the search's text."""
     own = _plan_job(job, bits, shared)
     list(walk(own, _stages(own), finished(shared)))
-    directory = own.artifacts[GOLDEN_FORMAT]
+    directory = own.artifacts[own.format]
+    artifact = open_artifact(directory)
     return Measured(
         bits,
-        open_artifact(directory).plan.bits_per_weight,
+        artifact.bits_per_weight,
         sum(entry.bytes for entry in read_manifest(directory).files.values()),
-        load_fidelity(own, GOLDEN_FORMAT, SEARCH),
+        load_fidelity(own, own.format, SEARCH),
     )
 
 
@@ -277,7 +278,8 @@ def _key(job: Job, before: Before) -> str:
     own = _planned(job, START, RunDirectory(job.run.file("search/plan")))
     decided = foresee(own, _stages(own), before)
     inputs = {name: value for decision in decided for name, value in decision.inputs.items()}
-    for name in ("config:plan.bits", "input:profile", "input:quantize", "input:artifact", PLACE.format(GOLDEN_FORMAT)):
+    made = (f"input:{named(stage, own.format)}" for stage in ("profile", "quantize"))
+    for name in ("config:plan.bits", *made, "input:artifact", PLACE.format(own.format)):
         del inputs[name]
     return key_of(inputs)
 

@@ -1,4 +1,4 @@
-"""Write what is derived from the declarations: docs/cli.md, docs/config.md, the JSON Schemas and configs/default.yaml.
+"""Write what is derived from the declarations: cli.md, config.md, formats.md, the JSON Schemas and default.yaml.
 
 python scripts/generate_docs.py            # write them
 python scripts/generate_docs.py --check    # exit with 1 where one is not as it would be written
@@ -18,6 +18,7 @@ from typer.main import get_command
 from accullm_cli.cli import HELP, app
 from accullm_cli.config import Option, config_schema, options, sections
 from accullm_cli.flags import COMMON
+from accullm_cli.formats.capabilities import CAPABILITIES, WHOLE_ROWS, Capabilities, Storable
 from accullm_cli.measure.result import Report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ def pages() -> dict[Path, str]:
     return {
         Path("docs/cli.md"): cli_page(),
         Path("docs/config.md"): config_page(),
+        Path("docs/formats.md"): formats_page(),
         Path("docs/config.schema.json"): json.dumps(config_schema(), indent=1) + "\n",
         Path("docs/report.schema.json"): json.dumps(report_schema(), indent=1) + "\n",
         Path("configs/default.yaml"): default_config(),
@@ -193,6 +195,77 @@ def default_config() -> str:
 def _yaml(value: Any) -> str:
     """A default as YAML: names of ours need no quotes."""
     return json.dumps(value).replace('"', "")
+
+
+# -- the formats -------------------------------------------------------------------------------------------
+
+
+FORMATS_INTRODUCTION = """\
+What each `--format` can hold. A plan is made for the format: what nobody asked for (outliers, tables of scales, a group
+size) is what it can hold, an average of bits is spent among its widths and group sizes, and linears that its runtimes
+multiply by at once are stored alike. What was asked for and cannot be held is refused in the first second. Several
+formats in one call share the calibration; each then gets a plan, rounded weights and an artifact of its own.
+[encodings.md](encodings.md) says what the encodings are.
+"""
+
+
+def formats_page() -> str:
+    names, formats = list(CAPABILITIES), list(CAPABILITIES.values())
+    rows: list[tuple[str, list[str]]] = [
+        ("linears", [_storables(format.linears) for format in formats]),
+        (
+            "embedding and head",
+            [_storables(format.embeddings) or "as in the source" for format in CAPABILITIES.values()],
+        ),
+        ("kinds of linears", [", ".join(format.kinds) for format in formats]),
+        ("outlier features", [format.outliers for format in formats]),
+        ("scales of 16 bits", [_scale_dtype(format) for format in formats]),
+        ("stored alike", [_fused(format) for format in formats]),
+        ("loading", [_loading(format) for format in formats]),
+    ]
+    parts = ["# The formats\n", GENERATED, FORMATS_INTRODUCTION]
+    parts.append("| |" + "".join(f" `{name}` |" for name in names) + "\n| --- |" + " --- |" * len(names))
+    parts += [f"| {what} | " + " | ".join(cells) + " |" for what, cells in rows]
+    return "\n".join(parts) + "\n"
+
+
+def _storables(storables: Sequence[Storable]) -> str:
+    return "; ".join(_storable(storable) for storable in storables)
+
+
+def _storable(storable: Storable) -> str:
+    sizes = ", ".join("rows" if size == WHOLE_ROWS else str(size) for size in storable.group_sizes) or "of any size"
+    whole = " that divide the inputs" if storable.whole_groups else ""
+    tables = [bits for bits in storable.scale_bits if bits < 16]
+    symmetric = {(False,): "asymmetric", (True,): "symmetric"}.get(storable.symmetric, "symmetric or not")
+    return (
+        f"{storable.encoding}: {_numbers(storable.bits)} bits, groups {sizes}{whole}, scales of 16 bits"
+        + (f" or {_numbers(tables)} in a table" if tables else "")
+        + f", {symmetric}"
+    )
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+def _scale_dtype(format: Capabilities) -> str:
+    return "of the model's dtype" if format.scale_dtype == "of the model" else format.scale_dtype
+
+
+def _fused(format: Capabilities) -> str:
+    parts = [", ".join(names) for names in format.fused]
+    if format.fused_experts != "none":
+        parts.append(f"all experts {format.fused_experts}")
+    return ("; ".join(parts) + f" ({format.runtime})") if parts else "nothing"
+
+
+def _loading(format: Capabilities) -> str:
+    if format.module:
+        return f"transformers, after `import {format.module}`"
+    return f"transformers with `{format.package}`" if format.package else "not by transformers"
 
 
 def report_schema() -> dict[str, Any]:

@@ -11,8 +11,12 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from accullm_cli.config import FormatName
+from accullm_cli.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "accullm_cli"
@@ -148,6 +152,20 @@ def test_the_command_line_and_the_floor_import_nothing_heavy_when_they_are_impor
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert not HEAVY & set(ast.literal_eval(result.stdout))
+
+
+def test_names_of_formats_stand_in_their_files_and_declarations_alone():
+    """Everybody else asks for capabilities. The native format has the name of the program, which stands everywhere."""
+    declared = {"formats/capabilities.py", "config.py", "cli.py"}  # the examples of the last two name one
+    for name in list(FORMATS)[1:]:
+        own = {f"formats/{name.replace('-', '_')}.py", *declared}
+        others = [path for path in SOURCES if str(path.relative_to(PACKAGE)) not in own]
+        named = re.compile(rf"\b{name}\b|\b{name.replace('-', '_')}\b")
+        assert not [path for path in others if named.search(path.read_text(encoding="utf-8"))]
+
+
+def test_the_configuration_names_the_formats_that_there_are():
+    assert get_args(FormatName) == tuple(FORMATS)
 
 
 # -- files -------------------------------------------------------------------------------------------------

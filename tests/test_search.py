@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from accullm_cli.config import Config
 from accullm_cli.formats import open_artifact
 from accullm_cli.formats.manifest import artifact_files
-from accullm_cli.pipeline import convert, dry_run, run_stage
+from accullm_cli.pipeline import convert, convert_all, dry_run, run_stage
 from accullm_cli.progress import Event
 from accullm_cli.search import RESOLUTION, next_average
 from tests.pipeline.observe import refusal
@@ -284,12 +284,6 @@ def test_only_the_best_plan_keeps_its_blocks(first: tuple[Path, list[Event]]) ->
         ),
         (
             "mean_kl<=1",
-            {"export__format": "[compressed-tensors]"},
-            "--golden: plans have mixed widths and outliers, which compressed-tensors cannot hold; "
-            "leave --format at accullm",
-        ),
-        (
-            "mean_kl<=1",
             {"search__max_bits_per_weight": 3},
             "--max-bits-per-weight: 3 is less than the smallest plan takes, 3.617, scales included; "
             "give more, or larger groups",
@@ -300,6 +294,23 @@ def test_what_no_search_can_do_is_refused(
     require: str, options: dict[str, object], line: str, llama: Path, tmp_path: Path
 ) -> None:
     assert refusal(lambda: convert(golden(llama, tmp_path / "out", require, **options))) == line
+
+
+def test_a_search_for_several_formats_at_once_is_refused(llama: Path, tmp_path: Path) -> None:
+    options = {"export__format": "[accullm, compressed-tensors]", "plan__outliers": 0}
+    config = golden(llama, tmp_path / "out", "mean_kl<=1", **options)
+    assert refusal(lambda: convert_all(config)) == (
+        "--golden: searches for one artifact; give one --format, and another call to each"
+    )
+
+
+def test_a_search_may_be_for_another_format(llama: Path, tmp_path: Path) -> None:
+    options = {"export__format": "[compressed-tensors]", "plan__outliers": "null", "search__max_plans": 1}
+    report = convert(golden(llama, tmp_path / "out", "mean_kl<=9", **options))
+    assert (report.format, len(report.search)) == ("compressed-tensors", 1)
+    (trial,) = report.search
+    assert trial.bits_per_weight == report.bits_per_weight
+    assert {linear.bits for linear in report.linears} <= {4, 8}
 
 
 def test_a_text_too_short_to_search_on_is_refused_before_any_work(llama: Path, tmp_path: Path) -> None:

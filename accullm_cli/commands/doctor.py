@@ -11,12 +11,14 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.run import available_memory
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def doctor() -> Diagnosis:
         _torch,
         lambda: _package("transformers", required=True),
         lambda: _package("safetensors", required=True),
-        lambda: _package("compressed-tensors", required=False, purpose="--format compressed-tensors in transformers"),
+        *(partial(_reader, name) for name, format in CAPABILITIES.items() if format.package),
         _gpu,
         _cupy,
         _matmul_engine,
@@ -107,6 +109,12 @@ def _package(name: str, required: bool, purpose: str = "") -> Check:
     if module is None:
         return Check(name, False, required, f"{version}, but it cannot be imported ({reason})", install)
     return Check(name, True, required, version)
+
+
+def _reader(format_name: str) -> Check:
+    """Whether transformers has what it needs for a format."""
+    package = CAPABILITIES[format_name].package
+    return _package(package, required=False, purpose=f"--format {format_name} in transformers")
 
 
 def _import(name: str) -> tuple[ModuleType | None, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats import artifact_format, open_artifact
+from accullm_cli.formats import NATIVE, artifact_format, open_artifact
 from accullm_cli.formats.manifest import MANIFEST_NAME, Manifest, artifact_files, read_manifest
 from accullm_cli.run import file_sha256
 
@@ -39,7 +39,7 @@ def verify(path: Path) -> Verification:
         open_artifact(path)  # says why
     problems: list[str] = []
     files_checked = 0
-    if (path / MANIFEST_NAME).exists() or artifact_format(path) == "accullm":
+    if (path / MANIFEST_NAME).exists() or artifact_format(path) == NATIVE:
         manifest = read_manifest(path)
         files_checked = len(manifest.files)
         problems += _file_problems(path, manifest)

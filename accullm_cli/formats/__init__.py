@@ -1,4 +1,4 @@
-"""Artifact formats: each with its objections, its writer and its reader."""
+"""Artifact formats: each with what it can hold, its writer and its reader."""
 
 from __future__ import annotations
 
@@ -8,30 +8,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats.capabilities import CAPABILITIES
 
 if TYPE_CHECKING:
     from accullm_cli.formats.base import Format
     from accullm_cli.formats.stored import StoredArtifact
 
-_CLASSES = {
-    "accullm": ("accullm_cli.formats.accullm", "AccullmFormat"),
-    "compressed-tensors": ("accullm_cli.formats.compressed_tensors", "CompressedTensorsFormat"),
-}
+# The format whose shards are those that quantize writes.
+NATIVE = next(iter(CAPABILITIES))
 
 
 class _Formats(Mapping[str, "Format"]):
-    """The formats by name, each imported when it is asked for: the names alone need no torch."""
+    """The formats by name, each imported when it is asked for: the names alone need no torch.
+
+    A format is the `FORMAT` of the module that is named for it.
+    """
 
     def __getitem__(self, name: str) -> Format:
-        module, class_name = _CLASSES[name]
-        format: Format = getattr(import_module(module), class_name)()
+        if name not in CAPABILITIES:
+            raise KeyError(name)
+        format: Format = import_module(f"accullm_cli.formats.{name.replace('-', '_')}").FORMAT
         return format
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_CLASSES)
+        return iter(CAPABILITIES)
 
     def __len__(self) -> int:
-        return len(_CLASSES)
+        return len(CAPABILITIES)
 
 
 FORMATS: Mapping[str, Format] = _Formats()
@@ -44,14 +47,14 @@ def artifact_format(path: Path) -> str | None:
         AccullmError: its config.json is not JSON.
     """
     # An artifact that lost its config.json is still one; opening it says what is missing.
-    fallback = "accullm" if (path / "accullm.json").exists() else None
+    fallback = NATIVE if (path / "accullm.json").exists() else None
     if not (path / "config.json").exists():
         return fallback
     from accullm_cli.formats.shards import read_json
 
     config = read_json(path / "config.json").get("quantization_config")
     method = config.get("quant_method") if isinstance(config, dict) else None
-    return method if method in _CLASSES else fallback
+    return method if method in CAPABILITIES else fallback
 
 
 def open_artifact(path: Path) -> StoredArtifact:
@@ -65,7 +68,9 @@ def open_artifact(path: Path) -> StoredArtifact:
     format = artifact_format(path)
     if format is None:
         raise AccullmError(
-            f"not an artifact of a known format ({', '.join(_CLASSES)})", path, "make one with: accullm convert MODEL"
+            f"not an artifact of a known format ({', '.join(CAPABILITIES)})",
+            path,
+            "make one with: accullm convert MODEL",
         )
     artifact: StoredArtifact = FORMATS[format].open(path)  # type: ignore[assignment]
     return artifact

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats import NATIVE
 from accullm_cli.formats.assemble import assemble, refuse
-from accullm_cli.formats.base import ModelShape, Objection, Parts, Stack
+from accullm_cli.formats.base import Parts, Stack
 from accullm_cli.formats.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -23,14 +24,14 @@ from accullm_cli.formats.manifest import (
 )
 from accullm_cli.formats.shards import TensorFiles, link_or_copy, read_json
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
+from accullm_cli.quant.encodings.integer import IntegerZero
 from accullm_cli.quant.linear import QuantizedLinear, check_outlier_index
 from accullm_cli.quant.packing import pack, packed_length, unpack
 from accullm_cli.quant.plan import LinearPlan, Plan
 
 __all__ = ["LOADER_GUARD", "AccullmArtifact", "AccullmFormat", "record_fidelity"]
 
-KINDS = ("linear", "conv1d", "expert")
-SUFFIXES = ("qweight", "scales", "qscales", "scale_table", "qzeros", "outlier_index", "outlier_weight")
+SUFFIXES = IntegerZero.suffixes
 # What config.json leaves out: version 1 had no tables of scales, and embeddings have none.
 DEFAULT_SCHEME = {"scale_bits": 16}
 SCHEME_KEYS = ("bits", "group_size", "scale_bits", "symmetric", "outliers")
@@ -46,23 +47,7 @@ LOADER_GUARD = "import-accullm_cli.hf-before-loading.safetensors"
 class AccullmFormat:
     """Writer and reader of the native format."""
 
-    name = "accullm"
-
-    def objections(self, plan: Plan, shape: ModelShape) -> list[Objection]:
-        """What the native format cannot hold: bits beyond 2 to 8 (or 16), a group size of 0, an unknown kind."""
-        found = []
-        for name, linear in (*plan.linears.items(), *plan.embeddings.items()):
-            if linear.bits not in (*range(2, 9), 16):
-                found.append(Objection(f"{name} is to have {linear.bits} bits", "use 2 to 8 bits, or 16 to keep it"))
-            if linear.group_size < 1 and linear.group_size != -1:
-                found.append(
-                    Objection(f"{name} is to have group size {linear.group_size}", "use a positive one, or -1 for rows")
-                )
-            if name in plan.linears and shape.kinds.get(name) not in KINDS:
-                found.append(
-                    Objection(f"{name} is of kind {shape.kinds.get(name)}", f"the format holds {', '.join(KINDS)}")
-                )
-        return found
+    name = NATIVE
 
     def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
         """Bytes that are stored for a linear."""
@@ -74,7 +59,7 @@ class AccullmFormat:
         Raises:
             AccullmError: the plan is impossible, or the parts do not fit it.
         """
-        refuse(self.objections(parts.plan, parts.shape), directory)
+        refuse(self.name, parts, directory)
         described = quantization_config(parts.plan, parts.shape.stacks)
         config = {"quantization_config": described, "transformers_weights": LOADER_GUARD}
         assemble(directory, parts, self.name, config, link_or_copy)
@@ -95,10 +80,13 @@ class AccullmFormat:
         return AccullmArtifact(directory, manifest, files)
 
 
+FORMAT = AccullmFormat()
+
+
 class AccullmArtifact(StoredArtifact):
     """An opened artifact in the native format."""
 
-    format = "accullm"
+    format = NATIVE
 
     def __init__(self, path: Path, manifest: Manifest, files: TensorFiles) -> None:
         schema = {
@@ -160,7 +148,7 @@ def quantization_config(plan: Plan, stacks: Mapping[str, Stack] | None = None) -
         for key in SCHEME_KEYS
     }
     return {
-        "quant_method": "accullm",
+        "quant_method": NATIVE,
         "format_version": FORMAT_VERSION,
         **common,
         "linears": {
@@ -196,8 +184,8 @@ def check_config(path: Path, manifest: Manifest) -> None:
         AccullmError: it is missing, of a newer version, or describes other linears or embeddings.
     """
     config = read_json(path).get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != "accullm":
-        raise AccullmError("does not say quant_method accullm", path, "copy the artifact again")
+    if not isinstance(config, dict) or config.get("quant_method") != NATIVE:
+        raise AccullmError(f"does not say quant_method {NATIVE}", path, "copy the artifact again")
     check_version(config.get("format_version"), path)
     entries, embeddings = config.get("linears"), config.get("embeddings", {})
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats.base import Objection, Parts
+from accullm_cli.formats.base import Parts
 from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, write_card, write_manifest
-from accullm_cli.formats.shards import INDEX_NAME, SHARD_BYTES, rename, shards_of, write_index, write_shard
+from accullm_cli.formats.objections import objections
+from accullm_cli.formats.shards import (
+    INDEX_NAME,
+    SHARD_BYTES,
+    TensorFiles,
+    rename,
+    shards_of,
+    tensors_of,
+    write_index,
+    write_shard,
+)
+from accullm_cli.quant.encodings import ENCODINGS
+from accullm_cli.quant.encodings.base import StoredLinear
+from accullm_cli.quant.plan import Plan
 from accullm_cli.run import sync_directory, write_file, write_text
 
 _OWN_NAMES = ("config.json", INDEX_NAME, CARD_NAME, MANIFEST_NAME)
@@ -56,6 +71,26 @@ def assemble(
     sync_directory(directory)
 
 
+def read_shard(path: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor | StoredLinear]]:
+    """What quantize wrote into a shard: each quantized linear or embedding as a whole, all other tensors as they are.
+
+    Args:
+        plan: that the shard was made for.
+    """
+    files = TensorFiles(path.parent, tensors_of(path))
+    quantized = plan.quantized
+    of_linear: dict[str, list[str]] = {}
+    for name in files.infos:
+        owner, _, suffix = name.rpartition(".")
+        if owner in quantized and suffix in ENCODINGS[quantized[owner].encoding].suffixes:
+            of_linear.setdefault(owner, []).append(name)
+        else:
+            yield name, files.tensor(name)
+    for owner, names in of_linear.items():
+        tensors = {name.removeprefix(f"{owner}."): tensor for name, tensor in files.tensors(names).items()}
+        yield owner, ENCODINGS[quantized[owner].encoding].from_tensors(tensors, quantized[owner])
+
+
 def _free_name(name: str, companions: Container[str]) -> str:
     """What a companion is called in the artifact, which has a model card of its own."""
     if name.lower() != CARD_NAME.lower():
@@ -73,7 +108,11 @@ def copy_companion(source: Path, target: Path) -> None:
     write_file(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
-def refuse(objections: list[Objection], directory: Path) -> None:
-    """Turn the first objection into a refusal."""
-    if objections:
-        raise AccullmError(objections[0].what, directory, objections[0].hint)
+def refuse(format_name: str, parts: Parts, directory: Path) -> None:
+    """Refuse to write a plan that the format cannot hold.
+
+    Raises:
+        AccullmError: with the first objection.
+    """
+    for objection in objections(format_name, parts.plan, parts.shape):
+        raise AccullmError(objection.what, directory, objection.hint)

@@ -1,4 +1,4 @@
-"""What every artifact format offers: objections before computing, a writer, a reader."""
+"""What every artifact format offers, a writer and a reader, and what they are given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
 
 
@@ -92,19 +92,15 @@ class Artifact(Protocol):
         """One of those tensors, in its stored dtype."""
         ...
 
-    def linear(self, name: str) -> QuantizedLinear:
+    def linear(self, name: str) -> StoredLinear:
         """One quantized linear or embedding of the plan."""
         ...
 
 
 class Format(Protocol):
-    """One artifact format."""
+    """Writer and reader of one artifact format; what it can hold is in `formats.capabilities`."""
 
     name: str
-
-    def objections(self, plan: Plan, shape: ModelShape) -> list[Objection]:
-        """Everything that makes this plan impossible in this format; empty where it fits. Needs no tensors."""
-        ...
 
     def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
         """Bytes that are stored for a linear of a plan without objections; dtype: of the source's weights."""

@@ -12,46 +12,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats.accullm import SUFFIXES as NATIVE_SUFFIXES
-from accullm_cli.formats.assemble import assemble, refuse
-from accullm_cli.formats.base import ModelShape, Objection, Parts
+from accullm_cli.formats.assemble import assemble, read_shard, refuse
+from accullm_cli.formats.base import Parts
 from accullm_cli.formats.manifest import MANIFEST_NAME, Manifest, read_manifest
-from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, tensors_of, write_shard
+from accullm_cli.formats.objections import SCALE_DTYPES
+from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, write_shard
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.packing import pack, packed_length, unpack
 from accullm_cli.quant.plan import LinearPlan, Plan
-
-# Linears that vLLM makes one of.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class CompressedTensorsFormat:
     """Writer and reader of compressed-tensors' pack-quantized format."""
 
     name = "compressed-tensors"
-
-    def objections(self, plan: Plan, shape: ModelShape) -> list[Objection]:
-        """What the format cannot hold: see the functions that are asked in turn."""
-        quantized = [linear for linear in plan.linears.values() if linear.bits != 16]
-        found = [
-            *_embedding_objections(plan),
-            *_kind_objections(quantized, shape),
-            *_bits_objections(quantized),
-            *_outlier_objections(quantized),
-            *_group_objections(quantized),
-            *_scale_objections(plan, shape),
-            *_fused_objections(plan),
-        ]
-        return found
 
     def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
         """Bytes that are stored for a linear: codes and zero points are padded to words of 32 bits."""
@@ -65,10 +46,7 @@ class CompressedTensorsFormat:
         Raises:
             AccullmError: the plan is impossible, or a scale cannot be stored exactly in the model's dtype.
         """
-        refuse(self.objections(parts.plan, parts.shape), directory)
-        # It has no tables: every scale stands for itself.
-        linears = {name: replace(linear, scale_bits=16) for name, linear in parts.plan.linears.items()}
-        parts = replace(parts, plan=replace(parts.plan, linears=linears))
+        refuse(self.name, parts, directory)
 
         def place(source: Path, target: Path) -> None:
             write_shard(target, dict(_convert_block(source, parts.plan, parts.shape.dtype)))
@@ -90,6 +68,9 @@ class CompressedTensorsFormat:
         return CompressedTensorsArtifact(directory, plan, files, manifest)
 
 
+FORMAT = CompressedTensorsFormat()
+
+
 class CompressedTensorsArtifact(StoredArtifact):
     """An opened pack-quantized artifact."""
 
@@ -103,6 +84,12 @@ class CompressedTensorsArtifact(StoredArtifact):
         }
         super().__init__(path, plan, files, schema, manifest)
 
+    @property
+    def reader_dtype(self) -> torch.dtype:
+        """Weights are rounded to the dtype of their scales."""
+        name = next(iter(self.schema), None)
+        return torch.float32 if name is None else self.files.infos[f"{name}.weight_scale"].torch_dtype
+
     def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> QuantizedLinear:
         return decode(stored, self.plan.linears[name])
 
@@ -114,105 +101,6 @@ class CompressedTensorsArtifact(StoredArtifact):
             if not torch.equal(tensor, stored[suffix]):
                 yield f"padding bits of {suffix} are not zero"
         yield from not_finite("weight_scale", stored["weight_scale"])
-
-
-# -- objections --------------------------------------------------------------------------------------------
-
-
-def _embedding_objections(plan: Plan) -> Iterator[Objection]:
-    for name, embedding in plan.embeddings.items():
-        yield Objection(
-            f"compressed-tensors keeps embedding and output head as they are, and {name} is to have "
-            f"{embedding.bits} bits",
-            "leave out --embedding-bits, or export to the format accullm",
-        )
-
-
-def _kind_objections(linears: list[LinearPlan], shape: ModelShape) -> Iterator[Objection]:
-    names = {"conv1d": "a Conv1D layer", "expert": "an expert in a stacked parameter"}
-    for kind, words in names.items():
-        found = [linear.name for linear in linears if shape.kinds[linear.name] == kind]
-        if found:
-            yield Objection(
-                f"compressed-tensors holds torch.nn.Linear only, and {found[0]} is {words}{_more(found)}",
-                "export to the format accullm",
-            )
-
-
-def _bits_objections(linears: list[LinearPlan]) -> Iterator[Objection]:
-    found = [linear for linear in linears if linear.bits not in (4, 8)]
-    if found:
-        yield Objection(
-            f"compressed-tensors holds 4 or 8 bits, and {found[0].name} has {found[0].bits}{_more(found)}",
-            "use --bits 4 or --bits 8, or export to the format accullm, which holds any width from 2 to 8 and, with "
-            f"--bits {found[0].bits}.0, an average",
-        )
-
-
-def _outlier_objections(linears: list[LinearPlan]) -> Iterator[Objection]:
-    found = [linear for linear in linears if linear.outlier_index]
-    if found:
-        yield Objection(
-            f"compressed-tensors holds no outlier features, and {found[0].name} has "
-            f"{len(found[0].outlier_index)}{_more(found)}",
-            "use --outliers 0, or export to the format accullm",
-        )
-
-
-def _group_objections(linears: list[LinearPlan]) -> Iterator[Objection]:
-    found = [linear for linear in linears if linear.group_size != -1 and linear.in_features % linear.group_size]
-    if found:
-        wanted = found[0].group_size
-        sizes = nearest_group_sizes(wanted, math.gcd(*(linear.in_features for linear in linears)))
-        yield Objection(
-            f"compressed-tensors needs a group size that divides the {found[0].in_features} input features of "
-            f"{found[0].name}, and {wanted} does not{_more(found)}",
-            f"use --group-size {', '.join(map(str, sizes))} or -1, or export to the format accullm",
-        )
-
-
-def _scale_objections(plan: Plan, shape: ModelShape) -> Iterator[Objection]:
-    if shape.dtype not in SCALE_DTYPES:
-        yield Objection(
-            f"compressed-tensors stores scales in the model's dtype, and {dtype_name(shape.dtype)} holds none",
-            "convert the model to bfloat16 first, or export to the format accullm",
-        )
-    elif shape.dtype == torch.bfloat16 and plan.scale_dtype != "bfloat16":
-        yield Objection(
-            f"compressed-tensors stores scales in the model's dtype bfloat16, and the plan has {plan.scale_dtype} ones",
-            "ask for the format before profile runs, which then plans scales that both hold: "
-            "--format compressed-tensors",
-        )
-
-
-def _fused_objections(plan: Plan) -> Iterator[Objection]:
-    """vLLM stacks these linears, and refuses to load some of them quantized and some not (packed_modules_mapping)."""
-    for name, linear in plan.linears.items():
-        block, _, kind = name.rpartition(".")
-        fused = next((kinds for kinds in FUSED if kind in kinds), ())
-        partners = [plan.linears[f"{block}.{other}"] for other in fused if f"{block}.{other}" in plan.linears]
-        if linear.bits == 16 and any(partner.bits != 16 for partner in partners):
-            patterns = " ".join(f"--keep '*.{other}'" for other in fused)
-            yield Objection(
-                f"vLLM, which reads compressed-tensors, multiplies by {', '.join(fused)} at once, and of these {name} "
-                "stays in 16 bits and another does not",
-                f"keep all of them ({patterns}) or none, or export to the format accullm",
-            )
-            return
-
-
-def _more(found: list[Any]) -> str:
-    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-
-
-def nearest_group_sizes(wanted: int, common_divisor: int) -> list[int]:
-    """Up to three group sizes nearest to `wanted` that divide all linears' inputs, ascending.
-
-    Multiples of 32 where there are any: readers' kernels ask for them.
-    """
-    divisors = [size for size in range(1, common_divisor + 1) if common_divisor % size == 0]
-    usable = [size for size in divisors if size % 32 == 0] or divisors
-    return sorted(sorted(usable, key=lambda size: (abs(size - wanted), size))[:3])
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -256,20 +144,13 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
 
 def _convert_block(source: Path, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a block: quantized linears in this format, the rest as it is."""
-    files = TensorFiles(source.parent, tensors_of(source))
-    by_linear: dict[str, list[str]] = {}
-    for name in files.infos:
-        owner, _, suffix = name.rpartition(".")
-        if suffix in NATIVE_SUFFIXES:
-            by_linear.setdefault(owner, []).append(name)
-        else:
-            yield name, files.tensor(name)
-    for owner, names in by_linear.items():
-        linear = plan.linears[owner]
-        tensors = {name.removeprefix(f"{owner}."): tensor for name, tensor in files.tensors(names).items()}
-        quantized = QuantizedLinear.from_tensors(tensors, linear.in_features, linear.bits, linear.group_size)
-        for suffix, tensor in encode(quantized, dtype, owner).items():
-            yield f"{owner}.{suffix}", tensor
+    for name, stored in read_shard(source, plan):
+        if isinstance(stored, torch.Tensor):
+            yield name, stored
+            continue
+        assert isinstance(stored, QuantizedLinear)
+        for suffix, tensor in encode(stored, dtype, name).items():
+            yield f"{name}.{suffix}", tensor
 
 
 def encode(linear: QuantizedLinear, dtype: torch.dtype, where: object) -> dict[str, torch.Tensor]:

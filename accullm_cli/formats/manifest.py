@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import Parts
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.shards import dtype_name, read_json
 from accullm_cli.progress import SHOWN, grouped
 from accullm_cli.quant.plan import LinearPlan, Plan
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "accullm.json"
 CARD_NAME = "README.md"
 FORMAT_VERSION = 2
+# What a linear is stored in where nothing else is said.
+USUAL_ENCODING = "integer"
 
 _FIDELITY_START, _FIDELITY_END = "<!-- fidelity -->", "<!-- /fidelity -->"
 
@@ -128,6 +132,7 @@ def _linear_plan(name: str, entry: Mapping[str, Any], dtype: torch.dtype) -> Lin
         scale_bits=entry.get("scale_bits", 16),  # version 1 had no tables
         symmetric=entry["symmetric"],
         source_itemsize=dtype.itemsize,
+        encoding=entry.get("encoding", USUAL_ENCODING),
     )
 
 
@@ -147,6 +152,7 @@ def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
             "bits": embedding.bits,
             "group_size": embedding.group_size,
             "symmetric": embedding.symmetric,
+            **_encoding(embedding),
         }
         for name, embedding in parts.plan.embeddings.items()
     }
@@ -155,7 +161,7 @@ def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
         "format_version": FORMAT_VERSION,
         "dtype": dtype_name(parts.shape.dtype),
         "scale_dtype": parts.plan.scale_dtype,
-        "bits_per_weight": parts.plan.bits_per_weight,
+        "bits_per_weight": _bits_per_weight(parts, format_name),
         "linears": {
             name: {
                 "kind": parts.shape.kinds[name],
@@ -164,6 +170,7 @@ def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
                 "group_size": linear.group_size,
                 "scale_bits": linear.scale_bits,
                 "symmetric": linear.symmetric,
+                **_encoding(linear),
                 "outliers": len(linear.outlier_index),
             }
             for name, linear in parts.plan.linears.items()
@@ -176,6 +183,17 @@ def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
         "fidelity": None,
     }
     _write_content(directory, content)
+
+
+def _encoding(linear: LinearPlan) -> dict[str, str]:
+    return {} if linear.encoding == USUAL_ENCODING else {"encoding": linear.encoding}
+
+
+def _bits_per_weight(parts: Parts, format_name: str) -> float:
+    """Everything that the format stores for the linears, in bits, over their weights."""
+    linears, format = parts.plan.linears.values(), FORMATS[format_name]
+    stored = sum(format.linear_bytes(linear, parts.shape.dtype) for linear in linears)
+    return 8 * stored / sum(linear.weights for linear in linears)
 
 
 def record_fidelity(directory: Path, report: Report) -> None:
@@ -232,7 +250,7 @@ def _card(parts: Parts, format_name: str, artifact_bytes: int) -> Iterator[str]:
     yield from ("with AccuLLM. `accullm inspect` shows what is in it, `accullm verify` checks every file.", "")
     yield from _loading_lines(format_name)
     yield from ("| | |", "| --- | --- |")
-    yield f"| bits per weight of the linear layers, everything counted | {plan.bits_per_weight:.3f} |"
+    yield f"| bits per weight of the linear layers, everything counted | {_bits_per_weight(parts, format_name):.3f} |"
     yield f"| linear layers quantized | {len(plan.linears) - len(kept)} |"
     yield f"| linear layers left in 16 bits | {len(kept)} |"
     yield f"| outlier input features kept in {dtype_name(parts.shape.dtype)} | {outliers} |"
@@ -256,10 +274,13 @@ def _shortened(records: Sequence[str]) -> list[str]:
 
 
 def _loading_lines(format_name: str) -> Iterator[str]:
-    if format_name == "accullm":
-        yield from ("```python", "import accullm_cli.hf  # teaches transformers the format")
+    format = CAPABILITIES[format_name]
+    if format.module:
+        yield from ("```python", f"import {format.module}  # teaches transformers the format")
+    elif format.package:
+        yield from ("```python", f"# needs the package {format.package}")
     else:
-        yield from ("```python", "# needs the package compressed-tensors")
+        return
     yield from ("from transformers import AutoModelForCausalLM", "")
     yield from ('model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")', "```", "")
 

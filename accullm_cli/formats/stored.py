@@ -13,7 +13,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats.manifest import Manifest
 from accullm_cli.formats.shards import TensorFiles, dtype_name
 from accullm_cli.model.integrity import TensorInfo
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import Plan
 
 
@@ -58,6 +58,11 @@ class StoredArtifact(ABC):
     def kept(self) -> tuple[str, ...]:
         return self.manifest.kept if self.manifest is not None else ()
 
+    @property
+    def reader_dtype(self) -> torch.dtype:
+        """What the format's stock reader rounds weights to while it loads them in float32."""
+        return torch.float32
+
     def names(self) -> tuple[str, ...]:
         others = {name for tensors in self.schema.values() for name in tensors} | set(self.kept)
         return tuple(name for name in self.files.infos if name not in others)
@@ -65,7 +70,7 @@ class StoredArtifact(ABC):
     def tensor(self, name: str) -> torch.Tensor:
         return self.files.tensor(name)
 
-    def linear(self, name: str) -> QuantizedLinear:
+    def linear(self, name: str) -> StoredLinear:
         """One quantized linear, or an embedding.
 
         Raises:
@@ -85,6 +90,12 @@ class StoredArtifact(ABC):
         if name not in self.schema:
             return self.plan.linears[name].weights * self._kept(name).torch_dtype.itemsize
         return sum(self.files.infos[tensor].bytes for tensor in self.schema[name])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored for the linears, in bits, over their weights."""
+        weights = sum(linear.weights for linear in self.plan.linears.values())
+        return 8 * sum(map(self.linear_bytes, self.plan.linears)) / weights
 
     def _kept(self, name: str) -> TensorInfo:
         """What holds a linear that was left as it is: NAME.weight, or the parameter that stacks the experts."""
@@ -112,7 +123,7 @@ class StoredArtifact(ABC):
                 yield from not_finite(name, self.tensor(name))
 
     @abstractmethod
-    def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> QuantizedLinear: ...
+    def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> StoredLinear: ...
 
     @abstractmethod
     def _linear_problems(self, name: str, stored: Mapping[str, torch.Tensor]) -> Iterator[str]: ...

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.quant.plan import LinearPlan, Plan
+from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 
 # The width that losses are given for.
 MEASURED_BITS = 4
@@ -25,9 +25,9 @@ POINTS_PER_OCTAVE = 2
 class Choices:
     """What there is to choose from.
 
-    At a price per bit, each linear for itself takes the width, the group size and the outlier features whose loss and
-    price together are least (Lagrange multipliers for discrete choices: Everett, Operations Research 11, 1963). So
-    nowhere does a bit save much more than elsewhere.
+    At a price per bit, each linear (or all that must be alike) takes the way to be stored and the outlier features
+    whose loss and price together are least (Lagrange multipliers for discrete choices: Everett, Operations Research 11,
+    1963). So nowhere does a bit save much more than elsewhere.
 
     plans: the linears; what is not chosen here is kept. One without losses is kept as it is.
     losses: for each linear and each group size that it may get, [K], the loss that rounding each input feature to
@@ -35,12 +35,19 @@ class Choices:
         the grid's step.
     widths: the bits that a linear may get.
     largest_fraction: of a linear's input features that may be outliers.
+    rows: for each linear the ways in which it may be stored, without outliers; of one that is not in here, every width
+        with every group size that it has losses for.
+    partners: linears that must be stored alike, but for their outliers. One without losses follows the others.
+    stored_bytes: of a linear.
     """
 
     plans: Mapping[str, LinearPlan]
     losses: Mapping[str, Mapping[int, torch.Tensor]]
     widths: Sequence[int]
     largest_fraction: float
+    rows: Mapping[str, Sequence[LinearPlan]] = field(default_factory=dict)
+    partners: Sequence[tuple[str, ...]] = ()
+    stored_bytes: Callable[[LinearPlan], int] = lambda plan: plan.stored_bytes
 
     def within(self, bits_per_weight: float) -> Plan:
         """The plan of least expected loss that takes no more: that of the lowest price at which it fits.
@@ -52,10 +59,10 @@ class Choices:
             AccullmError: the smallest plan takes more.
         """
         found = self.smallest()
-        if found.bits_per_weight > bits_per_weight:
+        if self.bits_per_weight(found) > bits_per_weight:
             raise AccullmError(
                 f"an average of {bits_per_weight:g} bits cannot be had: the smallest plan takes "
-                f"{found.bits_per_weight:.3f}, scales included",
+                f"{self.bits_per_weight(found):.3f}, scales included",
                 "--bits",
                 "give more, or larger groups" + (", or keep fewer" if self._keeps_some() else ""),
             )
@@ -63,23 +70,26 @@ class Choices:
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             plan = self._at_price(middle)
-            if plan.bits_per_weight > bits_per_weight:
+            if self.bits_per_weight(plan) > bits_per_weight:
                 low = middle
             else:
                 high, found = middle, plan
         return found
 
     def _keeps_some(self) -> bool:
-        return any(plan.bits == 16 for plan in self.plans.values())
+        return any(plan.bits == KEPT_BITS for plan in self.plans.values())
+
+    def bits_per_weight(self, plan: Plan) -> float:
+        """Everything stored for the linears, in bits, over their weights."""
+        stored = sum(map(self.stored_bytes, plan.linears.values()))
+        return 8 * stored / sum(linear.weights for linear in plan.linears.values())
 
     def smallest(self) -> Plan:
         """The plan of the fewest bits."""
-        least = {}
-        for name, by_size in self.losses.items():
-            own = [
-                replace(self.plans[name], bits=min(self.widths), group_size=size, outlier_index=()) for size in by_size
-            ]
-            least[name] = min(own, key=lambda plan: plan.stored_bytes)
+        least: dict[str, LinearPlan] = {}
+        for names in self._together():
+            sizes = [(sum(self.stored_bytes(row) for row in way.values()), way) for way in self._ways(names)]
+            least |= min(sizes, key=lambda choice: choice[0])[1]
         return Plan({**self.plans, **least})
 
     def largest(self) -> Plan:
@@ -89,11 +99,11 @@ class Choices:
     def curve(self, most: float = math.inf) -> tuple[tuple[float, float], ...]:
         """(bits per weight, expected loss), from the smallest plan to the largest, or the first of `most` bits."""
         points: dict[float, float] = {}
-        price, end = PRICES[1], min(most, self.largest().bits_per_weight)
+        price, end = PRICES[1], min(most, self.bits_per_weight(self.largest()))
         while price >= PRICES[0]:
             plan = self._at_price(price)
-            points[plan.bits_per_weight] = sum(self.loss_of(plan).values())
-            if plan.bits_per_weight >= end:
+            points[bits := self.bits_per_weight(plan)] = sum(self.loss_of(plan).values())
+            if bits >= end:
                 break
             price -= 1 / POINTS_PER_OCTAVE
         return tuple(sorted(points.items()))
@@ -115,23 +125,67 @@ class Choices:
 
     def _at(self, price: float) -> Plan:
         """The plan at a price for each bit."""
-        chosen = {name: self._best(self.plans[name], by_size, price) for name, by_size in self.losses.items()}
+        chosen: dict[str, LinearPlan] = {}
+        for names in self._together():
+            chosen |= self._best(names, price)
         return Plan({**self.plans, **chosen})
 
-    def _best(self, plan: LinearPlan, losses: Mapping[int, torch.Tensor], price: float) -> LinearPlan:
-        """The cheapest choice for one linear: loss + price * bits."""
-        of_an_outlier = price * 8 * (plan.source_itemsize * plan.out_features + 4)
-        most = int(self.largest_fraction * plan.in_features)
-        choices: list[tuple[float, LinearPlan]] = []
-        for size, loss in losses.items():
-            sorted_loss, order = torch.sort(loss.double(), descending=True, stable=True)
-            for bits in self.widths:
-                left = sorted_loss * _growth(bits)
-                count = min(int((left > of_an_outlier).sum()), most)
-                outliers = tuple(sorted(order[:count].tolist()))
-                chosen = replace(plan, bits=bits, group_size=size, outlier_index=outliers)
-                choices.append((float(left[count:].sum()) + price * 8 * chosen.stored_bytes, chosen))
+    def _together(self) -> Iterator[tuple[str, ...]]:
+        """Names that are chosen for at once: partners, and each linear that has none."""
+        alone = dict.fromkeys(self.losses)
+        for partners in self.partners:
+            names = tuple(name for name in partners if self.plans[name].bits != KEPT_BITS)
+            if any(name in self.losses for name in names):
+                yield names
+            for name in names:
+                alone.pop(name, None)
+        for name in alone:
+            yield (name,)
+
+    def _ways(self, names: tuple[str, ...]) -> list[dict[str, LinearPlan]]:
+        """The ways to store some linears alike, without outliers."""
+        rows = [{_scheme(row): row for row in self._rows(name)} for name in names]
+        common = [scheme for scheme in rows[0] if all(scheme in own for own in rows)]
+        return [{name: own[scheme] for name, own in zip(names, rows, strict=True)} for scheme in common]
+
+    def _rows(self, name: str) -> Sequence[LinearPlan]:
+        """The ways to store a linear, without outliers."""
+        if name in self.rows:
+            return self.rows[name]
+        plan = self.plans[name]
+        return [
+            replace(plan, bits=bits, group_size=size, outlier_index=())
+            for size in self.losses[name]
+            for bits in self.widths
+        ]
+
+    def _best(self, names: tuple[str, ...], price: float) -> dict[str, LinearPlan]:
+        """The cheapest choice for some linears that are stored alike: loss + price * bits."""
+        sorted_losses = {
+            (name, size): torch.sort(loss.double(), descending=True, stable=True)
+            for name in names
+            for size, loss in self.losses.get(name, {}).items()
+        }
+        choices: list[tuple[float, dict[str, LinearPlan]]] = []
+        for way in self._ways(names):
+            cost = 0.0
+            for name, plan in way.items():
+                found = sorted_losses.get((name, plan.group_size))
+                if found is not None:
+                    sorted_loss, order = found
+                    of_an_outlier = price * 8 * (plan.source_itemsize * plan.out_features + 4)
+                    left = sorted_loss * _growth(plan.bits)
+                    count = min(int((left > of_an_outlier).sum()), int(self.largest_fraction * plan.in_features))
+                    way[name] = replace(plan, outlier_index=tuple(sorted(order[:count].tolist())))
+                    cost += float(left[count:].sum())
+                cost += price * 8 * self.stored_bytes(way[name])
+            choices.append((cost, way))
         return min(choices, key=lambda choice: choice[0])[1]
+
+
+def _scheme(row: LinearPlan) -> tuple[object, ...]:
+    """What is alike in linears that are stored alike."""
+    return row.encoding, row.bits, row.group_size, row.scale_bits, row.symmetric
 
 
 def _growth(bits: int) -> float:

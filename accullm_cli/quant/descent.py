@@ -13,12 +13,12 @@ move, which makes it cheap beside the pass before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from accullm_cli.quant.feedback import ROWS_TOGETHER
-from accullm_cli.quant.grid import Grid, fitted_scales
+from accullm_cli.quant.grid import Grid
 from accullm_cli.quant.loops import COMPILED, Descent, Loops
 
 # Sweeps over a row; fewer where one changes nothing.
@@ -45,12 +45,12 @@ class Draft:
 
     def fit_scales(self) -> None:
         """Give the grid scales of less loss for the same codes, G being the identity."""
-        scales = []
+        on_grid = self._on_grid()
+        fitted = []
         for part in self._parts():
-            grid, steps, error = self._errors(part)
-            size, storable = grid.columns_per_group, grid.storable
-            scales.append(fitted_scales(grid.scale, error, steps, self.hessian, self.ridge, size, storable))
-        self.grid = replace(self.grid, scale=torch.cat(scales))
+            grid, error = self._errors(part)
+            fitted.append(grid.fitted(error, self.codes[part], on_grid, self.hessian, self.ridge))
+        self.grid = self.grid.joined(fitted)
 
     def descend(self, fisher: torch.Tensor | None = None, loops: Loops = COMPILED) -> None:
         """Change codes in place, one at a time, as long as that lowers the loss.
@@ -61,17 +61,16 @@ class Draft:
         Args:
             fisher: G, [N, N], positive definite; None for the identity: rows do not feed each other then.
         """
-        movable = torch.ones(self.target.shape[1], dtype=torch.bool, device=self.target.device)
-        movable[self.outliers] = False
+        movable = self._on_grid()
         if fisher is None:
             for part in self._parts():
-                grid, _, error = self._errors(part)
+                grid, error = self._errors(part)
                 product = error @ self.hessian + self.ridge * error
                 loops.descend(
                     Descent(self.codes[part], error, product, self.hessian, self.ridge, grid, movable, SWEEPS)
                 )
             return
-        _, _, error = self._errors(slice(None))
+        _, error = self._errors(slice(None))
         product = error @ self.hessian + self.ridge * error
         hessian = self.hessian.cpu()  # once, and not for each step
         for start in ROUNDS * list(range(0, len(error), ROWS_IN_STEP)):
@@ -89,12 +88,15 @@ class Draft:
         together = count if self.target.is_cuda else ROWS_TOGETHER
         return [slice(start, start + together) for start in range(0, count, together)]
 
-    def _errors(self, rows: slice) -> tuple[Grid, torch.Tensor, torch.Tensor]:
-        """Of some rows: their grid, code - zero point (0 in outlier columns), and E; [R, K] both."""
+    def _on_grid(self) -> torch.Tensor:
+        """The columns whose weights are values of the grid, bool [K]."""
+        on_grid = torch.ones(self.target.shape[1], dtype=torch.bool, device=self.target.device)
+        on_grid[self.outliers] = False
+        return on_grid
+
+    def _errors(self, rows: slice) -> tuple[Grid, torch.Tensor]:
+        """Of some rows: their grid and E, [R, K]."""
         grid = self.grid.rows(rows)
-        scale, zero = grid.per_column(self.target.shape[1])
-        steps = self.codes[rows].to(self.target.dtype) - zero
-        steps[:, self.outliers] = 0
-        error = self.target[rows] - steps * scale
-        error[:, self.outliers] -= self.kept[rows].to(self.target.dtype)
-        return grid, steps, error.contiguous()
+        values = grid.values(self.codes[rows].to(self.target.dtype))
+        values[:, self.outliers] = self.kept[rows].to(self.target.dtype)
+        return grid, (self.target[rows] - values).contiguous()

@@ -1,8 +1,10 @@
-"""Uniform integer grids: one scale and zero point per output row and group of input features."""
+"""Uniform grids: one scale and zero point per output row and group of input features."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -21,12 +23,18 @@ CHUNK_ELEMENTS = 1 << 18
 CHUNK_ELEMENTS_OF_A_GPU = 1 << 24
 
 
+AnyGrid = TypeVar("AnyGrid", bound="Grid")
+
+
 @dataclass(frozen=True)
 class Grid:
     """The values that the weights of one linear may take: (code - zero) * scale.
 
+    This one has whole zero points, from 0 to 2**bits - 1. A way to store other zero points, or scales that hang on each
+    other, has a class of its own below this one, with its own `fitted`; rounding takes any real numbers for both.
+
     scale: [N, G], in the working dtype, each one that can be stored.
-    zero: [N, G], whole numbers from 0 to 2**bits - 1, in the working dtype.
+    zero: [N, G], in the working dtype.
     storable: the scales that it may have.
     """
 
@@ -52,14 +60,50 @@ class Grid:
         scale, zero = self.per_column(codes.shape[1])
         return (codes - zero) * scale
 
-    def rows(self, part: slice) -> Grid:
+    def rows(self: AnyGrid, part: slice) -> AnyGrid:
         """The grid of some rows."""
-        return replace(self, scale=self.scale[part], zero=self.zero[part])
+        return replace(self, **{name: tensor[part] for name, tensor in self._tensors().items()})  # type: ignore[arg-type]
+
+    def joined(self: AnyGrid, parts: Sequence[AnyGrid]) -> AnyGrid:
+        """The grid of all rows, whose parts have changed."""
+        every = [part._tensors() for part in parts]
+        return replace(self, **{name: torch.cat([own[name] for own in every]) for name in every[0]})  # type: ignore[arg-type]
+
+    def where(self: AnyGrid, chosen: torch.Tensor, other: AnyGrid) -> AnyGrid:
+        """This grid in the groups that are `chosen`, bool [N, G], and the other one elsewhere."""
+        others = other._tensors()
+        mixed = {name: torch.where(chosen, own, others[name]) for name, own in self._tensors().items()}
+        return replace(self, **mixed)  # type: ignore[arg-type]
 
     def per_column(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of every weight: two tensors [N, count]."""
         size = self.columns_per_group
         return spread(self.scale, size, count), spread(self.zero, size, count)
+
+    def fitted(
+        self: AnyGrid,
+        error: torch.Tensor,
+        codes: torch.Tensor,
+        on_grid: torch.Tensor,
+        hessian: torch.Tensor,
+        ridge: float,
+    ) -> AnyGrid:
+        """A grid that can be stored, of less Hessian-weighted error for given codes; here, with other scales.
+
+        Args:
+            error: [N, K], W* - Q as it is on this grid; used up.
+            codes: uint8 [N, K].
+            on_grid: bool [K], the columns that it holds.
+            hessian: [K, K].
+        """
+        steps = codes.to(error.dtype) - spread(self.zero, self.columns_per_group, codes.shape[1])
+        steps[:, ~on_grid] = 0
+        scale = fitted_scales(self.scale, error, steps, hessian, ridge, self.columns_per_group, self.storable)
+        return replace(self, scale=scale)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What it has of each row and group, by field."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
 
 def minmax_grid(
@@ -122,11 +166,31 @@ def searched_grid(
     column_weight = importance.to(weight.dtype)
     if ignored is not None:
         column_weight = column_weight.masked_fill(ignored, 0)
-    parts = [
-        _search_rows(part, column_weight, bits, group_size, symmetric, storable, ignored) for part in row_chunks(weight)
-    ]
-    scale, zero = (torch.cat(tensors) for tensors in zip(*((part.scale, part.zero) for part in parts), strict=True))
-    return Grid(scale, zero, bits, parts[0].columns_per_group, symmetric, storable)
+    parts: list[Grid] = []
+    for part in row_chunks(weight):
+        low, high, size = _group_range(part, group_size, ignored)
+        candidates = (
+            _grid_of_range(low * fraction, high * fraction, bits, size, symmetric, storable)
+            for fraction in SEARCHED_RANGES
+        )
+        parts.append(best_grid(part, column_weight, candidates))
+    return parts[0].joined(parts)
+
+
+def best_grid(weight: torch.Tensor, column_weight: torch.Tensor, candidates: Iterable[AnyGrid]) -> AnyGrid:
+    """In each group that of several grids whose nearest values have the least error, weighted by columns."""
+    best: AnyGrid | None = None
+    for candidate in candidates:
+        error = weight - candidate.values(candidate.round_to_nearest(weight))
+        error = _sum_groups(error.square_().mul_(column_weight), candidate.columns_per_group, weight.shape[1])
+        if best is None:
+            best, best_error = candidate, error
+            continue
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = candidate.where(better, best)
+    assert best is not None
+    return best
 
 
 def fitted_scales(
@@ -163,41 +227,6 @@ def fitted_scales(
         scale[:, group] += difference
         error[:, columns] -= difference[:, None] * own
     return scale
-
-
-def _search_rows(
-    weight: torch.Tensor,
-    column_weight: torch.Tensor,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    storable: StorableScales,
-    ignored: torch.Tensor | None,
-) -> Grid:
-    """`searched_grid` for some rows."""
-    low, high, size = _group_range(weight, group_size, ignored)
-    count = weight.shape[1]
-    best: Grid | None = None
-    best_error = torch.full_like(low, float("inf"))
-    for fraction in SEARCHED_RANGES:
-        candidate = _grid_of_range(low * fraction, high * fraction, bits, size, symmetric, storable)
-        error = weight - candidate.values(candidate.round_to_nearest(weight))
-        error = _sum_groups(error.square_().mul_(column_weight), size, count)
-        better = error < best_error
-        if best is None:
-            best, best_error = candidate, error
-            continue
-        best_error = torch.where(better, error, best_error)
-        best = Grid(
-            torch.where(better, candidate.scale, best.scale),
-            torch.where(better, candidate.zero, best.zero),
-            bits,
-            size,
-            symmetric,
-            storable,
-        )
-    assert best is not None
-    return best
 
 
 def row_chunks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:

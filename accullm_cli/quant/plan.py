@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from accullm_cli.quant.encodings import ENCODINGS
+
+# The bits of a linear that is left as it is in the source.
+KEPT_BITS = 16
+
 
 @dataclass(frozen=True)
 class LinearPlan:
@@ -16,6 +21,7 @@ class LinearPlan:
     symmetric: the zero point is 2**(bits-1) and is not stored.
     outlier_index: ascending input features that stay in the source's dtype.
     source_itemsize: bytes of one weight in the source's dtype.
+    encoding: the name of the way in which codes and grid are stored; see `quant.encodings`.
     """
 
     name: str
@@ -27,6 +33,7 @@ class LinearPlan:
     outlier_index: tuple[int, ...] = ()
     source_itemsize: int = 2
     scale_bits: int = 16
+    encoding: str = "integer"
 
     @property
     def groups(self) -> int:
@@ -39,15 +46,11 @@ class LinearPlan:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that the native format stores for this linear: codes, scales, zero points, outliers, their index."""
-        if self.bits == 16:
+        """Bytes of everything that is stored: what the encoding has, outlier features and their index."""
+        if self.bits == KEPT_BITS:
             return self.source_itemsize * self.weights
-        rows, outliers = self.out_features, len(self.outlier_index)
-        codes = -(-self.in_features * self.bits // 8)
-        zeros = 0 if self.symmetric else -(-self.groups * self.bits // 8)
-        scales = -(-self.groups * self.scale_bits // 8)
-        table = 0 if self.scale_bits == 16 else 2 * 2**self.scale_bits
-        return rows * (codes + scales + zeros) + table + (self.source_itemsize * rows + 4) * outliers
+        outliers = (self.source_itemsize * self.out_features + 4) * len(self.outlier_index)
+        return ENCODINGS[self.encoding].stored_bytes(self) + outliers
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Plan:
     @property
     def quantized(self) -> dict[str, LinearPlan]:
         """All that is stored as codes: linears that are not left as they are, and embeddings."""
-        return {name: linear for name, linear in self.linears.items() if linear.bits != 16} | dict(self.embeddings)
+        linears = {name: linear for name, linear in self.linears.items() if linear.bits != KEPT_BITS}
+        return linears | dict(self.embeddings)
 
     @property
     def bits_per_weight(self) -> float:

@@ -45,6 +45,8 @@ from typing import Literal
 import torch
 
 from accullm_cli.quant.descent import Draft
+from accullm_cli.quant.encodings import ENCODINGS
+from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.feedback import (
     ROWS_TOGETHER,
     Factor,
@@ -53,11 +55,9 @@ from accullm_cli.quant.feedback import (
     require_finite,
     round_with_feedback,
 )
-from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, minmax_grid, searched_grid, spanning_scales
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.grid import Grid
 from accullm_cli.quant.loops import COMPILED, Loops
 from accullm_cli.quant.plan import LinearPlan
-from accullm_cli.quant.scales import StorableScales
 
 # The Fisher matrix is a noisy one, so that half of it is taken to be alike for all outputs. Two conversions of a 135M
 # Llama each (4.318 and 4.400 bits, 64 x 512 tokens of gradients) had a mean KL of 0.0437 and 0.0359 at 0.1, and of
@@ -88,7 +88,7 @@ class RoundedLinear:
     records: one sentence for everything that was treated differently from the plan.
     """
 
-    linear: QuantizedLinear
+    linear: StoredLinear
     relative_error: float | None
     records: tuple[str, ...]
 
@@ -139,7 +139,7 @@ def round_linears(
         pulls = {}
     stochastic = options.method == "stochastic"
     fits = options.grid == "fit" and not stochastic
-    linears: dict[str, QuantizedLinear] = {}
+    linears: dict[str, StoredLinear] = {}
     records: dict[str, tuple[str, ...]] = {}
     for name, factor in _with_factors(weights, plans, options, hessian):
         weight, plan, sentences = weights[name].to(device), plans[name], list(without_data)
@@ -179,7 +179,7 @@ def round_linears(
                 sentences.append(f"Hessian not positive definite: damping raised to {factor.damping:g}")
             if clamped:
                 sentences.append(f"{clamped} weights lie outside the grid of stochastic rounding and were clamped")
-        linears[name] = _stored(grid, codes, outliers, kept, plan)
+        linears[name] = ENCODINGS[plan.encoding].store(grid, codes, plan, outliers, kept)
         records[name] = tuple(sentences)
         del factor  # before the next one is made, and before errors are measured, which takes room for whole weights
     return {
@@ -228,45 +228,15 @@ def _grid(
     is_outlier = torch.zeros(target.shape[1], dtype=torch.bool, device=target.device)
     is_outlier[outliers] = True
     stochastic = options.method == "stochastic"
-    searches = options.grid != "minmax" and not stochastic  # "fit" begins with what the search finds
-    margin = 0.5 if stochastic else 0
-    storable = StorableScales(options.scale_dtype)
-    scale = spanning_scales(target, plan.bits, plan.group_size, plan.symmetric, is_outlier, margin)
-    if plan.scale_bits < 16:
-        storable = storable.table_for(scale, plan.scale_bits, SEARCHED_RANGES[-1] if searches else 1.0)
-    low, high = storable.range
-    clamped = int((((scale > 0) & (scale < low)) | (scale > high)).sum())
-    sentences = []
-    if clamped:
-        of = f"{clamped} of {scale.numel()} scales"
-        sentences.append(f"{of} lie outside of what can be stored, {low:.3g} to {high:.3g}, and were clamped")
-    if searches:
-        if importance is None:
-            importance = torch.ones(target.shape[1], device=target.device)
-        grid = searched_grid(target, importance, plan.bits, plan.group_size, plan.symmetric, storable, is_outlier)
-    else:
-        grid = minmax_grid(target, plan.bits, plan.group_size, plan.symmetric, storable, is_outlier, margin)
-    return grid, sentences
+    if options.grid == "minmax" or stochastic:
+        importance = None
+    elif importance is None:  # "fit" begins with what the search finds
+        importance = torch.ones(target.shape[1], device=target.device)
+    encoding = ENCODINGS[plan.encoding]
+    return encoding.grid(target, plan, options.scale_dtype, importance, is_outlier, 0.5 if stochastic else 0)
 
 
-def _stored(
-    grid: Grid, codes: torch.Tensor, outliers: torch.Tensor, kept: torch.Tensor, plan: LinearPlan
-) -> QuantizedLinear:
-    """The linear as it is stored; its outliers' codes, whatever they were, become the zero point."""
-    codes[:, outliers] = grid.zero[:, outliers // grid.columns_per_group].to(torch.uint8)
-    return QuantizedLinear(
-        codes=codes,
-        scales=grid.scale.to(torch.float16),
-        scale_table=grid.storable.table,
-        zeros=None if plan.symmetric else grid.zero.to(torch.uint8),
-        outlier_index=outliers.to(torch.int32),
-        outlier_weight=kept.contiguous(),
-        bits=plan.bits,
-        group_size=plan.group_size,
-    )
-
-
-def relative_error(weight: torch.Tensor, linear: QuantizedLinear, hessian: torch.Tensor | None) -> float | None:
+def relative_error(weight: torch.Tensor, linear: StoredLinear, hessian: torch.Tensor | None) -> float | None:
     """||Y (W - Q)^T|| / ||Y W^T|| from H = Y^T Y; None without H or where the output is zero."""
     if hessian is None:
         return None

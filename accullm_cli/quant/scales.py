@@ -88,3 +88,11 @@ def round_scale(scale: torch.Tensor, scale_dtype: str) -> torch.Tensor:
         # A bfloat16 has fewer digits than a normal float16 and more than a subnormal one: this order is exact in both.
         rounded = rounded.to(torch.bfloat16).clamp(max=LARGEST_BFLOAT16_SCALE).to(torch.float16)
     return rounded.to(scale.dtype)
+
+
+def round_offset(offset: torch.Tensor, dtype: str) -> torch.Tensor:
+    """`offset` rounded to values that float16 holds (and bfloat16, where that is asked for), of either sign, or 0."""
+    if dtype == "bfloat16":
+        # What of it float16 holds as a subnormal has fewer digits than a bfloat16, so that the result is exact in both.
+        offset = offset.clamp(-LARGEST_BFLOAT16_SCALE, LARGEST_BFLOAT16_SCALE).to(torch.bfloat16).to(offset.dtype)
+    return offset.clamp(-LARGEST_SCALE, LARGEST_SCALE).to(torch.float16).to(offset.dtype)

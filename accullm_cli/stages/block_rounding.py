@@ -151,7 +151,7 @@ def evidence_saved(job: Job) -> Iterator[None]:
     try:
         yield
     except NumericalError as error:
-        seed, path = job.config.machine.seed, job.run.file("quantize/evidence.safetensors")
+        seed, path = job.config.machine.seed, job.own("quantize/evidence.safetensors")
         about = {"matrix": error.kind, "linears": error.where or "", "seed": str(seed)}
         tensors = {"matrix": error.matrix.contiguous()}
         write_file(path, lambda temporary: save_file(tensors, temporary, about))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.measure.contract import parse_requirement, search_demands
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.text import check_text
@@ -15,9 +16,6 @@ from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.profile import make_plan, refuse_impossible
 from accullm_cli.stages.reading import READING
 from accullm_cli.stages.texts import check_texts
-
-# The one format that holds what a search comes to.
-GOLDEN_FORMAT = "accullm"
 
 
 def check_config(config: Config, run: RunDirectory, converts: bool, only_validates: bool) -> None:
@@ -33,19 +31,16 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
     check_device(config, only_validates)
     for name in config.export.format:
         check_format(config, name)
+        _refuse_outliers(config, name)
     if config.search.golden:
         search_demands(config.validation.require)
-        if config.export.format != [GOLDEN_FORMAT]:
-            what = f"plans have mixed widths and outliers, which {', '.join(config.export.format)} cannot hold"
-            raise AccullmError(what, "--golden", f"leave --format at {GOLDEN_FORMAT}")
+        if len(config.export.format) > 1:
+            raise AccullmError("searches for one artifact", "--golden", "give one --format, and another call to each")
     if config.plan.is_average or config.search.golden:
         flag = "--golden" if config.search.golden else "--bits"
         if not config.gradient_samples:
             what = "a plan needs gradients, which tell how much each linear matters"
             raise AccullmError(what, flag, "leave out --gradient-samples, or give more than 0")
-        if "compressed-tensors" in config.export.format:
-            what = "compressed-tensors holds linears of one width and no outliers, not an average"
-            raise AccullmError(what, "--bits", "give 4 or 8, and --outliers 0")
     for text in (config.calibration.text, config.validation.text, config.validation.other_text):
         check_text(text)
     run.check()
@@ -53,6 +48,22 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
     if stages and (CALIBRATE.name in stages) != converts:
         what = "holds the validation of a finished artifact" if converts else "holds a conversion"
         raise AccullmError(what, run.path, "give another directory with --run")
+
+
+def _refuse_outliers(config: Config, name: str) -> None:
+    """Refuse outliers that were asked for in a format that has none."""
+    if CAPABILITIES[name].outliers != "not at all":
+        return
+    asked = "--outliers" if config.plan.outliers else ""
+    if config.plan.is_average and config.plan.spend == "outliers":
+        asked = "--spend outliers"
+    if asked:
+        hint = "use --outliers 0" if asked == "--outliers" else "leave it out"
+        others = (other for other, format in CAPABILITIES.items() if format.outliers == "in the file")
+        another = next((f", or export to the format {other}" for other in others), "")
+        raise AccullmError(
+            f"{name} holds no outlier features, which {asked} asks for", f"--format {name}", hint + another
+        )
 
 
 def refuse_golden(config: Config, stage: str) -> None:
@@ -83,5 +94,6 @@ def preflight(job: Job) -> Decoder:
         check_output(job, directory)
     check_texts(job, calibrates=True)
     decoder = open_decoder(job)
-    refuse_impossible(job, make_plan(job, decoder), decoder)
+    for own in map(job.of, job.artifacts):
+        refuse_impossible(own, make_plan(own, decoder), decoder)
     return decoder

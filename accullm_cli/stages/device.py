@@ -9,12 +9,10 @@ import torch
 
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.kernels.matmul import why_no_kernels
 from accullm_cli.kernels.rounding_check import checked_loops
 from accullm_cli.quant.loops import Loops
-
-# The format whose linears the kernels multiply by.
-KERNEL_FORMAT = "accullm"
 
 
 def device_of(config: Config) -> torch.device:
@@ -61,11 +59,12 @@ def check_format(config: Config, name: str) -> None:
     """Refuse to run an artifact whose linears no kernel reads.
 
     Raises:
-        AccullmError: speed is to be measured, or a GPU used, with another format than the native one.
+        AccullmError: speed is to be measured, or a GPU used, with a format that they do not multiply by.
     """
-    if wants_speed(config) and name != KERNEL_FORMAT:
+    if wants_speed(config) and not CAPABILITIES[name].kernels:
+        others = " and ".join(other for other, format in CAPABILITIES.items() if format.kernels)
         where = "--speed" if config.validation.speed else f"--device {config.machine.device}"
-        raise AccullmError(f"the kernels multiply by the format {KERNEL_FORMAT}, not by {name}", where, "leave it out")
+        raise AccullmError(f"the kernels multiply by the format {others}, not by {name}", where, "leave it out")
 
 
 def compute_dtype(device: torch.device, source: Mapping[str, Any]) -> torch.dtype:

@@ -41,7 +41,7 @@ BASE_BYTES = 600_000_000
 class Estimated:
     """What a conversion takes.
 
-    bits_per_weight: everything stored for the linears in the first format that is asked for, over their weights.
+    bits_per_weight: everything stored for the linears in the job's format, over their weights.
     artifact_bytes: its tensors and the tokenizer files beside them. size_is_exact: both are exact; otherwise they are
     the most that the plan, which calibration decides, may come to. peak_bytes: resident memory. seconds: wall clock of
     all stages.
@@ -69,7 +69,7 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     outside = all_weights - sum(in_blocks)
     planned = [*plan.linears.values(), *plan.embeddings.values()]
     unquantized = source_bytes - sum(linear.weights * linear.source_itemsize for linear in planned)
-    format = FORMATS[job.config.export.format[0]]
+    format = FORMATS[job.format]
     linear_bytes = sum(format.linear_bytes(linear, source_dtype(job)) for linear in plan.linears.values())
     linear_weights = sum(linear.weights for linear in plan.linears.values())
     bits_per_weight = 8 * linear_bytes / linear_weights
@@ -121,11 +121,12 @@ def _operations(job: Job, decoder: Decoder, plan: Plan, head_weights: int) -> fl
     with_gradient = job.config.gradient_samples * calibration.seq_len
     measured = measured_windows(job, decoder) * calibration.seq_len
     # Calibrate runs the held-out text and its noise floor, validate the artifact.
-    passes = measured + 3 * held_out + PASSES_OF_GRADIENTS * with_gradient
+    formats = len(job.config.export.format)
+    passes = measured + (2 + formats) * held_out + PASSES_OF_GRADIENTS * with_gradient
     grams = 0.0
     if rounding.method != "nearest":
         corrected = rounding.target == "corrected"
-        passes += tokens * (PASSES_OF_THE_ROUNDED + corrected * PASSES_OF_THE_ORIGINAL)
+        passes += formats * tokens * (PASSES_OF_THE_ROUNDED + corrected * PASSES_OF_THE_ORIGINAL)
         # The Hessian of each distinct input, and as large a matrix of its drift from the original's.
         inputs = {(name.rpartition(".")[0], linear.in_features) for name, linear in plan.linears.items()}
         grams = 2 * (1 + corrected) * tokens * sum(features**2 for _, features in inputs)
@@ -133,7 +134,7 @@ def _operations(job: Job, decoder: Decoder, plan: Plan, head_weights: int) -> fl
     # Calibrate's likelihoods, and in validate the original, the artifact and the noise floor.
     head = 2 * head_weights * 4 * held_out
     rounded = sum(linear.weights for linear in plan.quantized.values())
-    return 2 * weights * passes + grams + OPERATIONS_PER_WEIGHT * rounded + head
+    return 2 * weights * passes + formats * (grams + OPERATIONS_PER_WEIGHT * rounded) + head
 
 
 def _operations_per_second() -> float:

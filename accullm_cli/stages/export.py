@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from accullm_cli.progress import Event
 from accullm_cli.run import existing_parent, file_sha256, machine_errors, sync_directory
 from accullm_cli.stages.job import Job, open_decoder, versions
 from accullm_cli.stages.profile import load_plan, model_shape
-from accullm_cli.stages.stage import Before, Decision, Stage, Work
+from accullm_cli.stages.stage import Before, Decision, Stage, Work, named
 from accullm_cli.stages.units import load_record, shard_path, units_of
 
 VERSION = 2
@@ -42,14 +42,16 @@ def export(job: Job, decision: Decision) -> Work:
 def export_inputs(job: Job, before: Before) -> dict[str, str]:
     """What the artifacts depend on."""
     return {
-        "input:quantize": before["quantize"].key,
+        **{f"input:{stage}": before[stage].key for stage in (named("quantize", name) for name in job.artifacts)},
         "source:companions": job.source.companions_sha256,
         "version:export": str(VERSION),
         **{PLACE.format(name): str(path.absolute()) for name, path in job.artifacts.items()},
     }
 
 
-EXPORT = Stage("export", export_inputs, export, ("quantize",), ("export",))
+def exporting(formats: Iterable[str]) -> Stage:
+    """The stage that writes the artifacts of these formats."""
+    return Stage("export", export_inputs, export, tuple(named("quantize", name) for name in formats), ("export",))
 
 
 def known_files(job: Job, inputs: Mapping[str, str], name: str) -> dict[str, str] | None:
@@ -59,7 +61,7 @@ def known_files(job: Job, inputs: Mapping[str, str], name: str) -> dict[str, str
     """
     place = PLACE.format(name)
     record = job.run.stages().get("export")
-    if record is None or place not in record.inputs or _but_places(record.inputs) != _but_places(inputs):
+    if record is None or place not in record.inputs or _but_places(record.inputs, name) != _but_places(inputs, name):
         return None
     directory = Path(record.inputs[place])
     paths = {job.run.file(output).absolute(): digest for output, digest in record.outputs.items()}
@@ -70,8 +72,11 @@ def known_files(job: Job, inputs: Mapping[str, str], name: str) -> dict[str, str
     }
 
 
-def _but_places(inputs: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in inputs.items() if not name.startswith(PLACE.format("")[:-1])}
+def _but_places(inputs: Mapping[str, str], name: str) -> dict[str, str]:
+    """What the bytes of a format's artifact depend on."""
+    of_others = {f"input:{named('quantize', other)}" for other in FORMATS if other != name}
+    places = PLACE.format("")[:-1]
+    return {key: value for key, value in inputs.items() if key not in of_others and not key.startswith(places)}
 
 
 def check_output(job: Job, directory: Path) -> None:
@@ -110,7 +115,7 @@ def _write_artifact(job: Job, decoder: Decoder, name: str, directory: Path) -> N
             _remove(leftover)
         partial.mkdir(parents=True)
         try:
-            FORMATS[name].write(partial, _parts(job, decoder))
+            FORMATS[name].write(partial, _parts(job.of(name), decoder))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -135,7 +140,7 @@ def _remove(leftover: Path) -> None:
 
 
 def _parts(job: Job, decoder: Decoder) -> Parts:
-    plan = load_plan(job.run.file("plan.json"))
+    plan = load_plan(job.own("plan.json"))
     checkpoint = decoder.weights
     assert isinstance(checkpoint, Checkpoint)
     units = units_of(decoder, plan)

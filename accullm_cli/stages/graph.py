@@ -1,8 +1,8 @@
 """All stages in the order in which they can run: what every command walks.
 
     reading ──► calibrate ──► profile ──► quantize ──► export ──► validate FORMAT [on other text], validate speed
-                    ┊                                             ▲
-                    └┈┈┈┈┈┈ reference, other reference ───────────┘
+                    ┊     └─► profile FORMAT ──► quantize FORMAT ─┘   ▲
+                    └┈┈┈┈┈┈ reference, other reference ───────────────┘
 
 Calibrate makes the references along the way, where they are missing: they depend on the original and their text alone.
 """
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from accullm_cli.stages.calibrate import CALIBRATE
 from accullm_cli.stages.device import wants_speed
-from accullm_cli.stages.export import EXPORT
+from accullm_cli.stages.export import exporting
 from accullm_cli.stages.job import Job
-from accullm_cli.stages.profile import PROFILE
-from accullm_cli.stages.quantize import QUANTIZE
+from accullm_cli.stages.profile import planning
+from accullm_cli.stages.quantize import rounding
 from accullm_cli.stages.reading import READING
 from accullm_cli.stages.reference import reference
 from accullm_cli.stages.speed import speed
@@ -28,7 +28,8 @@ from accullm_cli.stages.validate import validation
 
 def conversion(job: Job) -> list[Stage]:
     """From the source to artifacts that were measured."""
-    return [READING, CALIBRATE, PROFILE, QUANTIZE, EXPORT, *measurements(job, job.artifacts)]
+    made = [stage(name) for name in job.artifacts for stage in (planning, rounding)]
+    return [READING, CALIBRATE, *made, exporting(job.artifacts), *measurements(job, job.artifacts)]
 
 
 def shared_by_plans(job: Job) -> list[Stage]:
@@ -43,5 +44,5 @@ def measurements(job: Job, artifacts: Mapping[str, Path]) -> list[Stage]:
         stages.append(reference(text))
         stages += [validation(name, directory, text) for name, directory in artifacts.items()]
     if wants_speed(job.config):
-        stages += [speed(directory) for directory in artifacts.values()]
+        stages += [speed(name, directory) for name, directory in artifacts.items()]
     return stages

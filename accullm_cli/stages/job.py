@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import transformers
 
 from accullm_cli.config import Config, Section
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats import NATIVE
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.model.skeleton import build_skeleton
@@ -32,6 +33,7 @@ class Job:
     only: the command whose stages alone may run, where it was not `convert`; all others must be up to date.
     fresh: those that may run do so, whatever is finished.
     windows: the texts that were cut into tokens so far, by name; see `stages.texts`.
+    format: the artifact format that plan and shards are for; the first that was asked for, if nobody says.
     """
 
     config: Config
@@ -41,6 +43,18 @@ class Job:
     only: str | None = None
     fresh: bool = False
     windows: dict[str, Windows] = field(default_factory=dict, repr=False, compare=False)
+    format: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", self.format or self.config.export.format[0])
+
+    def of(self, format: str) -> Job:
+        """The same conversion, to one of its formats: each has a plan and shards of its own."""
+        return replace(self, format=format)
+
+    def own(self, name: str) -> Path:
+        """A file of the run that belongs to one format: the native one's lie in the run directory itself."""
+        return self.run.file(place_of(self.format) + name)
 
     @cached_property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
@@ -57,6 +71,11 @@ class Job:
         """Where the artifact of each format goes: each has a directory of its own, where there are several."""
         out, formats = artifact_path(self.config), self.config.export.format
         return {name: out / name if len(formats) > 1 else out for name in formats}
+
+
+def place_of(format: str) -> str:
+    """Where files that belong to a format lie in a run directory: "", or a directory with / behind it."""
+    return "" if format == NATIVE else f"{format}/"
 
 
 def open_decoder(job: Job) -> Decoder:

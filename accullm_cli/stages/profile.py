@@ -1,11 +1,14 @@
 """profile: which input features stay in 16 bits, and how every linear is stored. Arithmetic on small files.
 
-It leaves plan.json (quant.plan.Plan) and outliers.html (a picture of where the outliers are) in the run directory.
+Each format that was asked for gets the plan that is best for what it holds (formats.capabilities). It leaves plan.json
+(quant.plan.Plan) and outliers.html (a picture of where the outliers are) in the run directory, or for another format
+than the native one in a directory below it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import chain, starmap
@@ -16,29 +19,32 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import ModelShape, Stack
+from accullm_cli.formats.capabilities import CAPABILITIES, WHOLE_ROWS, Storable
+from accullm_cli.formats.objections import nearest_group_sizes, objections
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.quant.budget import MEASURED_BITS, Choices
 from accullm_cli.quant.outliers import choose_outliers, expected_loss
-from accullm_cli.quant.plan import LinearPlan, Plan
+from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 from accullm_cli.quant.stats import InputStats
 from accullm_cli.report.outlier_map import draw_outlier_map
-from accullm_cli.run import write_text
+from accullm_cli.run import key_of, write_text
 from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, stats_path
 from accullm_cli.stages.gradients import load_sensitivities
-from accullm_cli.stages.job import Job, open_decoder, section_inputs
+from accullm_cli.stages.job import Job, open_decoder, place_of, section_inputs
 from accullm_cli.stages.kept import FLAG, kept_names, kept_sentence
-from accullm_cli.stages.stage import Before, Decision, Stage, Work
+from accullm_cli.stages.stage import Before, Decision, Stage, Work, named
 
-VERSION = 2
+VERSION = 3
 # What a linear may get where --bits is an average. On a grid of 2 bits rounding is no longer the small change that
 # losses are measured for.
 WIDTHS = {"widths": (3, 4, 5, 6, 8), "outliers": (4,)}
+# Where nobody says otherwise.
+USUAL_OUTLIERS = 0.005
+USUAL_SCALE_BITS = 6
 # What the kernels are made for.
 LARGEST_OUTLIER_FRACTION = 0.03
-# Says of a linear, or of embedding and head, that it stays as it is in the source.
-KEPT_BITS = 16
 
 
 def profile(job: Job, decision: Decision) -> Work:
@@ -47,7 +53,7 @@ def profile(job: Job, decision: Decision) -> Work:
     stats = load_stats(job, decoder)
     plan = make_plan(job, decoder, stats)
     refuse_impossible(job, plan, decoder)
-    plan_path, picture = job.run.file("plan.json"), job.run.file("outliers.html")
+    plan_path, picture = job.own("plan.json"), job.own("outliers.html")
     write_text(plan_path, json.dumps(asdict(plan), indent=1))
     draw_outlier_map(stats, plan, picture)
     kept = starmap(kept_sentence, kept_linears(job, decoder).items())
@@ -66,31 +72,47 @@ def profile_inputs(job: Job, before: Before) -> dict[str, str]:
     return {
         "input:calibrate": before["calibrate"].key,
         "version:profile": str(VERSION),
+        "version:capabilities": key_of({job.format: repr(CAPABILITIES[job.format])}),
         "config:export.scale_dtype": scale_dtype(job),
-        **section_inputs("plan", options, "bits", "symmetric", "outliers", "embedding_bits", "keep"),
+        **section_inputs("plan", options, "bits", "symmetric", "embedding_bits", "keep"),
         **spend,
-        "config:plan.group_size": repr(options.group_sizes),
+        "config:plan.outliers": repr(outlier_fraction(job)),
+        "config:plan.group_size": repr(options.group_sizes) + (" or near" if _may_choose_groups(job) else ""),
         "config:plan.scale_bits": str(scale_bits(job)),
     }
 
 
-PROFILE = Stage("profile", profile_inputs, profile, ("calibrate",), ("profile",), ("plan.json", "outliers.html"))
+def planning(format: str) -> Stage:
+    """The stage that plans for a format."""
+    place = place_of(format)
+    return Stage(
+        named("profile", format),
+        lambda job, before: profile_inputs(job.of(format), before),
+        lambda job, decision: profile(job.of(format), decision),
+        ("calibrate",),
+        ("profile",),
+        (f"{place}plan.json", f"{place}outliers.html"),
+        format,
+    )
 
 
 def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Plan:
-    """The plan of the configuration; without statistics (before calibration) what it chooses is a placeholder."""
+    """The plan of the configuration; without statistics (before calibration) what it chooses is a placeholder.
+
+    What the user asked for stands in it, also where the format cannot hold it: see `refuse_impossible`.
+    """
     options = job.config.plan
     embeddings = _embedding_plans(job, decoder)
     if options.is_average:
         plan_within = average_choices(job, decoder, stats).within(options.bits)
         return replace(plan_within, scale_dtype=scale_dtype(job), embeddings=embeddings)
     losses = _losses(stats, options.uniform_group_size)
-    linears = _uniform_linears(job, decoder)
+    linears = _uniform_linears(job, decoder, int(options.bits))
+    fraction = outlier_fraction(job)
     for name, plan in linears.items():
-        if plan.bits == KEPT_BITS:
-            continue
-        loss = losses.get(name, torch.zeros(plan.in_features))
-        linears[name] = replace(plan, bits=int(options.bits), outlier_index=choose_outliers(loss, options.outliers))
+        if plan.bits != KEPT_BITS:
+            loss = losses.get(name, torch.zeros(plan.in_features))
+            linears[name] = replace(plan, outlier_index=choose_outliers(loss, fraction))
     return Plan(linears, scale_dtype(job), embeddings)
 
 
@@ -126,6 +148,9 @@ def _embedding_plans(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
     options = job.config.plan
     if options.embedding_bits == KEPT_BITS:
         return {}
+    format = CAPABILITIES[job.format]
+    # One that holds none objects to what was asked for, whatever it is.
+    storable = (format.embeddings or format.linears)[0]
     kept, outer = _kept(job, decoder), _outer_names(decoder)
     return {
         slot.name: LinearPlan(
@@ -133,9 +158,10 @@ def _embedding_plans(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
             out_features=slot.out_features,
             in_features=slot.in_features,
             bits=options.embedding_bits,
-            group_size=options.uniform_group_size,
-            symmetric=options.symmetric,
+            group_size=_group_size(job, storable, slot.in_features),
+            symmetric=_symmetric(job, storable),
             source_itemsize=decoder.weights.dtype(slot.parameter).itemsize,
+            encoding=storable.encoding,
         )
         for slot in find_embeddings(decoder.model)
         if not ((slot.is_looked_up and outer["looked up"] in kept) or (slot.is_head and outer["head"] in kept))
@@ -146,22 +172,28 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
     """What a plan chooses from where bits are an average; without statistics all features count alike."""
     options = job.config.plan
     linears = _uniform_linears(job, decoder)
-    fraction = LARGEST_OUTLIER_FRACTION if options.outliers else 0.0
-    sizes = options.group_sizes
-    chosen = [name for name, plan in linears.items() if plan.bits != KEPT_BITS]
+    fraction = LARGEST_OUTLIER_FRACTION if outlier_fraction(job) else 0.0
+    partners = _partners(job, decoder)
+    rows = {name: _ways(job, plan, _shared_features(plan, linears, partners)) for name, plan in linears.items()}
+    chosen = [name for name, plan in linears.items() if plan.bits != KEPT_BITS and rows[name]]
+    sizes = {name: tuple(dict.fromkeys(row.group_size for row in rows[name])) for name in chosen}
     if stats is None:
-        losses = {name: dict.fromkeys(sizes, torch.ones(linears[name].in_features)) for name in chosen}
+        losses = {name: dict.fromkeys(sizes[name], torch.ones(linears[name].in_features)) for name in chosen}
     else:
         # Of an expert that no token reached, or none with a gradient, nothing is known: it keeps its bits.
         sensitivity_of = load_sensitivities(job, len(decoder.block_names))
         reached = {name for entry in stats if entry.tokens for name in entry.linears if sensitivity_of[name] > 0}
-        by_size = {size: _losses(stats, size) for size in sizes}
+        by_size = {size: _losses(stats, size) for size in sorted({size for own in sizes.values() for size in own})}
         losses = {
-            name: {size: sensitivity_of[name] * by_size[size][name] for size in sizes}
+            name: {size: sensitivity_of[name] * by_size[size][name] for size in sizes[name]}
             for name in chosen
             if name in reached
         }
-    return Choices(linears, losses, WIDTHS[options.spend], fraction)
+    format, dtype = FORMATS[job.format], source_dtype(job)
+    together = [names for names in partners if all(name in rows and rows[name] for name in names)]
+    return Choices(
+        linears, losses, WIDTHS[options.spend], fraction, rows, together, lambda plan: format.linear_bytes(plan, dtype)
+    )
 
 
 def _losses(stats: list[InputStats] | None, group_size: int) -> dict[str, torch.Tensor]:
@@ -174,24 +206,86 @@ def _losses(stats: list[InputStats] | None, group_size: int) -> dict[str, torch.
     }
 
 
-def _uniform_linears(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
-    """Every linear at MEASURED_BITS, without outliers; or at KEPT_BITS."""
-    options = job.config.plan
-    kept = _kept(job, decoder)
-    return {
+def _uniform_linears(job: Job, decoder: Decoder, bits: int = MEASURED_BITS) -> dict[str, LinearPlan]:
+    """Every linear with the same bits, without outliers; or at KEPT_BITS."""
+    kept, format = _kept(job, decoder), CAPABILITIES[job.format]
+    storable = next((entry for entry in format.linears if bits in entry.bits), format.linears[0])
+    linears = {
         slot.name: LinearPlan(
             name=slot.name,
             out_features=slot.out_features,
             in_features=slot.in_features,
-            bits=KEPT_BITS if slot.name in kept else MEASURED_BITS,
-            group_size=options.uniform_group_size,
+            bits=KEPT_BITS if slot.name in kept else bits,
+            group_size=job.config.plan.uniform_group_size,
             scale_bits=scale_bits(job),
-            symmetric=options.symmetric,
+            symmetric=_symmetric(job, storable),
             source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
+            encoding=storable.encoding,
         )
         for block, slots in zip(decoder.block_names, decoder.slots, strict=True)
         for slot in slots
     }
+    partners = _partners(job, decoder)
+    return {
+        name: replace(plan, group_size=_group_size(job, storable, _shared_features(plan, linears, partners)))
+        for name, plan in linears.items()
+    }
+
+
+def _ways(job: Job, plan: LinearPlan, features: int) -> list[LinearPlan]:
+    """All rows by which the format can store a linear, of the widths and group sizes that are to choose from.
+
+    Args:
+        features: that groups must divide, where they must divide any.
+    """
+    options, format = job.config.plan, CAPABILITIES[job.format]
+    widths = [bits for bits in WIDTHS[options.spend] if bits in format.bits] or format.bits
+    found = []
+    for storable in format.linears:
+        sizes = [size for size in options.group_sizes if storable.holds_group_size(size, features)]
+        if not sizes and options.group_size is None:
+            sizes = [_group_size(job, storable, features)]
+        row = replace(plan, encoding=storable.encoding, symmetric=_symmetric(job, storable))
+        found += [
+            replace(row, bits=bits, group_size=size)
+            for size in sizes
+            for bits in widths
+            if bits in storable.bits and storable.holds_group_size(size, features) and storable.holds_scales(row)
+        ]
+    return found
+
+
+def _partners(job: Job, decoder: Decoder) -> tuple[tuple[str, ...], ...]:
+    """The linears that the format's runtime needs alike."""
+    return CAPABILITIES[job.format].partners({slot.name: slot.kind for slots in decoder.slots for slot in slots})
+
+
+def _shared_features(plan: LinearPlan, linears: Mapping[str, LinearPlan], partners: tuple[tuple[str, ...], ...]) -> int:
+    """What divides the input features of a linear and of its partners."""
+    own = next((names for names in partners if plan.name in names), (plan.name,))
+    return math.gcd(*(linears[name].in_features for name in own))
+
+
+def _group_size(job: Job, storable: Storable, features: int) -> int:
+    """The group size that was asked for; else the one of those that may be stored that is nearest to the usual."""
+    options, usual = job.config.plan, job.config.plan.uniform_group_size
+    if options.group_size is not None or storable.holds_group_size(usual, features):
+        return usual
+    sizes = storable.group_sizes or nearest_group_sizes(usual, features)
+    usable = [size for size in sizes if size > 0 and storable.holds_group_size(size, features)]
+    if usable:
+        return min(usable, key=lambda size: (abs(size - usual), size))
+    return WHOLE_ROWS if storable.holds_group_size(WHOLE_ROWS, features) else usual
+
+
+def _may_choose_groups(job: Job) -> bool:
+    """Whether a group size that nobody asked for may differ from linear to linear."""
+    return job.config.plan.group_size is None and any(entry.whole_groups for entry in CAPABILITIES[job.format].linears)
+
+
+def _symmetric(job: Job, storable: Storable) -> bool:
+    """As asked for; where nobody asked, symmetric if there is nothing else."""
+    return job.config.plan.symmetric or False not in storable.symmetric
 
 
 def load_plan(path: Path) -> Plan:
@@ -208,14 +302,22 @@ def load_plan(path: Path) -> Plan:
 
 
 def scale_dtype(job: Job) -> str:
-    """compressed-tensors stores scales in the model's dtype; for a bfloat16 model they must be exact in both."""
-    in_bfloat16 = "compressed-tensors" in job.config.export.format and source_dtype(job) == torch.bfloat16
-    return "bfloat16" if in_bfloat16 else "float16"
+    """Where a format stores scales in the model's dtype, those for a bfloat16 model must be exact in both."""
+    of_the_model = CAPABILITIES[job.format].scale_dtype == "of the model"
+    return "bfloat16" if of_the_model and source_dtype(job) == torch.bfloat16 else "float16"
 
 
 def scale_bits(job: Job) -> int:
-    """As configured; compressed-tensors alone has no tables, so that every scale may be a float16 of its own."""
-    return 16 if job.config.export.format == ["compressed-tensors"] else job.config.plan.scale_bits
+    """As asked for; else those of a table, where the format has such."""
+    asked, held = job.config.plan.scale_bits, CAPABILITIES[job.format].linears[0].scale_bits
+    return asked or (USUAL_SCALE_BITS if USUAL_SCALE_BITS in held else 16)
+
+
+def outlier_fraction(job: Job) -> float:
+    """As asked for; else the usual share, where the format holds outliers in the file."""
+    if job.config.plan.outliers is not None:
+        return job.config.plan.outliers
+    return USUAL_OUTLIERS if CAPABILITIES[job.format].outliers == "in the file" else 0.0
 
 
 def source_dtype(job: Job) -> torch.dtype:
@@ -239,7 +341,7 @@ def model_shape(job: Job, decoder: Decoder) -> ModelShape:
 
 
 def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:
-    """Ask every requested format whether it can hold the plan.
+    """Ask the format whether it can hold the plan.
 
     Raises:
         AccullmError: with the first objection and the nearest plan that fits; or outliers in several dtypes; or nothing
@@ -258,9 +360,8 @@ def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:
                     job.source.directory,
                     "use --outliers 0, or convert the checkpoint to one dtype",
                 )
-    for name in job.config.export.format:
-        for objection in FORMATS[name].objections(plan, shape):
-            raise AccullmError(objection.what, f"--format {name}", objection.hint)
+    for objection in objections(job.format, plan, shape):
+        raise AccullmError(objection.what, f"--format {job.format}", objection.hint)
 
 
 def _nearest_group_size(group_size: int) -> int:

@@ -10,7 +10,9 @@ Rounding happens on the device that was asked for (quant.rounding); streams, Hes
 It leaves in the run directory, for each block,
     quantize/block-00000.safetensors    the block as the native format stores it (docs/format.md)
     quantize/block-00000.json           its key, relative errors and records
-and the same for `embedding` and `head` where these are quantized; `head` is both where they are tied.
+and the same for `embedding` and `head` where these are quantized; `head` is both where they are tied. Shards for
+another format than the native one lie in a directory below; what two formats have alike, from the first block on, is
+rounded once.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from accullm_cli.formats.shards import link_or_copy
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.embeddings import EmbeddingSlot
 from accullm_cli.model.slots import share_weights
@@ -30,10 +33,10 @@ from accullm_cli.quant.rounding import RoundedLinear
 from accullm_cli.run import UP_TO_DATE, Reason, compare_inputs, file_sha256, key_of
 from accullm_cli.stages.block_rounding import BlockPair, round_with_streams, round_without_streams
 from accullm_cli.stages.embedding_rounding import head_gram, round_embedding
-from accullm_cli.stages.job import Job, machine_inputs, open_decoder, section_inputs
+from accullm_cli.stages.job import Job, machine_inputs, open_decoder, place_of, section_inputs
 from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.profile import load_plan
-from accullm_cli.stages.stage import Before, Decision, Stage, Work
+from accullm_cli.stages.stage import Before, Decision, Stage, Work, named
 from accullm_cli.stages.two_streams import TwoStreams
 from accullm_cli.stages.units import Unit, UnitRecord, load_record, shard_path, units_of, write_unit
 
@@ -42,9 +45,9 @@ VERSION = 4
 
 def quantize(job: Job, decision: Decision) -> Work:
     """Round every linear of the plan; finished blocks whose inputs did not change are kept."""
-    plan = load_plan(job.run.file("plan.json"))
+    plan = load_plan(job.own("plan.json"))
     # What is particular to a block comes from its rows of the plan, not from the plan as a whole.
-    shared = {name: value for name, value in decision.inputs.items() if name != "input:profile"}
+    shared = {name: value for name, value in decision.inputs.items() if not name.startswith("input:profile")}
     with products("float32"):
         return _quantize(job, open_decoder(job), plan, shared, decision.reason.code == "forced")
 
@@ -62,7 +65,7 @@ def quantize_inputs(job: Job, before: Before) -> dict[str, str]:
         "source:sha256": job.source.sha256,
         "version:quantize": str(VERSION),
         "input:calibrate": before["calibrate"].key,
-        "input:profile": before["profile"].key,
+        f"input:{(planned := named('profile', job.format))}": before[planned].key,
         **section_inputs("rounding", rounding, "method", "grid"),
         **streams,
         **seed,
@@ -70,7 +73,17 @@ def quantize_inputs(job: Job, before: Before) -> dict[str, str]:
     }
 
 
-QUANTIZE = Stage("quantize", quantize_inputs, quantize, ("calibrate", "profile"), ("quantize",), ("quantize/*",))
+def rounding(format: str) -> Stage:
+    """The stage that rounds as the plan for a format says."""
+    return Stage(
+        named("quantize", format),
+        lambda job, before: quantize_inputs(job.of(format), before),
+        lambda job, decision: quantize(job.of(format), decision),
+        ("calibrate", named("profile", format)),
+        ("quantize",),
+        (f"{place_of(format)}quantize/*",),
+        format,
+    )
 
 
 # -- the stage, top to bottom ------------------------------------------------------------------------------
@@ -124,6 +137,8 @@ def _decide_units(
             "input:block before": previous,
         }
         record = load_record(job, unit.name)
+        if not force and (record is None or record.inputs != inputs) and _take_over(job, unit, inputs):
+            record = load_record(job, unit.name)
         if force:
             reason = Reason("forced")
         elif record is None:
@@ -136,6 +151,22 @@ def _decide_units(
         unit_inputs.append(inputs)
         previous = key_of(inputs)
     return reasons, unit_inputs
+
+
+def _take_over(job: Job, unit: Unit, inputs: dict[str, str]) -> bool:
+    """Link the shard that was made for another format of this conversion from the same inputs; whether there is one."""
+    for other in map(job.of, job.config.export.format):
+        record, shard = load_record(other, unit.name), shard_path(other, unit.name)
+        if other.format != job.format and record is not None and record.inputs == inputs:
+            if file_sha256(shard) == record.sha256:
+                own = shard_path(job, unit.name)
+                own.parent.mkdir(parents=True, exist_ok=True)
+                for path in (own, own.with_suffix(".json")):
+                    path.unlink(missing_ok=True)
+                link_or_copy(shard, own)
+                link_or_copy(shard.with_suffix(".json"), own.with_suffix(".json"))
+                return True
+    return False
 
 
 def _quantize_block(

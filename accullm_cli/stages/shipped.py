@@ -6,6 +6,7 @@ packed weights. Where modeling code and those modules do not fit each other, onl
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from contextlib import redirect_stderr
@@ -14,6 +15,7 @@ from io import StringIO
 import torch
 
 from accullm_cli.errors import NotSoError, is_out_of_memory
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.kernels.packed import PACKED_TOKENS
 from accullm_cli.measure.agreement import largest_difference
@@ -72,21 +74,19 @@ def _run_alone(artifact: StoredArtifact, ids: torch.Tensor) -> torch.Tensor:
     """By blocks, from these tokens alone, and from weights as the format's readers round them; [T, vocabulary].
 
     A window's length may choose its rotary frequencies (longrope, dynamic NTK), and where attention looks ahead, as
-    over PaliGemma's prompts, the tokens behind count. compressed-tensors' reader rounds weights to the dtype of scales.
+    over PaliGemma's prompts, the tokens behind count.
     """
-    dtype, name = torch.float32, next(iter(artifact.plan.quantized), None)
-    if artifact.format == "compressed-tensors" and name is not None:
-        dtype = artifact.files.infos[f"{name}.weight_scale"].torch_dtype
     model = build_skeleton(artifact.path)
     structure = read_structure(model)
-    return logits_by_blocks(Decoder(model, ArtifactWeights(artifact, model, structure, dtype), structure), ids[None])[0]
+    weights = ArtifactWeights(artifact, model, structure, artifact.reader_dtype)
+    return logits_by_blocks(Decoder(model, weights, structure), ids[None])[0]
 
 
 def _logits(artifact: StoredArtifact, ids: torch.Tensor) -> list[torch.Tensor]:
     """By transformers, of all tokens and of those that are multiplied by packed weights; [n, vocabulary] each."""
-    if artifact.format == "accullm":
-        import accullm_cli.hf  # noqa: F401  teaches transformers the format
-    # The reader of compressed-tensors draws bars, also while the model runs.
+    if module := CAPABILITIES[artifact.format].module:
+        importlib.import_module(module)
+    # Some readers draw bars, also while the model runs.
     with redirect_stderr(StringIO()), plain_model(artifact.path) as plain, torch.no_grad():
         prompts = (ids[None], ids[None, :PACKED_TOKENS])
         return [plain.model(input_ids=prompt, use_cache=False).logits[0].float() for prompt in prompts]
@@ -94,14 +94,17 @@ def _logits(artifact: StoredArtifact, ids: torch.Tensor) -> list[torch.Tensor]:
 
 def _obstacle(artifact: StoredArtifact) -> str:
     """Why it cannot be loaded here; "" where it can."""
-    if artifact.format == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
-        return "it needs the package compressed-tensors"
-    # Linears as they are packed, or (compressed-tensors may unpack them while loading) in float32; the rest in float32.
+    format = CAPABILITIES[artifact.format]
+    if not format.module and not format.package:
+        return "transformers does not read this format"
+    if format.package and importlib.util.find_spec(format.package.replace("-", "_")) is None:
+        return f"it needs the package {format.package}"
+    # Linears as they are packed, or (readers may unpack them while loading) in float32; the rest in float32.
     linears = artifact.plan.quantized.values()
     weights = sum(linear.weights for linear in linears)
     packed = sum(artifact.linear_bytes(linear.name) for linear in linears)
     rest = sum(math.prod(artifact.files.infos[name].shape) for name in artifact.names())
-    needed = 4 * rest + packed + (4 * weights if artifact.format == "compressed-tensors" else 0)
+    needed = 4 * rest + packed + (4 * weights if format.unpacks else 0)
     free = available_memory()
     if free is not None and needed > SHARE_OF_MEMORY * free:
         return f"it takes {size(needed)} of memory, of which {size(free)} are free"

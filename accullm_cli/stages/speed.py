@@ -20,7 +20,7 @@ from accullm_cli.formats.shards import dtype_name
 from accullm_cli.measure.result import Speed, Throughput
 from accullm_cli.progress import Event
 from accullm_cli.run import write_text
-from accullm_cli.stages.device import KERNEL_FORMAT, compute_dtype, describe_device
+from accullm_cli.stages.device import compute_dtype, describe_device
 from accullm_cli.stages.job import Job, machine_inputs
 from accullm_cli.stages.reference import load_reference
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
@@ -36,12 +36,12 @@ DECODED_TOKENS = 32
 RUNS = 3
 
 
-def speed(artifact: Path) -> Stage:
+def speed(format_name: str, artifact: Path) -> Stage:
     """The stage that times prefill and decoding of an artifact and of its original, on the validation text."""
 
     def inputs(job: Job, before: Before) -> dict[str, str]:
         return {
-            "input:artifact": foreseen_sha256(job, before, KERNEL_FORMAT, artifact),
+            "input:artifact": foreseen_sha256(job, before, format_name, artifact),
             "input:reference": before[VALIDATION.reference].key,
             "version:speed": str(VERSION),
             **machine_inputs(job.device),

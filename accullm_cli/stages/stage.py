@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats import NATIVE
 from accullm_cli.progress import Event
 from accullm_cli.run import (
     UP_TO_DATE,
@@ -61,6 +62,7 @@ class Stage:
     after: the stages that must be finished before it.
     commands: those that may run it beside `convert`, which may run all.
     files: patterns of what it leaves in the run directory, finished or not.
+    format: what it makes is for this format alone; "" for all.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Stage:
     after: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    format: str = ""
 
     def may_run(self, job: Job) -> bool:
         """Whether the command that was given runs it."""
@@ -77,11 +80,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """What became of one stage: why it ran or not, and its record in the manifest."""
+    """What became of one stage: why it ran or not, and its record in the manifest; `format` as in `Stage`."""
 
     name: str
     reason: Reason
     record: StageRecord
+    format: str = ""
+
+
+def named(stage: str, format: str) -> str:
+    """The name of a stage that each format has for itself: the native one's is the stage's."""
+    return stage if format == NATIVE else f"{stage} {format}"
 
 
 def upstream(stages: Sequence[Stage], names: Collection[str]) -> list[Stage]:
@@ -151,7 +160,7 @@ def _run(job: Job, stage: Stage, decision: Decision, told: set[str]) -> StageOut
     name, reason = stage.name, decision.reason
     if not reason.runs:
         job.progress(Event(name, "skip", reason=reason))
-        return StageOutcome(name, reason, job.run.stages()[name])
+        return StageOutcome(name, reason, job.run.stages()[name], stage.format)
     job.progress(Event(name, "start", reason=reason))
     reset_peak_memory()
     started = time.monotonic()
@@ -170,7 +179,7 @@ def _run(job: Job, stage: Stage, decision: Decision, told: set[str]) -> StageOut
     )
     job.run.finish(name, record)
     job.progress(Event(name, "end"))
-    return StageOutcome(name, reason, record)
+    return StageOutcome(name, reason, record, stage.format)
 
 
 def _relative(path: Path, base: Path) -> str:

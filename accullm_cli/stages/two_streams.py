@@ -8,7 +8,7 @@ from torch import nn
 
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.slots import share_weights
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import Plan
 from accullm_cli.run import key_of
 from accullm_cli.stages.calibrate import PROBE_TOKENS
@@ -28,9 +28,7 @@ class TwoStreams:
     `original` is None where nobody reads it: no target is corrected for the past, and there are no gradients.
     """
 
-    def __init__(
-        self, job: Job, decoder: Decoder, embedding: QuantizedLinear | None, restored: _Restored | None
-    ) -> None:
+    def __init__(self, job: Job, decoder: Decoder, embedding: StoredLinear | None, restored: _Restored | None) -> None:
         """`embedding`: what the rounded model's stream begins with, where that is not the original's."""
         self._decoder = decoder
         self._precision = precision_of(job)
@@ -102,4 +100,4 @@ class TwoStreams:
 
 
 def _stream_store(job: Job) -> StreamStore:
-    return StreamStore(job.run.file("quantize/streams.safetensors"))
+    return StreamStore(job.own("quantize/streams.safetensors"))

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.embeddings import EmbeddingSlot, find_embeddings
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.encodings import ENCODINGS
+from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
 from accullm_cli.run import file_sha256, key_of, write_file, write_text
 from accullm_cli.stages.job import Job
@@ -76,7 +77,7 @@ def block_unit(index: int) -> str:
 
 
 def shard_path(job: Job, unit: str) -> Path:
-    return job.run.file(f"quantize/{unit}.safetensors")
+    return job.own(f"quantize/{unit}.safetensors")
 
 
 def load_record(job: Job, unit: str) -> UnitRecord | None:
@@ -103,11 +104,11 @@ def write_unit(
     return record
 
 
-def linear_of(tensors: dict[str, torch.Tensor], plan: LinearPlan) -> QuantizedLinear:
+def linear_of(tensors: dict[str, torch.Tensor], plan: LinearPlan) -> StoredLinear:
     """A quantized linear from a shard's tensors."""
     own = {
         name.removeprefix(f"{plan.name}."): tensor
         for name, tensor in tensors.items()
         if name.startswith(f"{plan.name}.")
     }
-    return QuantizedLinear.from_tensors(own, plan.in_features, plan.bits, plan.group_size)
+    return ENCODINGS[plan.encoding].from_tensors(own, plan)

@@ -226,9 +226,9 @@ def test_text_that_cannot_be_used(
             "give more than 0",
         ),
         (
-            ["--bits", "4.4", "--gradient-samples", "1", "--format", "compressed-tensors"],
-            "--bits: compressed-tensors holds linears of one width and no outliers, not an average; give 4 or 8, and "
-            "--outliers 0",
+            ["--bits", "4.4", "--gradient-samples", "1", "--format", "compressed-tensors", "--spend", "outliers"],
+            "--format compressed-tensors: compressed-tensors holds no outlier features, which --spend outliers asks "
+            "for; leave it out, or export to the format accullm",
         ),
         (
             ["--bits", "3.5", "--gradient-samples", "1", "--group-size", "16"],
@@ -250,8 +250,7 @@ def test_text_that_cannot_be_used(
         (
             ["--format", "compressed-tensors", "--outliers", "0", "--bits", "5"],
             "--format compressed-tensors: compressed-tensors holds 4 or 8 bits, and model.layers.0.self_attn.q_proj "
-            "has 5 (and 13 more); use --bits 4 or --bits 8, or export to the format accullm, which holds any width "
-            "from 2 to 8 and, with --bits 5.0, an average",
+            "has 5 (and 13 more); use --bits 4 or --bits 8, or export to the format accullm",
         ),
     ],
 )

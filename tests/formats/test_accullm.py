@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, open_artifact
-from accullm_cli.formats.accullm import AccullmFormat, quantization_config, record_fidelity
+from accullm_cli.formats.accullm import quantization_config, record_fidelity
 from accullm_cli.formats.assemble import assemble
 from accullm_cli.formats.base import ModelShape
+from accullm_cli.formats.objections import objections
 from accullm_cli.formats.shards import link_or_copy
 from accullm_cli.quant.plan import LinearPlan, Plan
 from tests.artifacts import Made, empty, make_parts
@@ -243,22 +244,28 @@ def test_recording_twice_replaces_the_first_figures(artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("bits", "group_size", "kind", "what", "hint"),
     [
-        (9, 64, "linear", "p is to have 9 bits", "use 2 to 8 bits, or 16 to keep it"),
-        (1, 64, "linear", "p is to have 1 bits", "use 2 to 8 bits, or 16 to keep it"),
-        (4, 0, "linear", "p is to have group size 0", "use a positive one, or -1 for rows"),
-        (4, 64, "conv2d", "p is of kind conv2d", "the format holds linear, conv1d, expert"),
+        (9, 64, "linear", "accullm holds 2 to 8 bits, and p has 9", "use --bits 2 to 8"),
+        (1, 64, "linear", "accullm holds 2 to 8 bits, and p has 1", "use --bits 2 to 8"),
+        (4, 0, "linear", "p is to have group size 0", "use another --group-size"),
+        (
+            4,
+            64,
+            "conv2d",
+            "accullm holds torch.nn.Linear, Conv1D and stacked experts only, and p is of kind conv2d",
+            "convert another model",
+        ),
     ],
 )
 def test_objections(bits: int, group_size: int, kind: str, what: str, hint: str) -> None:
     plan = Plan({"p": LinearPlan("p", 8, 100, bits, group_size, False)})
-    (objection,) = AccullmFormat().objections(plan, ModelShape("llama", torch.float32, {"p": kind}))
+    (objection,) = objections("accullm", plan, ModelShape("llama", torch.float32, {"p": kind}))
     assert (objection.what, objection.hint) == (what, hint)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])
 def test_group_sizes_that_do_not_divide_are_no_objection(bits: int) -> None:
     plan = Plan({"p": LinearPlan("p", 8, 576, bits, 128, False)})
-    assert AccullmFormat().objections(plan, ModelShape("llama", torch.float32, {"p": "linear"})) == []
+    assert objections("accullm", plan, ModelShape("llama", torch.float32, {"p": "linear"})) == []
 
 
 def test_names_of_formats_need_no_torch() -> None:

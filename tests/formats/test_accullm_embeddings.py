@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, open_artifact
-from accullm_cli.formats.accullm import AccullmFormat
 from accullm_cli.formats.base import ModelShape
+from accullm_cli.formats.objections import objections
 from accullm_cli.quant.plan import LinearPlan, Plan
 from tests.artifacts import Made, empty, make_parts
 from tests.formats.test_accullm_refusals import edit_json
@@ -130,6 +130,10 @@ def test_embeddings_that_are_not_as_described_are_refused(name: str, tmp_path: P
 
 
 def test_embeddings_are_objected_to_as_linears_are() -> None:
-    plan = Plan({}, embeddings={"e": LinearPlan("e", 8, 100, 9, 0, False)})
-    found = AccullmFormat().objections(plan, ModelShape("llama", torch.float32, {}))
-    assert [objection.what for objection in found] == ["e is to have 9 bits", "e is to have group size 0"]
+    rows = {"e": LinearPlan("e", 8, 100, 9, 64, False), "f": LinearPlan("f", 8, 100, 8, 0, False)}
+    plan = Plan({}, embeddings=rows)
+    found = objections("accullm", plan, ModelShape("llama", torch.float32, {}))
+    assert [objection.what for objection in found] == [
+        "accullm holds 2 to 8 bits, and e has 9",
+        "f is to have group size 0",
+    ]

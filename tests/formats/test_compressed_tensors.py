@@ -18,17 +18,18 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.formats.base import ModelShape, Objection
 from accullm_cli.formats.compressed_tensors import (
-    CompressedTensorsFormat,
     decode,
     encode,
-    nearest_group_sizes,
     quantization_config,
 )
+from accullm_cli.formats.objections import nearest_group_sizes
+from accullm_cli.formats.objections import objections as objections_of
 from accullm_cli.quant.plan import LinearPlan, Plan
 from tests.artifacts import Made, empty, make_parts, quantize_nearest
 from tests.tiny import tiny_llama, tokens
 
 UP_PROJ = "model.layers.1.mlp.up_proj"
+DOWN_PROJ = "model.layers.1.mlp.down_proj"
 Variant = tuple[int, int, bool]
 VARIANTS = [(bits, group, symmetric) for bits in (4, 8) for group in (32, -1) for symmetric in (True, False)]
 
@@ -136,15 +137,15 @@ def test_stock_transformers_loads_it_with_equal_logits(
 def test_two_schemes_load_in_stock_transformers(tmp_path: Path) -> None:
     made = make_parts(tiny_llama(tied=True), tmp_path / "run", symmetric=True)
     # Codes of another scheme for one linear, in its block's shard.
-    linear = quantize_nearest(tiny_llama(tied=True).get_parameter(f"{UP_PROJ}.weight"), 8, -1, True)
+    linear = quantize_nearest(tiny_llama(tied=True).get_parameter(f"{DOWN_PROJ}.weight"), 8, -1, True)
     shard = made.parts.blocks[1]
-    tensors = {name: tensor for name, tensor in load_file(shard).items() if not name.startswith(f"{UP_PROJ}.")}
+    tensors = {name: tensor for name, tensor in load_file(shard).items() if not name.startswith(f"{DOWN_PROJ}.")}
     shard.unlink()
-    save_file(tensors | {f"{UP_PROJ}.{suffix}": tensor for suffix, tensor in linear.to_tensors().items()}, shard)
+    save_file(tensors | {f"{DOWN_PROJ}.{suffix}": tensor for suffix, tensor in linear.to_tensors().items()}, shard)
     plans = dict(made.parts.plan.linears)
-    plans[UP_PROJ] = dataclasses.replace(plans[UP_PROJ], bits=8, group_size=-1)
+    plans[DOWN_PROJ] = dataclasses.replace(plans[DOWN_PROJ], bits=8, group_size=-1)
     parts = dataclasses.replace(made.parts, plan=Plan(plans))
-    made.reference.get_parameter(f"{UP_PROJ}.weight").data.copy_(linear.dequantize())
+    made.reference.get_parameter(f"{DOWN_PROJ}.weight").data.copy_(linear.dequantize())
     loaded = AutoModelForCausalLM.from_pretrained(export(tmp_path, dataclasses.replace(made, parts=parts)))
     with torch.no_grad():
         assert torch.equal(loaded(tokens()).logits, made.reference(tokens()).logits)
@@ -252,7 +253,7 @@ def objections(
     *linears: LinearPlan, dtype: torch.dtype = torch.float16, kind: str = "linear", scale_dtype: str = "float16"
 ) -> list[Objection]:
     plan = Plan({linear.name: linear for linear in linears}, scale_dtype)
-    return CompressedTensorsFormat().objections(plan, ModelShape("llama", dtype, dict.fromkeys(plan.linears, kind)))
+    return objections_of("compressed-tensors", plan, ModelShape("llama", dtype, dict.fromkeys(plan.linears, kind)))
 
 
 def linear(name: str = "p", bits: int = 4, columns: int = 1536, group_size: int = 64, outliers: tuple[int, ...] = ()):
@@ -287,8 +288,7 @@ def test_other_bits() -> None:
     assert objections(linear("a", bits=3), linear("b", bits=5)) == [
         Objection(
             "compressed-tensors holds 4 or 8 bits, and a has 3 (and 1 more)",
-            "use --bits 4 or --bits 8, or export to the format accullm, which holds any width from 2 to 8 and, with "
-            "--bits 3.0, an average",
+            "use --bits 4 or --bits 8, or export to the format accullm",
         )
     ]
 
@@ -323,6 +323,18 @@ def test_a_dtype_that_holds_no_scales() -> None:
     ]
 
 
+def test_partners_that_a_runtime_fuses_need_one_scheme() -> None:
+    rows = [linear(f"layers.0.mlp.{name}", bits=bits) for name, bits in (("gate_proj", 4), ("up_proj", 8))]
+    assert objections(*rows, linear("layers.0.mlp.down_proj", bits=8)) == [
+        Objection(
+            "vLLM, which reads compressed-tensors, multiplies by gate_proj, up_proj at once, and "
+            "layers.0.mlp.gate_proj and its partners are stored in several ways",
+            "give them one number of bits and one group size, or export to the format accullm",
+        )
+    ]
+    assert objections(dataclasses.replace(rows[0], bits=8), rows[1], linear("layers.1.mlp.up_proj")) == []
+
+
 def test_writing_an_impossible_plan_is_refused(tmp_path: Path) -> None:
     made = make_parts(tiny_llama(), tmp_path / "run", outliers=(3,))
     with pytest.raises(AccullmError, match="compressed-tensors holds no outlier features"):
@@ -354,7 +366,7 @@ def test_only_a_single_asymmetric_scheme_is_dequantized_while_loading() -> None:
 
 def test_quantized_embeddings_are_objected_to() -> None:
     plan = Plan({"p": linear()}, embeddings={"lm_head": LinearPlan("lm_head", 260, 64, 8, 32, False)})
-    found = CompressedTensorsFormat().objections(plan, ModelShape("llama", torch.float16, {"p": "linear"}))
+    found = objections_of("compressed-tensors", plan, ModelShape("llama", torch.float16, {"p": "linear"}))
     assert found == [
         Objection(
             "compressed-tensors keeps embedding and output head as they are, and lm_head is to have 8 bits",

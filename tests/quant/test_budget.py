@@ -182,3 +182,48 @@ def test_the_group_size_is_chosen_too() -> None:
     assert (found.linears["a"].group_size, found.linears["b"].group_size) == (8, 32)
     assert choices.loss_of(found) == pytest.approx({"a": 64, "b": 64.64})
     assert {plan.group_size for plan in choices.smallest().linears.values()} == {32}
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 999), st.floats(4.6, 8))
+def test_partners_are_stored_alike_and_no_such_plan_of_the_same_size_is_much_better(seed: int, budget: float) -> None:
+    """Against all plans in which a and b have one width and one group size."""
+    plans = {"a": linear("a"), "b": linear("b", rows=16), "c": linear("c")}
+    losses = {
+        name: {size: loss * size**0.5 for size in (16, 32)}
+        for name, loss in random_losses(("a", "b", "c"), 64, seed).items()
+    }
+    choices = Choices(plans, losses, WIDTHS, 0.0, partners=(("a", "b"),))
+    found = choices.within(budget)
+    assert found.linears["a"].bits == found.linears["b"].bits
+    assert found.linears["a"].group_size == found.linears["b"].group_size
+
+    def total(own: dict[str, LinearPlan]) -> float:
+        return sum(loss_of(plan, losses[name][plan.group_size]) for name, plan in own.items())
+
+    schemes = list(itertools.product(WIDTHS, (16, 32)))
+    best = float("inf")
+    for (bits, size), (other_bits, other_size) in itertools.product(schemes, schemes):
+        own = {name: replace(plans[name], bits=bits, group_size=size) for name in "ab"}
+        own["c"] = replace(plans["c"], bits=other_bits, group_size=other_size)
+        if sum(plan.stored_bytes for plan in own.values()) <= sum(plan.stored_bytes for plan in found.linears.values()):
+            best = min(best, total(own))
+    assert total(dict(found.linears)) <= best * (1 + 1e-9)
+
+
+def test_a_partner_of_unknown_loss_follows_the_others() -> None:
+    plans = {name: linear(name) for name in "abc"}
+    losses = {"a": {16: 100 * torch.ones(64)}, "c": {16: torch.ones(64)}}
+    rows = {"b": [replace(plans["b"], bits=bits) for bits in WIDTHS]}
+    found = Choices(plans, losses, WIDTHS, 0.0, rows, (("a", "b"),)).within(6.9).linears
+    assert found["a"].bits == found["b"].bits > found["c"].bits
+
+
+def test_bytes_are_those_of_the_format_that_is_planned_for() -> None:
+    """Where each linear takes half a bit a weight more, less is left for its weights."""
+    plans, losses = {"a": linear("a")}, {"a": {16: torch.ones(64)}}
+    whole = Choices(plans, losses, WIDTHS, 0.0, stored_bytes=lambda plan: plan.stored_bytes + 128)
+    assert Choices(plans, losses, WIDTHS, 0.0).within(7.5).linears["a"].bits == 6
+    found = whole.within(7.5)
+    assert found.linears["a"].bits == 5
+    assert whole.bits_per_weight(found) == 8 * (found.linears["a"].stored_bytes + 128) / 2048

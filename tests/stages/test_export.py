@@ -14,7 +14,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.formats.accullm import AccullmFormat
 from accullm_cli.run import Reason
-from accullm_cli.stages.export import EXPORT, check_output
+from accullm_cli.stages.export import check_output, exporting
 from tests.streaming import fast_config, opened, run_alone, run_to
 from tests.tiny import make_checkpoint
 
@@ -42,7 +42,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def export_to(llama: Path, run: Path, out: Path, force: bool = False, **settings: object) -> Reason:
     with opened(fast_config(llama, out, machine__run=run, **settings), fresh=force) as job:
-        return run_alone(job, EXPORT).reason
+        return run_alone(job, exporting(job.artifacts)).reason
 
 
 def contents(directory: Path) -> dict[str, str]:

@@ -37,7 +37,7 @@ DEPENDS: dict[str, tuple[Any, set[str]]] = {
     "rounding.target": ("original", {"quantize"}),
     "rounding.grid": ("minmax", {"quantize"}),
     "rounding.damping": (0.5, {"quantize"}),
-    "export.format": ("[compressed-tensors]", {"profile", "export"}),
+    "export.format": ("[compressed-tensors]", {"export"}),
     "export.out": ("{tmp}/elsewhere", {"export"}),
     "validation.text": ("{tmp}/another.txt", {"reference"}),
     "validation.windows": (5, {"reference"}),  # half as many of the other text

@@ -20,11 +20,11 @@ from accullm_cli.stages.calibrate import load_block_stats, stats_path
 from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.profile import (
-    PROFILE,
     average_choices,
     load_plan,
     load_stats,
     make_plan,
+    planning,
     refuse_impossible,
     scale_dtype,
 )
@@ -87,7 +87,7 @@ def test_the_plan_says_for_every_linear_what_was_asked_for(llama: Path, tmp_path
 
 
 def test_the_plan_reads_back_as_it_was_made(llama: Path, tmp_path: Path) -> None:
-    with opened(short_config(llama, tmp_path / "out", export__format="[accullm,compressed-tensors]")) as job:
+    with opened(short_config(llama, tmp_path / "out", export__format="[compressed-tensors]")) as job:
         plan = make_plan(job, open_decoder(job))
         job.run.file("copy.json").write_text(json.dumps(asdict(plan)))
         read = load_plan(job.run.file("copy.json"))
@@ -113,12 +113,12 @@ def test_before_calibration_the_plan_has_its_size_already(llama: Path, tmp_path:
     [
         (torch.bfloat16, "[accullm]", "float16"),
         (torch.bfloat16, "[compressed-tensors]", "bfloat16"),
-        (torch.bfloat16, "[accullm,compressed-tensors]", "bfloat16"),
+        (torch.bfloat16, "[accullm,compressed-tensors]", "float16"),
         (torch.float16, "[compressed-tensors]", "float16"),
         (torch.float32, "[accullm]", "float16"),
     ],
 )
-def test_scales_are_exact_in_every_format_that_is_asked_for(
+def test_scales_are_exact_in_the_format_that_the_plan_is_for(
     dtype: torch.dtype, formats: str, expected: str, tmp_path: Path
 ) -> None:
     source = make_checkpoint("llama", tmp_path / "model", dtype)
@@ -185,7 +185,9 @@ def test_another_budget_runs_profile_again_and_not_calibrate(llama: Path, tmp_pa
     assert done["calibrate"].reason == Reason("up to date")
     assert done["profile"].reason == Reason("config changed", "plan.outliers")
     with opened(short_config(llama, tmp_path / "out", plan__outliers=0.1)) as job:
-        assert run_alone(job, PROFILE, calibrate="another key").reason == Reason("input changed", "calibrate")
+        assert run_alone(job, planning("accullm"), calibrate="another key").reason == Reason(
+            "input changed", "calibrate"
+        )
 
 
 # -- an average ----------------------------------------------------------------------------------------------
@@ -283,12 +285,62 @@ def test_whole_bits_without_a_group_size_have_groups_of_64(llama: Path, tmp_path
     assert {linear.group_size for linear in plan.linears.values()} == {64}
 
 
-@pytest.mark.parametrize(("formats", "expected"), [("[compressed-tensors]", 16), ("[accullm,compressed-tensors]", 6)])
-def test_a_format_without_tables_alone_has_scales_of_16_bits(
-    formats: str, expected: int, llama: Path, tmp_path: Path
-) -> None:
-    settings = {"export__format": formats, "plan__outliers": 0}
+def test_each_format_has_a_plan_of_its_own(llama: Path, tmp_path: Path) -> None:
+    """What is not asked for is what the format holds: tables and outliers in the one, neither in the other."""
+    settings = {"export__format": "[accullm,compressed-tensors]", "plan__outliers": "null", "plan__group_size": "null"}
     with opened(short_config(llama, tmp_path / "out", **settings)) as job:
+        done = run_to(job, "profile")
+        native, other = (load_plan(job.of(name).own("plan.json")) for name in ("accullm", "compressed-tensors"))
+    assert list(done)[-2:] == ["profile", "profile compressed-tensors"]
+    assert {linear.scale_bits for linear in native.linears.values()} == {6}
+    assert {linear.scale_bits for linear in other.linears.values()} == {16}
+    assert {linear.group_size for linear in native.linears.values()} == {64}
+    # Of 96 input features, groups of 32 or 96 can be formed; both are as near to 64.
+    assert {linear.in_features: linear.group_size for linear in other.linears.values()} == {64: 64, 96: 32}
+    assert not any(linear.outlier_index for linear in other.linears.values())
+    assert (native.scale_dtype, other.scale_dtype) == ("float16", "bfloat16")
+
+
+def test_an_average_is_planned_for_what_the_format_holds(llama: Path, tmp_path: Path) -> None:
+    settings = {"plan__outliers": "null", "plan__group_size": "null", "export__format": "[compressed-tensors]"}
+    with opened(short_config(llama, tmp_path / "out", **{**AVERAGE, **settings})) as job:
         run_to(job, "profile")
-        plan = load_plan(job.run.file("plan.json"))
-    assert {linear.scale_bits for linear in plan.linears.values()} == {expected}
+        plan = load_plan(job.own("plan.json"))
+        decoder = open_decoder(job)
+        refuse_impossible(job, plan, decoder)
+        choices = average_choices(job, decoder, load_stats(job, decoder))
+    assert {linear.bits for linear in plan.linears.values()} == {4, 8}
+    assert not any(linear.outlier_index for linear in plan.linears.values())
+    assert 5.0 < choices.bits_per_weight(plan) <= 5.5
+    for index in range(2):
+        for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            partners = [plan.linears[f"model.layers.{index}.{name}"] for name in fused]
+            assert len({(linear.bits, linear.group_size) for linear in partners}) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            {"plan__scale_bits": 6},
+            "--format compressed-tensors: compressed-tensors stores scales of 16 bits, and those of "
+            "model.layers.0.self_attn.q_proj have 6 (and 13 more); leave out --scale-bits, or export to the format "
+            "accullm",
+        ),
+        (
+            {**AVERAGE, "plan__group_size": 64},
+            "--format compressed-tensors: compressed-tensors needs a group size that divides the 96 input features of "
+            "model.layers.0.mlp.down_proj, and 64 does not (and 1 more); use --group-size 32 or -1, or export to the "
+            "format accullm",
+        ),
+    ],
+)
+def test_what_was_asked_for_is_not_replaced(
+    settings: dict[str, object], line: str, llama: Path, tmp_path: Path
+) -> None:
+    settings = {"export__format": "[compressed-tensors]", "plan__outliers": 0, "plan__group_size": "null"} | settings
+    with opened(short_config(llama, tmp_path / "out", **settings)) as job:
+        decoder = open_decoder(job)
+        with pytest.raises(AccullmError) as refusal:
+            refuse_impossible(job, make_plan(job, decoder), decoder)
+    assert refusal.value.line() == line

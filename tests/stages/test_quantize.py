@@ -10,12 +10,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from accullm_cli.formats.capabilities import CAPABILITIES, Storable
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.progress import Event
+from accullm_cli.quant.packing import unpack
 from accullm_cli.stages import block_rounding
+from accullm_cli.stages import quantize as quantize_module
 from accullm_cli.stages.profile import load_plan
-from accullm_cli.stages.quantize import QUANTIZE
+from accullm_cli.stages.quantize import rounding
+from accullm_cli.stages.units import shard_path
 from tests.stages.quantized import (
     LLAMA_ORDER,
     Call,
@@ -202,7 +206,7 @@ def test_a_changed_plan_of_the_first_block_runs_all_that_follow(tmp_path: Path) 
         before = shard(job.run.path, 1)
         steps.clear()
         edit_plan(job.run.path, **{"layers.0.self_attn.q_proj": 3})
-        run_alone(job, QUANTIZE, profile="edited")
+        run_alone(job, rounding("accullm"), profile="edited")
         after = shard(job.run.path, 1)
     assert steps == ["block 1/2: config changed (plan)", "block 2/2: input changed (block before)"]
     codes = "model.layers.1.mlp.up_proj.qweight"
@@ -248,10 +252,73 @@ def test_a_block_is_run_again_from_what_is_known(tmp_path: Path, monkeypatch: py
             run_to(job, "quantize")
         shards = [shard(job.run.path, index) for index in range(2)]
         monkeypatch.setattr(Decoder, "shortcuts", lambda *args: ())
-        run_alone(replace(job, fresh=True), QUANTIZE)
+        run_alone(replace(job, fresh=True), rounding("accullm"))
         # For q, k and v, for o, for gate and up, for down, and at the end for the next block.
         assert begun == 2 * [(), (), ("o_proj",), ("o_proj",), ("o_proj", "down_proj")]
         for index, expected in enumerate(shards):
             found = shard(job.run.path, index)
             assert expected.keys() == found.keys()
             assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_what_two_formats_have_alike_is_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal plans: the second format's shards are the first one's files. Another width for one of them: all anew."""
+    source = make_checkpoint("llama", tmp_path / "model", torch.float16)
+    names = ("accullm", "compressed-tensors")
+    alike = {"plan__outliers": 0, "plan__group_size": 32, "plan__scale_bits": 16}
+    alike["export__format"] = f"[{','.join(names)}]"
+    rounded: list[int] = []
+    quantize_block = quantize_module._quantize_block
+
+    def watch(*given):
+        rounded.append(given[4])
+        return quantize_block(*given)
+
+    monkeypatch.setattr(quantize_module, "_quantize_block", watch)
+    with opened(short_config(source, tmp_path / "out", **alike)) as job:
+        run_to(job, "quantize")
+        shards = [shard_path(job.of(name), "block-00001") for name in names]
+        assert rounded == [0, 1]
+        assert shards[0] != shards[1]
+        assert shards[0].samefile(shards[1])
+    with opened(short_config(source, tmp_path / "out", **alike | {"plan__scale_bits": "null"})) as job:
+        run_to(job, "quantize")
+        assert rounded == [0, 1, 0, 1]  # the native one has tables now, and the other is up to date
+        assert not shards[0].samefile(shards[1])
+
+
+def test_a_format_that_stores_offsets_is_planned_and_rounded_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linears, embedding and head as code * scale + offset; and blocks that are made again are the same."""
+    name = "compressed-tensors"
+    affine = Storable("affine", bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128), symmetric=(False,))
+    declared = replace(CAPABILITIES[name], linears=(affine,), embeddings=(affine,))
+    monkeypatch.setitem(CAPABILITIES, name, declared)
+    source = make_checkpoint("llama", tmp_path / "model")
+    settings = {"plan__bits": 5.5, "plan__outliers": "null", "plan__group_size": "null", "plan__embedding_bits": 8}
+    settings |= {"export__format": f"[{name}]", "calibration__gradient_samples": 2}
+    with opened(short_config(source, tmp_path / "out", **settings)) as job:
+        run_to(job, "quantize")
+        plan = load_plan(job.own("plan.json"))
+        shards = [shard_path(job, unit) for unit in ("block-00000", "block-00001", "embedding", "head")]
+        before = [shard.read_bytes() for shard in shards]
+        shards[1].unlink()
+        run_to(job, "quantize")
+        assert [shard.read_bytes() for shard in shards] == before
+        tensors = {key: tensor for shard in shards for key, tensor in load_file(shard).items()}
+    # 96 input features are a multiple of 32 alone, and gate and up are alike, as q, k and v.
+    assert {row.group_size for row in plan.linears.values() if row.in_features == 96} == {32}
+    assert {row.encoding for row in plan.quantized.values()} == {"affine"}
+    assert len({row.bits for row in plan.linears.values()}) > 1
+    model = reference_model(source)
+    for row in plan.quantized.values():
+        size, count = row.group_size, row.in_features
+        codes = unpack(tensors[f"{row.name}.qweight"], row.bits, count).float()
+        scale, offset = (tensors[f"{row.name}.{part}"].float() for part in ("scales", "offsets"))
+        column = torch.arange(count) // size
+        weight = weight_of(model, row.name) if row.name in plan.linears else model.get_parameter(f"{row.name}.weight")
+        lost = codes * scale[:, column] + offset[:, column] - torch.as_tensor(weight)
+        relative = float(lost.norm() / torch.as_tensor(weight).norm())
+        assert relative < {3: 0.6, 4: 0.3, 5: 0.2, 6: 0.15, 8: 0.1}[row.bits]  # targets make up for earlier blocks
+        assert torch.equal(offset.bfloat16().float(), offset)

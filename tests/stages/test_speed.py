@@ -69,7 +69,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def measured(job: Job, out: Path) -> str:
-    return str(run_alone(job, speed.speed(out)).reason)
+    return str(run_alone(job, speed.speed("accullm", out)).reason)
 
 
 def test_both_models_are_timed_and_the_engines_named(exported: tuple[Path, Path]) -> None:

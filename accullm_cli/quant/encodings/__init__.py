@@ -1,0 +1,11 @@
+"""The ways to store a linear, by the names that rows of a plan have for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from accullm_cli.quant.encodings.affine import AffineGroups
+from accullm_cli.quant.encodings.base import Encoding
+from accullm_cli.quant.encodings.integer import IntegerZero
+
+ENCODINGS: Mapping[str, Encoding] = {encoding.name: encoding for encoding in (IntegerZero(), AffineGroups())}
