@@ -164,3 +164,8 @@ def model_directory(name_or_directory: str) -> Path:
         command = f"scripts/prepare_demo_model.py --model {name_or_directory} --out {directory}"
         raise AccullmError("is not prepared", directory, f"run {command}")
     return directory
+
+
+def results_directory(name_or_directory: str) -> Path:
+    """Where benchmarks of this model put their results unless they are told: a directory for each model."""
+    return WORK / "bench" / Path(name_or_directory).name
