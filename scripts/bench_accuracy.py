@@ -2,13 +2,12 @@
 
 Every row is one conversion by `accullm convert` in a process of its own. But for those of an effort, rows share one run
 directory, so that the original is run twice: calibrate is up to date for every row but the first, and the first with
-gradients. Other
-tools are rows where `--peer` says which Python they are installed in (see bench_peers.py): same original, same
-calibration tokens, same held-out text.
+gradients. Other tools are rows where `--peer` says which Python they are installed in (see bench_peers.py): same
+original, same calibration tokens, same held-out text.
 
     python scripts/bench_accuracy.py
-    python scripts/bench_accuracy.py --samples 4 --validation-windows 2 --rows nearest-64
-    python scripts/bench_accuracy.py --rows average-4.4 --append --peer hqq=venvs/hqq/bin/python
+    python scripts/bench_accuracy.py --model gemma3-270m --samples 4 --validation-windows 2 --rows nearest-64
+    python scripts/bench_accuracy.py --rows average-4.4 --append --peer hqq=venvs/hqq/bin/python --peer-rows hqq
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from demo_models import DEMO, MODELS, model_directory, results_directory
 from matplotlib.figure import Figure
 
 from accullm_cli.config import Calibration
@@ -176,22 +176,25 @@ ROWS: tuple[Conversion, ...] = (
 def main(arguments: list[str] | None = None) -> int:
     """Measure the rows asked for and write the table after each of them; returns the exit code."""
     options = parse(arguments)
-    results: list[Result] = read_results(options.out) if options.append else []
+    results: list[Result] = []
     try:
+        options.model = model_directory(options.model)
+        if options.append:
+            results = read_results(options.out, options.model.name)
         rows = [row for row in ROWS if row.name in options.rows]
         # Those with gradients last, as they take another calibrate.
         for row in sorted(rows, key=lambda row: row.with_gradients):
             print(f"== {row.label}", file=sys.stderr, flush=True)
             results = replaced(results, [row.measure(options)])
-            write_results(options.out, results)
+            write_results(options.out, options.model.name, results)
         if options.peer:
             results = replaced(results, measure_peers(options))
-            write_results(options.out, results)
+            write_results(options.out, options.model.name, results)
     except AccullmError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return error.exit_code
     if results:
-        print(render(results))
+        print(render(options.model.name, results))
     return 0
 
 
@@ -202,9 +205,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").partition("\n\n")[0],
         epilog="Other options are passed on to accullm convert, for instance --threads 2.",
     )
-    parser.add_argument("--model", type=Path, default=Path("work/smollm2-135m"), help="the original")
+    parser.add_argument("--model", default=DEMO, help=f"the original: a directory, or {', '.join(MODELS)}")
     parser.add_argument(
-        "--out", type=Path, default=Path("work/bench/accuracy"), help="path of the results, without .md, .json and .svg"
+        "--out", type=Path, help="path of the results, without .md, .json and .svg (work/bench/MODEL/accuracy)"
     )
     parser.add_argument("--rows", nargs="*", choices=names, default=names, help="rows to measure (all)")
     parser.add_argument("--append", action="store_true", help="keep the other rows that are in OUT.json")
@@ -213,7 +216,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peer", metavar="TOOL=PYTHON", action="append", default=[], help="another tool to measure, see bench_peers.py"
     )
+    parser.add_argument("--peer-rows", nargs="+", metavar="ROW", default=[], help="its rows (all), see bench_peers.py")
     options, options.passed_on = parser.parse_known_args(arguments)
+    options.out = options.out or results_directory(options.model) / "accuracy"
     return options
 
 
@@ -232,6 +237,8 @@ def measure_peers(options: argparse.Namespace) -> list[Result]:
     out = options.out.with_name("peers")
     command = [str(PEERS), "--model", str(options.model), "--run", str(run_of(options)), "--out", str(out)]
     command += [part for peer in options.peer for part in ("--peer", peer)]
+    if options.peer_rows:
+        command += ["--rows", *options.peer_rows]
     done = subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise AccullmError(f"bench_peers.py ended with exit code {done.returncode}", shlex.join(command))
@@ -293,10 +300,21 @@ def result_of(row: Conversion, report: Mapping[str, Any], command: Sequence[str]
 # -- the table ---------------------------------------------------------------------------------------------
 
 
-def read_results(out: Path) -> list[Result]:
-    """What an earlier call measured."""
+def read_results(out: Path, model: str) -> list[Result]:
+    """What an earlier call measured.
+
+    Raises:
+        AccullmError: on another model.
+    """
     path = out.with_name(f"{out.name}.json")
-    return [_from_json(entry) for entry in json.loads(path.read_text())["results"]] if path.exists() else []
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    if (measured := content.get("model")) != model:
+        raise AccullmError(
+            f"has results of {measured or 'an earlier version'}, not of {model}", path, "give another --out"
+        )
+    return [_from_json(entry) for entry in content["results"]]
 
 
 def _from_json(entry: Mapping[str, Any]) -> Result:
@@ -305,15 +323,15 @@ def _from_json(entry: Mapping[str, Any]) -> Result:
     return Result(**{**entry, **figures, "stages": stages, "command": tuple(entry["command"])})
 
 
-def write_results(out: Path, results: Sequence[Result]) -> None:
+def write_results(out: Path, model: str, results: Sequence[Result]) -> None:
     """OUT.md, OUT.json and OUT.svg."""
-    write_text(out.with_name(f"{out.name}.md"), render(results) + "\n")
-    content = {"schema_version": 2, "results": [asdict(result) for result in results]}
+    write_text(out.with_name(f"{out.name}.md"), render(model, results) + "\n")
+    content = {"schema_version": 3, "model": model, "results": [asdict(result) for result in results]}
     write_text(out.with_name(f"{out.name}.json"), json.dumps(content, indent=1) + "\n")
-    write_text(out.with_name(f"{out.name}.svg"), draw(results) + "\n")
+    write_text(out.with_name(f"{out.name}.svg"), draw(model, results) + "\n")
 
 
-def render(results: Sequence[Result]) -> str:
+def render(model: str, results: Sequence[Result]) -> str:
     """Markdown tables, fidelity and cost, with what they were measured on and the commands."""
     first = results[0]
     versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
@@ -322,9 +340,10 @@ def render(results: Sequence[Result]) -> str:
         for result in results
     )
     return (
-        f"Measured on {first.tokens:,} tokens in {first.windows} windows of held-out text, 95% confidence intervals "
-        f"in brackets.\nThe original's perplexity is {estimate(first.perplexity_original, '.2f')}; the noise floor of "
-        f"the KL (one bfloat16 rounding per block) is {first.mean_kl_floor.value:.1e} nats.\n"
+        f"{model}, measured on {first.tokens:,} tokens in {first.windows} windows of held-out text, 95% confidence "
+        f"intervals in brackets.\n"
+        f"The original's perplexity is {estimate(first.perplexity_original, '.2f')}; the noise floor of the KL "
+        f"(one bfloat16 rounding per block) is {first.mean_kl_floor.value:.1e} nats.\n"
         f"Time and peak resident memory are those from the original to the artifact.\n\n"
         f"{fidelity_table(results)}\n\n"
         f"Time and peak resident memory of each stage ({versions}; calibrate runs once for all rows without gradients, "
@@ -372,7 +391,7 @@ def cost_table(results: Sequence[Result]) -> str:
     return markdown(("method", *STAGES), rows)
 
 
-def draw(results: Sequence[Result]) -> str:
+def draw(model: str, results: Sequence[Result]) -> str:
     """Mean KL against bits per weight, with its confidence interval: an <svg> element."""
     planned = sorted(
         (result for result in results if result.name.startswith("average")), key=lambda result: result.bits_per_weight
@@ -404,7 +423,7 @@ def draw(results: Sequence[Result]) -> str:
         axes.set_ylabel("mean KL (nats per token)")
         axes.legend()
 
-    return svg("accuracy", "mean KL against bits per weight", 4.6, fill)
+    return svg("accuracy", f"{model}: mean KL against bits per weight", 4.6, fill)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,9 +4,9 @@ Each tool runs in the Python where it is installed; `run_peer.py` has the settin
 states are those of a run of ours, whose calibrate stage must be done. Weights are compared as dequantized, in float32;
 everything but the linears in the blocks is the original's.
 
-    accullm calibrate work/smollm2-135m --run work/bench/accuracy.run
+    accullm calibrate work/smollm2-135m --run work/bench/smollm2-135m/accuracy.run
     python scripts/bench_peers.py --peer hqq=venvs/hqq/bin/python --peer auto-round=venvs/auto-round/bin/python
-    python scripts/bench_peers.py --rows auto-round --peer auto-round=venvs/auto-round/bin/python
+    python scripts/bench_peers.py --model gemma3-270m --rows hqq --peer hqq=venvs/hqq/bin/python
 
 A result that is already there and was made of the same original, tokens and settings is measured again, not made again.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -22,9 +23,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from demo_models import DEMO, MODELS, model_directory, results_directory
 from safetensors.torch import load_file
 
 from accullm_cli.errors import AccullmError
@@ -45,6 +47,11 @@ RUNNER = Path(__file__).resolve().with_name("run_peer.py")
 SEED = 0
 
 
+# Stands for the largest group size, up to COARSEST, that divides the input features of every linear of the model.
+COARSE: Literal["coarse"] = "coarse"
+COARSEST = 192
+
+
 @dataclass(frozen=True)
 class Peer:
     """A line of the table: a tool with these flags of run_peer.py.
@@ -57,7 +64,11 @@ class Peer:
     tool: str
     package: str
     flags: tuple[str, ...] = ()
-    group_size: int = 64
+    group_size: int | Literal["coarse"] = 64
+
+    def label_with(self, group_size: int) -> str:
+        """The label in the table, where groups of 64 are not named."""
+        return self.label if group_size == 64 else f"{self.label}, groups of {group_size}"
 
 
 PEERS = (
@@ -73,10 +84,9 @@ PEERS = (
     ),
     Peer("gptqmodel", "GPTQModel, symmetric (default)", "gptqmodel", "gptqmodel", ("--symmetric",)),
     Peer("hqq", "HQQ", "hqq", "hqq"),
-    # Groups that divide the 576 and 1,536 features of the demo's model: llm-compressor refuses others.
     *(
-        Peer(f"{name}-g{size}", f"{label}, groups of {size}", name, package, group_size=size)
-        for size in (32, 192)
+        Peer(f"{name}-{suffix}", label, name, package, group_size=size)
+        for suffix, size in (("g32", 32), ("coarse", COARSE))
         for name, label, package in (
             ("auto-round", "AutoRound, asymmetric, 200 iterations (default)", "auto_round"),
             ("llm-compressor", "llm-compressor GPTQ, asymmetric", "llmcompressor"),
@@ -118,13 +128,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     results: list[PeerResult] = []
     try:
+        options.model = model_directory(options.model)
         reference = Reference.open(options.model, options.run)
+        shared = shared_features(reference.source)
+        coarse = coarse_group_size(shared)
         for peer in (peer for peer in PEERS if peer.name in options.rows):
-            if (reason := missing(peer, options.peer)) is not None:
+            group_size = coarse if peer.group_size == COARSE else peer.group_size
+            if (reason := missing(peer, options.peer) or unfit(peer, group_size, shared)) is not None:
                 print(f"{peer.name} is left out: {reason}", file=sys.stderr)
                 continue
-            print(f"== {peer.label}", file=sys.stderr, flush=True)
-            results.append(measure(peer, options, reference))
+            print(f"== {peer.label_with(group_size)}", file=sys.stderr, flush=True)
+            results.append(measure(peer, group_size, options, reference))
             write_results(options.out, results)
     except AccullmError as error:
         print(f"error: {error.line()}", file=sys.stderr)
@@ -136,16 +150,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     names = [peer.name for peer in PEERS]
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=Path("work/smollm2-135m"), help="the original")
-    parser.add_argument(
-        "--run", type=Path, default=Path("work/bench/accuracy.run"), help="run directory of accullm calibrate"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("work/bench/peers"), help="path of the results, without .md and .json"
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--model", default=DEMO, help=f"the original: a directory, or {', '.join(MODELS)}")
+    parser.add_argument("--run", type=Path, help="run directory of accullm calibrate (work/bench/MODEL/accuracy.run)")
+    parser.add_argument("--out", type=Path, help="path of the results, without .md and .json (work/bench/MODEL/peers)")
     parser.add_argument(
         "--peer",
         metavar="TOOL=PYTHON",
@@ -154,9 +162,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=[],
         help=f"the Python where a tool is installed ({', '.join(sorted({peer.tool for peer in PEERS}))})",
     )
-    parser.add_argument("--rows", nargs="+", choices=names, default=names, help="rows to measure")
+    parser.add_argument("--rows", nargs="+", choices=names, default=names, help="rows to measure (all)")
     options = parser.parse_args(arguments)
     options.peer = dict(options.peer)
+    results = results_directory(options.model)
+    options.run = options.run or results / "accuracy.run"
+    options.out = options.out or results / "peers"
     return options
 
 
@@ -181,23 +192,44 @@ def missing(peer: Peer, interpreters: Mapping[str, str]) -> str | None:
     return None
 
 
-def measure(peer: Peer, options: argparse.Namespace, reference: Reference) -> PeerResult:
+def shared_features(source: ModelSource) -> int:
+    """The greatest common divisor of the input features of all linears."""
+    structure = read_structure(build_skeleton(source.directory, source.untied))
+    return math.gcd(*(slot.in_features for slots in structure.slots for slot in slots))
+
+
+def coarse_group_size(shared: int) -> int:
+    """The largest group size, up to COARSEST, that divides `shared`."""
+    return max(size for size in range(1, COARSEST + 1) if shared % size == 0)
+
+
+def unfit(peer: Peer, group_size: int, shared: int) -> str | None:
+    """Why a row is nothing for a model; None where it is. Some tools refuse groups that do not divide."""
+    if shared % group_size != 0:
+        return f"groups of {group_size} do not divide the input features of every linear"
+    if peer.group_size == COARSE and group_size <= 64:
+        return f"groups of more than {group_size} do not divide the input features of every linear"
+    return None
+
+
+def measure(peer: Peer, group_size: int, options: argparse.Namespace, reference: Reference) -> PeerResult:
     """Make one tool's weights where they are not there yet, and measure them.
 
     Raises:
         AccullmError: the tool failed, or did not quantize what it should.
     """
-    out = options.out.with_name(f"{options.out.name}-weights") / f"{peer.name}-{peer.group_size}"
+    out = options.out.with_name(f"{options.out.name}-weights") / f"{peer.name}-{group_size}"
+    settings = ("--group-size", str(group_size), *peer.flags)
     command = (options.peer[peer.tool], str(RUNNER), peer.tool, "--model", str(options.model))
-    command += ("--tokens", str(reference.tokens), "--group-size", str(peer.group_size), *peer.flags)
-    command += ("--out", str(out))
-    make(command, out, key_of({"source": reference.source.sha256, "tokens": file_sha256(reference.tokens)}))
+    command += ("--tokens", str(reference.tokens), *settings, "--out", str(out))
+    inputs = {"source": reference.source.sha256, "tokens": file_sha256(reference.tokens)}
+    make(command, out, key_of({**inputs, "settings": shlex.join((peer.tool, *settings))}))
     made = json.loads((out / "peer.json").read_text())
     fidelity = compare(reference, out / "weights.safetensors")
     return PeerResult(
         name=peer.name,
-        label=peer.label,
-        group_size=peer.group_size,
+        label=peer.label_with(group_size),
+        group_size=group_size,
         bits_per_weight=made["bits_per_weight"],
         perplexity_original=fidelity.perplexity_original,
         perplexity=fidelity.perplexity,
@@ -215,13 +247,12 @@ def measure(peer: Peer, options: argparse.Namespace, reference: Reference) -> Pe
     )
 
 
-def make(command: Sequence[str], out: Path, inputs: str) -> None:
-    """Run a tool, unless `out` holds what the same command made of the same inputs.
+def make(command: Sequence[str], out: Path, key: str) -> None:
+    """Run a tool, unless `out` holds what was made under the same key: of the same inputs with the same settings.
 
     Raises:
         AccullmError: it failed; its output is in `out`/log.txt.
     """
-    key = key_of({"inputs": inputs, "command": shlex.join(command)})
     marker = out / "made-by.txt"
     if marker.exists() and marker.read_text() == key:
         return

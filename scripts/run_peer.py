@@ -130,10 +130,12 @@ def parse() -> argparse.Namespace:
 
 
 def bits_per_weight(quantized: Quantized) -> float:
-    """Everything stored for the linears over their weights: codes, scales, zero points, indices."""
-    bits = sum(
-        8 * tensor.nbytes for name, tensor in quantized.stored.items() if name.rpartition(".")[0] in quantized.weights
-    )
+    """Everything stored for the linears' weights over their number: codes, scales, zero points, indices."""
+    bits = 0
+    for name, tensor in quantized.stored.items():
+        module, _, kind = name.rpartition(".")
+        if module in quantized.weights and kind != "bias":
+            bits += 8 * tensor.nbytes
     return bits / sum(weight.numel() for weight in quantized.weights.values())
 
 

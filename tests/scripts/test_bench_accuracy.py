@@ -30,7 +30,18 @@ def report(mean_kl: float = 0.05) -> dict[str, Any]:
 
 
 def options(tmp_path: Path, *arguments: str) -> Any:
-    return script.parse(["--out", str(tmp_path / "accuracy"), *arguments])
+    """As main has them."""
+    given = script.parse(["--model", "somewhere/tiny", "--out", str(tmp_path / "accuracy"), *arguments])
+    given.model = script.model_directory(given.model)
+    return given
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Where a model could be: no test here reads one."""
+    directory = tmp_path / "tiny"
+    directory.mkdir()
+    return directory
 
 
 def test_every_row_is_measured_unless_some_are_asked_for(tmp_path: Path) -> None:
@@ -49,7 +60,7 @@ def test_an_unknown_row_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_rows_share_the_run_and_each_has_an_artifact_of_its_own(tmp_path: Path) -> None:
     given = options(tmp_path, "--samples", "4", "--validation-windows", "2", "--threads", "1")
     assert ROW["nearest-64"].command(given) == (
-        "accullm", "convert", "work/smollm2-135m", "--out", str(tmp_path / "accuracy-artifacts" / "nearest-64"),
+        "accullm", "convert", "somewhere/tiny", "--out", str(tmp_path / "accuracy-artifacts" / "nearest-64"),
         "--rounding", "nearest", "--outliers", "0", "--group-size", "64", "--run", str(tmp_path / "accuracy.run"),
         "--samples", "4", "--validation-windows", "2", "--threads", "1", "--json",
     )  # fmt: skip
@@ -104,8 +115,10 @@ def test_the_cost_of_every_stage_is_shown_and_a_missing_one_as_a_dash() -> None:
 
 def test_the_text_above_says_on_what_it_was_measured() -> None:
     results = [script.result_of(ROW["nearest-64"], report(), ("accullm", "convert", "a b")), peer()]
-    lines = script.render(results).splitlines()
-    assert lines[0] == "Measured on 1,536 tokens in 3 windows of held-out text, 95% confidence intervals in brackets."
+    lines = script.render("tiny", results).splitlines()
+    assert lines[0] == (
+        "tiny, measured on 1,536 tokens in 3 windows of held-out text, 95% confidence intervals in brackets."
+    )
     assert lines[1] == (
         "The original's perplexity is 15.61 [14.00, 17.00]; the noise floor of the KL (one bfloat16 rounding per "
         "block) is 3.3e-05 nats."
@@ -115,7 +128,7 @@ def test_the_text_above_says_on_what_it_was_measured() -> None:
 
 @pytest.mark.usefixtures("drawn_figures")
 def test_conversions_run_in_order_and_results_are_kept_after_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[str] = []
 
@@ -126,27 +139,30 @@ def test_conversions_run_in_order_and_results_are_kept_after_each(
         return subprocess.CompletedProcess(command, 0, json.dumps({"reports": [report(0.01 * len(ran))]}))
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert script.main(["--out", str(tmp_path / "accuracy"), "--rows", "rows-64", "compensating-64", "nearest-64"]) == 0
+    arguments = ["--model", str(model), "--out", str(tmp_path / "accuracy")]
+    assert script.main([*arguments, "--rows", "rows-64", "compensating-64", "nearest-64"]) == 0
     assert ran == ["nearest-64", "compensating-64", "rows-64"]
     content = json.loads((tmp_path / "accuracy.json").read_text())
-    assert content["schema_version"] == 2
+    assert (content["schema_version"], content["model"]) == (3, "tiny")
     assert [round(result["mean_kl"]["value"], 6) for result in content["results"]] == [0.01, 0.02, 0.03]
     assert (tmp_path / "accuracy.md").read_text() == capsys.readouterr().out
     assert (tmp_path / "accuracy.svg").read_text().startswith("<svg")
 
 
-def test_rows_of_an_earlier_call_are_kept_if_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_an_earlier_call_are_kept_if_that_is_asked_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     figures = iter((0.01, 0.02, 0.03, 0.04))
 
     def run(command: list[str], **others: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 0, json.dumps({"reports": [report(next(figures))]}))
 
     monkeypatch.setattr(subprocess, "run", run)
-    out = ["--out", str(tmp_path / "accuracy")]
+    out = ["--model", str(model), "--out", str(tmp_path / "accuracy")]
     names = []
     for rows in (["average-4.4"], ["nearest-64", "--append"], ["average-4.4", "--append"]):
         assert script.main([*out, "--rows", *rows]) == 0
-        results = script.read_results(tmp_path / "accuracy")
+        results = script.read_results(tmp_path / "accuracy", "tiny")
         names.append([(result.name, round(result.mean_kl.value, 6)) for result in results])
     assert names == [
         [("average-4.4", 0.01)],
@@ -154,14 +170,41 @@ def test_rows_of_an_earlier_call_are_kept_if_that_is_asked_for(tmp_path: Path, m
         [("nearest-64", 0.02), ("average-4.4", 0.03)],
     ]
     assert script.main([*out, "--rows", "feedback-64"]) == 0
-    assert [result.name for result in script.read_results(tmp_path / "accuracy")] == ["feedback-64"]
+    assert [result.name for result in script.read_results(tmp_path / "accuracy", "tiny")] == ["feedback-64"]
+
+    # Those of another model are not: they would stand in one table.
+    other = tmp_path / "other"
+    other.mkdir()
+    assert script.main(["--model", str(other), *out[2:], "--append"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {tmp_path / 'accuracy.json'}: has results of tiny, not of other; give another --out"
+    )
+
+
+def test_a_model_is_named_or_lies_in_a_directory_and_each_has_results_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["--model", "gemma3-270m"]) == 2
+    assert capsys.readouterr().err == (
+        "error: work/gemma3-270m: is not prepared; "
+        "run scripts/prepare_demo_model.py --model gemma3-270m --out work/gemma3-270m\n"
+    )
+    (tmp_path / "work" / "gemma3-270m").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    for given, directory in (("gemma3-270m", "work/gemma3-270m"), ("mine", "mine"), (str(tmp_path / "mine"), None)):
+        assert script.model_directory(given) == Path(directory or given)
+    outs = [script.parse(["--model", given]).out for given in ("gemma3-270m", "work/gemma3-270m", "a/mine")]
+    assert outs == [Path("work/bench/gemma3-270m/accuracy")] * 2 + [Path("work/bench/mine/accuracy")]
+    assert script.parse([]).out == Path("work/bench/smollm2-135m/accuracy")
 
 
 def test_a_conversion_that_fails_ends_the_benchmark_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda command, **others: subprocess.CompletedProcess(command, 4, ""))
-    assert script.main(["--out", str(tmp_path / "accuracy"), "--rows", "feedback-64"]) == 2
+    arguments = ["--model", str(model), "--out", str(tmp_path / "accuracy"), "--rows", "feedback-64"]
+    assert script.main(arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: row feedback-64: accullm convert ended with exit code 4"
     assert not (tmp_path / "accuracy.md").exists()
 
@@ -199,7 +242,7 @@ def test_another_tool_is_a_line_of_the_same_table() -> None:
     assert line.endswith("| 1 min 40 s | 2 GB |")
 
 
-def test_other_tools_are_measured_on_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_tools_are_measured_on_the_same_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
     def run(command: list[str], **others: object) -> subprocess.CompletedProcess[str]:
@@ -209,26 +252,23 @@ def test_other_tools_are_measured_on_the_same_run(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(subprocess, "run", run)
     arguments = [
-        "--out",
-        str(tmp_path / "accuracy"),
-        "--rows",
-        "--peer",
-        "hqq=a/python",
-        "--peer",
-        "gptqmodel=b/python",
-    ]
+        "--model", str(model), "--out", str(tmp_path / "accuracy"), "--rows",
+        "--peer", "hqq=a/python", "--peer", "gptqmodel=b/python",
+    ]  # fmt: skip
     assert script.main(arguments) == 0
-    assert commands[0][1:] == [
-        str(script.PEERS), "--model", "work/smollm2-135m", "--run", str(tmp_path / "accuracy.run"),
+    assert script.main([*arguments, "--peer-rows", "hqq", "gptqmodel"]) == 0
+    expected = [
+        str(script.PEERS), "--model", str(model), "--run", str(tmp_path / "accuracy.run"),
         "--out", str(tmp_path / "peers"), "--peer", "hqq=a/python", "--peer", "gptqmodel=b/python",
     ]  # fmt: skip
-    assert [result.name for result in script.read_results(tmp_path / "accuracy")] == ["peer tool"]
+    assert [command[1:] for command in commands] == [expected, [*expected, "--rows", "hqq", "gptqmodel"]]
+    assert [result.name for result in script.read_results(tmp_path / "accuracy", "tiny")] == ["peer tool"]
 
 
 @pytest.mark.usefixtures("drawn_figures")
 def test_the_plot_shows_every_line(tmp_path: Path) -> None:
     results = [script.result_of(ROW[name], report(), ()) for name in ("nearest-64", "average-4.1", "average-4.4")]
-    picture = script.draw([*results, peer()])
-    for text in ("another tool", "nearest, groups of 64", "AccuLLM, an average of bits", "bits per weight"):
+    picture = script.draw("tiny", [*results, peer()])
+    for text in ("another tool", "nearest, groups of 64", "AccuLLM, an average of bits", "bits per weight", "tiny"):
         assert text in picture
-    assert script.draw([*results, peer()]) == picture
+    assert script.draw("tiny", [*results, peer()]) == picture

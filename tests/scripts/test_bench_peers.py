@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -34,15 +36,19 @@ shutil.copy(place / "weights.safetensors", out / "weights.safetensors")
 script = load_script("bench_peers")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibrated(kind: str, directory: Path) -> Path:
     """A directory with a tiny model, and beside it the run that calibrated on it."""
-    directory = tmp_path_factory.mktemp("peers")
-    config = short_config(make_checkpoint("llama", directory / "model"), directory / "out")
+    config = short_config(make_checkpoint(kind, directory / "model"), directory / "out")
     with opened(config) as job:
         run_to(job, "calibrate")
     run_path(config).rename(directory / "run")
     return directory
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a tiny llama."""
+    return calibrated("llama", tmp_path_factory.mktemp("peers"))
 
 
 @pytest.fixture
@@ -55,7 +61,7 @@ def linear_weights(model: Path) -> dict[str, torch.Tensor]:
     return {
         name.removesuffix(".weight"): parameter.data
         for name, parameter in reference_model(model).named_parameters()
-        if ".layers." in name and "norm" not in name
+        if ".layers." in name and parameter.dim() == 2
     }
 
 
@@ -78,9 +84,14 @@ def test_the_originals_own_weights_lose_nothing(place: Path, reference: object, 
     assert fidelity.perplexity.value == pytest.approx(fidelity.perplexity_original.value, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gemma3"])
 def test_the_divergence_is_that_of_transformers_models_in_float64(
-    place: Path, reference: object, tmp_path: Path
+    kind: str, place: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
+    """With biases, and with norms within heads, four norms a block, sliding windows and soft caps."""
+    if kind != "llama":
+        place = calibrated(kind, tmp_path_factory.mktemp(kind))
+    reference = script.Reference.open(place / "model", place / "run")
     weights = damaged(linear_weights(place / "model"))
     save_file(weights, tmp_path / "weights.safetensors")
     fidelity = script.compare(reference, tmp_path / "weights.safetensors")
@@ -136,7 +147,9 @@ def bench(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
         "PEERS",
         (
             script.Peer("fake", "a fake", "fake", "json", group_size=32),
-            script.Peer("fake-fast", "a fast fake", "fake", "json", ("--fast",)),
+            script.Peer("fake-fast", "a fast fake", "fake", "json", ("--fast",), group_size=16),
+            script.Peer("fake-64", "nothing for 96 features", "fake", "json"),
+            script.Peer("fake-coarse", "nothing for 64 and 96 features", "fake", "json", group_size=script.COARSE),
             script.Peer("absent", "not installed", "fake", "no_such_package"),
             script.Peer("other", "not asked for", "other", "json"),
         ),
@@ -156,8 +169,10 @@ def test_tools_that_are_installed_are_measured_and_others_left_out_in_one_line(
     assert script.main([*bench, "--peer", f"fake={sys.executable}"]) == 0
     out, err = capsys.readouterr()
     assert err.splitlines() == [
-        "== a fake",
-        "== a fast fake",
+        "== a fake, groups of 32",
+        "== a fast fake, groups of 16",
+        "fake-64 is left out: groups of 64 do not divide the input features of every linear",
+        "fake-coarse is left out: groups of more than 32 do not divide the input features of every linear",
         f"absent is left out: {sys.executable} has no package no_such_package",
         "other is left out: no --peer other=PYTHON was given",
     ]
@@ -165,15 +180,33 @@ def test_tools_that_are_installed_are_measured_and_others_left_out_in_one_line(
     given = f"fake --model {place / 'model'} --tokens {place / 'run' / 'tokens.safetensors'} --group-size"
     assert ran(tmp_path) == [
         f"{given} 32 --out {weights / 'fake-32'}",
-        f"{given} 64 --fast --out {weights / 'fake-fast-64'}",
+        f"{given} 16 --fast --out {weights / 'fake-fast-16'}",
     ]
     first, second = json.loads((tmp_path / "peers.json").read_text())["results"]
     assert (first["name"], second["name"]) == ("fake", "fake-fast")
+    assert (first["label"], first["group_size"]) == ("a fake, groups of 32", 32)
     assert (first["bits_per_weight"], first["seconds"], first["peak_bytes"]) == (4.5, 61.0, 10**9)
     assert (first["versions"], first["settings"]) == ({"fake": "1.2"}, {"bits": 4})
     assert first["mean_kl"] == second["mean_kl"]
     assert 0 < first["mean_kl"]["low"] <= first["mean_kl"]["value"] <= first["mean_kl"]["high"]
     assert (tmp_path / "peers.md").read_text() == out
+
+
+@pytest.mark.parametrize(
+    ("features", "size"),
+    [
+        ((576, 1536), 192),  # SmolLM2-135M
+        ((640, 1024, 2048), 128),  # Gemma 3 270M
+        ((896, 4864), 128),  # Qwen2.5-Coder 0.5B
+        ((4096, 14336), 128),
+        ((4096, 11008), 128),
+    ],
+)
+def test_the_coarse_row_takes_the_largest_groups_that_divide(features: tuple[int, ...], size: int) -> None:
+    assert script.coarse_group_size(math.gcd(*features)) == size
+    row = next(peer for peer in script.PEERS if peer.name == "auto-round-coarse")
+    assert script.unfit(row, size, math.gcd(*features)) is None
+    assert row.label_with(size) == f"AutoRound, asymmetric, 200 iterations (default), groups of {size}"
 
 
 def test_nothing_is_measured_where_no_tool_is_given(
@@ -196,6 +229,23 @@ def test_a_tool_runs_again_only_where_its_inputs_changed(
     monkeypatch.setattr(script, "file_sha256", lambda path: "other tokens")
     assert script.main(bench) == 0
     assert len(ran(tmp_path)) == 2
+    # Other settings.
+    fine = (dataclasses.replace(script.PEERS[0], flags=("--fine",)),)
+    monkeypatch.setattr(script, "PEERS", fine)
+    assert script.main(bench) == 0
+    assert len(ran(tmp_path)) == 3
+
+
+def test_results_are_taken_along_to_another_place(bench: list[str], place: Path, tmp_path: Path) -> None:
+    """Hours of work are not lost to a directory's new name."""
+    (tmp_path / "link").symlink_to(place)
+    again = [argument.replace(str(place), str(tmp_path / "link")) for argument in bench]
+    again[again.index("--out") + 1] = str(tmp_path / "moved")
+    rest = ["--rows", "fake", "--peer", f"fake={sys.executable}"]
+    assert script.main([*bench, *rest]) == 0
+    (tmp_path / "peers-weights").rename(tmp_path / "moved-weights")
+    assert script.main([*again, *rest]) == 0
+    assert len(ran(tmp_path)) == 1
 
 
 def test_a_tool_that_fails_ends_the_benchmark_with_one_line_and_runs_again(

@@ -106,13 +106,14 @@ def quantized(weight: torch.Tensor, in_memory: torch.Tensor) -> object:
     stored = {
         "a.b.codes": torch.zeros(4, dtype=torch.int32),  # 128 bits
         "a.b.scale": torch.zeros(3, dtype=torch.float16),  # 48 bits
+        "a.b.bias": torch.zeros(4),  # the original's
         "a.bc.codes": torch.zeros(100),  # of another layer
         "a.b.c.codes": torch.zeros(100),
     }
     return script.Quantized(script.Cost(1.0, 2), stored, {"a.b": weight}, {"a.b": in_memory}, {})
 
 
-def test_bits_per_weight_count_every_tensor_of_the_linears_and_no_other() -> None:
+def test_bits_per_weight_count_every_tensor_of_the_linears_weights_and_no_other() -> None:
     weight = torch.zeros(4, 8)
     assert script.bits_per_weight(quantized(weight, weight)) == (128 + 48) / 32
 
