@@ -6,12 +6,12 @@ import torch
 
 
 def expected_loss(second_moment: torch.Tensor, damage: torch.Tensor) -> torch.Tensor:
-    """The output error that rounding each input feature is expected to cause: E[x_j^2] * ||Delta w_j||^2.
+    """The error that rounding each input feature is expected to cause: E[x_j^2] * ||Delta w_j||^2.
 
     This is the sensitivity of OWQ (arXiv 2306.02272, equation 4), with the feature's actual rounding error.
 
     Args:
-        second_moment: [K], mean of x_j^2.
+        second_moment: [K], mean of x_j^2; or of g^2 x_j^2, see `stages.gradients.load_sensitivities`.
         damage: [K], squared norm of the change that rounding makes to column j.
     """
     return second_moment * damage

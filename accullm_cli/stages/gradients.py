@@ -7,7 +7,7 @@ outputs, by which rounding carries errors from row to row.
 
 It leaves for every block
     calibrate/gradient-00000.safetensors        the gradient, bfloat16 [windows, tokens, hidden]
-    calibrate/sensitivity-00000.safetensors     for each linear one number, see `load_sensitivities`
+    calibrate/sensitivity-00000.safetensors     for each linear a number for each input feature, see `load_sensitivities`
 While it is under way, calibrate/input-00000.safetensors holds what went into each block.
 """
 
@@ -52,17 +52,20 @@ def keep_input(job: Job, decoder: Decoder, index: int, hidden: torch.Tensor) -> 
     write_file(_input_path(job, index), lambda path: save_file(tensors, path))
 
 
-def load_sensitivities(job: Job, blocks: int) -> dict[str, float]:
-    """How much the loss depends on each linear's outputs; empty without gradients.
+def load_sensitivities(job: Job, blocks: int) -> dict[str, torch.Tensor]:
+    """How much the loss depends on each column of each linear's weight, float32 [K]; empty without gradients.
 
-    That is the mean square of the gradient with respect to one output, the sum over the tokens that reach the linear
-    divided by all tokens, so that an expert counts as often as it is used.
+    That is E[g^2 x_k^2], with g^2 the mean square of the gradient with respect to one output at a token and x_k the
+    input feature there: the diagonal of the Gauss-Newton matrix, its mean over outputs. The two must not be averaged
+    apart: where a few tokens have inputs a thousand times as large (massive activations, arXiv 2402.17762), what they
+    become depends least on them. The sum goes over the tokens that reach the linear and is divided by all tokens, so
+    that an expert counts as often as it is used.
     """
     if not job.config.gradient_samples:
         return {}
-    found: dict[str, float] = {}
+    found: dict[str, torch.Tensor] = {}
     for index in range(blocks):
-        found |= {name: float(value) for name, value in load_file(sensitivity_path(job, index)).items()}
+        found |= load_file(sensitivity_path(job, index))
     return found
 
 
@@ -114,21 +117,33 @@ def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor
     hidden = load_file(_input_path(job, index))["hidden"]
     gradient = load_file(gradient_path(job, index))["gradient"]
     block = decoder.load_block(index)
-    sums = {slot.name: torch.zeros((), dtype=torch.float64) for slot in decoder.slots[index]}
-
-    def add(name: str, of_output: torch.Tensor) -> None:
-        sums[name] += of_output.square().sum(dtype=torch.float64)
+    sums = {slot.name: torch.zeros(slot.in_features, dtype=torch.float64) for slot in decoder.slots[index]}
 
     found = []
     for rows in batches(*hidden.shape[:2]):
+        read: dict[str, torch.Tensor] = {}
+
+        def add(name: str, of_output: torch.Tensor, read: dict[str, torch.Tensor] = read) -> None:
+            add_sensitivity(sums[name], read[name].detach(), of_output)
+
         inputs = hidden[rows].float().requires_grad_()
-        output = decoder.run_capturing(index, block, inputs, lambda name, value: None, on_gradient=add)
+        output = decoder.run_capturing(index, block, inputs, read.__setitem__, on_gradient=add)
         assert output is not None
         found.append(torch.autograd.grad(output, inputs, gradient[rows].float())[0])
     decoder.release_block(index)
     tokens = hidden.shape[0] * hidden.shape[1]
-    outputs = {slot.name: slot.out_features for slot in decoder.slots[index]}
-    return torch.cat(found), {name: (total / (tokens * outputs[name])).float() for name, total in sums.items()}
+    return torch.cat(found), {name: (total / tokens).float() for name, total in sums.items()}
+
+
+def add_sensitivity(total: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Add to a linear's sensitivity [K] what some tokens say of it.
+
+    Args:
+        rows: what the linear reads, [..., K].
+        gradient: of the loss with respect to its outputs there, [..., N].
+    """
+    weight = gradient.square().mean(-1).flatten()
+    total += weight @ rows.reshape(len(weight), -1).square()
 
 
 def _input_path(job: Job, index: int) -> Path:

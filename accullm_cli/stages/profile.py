@@ -106,7 +106,8 @@ def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None)
     if options.is_average:
         plan_within = average_choices(job, decoder, stats).within(options.bits)
         return replace(plan_within, scale_dtype=scale_dtype(job), embeddings=embeddings)
-    losses = _losses(stats, options.uniform_group_size)
+    sensitivity_of = load_sensitivities(job, len(decoder.block_names)) if stats is not None else {}
+    losses = _losses(stats, options.uniform_group_size, sensitivity_of)
     linears = _uniform_linears(job, decoder, int(options.bits))
     fraction = outlier_fraction(job)
     for name, plan in linears.items():
@@ -182,13 +183,12 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
     else:
         # Of an expert that no token reached, or none with a gradient, nothing is known: it keeps its bits.
         sensitivity_of = load_sensitivities(job, len(decoder.block_names))
-        reached = {name for entry in stats if entry.tokens for name in entry.linears if sensitivity_of[name] > 0}
-        by_size = {size: _losses(stats, size) for size in sorted({size for own in sizes.values() for size in own})}
-        losses = {
-            name: {size: sensitivity_of[name] * by_size[size][name] for size in sizes[name]}
-            for name in chosen
-            if name in reached
+        reached = {name for entry in stats if entry.tokens for name in entry.linears if sensitivity_of[name].any()}
+        by_size = {
+            size: _losses(stats, size, sensitivity_of)
+            for size in sorted({size for own in sizes.values() for size in own})
         }
+        losses = {name: {size: by_size[size][name] for size in sizes[name]} for name in chosen if name in reached}
     format, dtype = FORMATS[job.format], source_dtype(job)
     together = [names for names in partners if all(name in rows and rows[name] for name in names)]
     return Choices(
@@ -196,14 +196,23 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
     )
 
 
-def _losses(stats: list[InputStats] | None, group_size: int) -> dict[str, torch.Tensor]:
-    """The output error [K] that rounding each input feature of a linear to MEASURED_BITS is expected to cause."""
+def _losses(
+    stats: list[InputStats] | None, group_size: int, sensitivity_of: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The loss [K] that rounding each input feature of a linear to MEASURED_BITS is expected to cause.
+
+    Args:
+        sensitivity_of: the model's loss for a unit of squared change in each column of a linear. Where it says nothing
+            of one, the loss is the error of the linear's own outputs.
+    """
     measured = _nearest_group_size(group_size)
-    return {
-        name: expected_loss(entry.second_moment, entry.damage[name][measured])
-        for entry in stats or ()
-        for name in entry.linears
-    }
+    found = {}
+    for entry in stats or ():
+        for name in entry.linears:
+            known = sensitivity_of.get(name)
+            weight = known if known is not None and known.any() else entry.second_moment
+            found[name] = expected_loss(weight, entry.damage[name][measured])
+    return found
 
 
 def _uniform_linears(job: Job, decoder: Decoder, bits: int = MEASURED_BITS) -> dict[str, LinearPlan]:

@@ -15,7 +15,7 @@ from accullm_cli.progress import Event
 from accullm_cli.stages import gradients
 from accullm_cli.stages.job import Job
 from tests.stages.quantized import Call
-from tests.stages.references import rows_of
+from tests.stages.references import inputs_of, rows_of
 from tests.streaming import opened, reference_model, run_to, short_config
 from tests.tiny import make_checkpoint
 
@@ -100,16 +100,27 @@ def test_gradients_are_those_of_one_backward_pass(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_sensitivities_are_mean_squares_of_output_gradients(name: str, tmp_path: Path) -> None:
+def test_sensitivities_weigh_each_input_by_the_gradient_at_its_token(name: str, tmp_path: Path) -> None:
     source = make_checkpoint(name, tmp_path / "model")
     with opened(short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS)) as job:
         run_to(job, "calibrate")
         found = gradients.load_sensitivities(job, 2)
     ids = load_file(tmp_path / "out.run" / "tokens.safetensors")["calibration"][:WINDOWS]
     _, expected = whole_backward(source, ids, seed=0)
+    rows = inputs_of(reference_model(source), ids)
     assert len(found) == {"llama": 14, "gpt2": 8}[name]
     for linear, gradient in expected.items():
-        assert found[linear] == pytest.approx(float(gradient.square().mean()), rel=0.03)
+        weight = gradient.double().square().mean(1)
+        near(found[linear], weight @ rows[linear].square() / len(weight), 0.03)
+
+
+def test_a_massive_input_counts_as_little_as_what_it_becomes(tmp_path: Path) -> None:
+    """One token has an input a thousand times as large and no gradient: it decides nothing."""
+    gradient, rows = torch.ones(4, 3), torch.ones(4, 2)
+    gradient[0], rows[0] = 0.0, 1000.0
+    sums = torch.zeros(2, dtype=torch.float64)
+    gradients.add_sensitivity(sums, rows, gradient)
+    assert sums.tolist() == [3.0, 3.0]
 
 
 @pytest.mark.parametrize(("name", "linears"), [("llama", 4), ("gpt2", 2)])
