@@ -7,7 +7,7 @@ outputs, by which rounding carries errors from row to row.
 
 It leaves for every block
     calibrate/gradient-00000.safetensors        the gradient, bfloat16 [windows, tokens, hidden]
-    calibrate/sensitivity-00000.safetensors     for each linear a number for each input feature, see `load_sensitivities`
+    calibrate/sensitivity-00000.safetensors     a number for each input feature of each linear, see `load_sensitivities`
 While it is under way, calibrate/input-00000.safetensors holds what went into each block.
 """
 
