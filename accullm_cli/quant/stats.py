@@ -64,7 +64,8 @@ class GramMatrices:
 
     With X the rows of that input in the full-precision model [T, K], Y those in the model quantized so far [T, K], and
     O and P what the two models make of a linear's output (see `add_output`), as long as this linear is not rounded:
-    the Hessian is Y^T Y / T [K, K], and a linear's pull is Y^T (O - P) / T [K, N].
+    the Hessian is Y^T Y / T [K, K], and a linear's pull is Y^T (O - P) / T [K, N]. Where tokens have weights w, these are
+    Y^T diag(w) Y / sum(w) and Y^T diag(w) (O - P) / sum(w).
 
     Args:
         features: K.
@@ -80,29 +81,53 @@ class GramMatrices:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.tokens = 0
+        self._weight = 0.0
         self._hessian: torch.Tensor | None = torch.zeros(features, features, dtype=dtype)
         self._drift = torch.zeros(features, features, dtype=dtype) if with_drift else None
         self._pulls = {name: torch.zeros(features, count, dtype=dtype) for name, count in (outputs or {}).items()}
 
-    def add(self, quantized_rows: torch.Tensor, original_rows: torch.Tensor | None = None) -> None:
-        """Add rows [T, K] of both streams (of the quantized one alone where drift is not kept)."""
+    def add(
+        self,
+        quantized_rows: torch.Tensor,
+        original_rows: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """Add rows [T, K] of both streams (of the quantized one alone where drift is not kept).
+
+        Args:
+            weights: of the tokens, [T]; all 1 by default.
+        """
         assert self._hessian is not None, "the Hessian was taken"
         rows = quantized_rows.to(self._hessian.dtype)
         self.tokens += len(rows)
+        self._weight += len(rows) if weights is None else float(weights.sum())
+        drift = None if original_rows is None or self._drift is None else original_rows.to(rows.dtype) - rows
+        if weights is not None:
+            root = weights.to(rows.dtype).sqrt()[:, None]
+            rows, drift = rows * root, None if drift is None else drift * root
         for start, end in _strips(len(self._hessian)):  # what lies below the diagonal is its mirror image
             self._hessian[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
-        if self._drift is not None and original_rows is not None:
-            self._drift.addmm_(rows.T, original_rows.to(rows.dtype) - rows)
+        if self._drift is not None and drift is not None:
+            self._drift.addmm_(rows.T, drift)
 
-    def add_output(self, name: str, quantized_rows: torch.Tensor, difference: torch.Tensor) -> None:
+    def add_output(
+        self,
+        name: str,
+        quantized_rows: torch.Tensor,
+        difference: torch.Tensor,
+        weights: torch.Tensor | None = None,
+    ) -> None:
         """Add to the pull of one linear.
 
         Args:
-            quantized_rows: Y, [T, K]; also given to `add`.
+            quantized_rows, weights: Y, [T, K], and [T]; also given to `add`.
             difference: O - P, [T, N].
         """
         pull = self._pulls[name]
-        pull.addmm_(quantized_rows.to(pull.dtype).T, difference.to(pull.dtype))
+        wanted = difference.to(pull.dtype)
+        if weights is not None:
+            wanted = wanted * weights.to(pull.dtype)[:, None]
+        pull.addmm_(quantized_rows.to(pull.dtype).T, wanted)
 
     def take_hessian(self) -> torch.Tensor | None:
         """The Hessian; None where there was no row. It is scaled in place and given away, as it may be large."""
@@ -111,7 +136,7 @@ class GramMatrices:
             return None
         for start, end in _strips(len(hessian)):
             hessian[end:, start:end] = hessian[start:end, end:].T
-        return hessian.div_(self.tokens)
+        return hessian.div_(self._weight)
 
     def take_pulls(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The pull of each linear of weight [N, K]; of those alone for which it is known. The drift is dropped."""
@@ -119,7 +144,7 @@ class GramMatrices:
         own, self._pulls = self._pulls, {}
         if not self.tokens:
             return {}
-        pulls = {name: own[name].div_(self.tokens) for name in weights if name in own}
+        pulls = {name: own[name].div_(self._weight) for name in weights if name in own}
         if drift is not None:
             pulls |= {name: drift @ weight.T for name, weight in weights.items() if name not in own}
         return pulls
@@ -127,7 +152,7 @@ class GramMatrices:
     def take_drift(self) -> torch.Tensor | None:
         """The drift; None where it is not kept, or there was no row. It is given away."""
         drift, self._drift = self._drift, None
-        return None if drift is None or not self.tokens else drift.div_(self.tokens)
+        return None if drift is None or not self.tokens else drift.div_(self._weight)
 
 
 def _strips(count: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ again: attention and MLP are left out once it is known what the linear behind th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,10 +23,11 @@ from accullm_cli.quant.feedback import NumericalError
 from accullm_cli.quant.plan import Plan
 from accullm_cli.quant.rounding import RoundedLinear, RoundingOptions, round_linears
 from accullm_cli.quant.stats import GramMatrices
+from accullm_cli.quant.token_weights import TokenWeights, shared_weights
 from accullm_cli.run import write_file
 from accullm_cli.stages.calibrate import PROBE_TOKENS, load_block_stats, stats_path
 from accullm_cli.stages.device import loops_of
-from accullm_cli.stages.gradients import load_gradient
+from accullm_cli.stages.gradients import load_gradient, load_token_weights
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.streams import Captures
@@ -68,12 +69,14 @@ def round_with_streams(
     for step in trace.steps:
         quantized = [names for group in step if (names := _quantized_names(group, plan))]
         parts += _parts_in_memory(quantized, slot_of)
+    groups = [group for part in parts for group in part]
+    weights_of = shared_weights(load_token_weights(job, index), groups)
     results: dict[str, RoundedLinear] = {}
     corrected = job.config.rounding.target == "corrected"
     fishers: dict[str, torch.Tensor] = {}
     with Captures(job.run.path) as captures:
         if original is not None:
-            dense = [group for part in parts for group in part if slot_of[group[0]].expert is None]
+            dense = [group for group in groups if slot_of[group[0]].expert is None]
             wanted = _Wanted.of(trace, dense) if corrected else _Wanted()
             gradient = load_gradient(job, index) if job.config.rounding.method == "feedback" else None
             with products(precision_of(job)):
@@ -83,7 +86,7 @@ def round_with_streams(
             follows = shortcuts[len(known) : len(known) + 1]
             kept = frozenset(group[0] for group in part).intersection(follows)
             with products(precision_of(job)):
-                grams = _accumulate(pair, trace, part, rounded, captures, corrected, known, kept)
+                grams = _accumulate(pair, trace, part, rounded, captures, corrected, weights_of, known, kept)
             # Only as a whole are the first of the shortcuts one.
             known += tuple(kept)
             for group in part:
@@ -233,6 +236,7 @@ def _accumulate(
     rounded: torch.Tensor,
     captures: Captures,
     target_is_corrected: bool,
+    weights_of: Mapping[str, TokenWeights],
     known: tuple[str, ...],
     kept: frozenset[str],
 ) -> dict[str, GramMatrices]:
@@ -241,6 +245,7 @@ def _accumulate(
     Args:
         rounded: hidden states before the block of the model quantized so far.
         captures: what `_run_original` kept, for a corrected target, and what the rounded block's linears read.
+        weights_of: how much each token counts, by the first linear of each input; where there is none, all alike.
         known: the linears whose inputs are there, see `Decoder.shortcuts`.
         kept: those whose inputs will be.
     """
@@ -262,21 +267,35 @@ def _accumulate(
     awaited = {("input", first) for first in grams} | {("sum", name) for name in summed} if is_dense else set()
     for batch, rows in enumerate(batches(*rounded.shape[:2])):
         inputs: dict[str, torch.Tensor] = {}
+        weights: dict[str, torch.Tensor] = {}
 
-        def add(name: str, value: torch.Tensor, batch: int = batch, inputs: dict[str, torch.Tensor] = inputs) -> None:
+        def add(
+            name: str,
+            value: torch.Tensor,
+            batch: int = batch,
+            inputs: dict[str, torch.Tensor] = inputs,
+            weights: dict[str, torch.Tensor] = weights,
+        ) -> None:
             if name in grams:
                 inputs[name] = _as_rows(value)
+                if name in weights_of:
+                    weights[name] = weights_of[name].of(inputs[name])
                 if name in kept:
                     captures.write(batch, f"rounded input {name}", inputs[name])
                 original = captures.read(batch, f"input {name}") if name in with_drift else None
-                grams[name].add(inputs[name], original)
+                grams[name].add(inputs[name], original, weights.get(name))
 
         def add_sum(
-            name: str, value: torch.Tensor, batch: int = batch, inputs: dict[str, torch.Tensor] = inputs
+            name: str,
+            value: torch.Tensor,
+            batch: int = batch,
+            inputs: dict[str, torch.Tensor] = inputs,
+            weights: dict[str, torch.Tensor] = weights,
         ) -> None:
             if name in summed:
                 first = first_of[name]
-                grams[first].add_output(name, inputs[first], captures.read(batch, f"sum {name}") - _as_rows(value))
+                difference = captures.read(batch, f"sum {name}") - _as_rows(value)
+                grams[first].add_output(name, inputs[first], difference, weights.get(first))
 
         own = _known_inputs(captures, batch, known)
         pair.decoder.run_capturing(pair.index, pair.rounded, rounded[rows], add, add_sum, frozenset(awaited), known=own)

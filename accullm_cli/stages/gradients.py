@@ -7,7 +7,10 @@ outputs, by which rounding carries errors from row to row.
 
 It leaves for every block
     calibrate/gradient-00000.safetensors        the gradient, bfloat16 [windows, tokens, hidden]
-    calibrate/sensitivity-00000.safetensors     a number for each input feature of each linear, see `load_sensitivities`
+    calibrate/sensitivity-00000.safetensors     for each linear, see `load_sensitivities` and `load_token_weights`,
+        sensitivity NAME        float32 [K]
+        edges NAME              float32 [B - 1]
+        weights NAME            float32 [B]; both of dense linears only
 While it is under way, calibrate/input-00000.safetensors holds what went into each block.
 """
 
@@ -21,6 +24,7 @@ from torch import nn
 
 from accullm_cli.model.blocks import Decoder, batches
 from accullm_cli.progress import Event
+from accullm_cli.quant.token_weights import TokenWeights
 from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.keyed import is_made_for, write_keyed
@@ -65,8 +69,22 @@ def load_sensitivities(job: Job, blocks: int) -> dict[str, torch.Tensor]:
         return {}
     found: dict[str, torch.Tensor] = {}
     for index in range(blocks):
-        found |= load_file(sensitivity_path(job, index))
+        found |= _of_kind("sensitivity", load_file(sensitivity_path(job, index)))
     return found
+
+
+def load_token_weights(job: Job, index: int) -> dict[str, TokenWeights]:
+    """How much a token counts for each dense linear of a block that the loss depends on; empty without gradients."""
+    if not job.config.gradient_samples:
+        return {}
+    tensors = load_file(sensitivity_path(job, index))
+    edges = _of_kind("edges", tensors)
+    return {name: TokenWeights(edges[name], weights) for name, weights in _of_kind("weights", tensors).items()}
+
+
+def _of_kind(kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    start = f"{kind} "
+    return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
 
 
 def run_backward(job: Job, decoder: Decoder, stage: str, key: str, last: torch.Tensor) -> tuple[Path, ...]:
@@ -117,33 +135,51 @@ def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor
     hidden = load_file(_input_path(job, index))["hidden"]
     gradient = load_file(gradient_path(job, index))["gradient"]
     block = decoder.load_block(index)
-    sums = {slot.name: torch.zeros(slot.in_features, dtype=torch.float64) for slot in decoder.slots[index]}
-
+    of_linears = {slot.name: _OfLinear(slot.in_features) for slot in decoder.slots[index]}
     found = []
     for rows in batches(*hidden.shape[:2]):
         read: dict[str, torch.Tensor] = {}
 
         def add(name: str, of_output: torch.Tensor, read: dict[str, torch.Tensor] = read) -> None:
-            add_sensitivity(sums[name], read[name].detach(), of_output)
+            of_linears[name].add(read[name].detach(), of_output)
 
         inputs = hidden[rows].float().requires_grad_()
         output = decoder.run_capturing(index, block, inputs, read.__setitem__, on_gradient=add)
         assert output is not None
         found.append(torch.autograd.grad(output, inputs, gradient[rows].float())[0])
     decoder.release_block(index)
-    tokens = hidden.shape[0] * hidden.shape[1]
-    return torch.cat(found), {name: (total / tokens).float() for name, total in sums.items()}
+    tensors = {}
+    for slot in decoder.slots[index]:
+        own = of_linears[slot.name]
+        tensors[f"sensitivity {slot.name}"] = (own.sensitivity / (hidden.shape[0] * hidden.shape[1])).float()
+        # Of an expert's few tokens no function of their size can be told.
+        if slot.expert is None and (weights := own.token_weights()) is not None:
+            tensors |= {f"edges {slot.name}": weights.edges, f"weights {slot.name}": weights.weights}
+    return torch.cat(found), tensors
 
 
-def add_sensitivity(total: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Add to a linear's sensitivity [K] what some tokens say of it.
+class _OfLinear:
+    """What gradients say of one linear, summed up over batches."""
 
-    Args:
-        rows: what the linear reads, [..., K].
-        gradient: of the loss with respect to its outputs there, [..., N].
-    """
-    weight = gradient.square().mean(-1).flatten()
-    total += weight @ rows.reshape(len(weight), -1).square()
+    def __init__(self, features: int) -> None:
+        self.sensitivity = torch.zeros(features, dtype=torch.float64)
+        self._norms: list[torch.Tensor] = []
+        self._squares: list[torch.Tensor] = []
+
+    def add(self, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add some tokens: what the linear reads, [..., K], and the loss's gradient with respect to its output there,
+        [..., N]."""
+        squares = gradient.square().mean(-1).flatten()
+        magnitudes = rows.reshape(len(squares), -1).square()
+        self.sensitivity += squares @ magnitudes
+        self._norms.append(magnitudes.sum(1))
+        self._squares.append(squares)
+
+    def token_weights(self) -> TokenWeights | None:
+        """None where the loss does not depend on the linear."""
+        if not self._squares or not any(bool(squares.any()) for squares in self._squares):
+            return None
+        return TokenWeights.fitted(torch.cat(self._norms), torch.cat(self._squares))
 
 
 def _input_path(job: Job, index: int) -> Path:

@@ -69,6 +69,22 @@ def test_gram_matrices_are_those_of_all_rows(features, dtype, tolerance):
     torch.testing.assert_close(pulls["o"].double(), Y.T @ difference.double() / 50, rtol=0, atol=bound)
 
 
+def test_tokens_count_by_their_weights():
+    original, quantized, difference = rows(1), rows(2), rows(3, 5)
+    weights, weight = rows(5, 1).square().flatten(), rows(4)[:7]
+    gram = GramMatrices(6, with_drift=True, outputs={"o": 5})
+    parts = (part.split(BATCHES) for part in (quantized, original, difference, weights))
+    for y, x, d, w in zip(*parts, strict=True):
+        gram.add(y, x, w)
+        gram.add_output("o", y, d, w)
+    X, Y, d, w = original.double(), quantized.double(), difference.double(), weights.double()[:, None] / weights.sum()
+    hessian, pulls = gram.take_hessian(), gram.take_pulls({"q": weight, "o": weight})
+    assert hessian is not None
+    torch.testing.assert_close(hessian.double(), Y.T @ (w * Y), rtol=0, atol=1e-3)
+    torch.testing.assert_close(pulls["q"].double(), Y.T @ (w * (X - Y)) @ weight.double().T, rtol=0, atol=1e-2)
+    torch.testing.assert_close(pulls["o"].double(), Y.T @ (w * d), rtol=0, atol=1e-3)
+
+
 def test_pulls_are_known_only_where_asked_for():
     gram = GramMatrices(6)
     gram.add(rows(1), rows(2))

@@ -114,13 +114,23 @@ def test_sensitivities_weigh_each_input_by_the_gradient_at_its_token(name: str, 
         near(found[linear], weight @ rows[linear].square() / len(weight), 0.03)
 
 
-def test_a_massive_input_counts_as_little_as_what_it_becomes(tmp_path: Path) -> None:
+def test_a_massive_input_counts_as_little_as_what_it_becomes() -> None:
     """One token has an input a thousand times as large and no gradient: it decides nothing."""
     gradient, rows = torch.ones(4, 3), torch.ones(4, 2)
     gradient[0], rows[0] = 0.0, 1000.0
-    sums = torch.zeros(2, dtype=torch.float64)
-    gradients.add_sensitivity(sums, rows, gradient)
-    assert sums.tolist() == [3.0, 3.0]
+    found = gradients._OfLinear(2)
+    found.add(rows, gradient)
+    assert found.sensitivity.tolist() == [3.0, 3.0]
+    weights = found.token_weights()
+    assert weights is not None
+    assert float(weights.of(rows)[0]) < float(weights.of(rows)[1])
+
+
+def test_what_the_loss_does_not_depend_on_has_no_weights() -> None:
+    found = gradients._OfLinear(2)
+    assert found.token_weights() is None
+    found.add(torch.ones(4, 2), torch.zeros(4, 3))
+    assert found.token_weights() is None
 
 
 @pytest.mark.parametrize(("name", "linears"), [("llama", 4), ("gpt2", 2)])

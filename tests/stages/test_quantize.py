@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from accullm_cli.progress import Event
 from accullm_cli.quant.packing import unpack
 from accullm_cli.stages import block_rounding
 from accullm_cli.stages import quantize as quantize_module
+from accullm_cli.stages.gradients import load_token_weights
 from accullm_cli.stages.profile import load_plan
 from accullm_cli.stages.quantize import rounding
 from accullm_cli.stages.units import shard_path
@@ -74,6 +76,30 @@ def test_each_input_is_that_of_the_model_rounded_so_far(
             check_pulls(call, original, now)
         for linear in call.names:
             set_weight(model, linear, rounded(linear))
+
+
+def test_with_gradients_tokens_count_by_their_weights(calls: list[Call], tmp_path: Path) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    with opened(short_config(source, tmp_path / "out", calibration__gradient_samples=2)) as job:
+        run_to(job, "quantize")
+        weights = {index: load_token_weights(job, index) for index in range(2)}
+    run = tmp_path / "out.run"
+    ids = load_file(run / "tokens.safetensors")["calibration"]
+    rounded, model, original = weights_of(run), reference_model(source), seen(reference_model(source), ids)
+    spread = []
+    for number, call in enumerate(calls):
+        now = seen(model, ids)
+        y = now.inputs[call.names[0]]
+        own = [weights[number // len(LLAMA_ORDER)][name].of(y) for name in call.names]
+        w = torch.stack(own).mean(0).double()[:, None]
+        close(call.hessian, y.T @ (w * y) / w.sum())
+        for linear in call.names if number else ():
+            pull = y.T @ (w * (original.outputs[linear] - now.outputs[linear])) / w.sum()
+            np.testing.assert_allclose(call.pulls[linear], pull, atol=2e-3 * float(pull.abs().max()), rtol=0)
+        for linear in call.names:
+            set_weight(model, linear, rounded(linear))
+        spread.append(float(w.max() / w.min()))
+    assert max(spread) > 1.5
 
 
 def test_towards_the_original_weights_nothing_pulls(calls: list[Call], tmp_path: Path) -> None:
