@@ -64,8 +64,8 @@ class GramMatrices:
 
     With X the rows of that input in the full-precision model [T, K], Y those in the model quantized so far [T, K], and
     O and P what the two models make of a linear's output (see `add_output`), as long as this linear is not rounded:
-    the Hessian is Y^T Y / T [K, K], and a linear's pull is Y^T (O - P) / T [K, N]. Where tokens have weights w, these are
-    Y^T diag(w) Y / sum(w) and Y^T diag(w) (O - P) / sum(w).
+    the Hessian is Y^T Y / T [K, K], and a linear's pull is Y^T (O - P) / T [K, N]. Where tokens have weights w, these
+    are Y^T diag(w) Y / sum(w) and Y^T diag(w) (O - P) / sum(w).
 
     Args:
         features: K.
