@@ -1,12 +1,12 @@
 """How much a token counts in the sums for a linear: by how much the loss depends on what the linear makes there.
 
-A change of a linear's outputs by d [T, N] costs about sum_t d_t F_t d_t^T / 2 nats, F_t = E[g_t g_t^T] the Fisher matrix
-of the outputs at token t. With F_t = w_t G the best rounding is that of the Hessian sum_t w_t y_t y_t^T instead of
-sum_t y_t y_t^T (GuidedQuant, arXiv 2505.07004, weighs tokens by their gradients for groups of outputs). The squared
-gradient of a single token is one draw of a very noisy number, and only some windows have one. What it depends on most
-can be seen from the token's input: in models with massive activations (arXiv 2402.17762) a few tokens have inputs a
-thousand times as large, and behind a norm they count a million times less. So w is taken to be a function of |y_t|^2,
-the mean of |g_t|^2 over the tokens with inputs of about that size.
+A change of a linear's outputs by d [T, N] costs about sum_t d_t F_t d_t^T / 2 nats, F_t = E[g_t g_t^T] the Fisher
+matrix of the outputs at token t. With F_t = w_t G the best rounding is that of the Hessian sum_t w_t y_t y_t^T
+instead of sum_t y_t y_t^T (GuidedQuant, arXiv 2505.07004, weighs tokens by their gradients for groups of outputs).
+The squared gradient of a single token is one draw of a very noisy number, and only some windows have one. What it
+depends on most can be seen from the token's input: in models with massive activations (arXiv 2402.17762) a few tokens
+have inputs a thousand times as large, and behind a norm they count a million times less. So w is taken to be a
+function of |y_t|^2, the mean of |g_t|^2 over the tokens with inputs of about that size.
 """
 
 from __future__ import annotations
