@@ -18,6 +18,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
 from accullm_cli.formats.manifest import read_manifest, record_fidelity
 from accullm_cli.measure.contract import judge, parse_requirement
+from accullm_cli.measure.measurement import Figure, exactly, judged_figures
 from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, Report, Trial
 from accullm_cli.model.alias import aliases
 from accullm_cli.model.source import open_source
@@ -32,17 +33,18 @@ from accullm_cli.stages.checks import (
     preflight,
     refuse_golden,
 )
-from accullm_cli.stages.device import check_format, describe_device, wants_speed
+from accullm_cli.stages.device import check_format, describe_device
 from accullm_cli.stages.estimate import estimate
-from accullm_cli.stages.graph import conversion, measurements, shared_by_plans
+from accullm_cli.stages.graph import conversion, shared_by_plans
 from accullm_cli.stages.job import Job, artifact_path, run_path, versions
+from accullm_cli.stages.measures import found as what_was_found
+from accullm_cli.stages.measures import measurements
 from accullm_cli.stages.profile import make_plan
 from accullm_cli.stages.reading import READING
-from accullm_cli.stages.speed import load_speed
 from accullm_cli.stages.stage import Stage, StageOutcome, finished, foresee, upstream, walk
 from accullm_cli.stages.summary import linear_summaries, stage_summary
-from accullm_cli.stages.texts import OTHER, check_texts, texts_of
-from accullm_cli.stages.validate import artifact_sha256, load_fidelity
+from accullm_cli.stages.texts import check_texts
+from accullm_cli.stages.validate import artifact_sha256
 
 STAGES = ("calibrate", "profile", "quantize", "export", "validate")
 
@@ -304,7 +306,7 @@ def _finish_report(
     """
     destination = destination or report_path(job, format_name)
     artifact = open_artifact(directory)
-    fidelity = load_fidelity(job, format_name)
+    found = what_was_found(job, format_name)
     manifest = read_manifest(directory)
     weights = sum(linear.weights for linear in artifact.plan.linears.values())
     bits_per_weight = 8 * sum(artifact.linear_bytes(name) for name in artifact.plan.linears) / weights
@@ -314,7 +316,9 @@ def _finish_report(
     # What profile says is the plan, and no deviation from it.
     planned = {sentence for outcome in outcomes if outcome.name == "profile" for sentence in outcome.record.records}
     fallbacks = [sentence for sentence in records if sentence not in planned]
-    contract = judge(requirements, fidelity, bits_per_weight, size, fallbacks)
+    sizes = {"bits_per_weight": bits_per_weight, "artifact_bytes": size, "fallbacks": len(fallbacks)}
+    figures = {name: Figure(name, exactly(value), has_interval=False) for name, value in sizes.items()}
+    contract = judge(requirements, judged_figures(found) | figures)
     report = Report(
         schema_version=REPORT_SCHEMA_VERSION,
         model=job.source.origin,
@@ -325,15 +329,13 @@ def _finish_report(
         bits_per_weight=bits_per_weight,
         artifact_bytes=size,
         source_bytes=job.source.weight_bytes,
-        fidelity=fidelity,
+        measurements=found,
         contract=contract,
         contract_met=all(clause.met for clause in contract),
         records=records,
         stages=tuple(stage_summary(outcome) for outcome in outcomes),
         linears=linear_summaries(job, artifact),
         versions=versions(),
-        other=load_fidelity(job, format_name, OTHER) if OTHER in texts_of(job) else None,
-        speed=load_speed(job) if wants_speed(job.config) else None,
         search=trials,
         directory=str(destination),
     )

@@ -10,6 +10,8 @@ import pytest
 
 from accullm_cli.errors import EXIT_USAGE, AccullmError
 from accullm_cli.measure.contract import METRICS, Requirement, judge, parse_requirement
+from accullm_cli.measure.fidelity import divergence_found
+from accullm_cli.measure.measurement import Figure, exactly, judged_figures
 from accullm_cli.measure.result import Clause, Estimate, Fidelity
 
 FIDELITY = Fidelity(
@@ -30,8 +32,14 @@ FIDELITY = Fidelity(
 
 
 def clause(text: str, fidelity: Fidelity = FIDELITY) -> Clause:
-    (result,) = judge([parse_requirement(text)], fidelity, 4.5, 1000, ["extra damping in layer 1", "dead feature"])
+    (result,) = judge([parse_requirement(text)], figures(fidelity))
     return result
+
+
+def figures(fidelity: Fidelity = FIDELITY) -> dict[str, Figure]:
+    sizes = {"bits_per_weight": 4.5, "artifact_bytes": 1000, "fallbacks": 2}
+    sized = {name: Figure(name, exactly(value), has_interval=False) for name, value in sizes.items()}
+    return judged_figures([divergence_found(fidelity)]) | sized
 
 
 def refusal(text: str) -> str:
@@ -114,7 +122,7 @@ def test_what_is_not_a_number_meets_no_condition():
 
 def test_clauses_keep_the_order_and_the_words_of_the_user():
     texts = ["perplexity <= 20", "mean_kl.high<=0.05", "top1_agreement >= 80%"]
-    clauses = judge([parse_requirement(text) for text in texts], FIDELITY, 4.5, 1000, [])
+    clauses = judge([parse_requirement(text) for text in texts], figures())
     assert [entry.text for entry in clauses] == texts
     assert clauses[2] == Clause("top1_agreement >= 80%", "top1_agreement", ">=", 0.8, 0.85, True)
 
