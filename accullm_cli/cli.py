@@ -22,7 +22,7 @@ from typer.main import get_command
 
 from accullm_cli import __version__
 from accullm_cli.config import config_schema
-from accullm_cli.console import Console, dry_run_text, json_text, measured_text, render
+from accullm_cli.console import Console, dry_run_text, json_text, render
 from accullm_cli.errors import (
     EXIT_FAULT,
     EXIT_MACHINE,
@@ -224,7 +224,7 @@ def _reports(call: Call, reports: Sequence[Any]) -> Outcome:
         call.console.report(report)
         if not report.contract_met:
             code = EXIT_NOT_SO
-            missed = ", ".join(f"{c.text} (measured {measured_text(c.measured)})" for c in report.contract if not c.met)
+            missed = ", ".join(f"{c.text} (measured {c.told})" for c in report.contract if not c.met)
             call.console.error(AccullmError(f"the contract is not met: {missed}", report.artifact).line())
     text = json_text(reports=tuple(reports)) if call.as_json else "\n".join(str(report.artifact) for report in reports)
     return Outcome(text, code)

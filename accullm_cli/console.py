@@ -252,8 +252,7 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
         rows += [(figure.label, figure_text(figure)) for figure in found.figures if figure.label]
         rows += found.facts
     rows += [
-        (f"require {clause.text}", f"{verdict(clause.met)} (measured {measured_text(clause.measured)})")
-        for clause in report.contract
+        (f"require {clause.text}", f"{verdict(clause.met)} (measured {clause.told})") for clause in report.contract
     ]
     if report.records:
         rows.append(("notes", f"{len(report.records)}, listed in the report"))
@@ -273,11 +272,6 @@ def figure_text(figure: Figure) -> str:
     text = f"{value} [{low} to {high}]" if figure.has_interval else value
     text = f"{text} {figure.unit}" if figure.unit else text
     return f"{text}; {figure.aside}" if figure.aside else text
-
-
-def measured_text(measured: float | None) -> str:
-    """What a condition was held against."""
-    return "too little to say" if measured is None else f"{measured:.6g}"
 
 
 def text_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:

@@ -23,9 +23,10 @@ from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, Report, Trial
 from accullm_cli.model.alias import aliases
 from accullm_cli.model.source import open_source
 from accullm_cli.progress import Progress, silent
-from accullm_cli.report import write_report
+from accullm_cli.report import write_junit, write_report, write_summary
 from accullm_cli.run import Reason, RunDirectory, write_text
 from accullm_cli.search import known_plans, search
+from accullm_cli.stages.answers import check_items
 from accullm_cli.stages.checks import (
     GOLDEN_FORMAT,
     check_config,
@@ -113,8 +114,10 @@ def convert_all(config: Config, progress: Progress = silent, fresh: bool = False
     """As `convert`, for every requested format."""
     with _open_job(config, progress, fresh) as job:
         if config.search.golden:
-            return (_convert_golden(job),)
-        return _reports(job, list(walk(job, conversion(job))))
+            reports: tuple[Report, ...] = (_convert_golden(job),)
+        else:
+            reports = _reports(job, list(walk(job, conversion(job))))
+        return _written(job, reports)
 
 
 def run_stage(name: str, config: Config, progress: Progress = silent, fresh: bool = False) -> StageResult:
@@ -136,7 +139,7 @@ def run_stage(name: str, config: Config, progress: Progress = silent, fresh: boo
             run=str(job.run.path),
             outputs=tuple(str(job.run.file(output)) for record in records for output in record.outputs),
             seconds=sum(record.seconds for record in records),
-            reports=_reports(job, outcomes) if name == "validate" else (),
+            reports=_written(job, _reports(job, outcomes)) if name == "validate" else (),
         )
 
 
@@ -165,8 +168,9 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
                 f"was made from another model than {job.source.origin}", artifact, "name its original with --original"
             )
         check_texts(job, calibrates=False)
+        check_items(job)
         outcomes = list(walk(job, [READING, *measurements(job, {manifest.format: artifact})]))
-        return _finish_report(job, manifest.format, artifact, outcomes)
+        return _written(job, (_finish_report(job, manifest.format, artifact, outcomes),))[0]
 
 
 def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, only: str | None = None) -> DryRun:
@@ -342,6 +346,16 @@ def _finish_report(
     write_report(report, destination)
     record_fidelity(directory, report)
     return report
+
+
+def _written(job: Job, reports: tuple[Report, ...]) -> tuple[Report, ...]:
+    """The reports, once they are in the files that were asked for."""
+    options = job.config.validation
+    if options.junit is not None:
+        write_junit(reports, options.junit)
+    if options.summary is not None:
+        write_summary(reports, options.summary)
+    return reports
 
 
 def _named_original(artifact: Path, provenance: Mapping[str, Any]) -> str:

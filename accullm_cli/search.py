@@ -307,7 +307,7 @@ def _clauses(demands: Sequence[Requirement], plan: Measured) -> tuple[Clause, ..
 def _room(demands: Sequence[Requirement], plan: Measured) -> float:
     """By which factor the loss might grow until all demands are just met."""
     figures = judged_figures(plan.measurements)
-    return min(room_for_loss(demand, figures[demand.metric]) for demand in demands)
+    return min(room_for_loss(demand, figures[demand.figure]) for demand in demands)
 
 
 def _best(demands: Sequence[Requirement], measured: Sequence[Measured]) -> Measured:

@@ -288,8 +288,7 @@ def _fidelity_lines(report: Report) -> list[str]:
     if report.contract:
         lines += ["| condition | measured | |", "| --- | --- | --- |"]
     for clause in report.contract:
-        measured = "too little to say" if clause.measured is None else f"{clause.measured:.5g}"
-        lines.append(f"| contract {clause.text} | {measured} | {'met' if clause.met else 'not met'} |")
+        lines.append(f"| contract {clause.text} | {clause.told} | {'met' if clause.met else 'not met'} |")
     return [*lines, _FIDELITY_END]
 
 

@@ -37,7 +37,7 @@ class Requirement:
     """One condition.
 
     text: as the user wrote it.
-    metric: one of METRICS.
+    metric: one of METRICS. part: of what was measured, as in retention.sql; "" for the whole.
     bound: "low" or "high" where a bound of the 95% confidence interval is held against the limit, "" for the value.
     comparison: "<=", ">=", "<" or ">".
     """
@@ -47,6 +47,12 @@ class Requirement:
     bound: str
     comparison: str
     limit: float
+    part: str = ""
+
+    @property
+    def figure(self) -> str:
+        """The name of the figure that is held against the limit."""
+        return f"{self.metric}.{self.part}" if self.part else self.metric
 
 
 def parse_requirement(text: str) -> Requirement:
@@ -68,9 +74,15 @@ def parse_requirement(text: str) -> Requirement:
         raise AccullmError(
             f"{metric} has no confidence interval, in {text!r}", _WHERE, f"write {metric} without .{bound}"
         )
-    if dot and bound not in BOUNDS:
+    part = ""
+    if dot and kind.parts:
+        part, dot, last = bound.rpartition(".")
+        part, bound = (part, last) if last in BOUNDS else (bound, "")
+        if not part and not bound:
+            raise AccullmError(f"names no part of {metric}, in {text!r}", _WHERE, f"write {metric}, or {metric}.sql")
+    elif dot and bound not in BOUNDS:
         raise AccullmError(f"unknown bound {bound!r} in {text!r}", _WHERE, f"write {metric}.low or {metric}.high")
-    return Requirement(text, metric, bound, comparison, _parse_limit(limit, kind, text))
+    return Requirement(text, metric, bound, comparison, _parse_limit(limit, kind, text), part)
 
 
 def _suggestion(metric: str) -> str:
@@ -100,14 +112,13 @@ def judge(requirements: Sequence[Requirement], figures: Mapping[str, Figure]) ->
     Args:
         figures: by name; one that is missing, or of which too little was measured, meets no condition.
     """
-    return tuple(_clause(requirement, figures.get(requirement.metric)) for requirement in requirements)
+    return tuple(_clause(requirement, figures.get(requirement.figure)) for requirement in requirements)
 
 
 def search_demands(contract: Sequence[str]) -> list[Requirement]:
     """What a search for the smallest plan asks of one: the contract's clauses on fidelity.
 
-    A figure that comes with a 95% interval must meet the limit with its worse end: the search stops right at the limit,
-    and on other text a figure is as likely to be worse as to be better.
+    A figure that comes with a 95% interval must meet the limit with its worse end, if its kind says so.
 
     Raises:
         AccullmError: the contract has no such clause.
@@ -122,7 +133,7 @@ def search_demands(contract: Sequence[str]) -> list[Requirement]:
         )
     return [
         replace(requirement, bound="high" if "<" in requirement.comparison else "low")
-        if KINDS[requirement.metric].interval and not requirement.bound
+        if KINDS[requirement.metric].interval and KINDS[requirement.metric].worse_end and not requirement.bound
         else requirement
         for requirement in found
     ]
@@ -142,6 +153,8 @@ def room_for_loss(requirement: Requirement, figure: Figure) -> float:
     For small losses KL and the excess of perplexity grow as the loss does, and the share of tokens that change places
     as its square root.
     """
+    if figure.curve and not requirement.bound:
+        return _room_on_curve(requirement, figure.curve)
     if figure.estimate is None or figure.best is None:
         return 0.0
     sign = 1 if KINDS[requirement.metric].better == "lower" else -1
@@ -149,6 +162,42 @@ def room_for_loss(requirement: Requirement, figure: Figure) -> float:
     allowed = max(sign * (requirement.limit - figure.best), 0.0)
     found = sign * (_bound_of(requirement, figure.estimate) - figure.best)
     return math.inf if found <= 0 else (allowed**power) / (found**power)
+
+
+def _room_on_curve(requirement: Requirement, curve: Sequence[tuple[float, float]]) -> float:
+    """The factor up to which all values of a curve meet a condition, between two points by their logarithms."""
+    compare, before = _COMPARISONS[requirement.comparison], curve[0]
+    for factor, value in curve:
+        if not compare(value, requirement.limit):
+            if value == before[1]:
+                return factor
+            share = (requirement.limit - before[1]) / (value - before[1])
+            return before[0] * (factor / before[0]) ** min(max(share, 0.0), 1.0)
+        before = factor, value
+    return before[0]
+
+
+def check_needed(requirements: Sequence[Requirement], tasks: Sequence[str]) -> None:
+    """Refuse conditions on what would not be measured.
+
+    Args:
+        tasks: the names of the exact tasks that were asked for.
+
+    Raises:
+        AccullmError: no tasks, or not the one that a condition names.
+    """
+    for requirement in requirements:
+        needs = KINDS[requirement.metric].needs
+        if needs and not tasks:
+            raise AccullmError(
+                f"{requirement.metric} needs exact tasks, in {requirement.text!r}", _WHERE, f"give {needs}"
+            )
+        if requirement.part and requirement.part not in tasks:
+            raise AccullmError(
+                f"{requirement.part!r} is no task of this run, in {requirement.text!r}",
+                _WHERE,
+                f"the tasks are {', '.join(tasks)}",
+            )
 
 
 def _bound_of(requirement: Requirement, estimate: Estimate) -> float:
@@ -160,7 +209,7 @@ def _clause(requirement: Requirement, figure: Figure | None) -> Clause:
     measured = None if estimate is None else _bound_of(requirement, estimate)
     return Clause(
         text=requirement.text,
-        metric=f"{requirement.metric}.{requirement.bound}" if requirement.bound else requirement.metric,
+        metric=f"{requirement.figure}.{requirement.bound}" if requirement.bound else requirement.figure,
         comparison=requirement.comparison,
         limit=requirement.limit,
         measured=measured,

@@ -154,16 +154,15 @@ class Cases:
 
 @dataclass(frozen=True)
 class Group:
-    """Some units of a measurement that pass or fail together, as a test suite reports them.
+    """A part of what was measured, as one test of a test suite.
 
-    good: of `units` that count, those that held. failures: a line for each that did not.
+    failure: why it fails; "" where it does not. skipped: why nothing is said of it. output: what it has to say.
     """
 
     name: str
-    units: int
-    good: int
-    failures: tuple[str, ...] = ()
-    skipped: str = ""  # why nothing is said of them
+    failure: str = ""
+    skipped: str = ""
+    output: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

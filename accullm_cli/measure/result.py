@@ -68,6 +68,11 @@ class Clause:
     measured: float | None  # None where too little was measured to say
     met: bool
 
+    @property
+    def told(self) -> str:
+        """What was measured, as text."""
+        return "too little to say" if self.measured is None else f"{self.measured:.6g}"
+
 
 @dataclass(frozen=True)
 class StageSummary:

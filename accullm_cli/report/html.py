@@ -6,12 +6,12 @@ import json
 from html import escape
 from pathlib import Path
 
-from accullm_cli.measure.catalogue import KINDS
-from accullm_cli.measure.measurement import Figure, Measurement, Table
-from accullm_cli.measure.result import Clause, Report
+from accullm_cli.measure.measurement import Cases, Measurement, Table
+from accullm_cli.measure.result import Report
 from accullm_cli.progress import SHOWN, grouped
 from accullm_cli.report import plots
-from accullm_cli.report.page import bullets, collapsed, figure, html_table, page, paragraph, section
+from accullm_cli.report.figures import limit_of, of_clause, value_and_interval, verdict
+from accullm_cli.report.page import bullets, collapsed, figure, html_table, page, paragraph, section, side_by_side
 from accullm_cli.report.schema import to_json
 from accullm_cli.run import write_text
 from accullm_cli.units import duration, size
@@ -48,13 +48,8 @@ def render(report: Report) -> str:
 
 
 def _verdict(report: Report) -> str:
-    missed = sum(not clause.met for clause in report.contract)
-    if not report.contract:
-        style, heading = "", "Measured; no contract was asked for"
-    elif report.contract_met:
-        style, heading = "good", "Contract met"
-    else:
-        style, heading = "bad", f"Contract not met: {missed} of {_count(len(report.contract), 'condition')} missed"
+    style = "" if not report.contract else "good" if report.contract_met else "bad"
+    heading = verdict(report.contract)
     parts = [
         f'<header class="verdict {style}">',
         paragraph(f"{report.model} → {report.artifact} ({report.format})", "eyebrow"),
@@ -65,7 +60,7 @@ def _verdict(report: Report) -> str:
     if report.contract:
         columns = [("", ""), ("Condition", "wrap"), ("Measured", "number"), ("Limit", "number")]
         rows = [
-            ("met" if clause.met else "not met", clause.text, _clause(clause, clause.measured), _limit(clause))
+            ("met" if clause.met else "not met", clause.text, of_clause(clause, clause.measured), limit_of(clause))
             for clause in report.contract
         ]
         parts.append(html_table(columns, rows, ["good" if clause.met else "bad" for clause in report.contract]))
@@ -82,28 +77,14 @@ def _summary(report: Report) -> str:
     return " ".join([*found, saved])
 
 
-def _clause(clause: Clause, value: float | None) -> str:
-    if value is None:
-        return "too little to say"
-    kind = KINDS.get(clause.metric.partition(".")[0])
-    if kind is not None and kind.share:
-        return f"{100 * value:.6g}%"
-    if clause.metric == "artifact_bytes":
-        return f"{value:,.0f}"
-    return f"{value:.6g}"
-
-
-def _limit(clause: Clause) -> str:
-    comparison = {"<=": "≤", ">=": "≥"}.get(clause.comparison, clause.comparison)
-    return f"{comparison} {_clause(clause, clause.limit)}"
-
-
 def _measured(found: Measurement) -> str:
     """The section of one measure: its figures, what it measured, and its evidence."""
-    rows = [(figure.title, *_estimate(figure), figure.note) for figure in found.figures if figure.title]
+    rows = [(figure.title, *value_and_interval(figure), figure.note) for figure in found.figures if figure.title]
     columns = [("Figure", ""), ("Value", "number"), ("95% interval", "number"), ("", "quiet")]
     parts = [html_table(columns, rows)] if rows else []
     parts += [_table(table) for table in found.tables]
+    parts += [figure(pairs.caption, plots.draw_pairs(pairs)) for pairs in found.pairs]
+    parts += [_cases(cases) for cases in found.cases]
     parts += [paragraph(found.note, "note")] if found.note else []
     return section(found.heading, *parts)
 
@@ -111,6 +92,11 @@ def _measured(found: Measurement) -> str:
 def _table(table: Table) -> str:
     parts = [paragraph(table.caption)] if table.caption else []
     return "\n".join([*parts, html_table(table.columns, table.rows)])
+
+
+def _cases(cases: Cases) -> str:
+    parts = [paragraph(cases.caption), *(side_by_side(case) for case in cases.cases)]
+    return "\n".join([*parts, *([paragraph(f"{cases.left_out} more like these.", "note")] if cases.left_out else [])])
 
 
 def _search(report: Report) -> str:
@@ -121,7 +107,7 @@ def _search(report: Report) -> str:
             "met" if trial.met else "not met",
             f"{trial.bits_per_weight:.3f}",
             size(trial.artifact_bytes),
-            ", ".join(f"{clause.metric} {_clause(clause, clause.measured)}" for clause in trial.clauses),
+            ", ".join(f"{clause.metric} {of_clause(clause, clause.measured)}" for clause in trial.clauses),
         )
         for trial in report.search
     ]
@@ -225,26 +211,6 @@ def _provenance(report: Report) -> str:
         ("Report schema", str(report.schema_version)),
     ]
     return section("Provenance", html_table([("", ""), ("", "wrap mono")], rows))
-
-
-# -- figures as text -------------------------------------------------------------------------------------------
-
-
-def nats(value: float) -> str:
-    """Three significant digits, small values in scientific form: 0.0664, 3.40e-05."""
-    return "0" if value == 0 else f"{value:.2e}" if abs(value) < 1e-3 else f"{value:#.3g}".rstrip(".")
-
-
-def _estimate(figure: Figure) -> tuple[str, str]:
-    """A figure's value and its interval."""
-    if figure.estimate is None:
-        return "–", ""
-
-    def text(value: float) -> str:
-        return nats(value) if figure.form == "nats" else format(value, figure.form)
-
-    interval = f"{text(figure.estimate.low)} to {text(figure.estimate.high)}" if figure.has_interval else ""
-    return text(figure.estimate.value), interval
 
 
 def _count(number: int, thing: str) -> str:

@@ -13,7 +13,7 @@ import matplotlib.style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from accullm_cli.measure.measurement import Dots, Histogram
+from accullm_cli.measure.measurement import Dots, Histogram, Pairs
 from accullm_cli.measure.result import LinearSummary
 
 INK, SOFT, LINE = "#1c1d21", "#5d6270", "#dfe1e6"
@@ -152,6 +152,26 @@ def draw_dots(dots: Dots) -> str:
         axes.legend(loc="best", ncols=2)
 
     return svg(dots.name, dots.description, 2.3, draw)
+
+
+def draw_pairs(pairs: Pairs) -> str:
+    """The artifact's value of each unit against the original's; those below 0 in red."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for colour, points in (
+            (BLUE, [point for point in pairs.points if point[1] > 0]),
+            (RED, [point for point in pairs.points if point[1] <= 0]),
+        ):
+            axes.plot([x for x, _ in points], [y for _, y in points], "o", color=colour, markersize=3, alpha=0.6)
+        ends = [0.0, max((x for x, _ in pairs.points), default=1.0)]
+        axes.plot(ends, ends, color=SOFT, linewidth=0.8, label="unchanged")
+        axes.axhline(0, color=RED, linewidth=0.8)
+        axes.set_xlabel(f"original's {pairs.values}")
+        axes.set_ylabel(f"artifact's {pairs.values}")
+        axes.legend(loc="upper left")
+
+    return svg(pairs.name, pairs.description, 3.6, draw)
 
 
 def draw_lines_by_block(name: str, label: str, kinds: dict[str, dict[int, float]], height: float = 3.0) -> str:

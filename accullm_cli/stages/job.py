@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
@@ -22,6 +24,7 @@ from accullm_cli.progress import Progress
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages.device import device_of
 
+T = TypeVar("T")
 CPU = torch.device("cpu")
 
 
@@ -32,6 +35,7 @@ class Job:
     only: the command whose stages alone may run, where it was not `convert`; all others must be up to date.
     fresh: those that may run do so, whatever is finished.
     windows: the texts that were cut into tokens so far, by name; see `stages.texts`.
+    made: what else was made once for this job, by name; see `kept`.
     """
 
     config: Config
@@ -41,6 +45,13 @@ class Job:
     only: str | None = None
     fresh: bool = False
     windows: dict[str, Windows] = field(default_factory=dict, repr=False, compare=False)
+    made: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for this job."""
+        if name not in self.made:
+            self.made[name] = make()
+        return cast("T", self.made[name])
 
     @cached_property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:

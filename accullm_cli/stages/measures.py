@@ -20,6 +20,17 @@ from accullm_cli.measure.fidelity import (
     speed_found,
 )
 from accullm_cli.measure.measurement import Measurement
+from accullm_cli.measure.retention import TASKS, Held, retention_found
+from accullm_cli.stages.answers import (
+    JUDGED,
+    SEARCHED,
+    Purpose,
+    artifact_answers,
+    load_answers,
+    original_answers,
+    questions_of,
+    wants_tasks,
+)
 from accullm_cli.stages.device import wants_speed
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.reference import reference
@@ -46,6 +57,13 @@ class Measure:
     found: Callable[[Job, str], Measurement]
 
 
+def _retention(job: Job, format_name: str, purpose: Purpose) -> Measurement:
+    prompter, questions = questions_of(job, purpose)
+    answers = (load_answers(job, purpose, name) for name in (None, format_name))
+    held = [Held(*entry) for entry in zip(questions, *answers, strict=True)]
+    return retention_found(held, prompter.text_of, job.config.machine.seed)
+
+
 MEASURES: tuple[Measure, ...] = (
     Measure(
         DIVERGENCE,
@@ -60,6 +78,13 @@ MEASURES: tuple[Measure, ...] = (
         needs=lambda job: (reference(OTHER),),
         run=lambda job, format_name, artifact: validation(format_name, artifact, OTHER),
         found=lambda job, format_name: divergence_found_elsewhere(load_fidelity(job, format_name, OTHER)),
+    ),
+    Measure(
+        TASKS,
+        wanted=wants_tasks,
+        needs=lambda job: [original_answers(purpose) for purpose in (JUDGED, SEARCHED)[: 1 + job.config.search.golden]],
+        run=lambda job, format_name, artifact: artifact_answers(format_name, artifact, JUDGED),
+        found=lambda job, format_name: _retention(job, format_name, JUDGED),
     ),
     Measure(
         SPEED,
@@ -77,6 +102,13 @@ SEARCH_MEASURES: tuple[Measure, ...] = (
         needs=lambda job: (),
         run=lambda job, format_name, artifact: validation(format_name, artifact, SEARCH),
         found=lambda job, format_name: divergence_found(load_fidelity(job, format_name, SEARCH)),
+    ),
+    Measure(
+        TASKS,
+        wanted=wants_tasks,
+        needs=lambda job: (),
+        run=lambda job, format_name, artifact: artifact_answers(format_name, artifact, SEARCHED),
+        found=lambda job, format_name: _retention(job, format_name, SEARCHED),
     ),
 )
 

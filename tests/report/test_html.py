@@ -12,7 +12,8 @@ from accullm_cli.errors import EXIT_MACHINE, MachineError
 from accullm_cli.measure.fidelity import divergence_found, divergence_found_elsewhere, speed_found
 from accullm_cli.measure.result import Clause, Trial
 from accullm_cli.report import to_json, write_report
-from accullm_cli.report.html import nats, render
+from accullm_cli.report.figures import nats
+from accullm_cli.report.html import render
 from tests.samples import FIDELITY, MET, MISSED, SPEED, a_report, linear, measuring
 
 
