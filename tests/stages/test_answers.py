@@ -110,8 +110,12 @@ def test_a_faithful_artifact_keeps_all_and_one_with_two_heads_exchanged_does_not
     broken = tmp_path / "broken"
     shutil.copytree(faithful, broken)
     swap_heads(broken, "model.layers.0.self_attn.q_proj")
-    report = validate_artifact(broken, asking(copier, tmp_path / "x", validation__require="[retention>=99%]"))
+    files = {"validation__junit": tmp_path / "tests.xml", "validation__summary": tmp_path / "summary.md"}
+    config = asking(copier, tmp_path / "x", validation__require="[retention>=99%]", **files)
+    report = validate_artifact(broken, config)
     assert not report.contract_met
+    assert 'failures="1"' in files["validation__junit"].read_text()
+    assert files["validation__summary"].read_text().startswith("## ❌ Contract not met: 1 of 1 condition missed\n")
     lost = dict(tasks_of(report).counts)["lost"]
     assert report.figure("retention").value < 0.9
     assert report.figure("retention").high < 1.0
