@@ -135,7 +135,7 @@ def original_answers(purpose: Purpose) -> Stage:
         path = _path(job, purpose, None)
         decoder = open_decoder(job)
         with products("float32"):
-            _answer(job, decision, purpose, path, _by_blocks(decoder))
+            _answer(job, decision.stage, decision.key, purpose, path, _by_blocks(decoder))
         return Work((path,), job.source.records)
 
     files = (f"{purpose.place}original*.json",)
@@ -160,7 +160,7 @@ def artifact_answers(format_name: str, artifact: Path, purpose: Purpose) -> Stag
         else:
             logits_of = _by_blocks(open_artifact_decoder(artifact))
         with products("float32"):
-            _answer(job, decision, purpose, path, logits_of)
+            _answer(job, decision.stage, decision.key, purpose, path, logits_of)
         return Work((path,))
 
     files = (f"{purpose.place}answers-{format_name}*.json",)
@@ -197,15 +197,21 @@ class _Row:
 _Logits = Callable[[Sequence[_Row], Sequence[Sequence[int]]], Iterator[torch.Tensor]]
 
 
-def _answer(job: Job, decision: Decision, purpose: Purpose, path: Path, logits_of: _Logits) -> None:
+def answer_items(job: Job, stage: str, key: str, purpose: Purpose, name: str, decoder: Decoder) -> None:
+    """Have any weights answer, for `load_answers` with this name in the place of a format's; `key` names them."""
+    with products("float32"):
+        _answer(job, stage, key, purpose, _path(job, purpose, name), _by_blocks(decoder))
+
+
+def _answer(job: Job, stage: str, key: str, purpose: Purpose, path: Path, logits_of: _Logits) -> None:
     prompter, asked = questions_of(job, purpose)
     questions = [*asked]
     scores: list[list[Score]] = [[] for _ in questions]
-    store = _Portions(path.with_name(f"{path.stem}-portions.json"), decision.key)
+    store = _Portions(path.with_name(f"{path.stem}-portions.json"), key)
     open_ones = list(range(len(questions)))
     for turn in range(TURNS):
         what = f"answers, {ordinal(turn + 1)} spelling" if turn else "answers"
-        found = _pass(job, decision.stage, what, {n: questions[n] for n in open_ones}, prompter.ends, store, logits_of)
+        found = _pass(job, stage, what, {n: questions[n] for n in open_ones}, prompter.ends, store, logits_of)
         for number in open_ones:
             scores[number] = [found[number, node] for node in range(len(questions[number].nodes))]
         respelled: dict[int, Question] = {}

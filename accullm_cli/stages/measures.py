@@ -57,7 +57,8 @@ class Measure:
     found: Callable[[Job, str], Measurement]
 
 
-def _retention(job: Job, format_name: str, purpose: Purpose) -> Measurement:
+def retention_of(job: Job, format_name: str, purpose: Purpose) -> Measurement:
+    """What became of the original's right answers, once both have answered."""
     prompter, questions = questions_of(job, purpose)
     answers = (load_answers(job, purpose, name) for name in (None, format_name))
     held = [Held(*entry) for entry in zip(questions, *answers, strict=True)]
@@ -84,7 +85,7 @@ MEASURES: tuple[Measure, ...] = (
         wanted=wants_tasks,
         needs=lambda job: [original_answers(purpose) for purpose in (JUDGED, SEARCHED)[: 1 + job.config.search.golden]],
         run=lambda job, format_name, artifact: artifact_answers(format_name, artifact, JUDGED),
-        found=lambda job, format_name: _retention(job, format_name, JUDGED),
+        found=lambda job, format_name: retention_of(job, format_name, JUDGED),
     ),
     Measure(
         SPEED,
@@ -108,7 +109,7 @@ SEARCH_MEASURES: tuple[Measure, ...] = (
         wanted=wants_tasks,
         needs=lambda job: (),
         run=lambda job, format_name, artifact: artifact_answers(format_name, artifact, SEARCHED),
-        found=lambda job, format_name: _retention(job, format_name, SEARCHED),
+        found=lambda job, format_name: retention_of(job, format_name, SEARCHED),
     ),
 )
 
