@@ -159,7 +159,7 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
     check_format(config, manifest.format)
     run = config.machine.run or artifact.with_name(f"{artifact.resolve().name}.validation")
     if Path(config.model).resolve() == artifact.resolve():
-        config = config.model_copy(update={"model": _named_original(artifact, manifest.provenance)})
+        config = config.model_copy(update={"model": named_original(artifact, manifest.provenance)})
     with _open_job(config, progress, fresh, run=run, converts=False) as job:
         # The name alone proves nothing: the content must be the one it was made from.
         made_from = manifest.provenance.get("source_sha256")
@@ -358,7 +358,7 @@ def _written(job: Job, reports: tuple[Report, ...]) -> tuple[Report, ...]:
     return reports
 
 
-def _named_original(artifact: Path, provenance: Mapping[str, Any]) -> str:
+def named_original(artifact: Path, provenance: Mapping[str, Any]) -> str:
     """The model that an artifact says it was made from: a hub id, an alias, or a directory that may not be here."""
     name = str(provenance.get("source", ""))
     if "/" not in name and name not in aliases():

@@ -50,7 +50,7 @@ class Family:
     is_right: whether a text answers an item, exactly or by meaning.
     by_meaning: whether texts other than the item's own may be right.
     examples: how many questions with answers stand before one that is no chat turn.
-    chat_examples: how many before a chat turn, where instructions say most of what examples say.
+    chat_examples: how many before a chat turn, where the instruction says most of what they do.
     takes_tokens: whether a number of tokens is a level, too.
     """
 
