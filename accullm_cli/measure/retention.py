@@ -75,18 +75,14 @@ def retention_found(held: Sequence[Held], text_of: Callable[[Sequence[int]], str
     Args:
         text_of: tokens as text. seed: of the resampling behind the interval of the margins.
     """
-    tasks: dict[str, list[Held]] = {}
-    for entry in held:
-        tasks.setdefault(entry.question.item.task, []).append(entry)
+    tasks = _tasks(held)
     right = [entry for entry in held if entry.original.is_right]
     lost = [entry for entry in held if entry.is_lost]
     won = sum(entry.is_won for entry in held)
     figures = [_retention("retention", "retention", "Right answers kept", held)]
-    if len(tasks) > 1:
-        figures += [
-            _retention(f"retention.{task}", f"retention, {task}", "", of_task) for task, of_task in tasks.items()
-        ]
-    figures += [_exact(f"exact_match.{task}", "", of_task) for task, of_task in tasks.items() if len(tasks) > 1]
+    for task, of_task in tasks.items():
+        label = f"retention, {task}" if len(tasks) > 1 else ""
+        figures += [_retention(f"retention.{task}", label, "", of_task), _exact(f"exact_match.{task}", "", of_task)]
     figures += [_exact("exact_match", "Exactly right, artifact", held), _exact_original(held)]
     if len(right) > 1:
         figures += _margins(right, seed)
@@ -115,6 +111,13 @@ _NOTE = (
     "interval is Wilson's. The margin of an answer is the smallest difference, over its tokens, between the "
     "log-probability of the right token and that of the best other one."
 )
+
+
+def _tasks(held: Sequence[Held]) -> dict[str, list[Held]]:
+    tasks: dict[str, list[Held]] = {}
+    for entry in held:
+        tasks.setdefault(entry.question.item.task, []).append(entry)
+    return tasks
 
 
 # -- figures -----------------------------------------------------------------------------------------------------
@@ -205,10 +208,15 @@ def _samples(held: Sequence[Held], right: Sequence[Held]) -> tuple[Samples, ...]
     """By what was asked, so that two artifacts are paired on the same items alone."""
     asked = [(entry.question.prompt, entry.question.rows, entry.original.is_right) for entry in held]
     of = f"{len(held)} items, {hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}"
+    by_task = {f"retention.{task}": [e for e in right if e.question.item.task == task] for task in _tasks(held)}
     return (
         Samples("exact_match", "item", of, tuple(float(entry.artifact.is_right) for entry in held)),
-        Samples("retention", "item", of, tuple(float(entry.artifact.is_right) for entry in right)),
         Samples("margin", "item", of, tuple(entry.artifact.margin for entry in right)),
+        *(
+            Samples(name, "item", of, tuple(float(entry.artifact.is_right) for entry in entries))
+            for name, entries in {"retention": right, **by_task}.items()
+            if entries
+        ),
     )
 
 

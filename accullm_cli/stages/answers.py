@@ -25,7 +25,7 @@ from accullm_cli.measure.answers import Answer, Score, accepted_at, answer_of, s
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.tokenizer import check_ids
 from accullm_cli.progress import Event
-from accullm_cli.run import UP_TO_DATE, write_text
+from accullm_cli.run import UP_TO_DATE, Reason, available_memory, write_text
 from accullm_cli.stages.artifact_weights import open_artifact_decoder
 from accullm_cli.stages.device import compute_dtype
 from accullm_cli.stages.job import Job, machine_inputs, open_decoder
@@ -34,9 +34,10 @@ from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.streams import advance
 from accullm_cli.stages.validate import foreseen_sha256
 from accullm_cli.stages.whole_model import load_artifact
-from accullm_cli.tasks import draw, parse_tasks
+from accullm_cli.tasks import draw, family_of, is_right, parse_tasks
 from accullm_cli.tasks.prompt import Prompter, Question, with_spellings
 from accullm_cli.tasks.wordlist import ordinal
+from accullm_cli.units import size
 
 VERSION = 1
 # Tokens that go through the blocks together: as many as validation's windows have by default.
@@ -46,6 +47,8 @@ PORTION = 8192
 TURNS = 4
 # Positions that go through the output head at once.
 POSITIONS = 64
+# Of the memory that is free, what a whole model in float32 may take.
+SHARE_OF_MEMORY = 0.5
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,10 @@ def original_answers(purpose: Purpose) -> Stage:
     def work(job: Job, decision: Decision) -> Work:
         path = _path(job, purpose, None)
         decoder = open_decoder(job)
+        _, questions = questions_of(job, purpose)
         with products("float32"):
-            _answer(job, decision.stage, decision.key, purpose, path, _by_blocks(decoder))
-        return Work((path,), job.source.records)
+            records = _answer(job, decision, purpose, path, questions, _by_blocks(decoder), decoder)
+        return Work((path,), (*job.source.records, *records))
 
     files = (f"{purpose.place}original*.json",)
     return Stage(purpose.original, inputs, work, commands=("validate",), files=files)
@@ -148,23 +152,23 @@ def artifact_answers(format_name: str, artifact: Path, purpose: Purpose) -> Stag
     def inputs(job: Job, before: Before) -> dict[str, str]:
         return {
             "input:artifact": foreseen_sha256(job, before, format_name, artifact),
+            f"input:{purpose.original}": before[purpose.original].key,
             "version:answers": str(VERSION),
-            **task_inputs(job, purpose),
             **machine_inputs(job.device),
         }
 
     def work(job: Job, decision: Decision) -> Work:
         path = _path(job, purpose, format_name)
-        if job.device.type == "cuda":
-            logits_of = _whole(job, artifact)
-        else:
-            logits_of = _by_blocks(open_artifact_decoder(artifact))
+        decoder = open_artifact_decoder(artifact)
+        logits_of = _whole(job, artifact) if job.device.type == "cuda" else _by_blocks(decoder)
+        questions = _as_the_original_spells_them(job, purpose)
         with products("float32"):
-            _answer(job, decision.stage, decision.key, purpose, path, logits_of)
-        return Work((path,))
+            records = _answer(job, decision, purpose, path, questions, logits_of, decoder)
+        return Work((path,), records)
 
     files = (f"{purpose.place}answers-{format_name}*.json",)
-    return Stage(purpose.measuring.format(format_name), inputs, work, ("export",), ("validate",), files)
+    name = purpose.measuring.format(format_name)
+    return Stage(name, inputs, work, ("export", purpose.original), ("validate",), files)
 
 
 def load_answers(job: Job, purpose: Purpose, format_name: str | None) -> list[Answer]:
@@ -199,39 +203,69 @@ _Logits = Callable[[Sequence[_Row], Sequence[Sequence[int]]], Iterator[torch.Ten
 
 def answer_items(job: Job, stage: str, key: str, purpose: Purpose, name: str, decoder: Decoder) -> None:
     """Have any weights answer, for `load_answers` with this name in the place of a format's; `key` names them."""
+    decision, questions = Decision(stage, {"key": key}, Reason("new")), _as_the_original_spells_them(job, purpose)
     with products("float32"):
-        _answer(job, stage, key, purpose, _path(job, purpose, name), _by_blocks(decoder))
+        _answer(job, decision, purpose, _path(job, purpose, name), questions, _by_blocks(decoder), decoder)
 
 
-def _answer(job: Job, stage: str, key: str, purpose: Purpose, path: Path, logits_of: _Logits) -> None:
-    prompter, asked = questions_of(job, purpose)
+def _as_the_original_spells_them(job: Job, purpose: Purpose) -> list[Question]:
+    """The items with every right answer that is known once the original has answered."""
+    content = json.loads(_path(job, purpose, None).read_text())
+    _, questions = questions_of(job, purpose)
+    return [with_spellings(*entry) for entry in zip(questions, (i["spellings"] for i in content["items"]), strict=True)]
+
+
+def _answer(
+    job: Job,
+    decision: Decision,
+    purpose: Purpose,
+    path: Path,
+    asked: Sequence[Question],
+    logits_of: _Logits,
+    decoder: Decoder,
+) -> tuple[str, ...]:
+    """Write how a model answers; sentences about what could not be looked for."""
+    prompter, _ = questions_of(job, purpose)
     questions = [*asked]
     scores: list[list[Score]] = [[] for _ in questions]
-    store = _Portions(path.with_name(f"{path.stem}-portions.json"), key)
-    open_ones = list(range(len(questions)))
-    for turn in range(TURNS):
-        what = f"answers, {ordinal(turn + 1)} spelling" if turn else "answers"
-        found = _pass(job, stage, what, {n: questions[n] for n in open_ones}, prompter.ends, store, logits_of)
-        for number in open_ones:
-            scores[number] = [found[number, node] for node in range(len(questions[number].nodes))]
-        respelled: dict[int, Question] = {}
-        for number in open_ones:
-            answer = answer_of(questions[number], scores[number])
-            if not answer.is_right and turn < TURNS - 1:
-                other = prompter.respelled(questions[number], answer.path[: answer.place], answer.other)
-                if other is not None:
-                    respelled[number] = other
-        open_ones = list(respelled)
-        for number, question in respelled.items():
+    store = _Portions(path.with_name(f"{path.stem}-portions.json"), decision.key)
+
+    def ask(some: Mapping[int, Question], what: str) -> None:
+        found = _pass(job, decision.stage, what, some, prompter.ends, store, logits_of)
+        for number, question in some.items():
             questions[number] = question
-        if not open_ones:
+            scores[number] = [found[number, node] for node in range(len(question.nodes))]
+
+    asked_now = dict(enumerate(questions))
+    ask(asked_now, "answers")
+    for turn in range(1, TURNS):
+        asked_now = dict(_respelled(prompter, {number: scores[number] for number in asked_now}, questions))
+        if not asked_now:
             break
+        ask(asked_now, f"answers, {ordinal(turn + 1)} spelling")
+    wrong = {n: question for n, question in enumerate(questions) if not answer_of(question, scores[n]).is_right}
+    by_meaning, records = right_by_meaning(decoder, prompter, wrong)
+    if by_meaning:
+        ask(by_meaning, "answers by meaning")
     content = [
         {"spellings": question.spellings, "scores": [astuple(score) for score in of_question]}
         for question, of_question in zip(questions, scores, strict=True)
     ]
     write_text(path, json.dumps({"score": [field.name for field in fields(Score)], "items": content}))
     store.remove()
+    return records
+
+
+def _respelled(
+    prompter: Prompter, scores: Mapping[int, Sequence[Score]], questions: Sequence[Question]
+) -> Iterator[tuple[int, Question]]:
+    """The questions of which the model began a right answer with other tokens than those that were known."""
+    for number, of_question in scores.items():
+        answer = answer_of(questions[number], of_question)
+        if not answer.is_right:
+            other = prompter.respelled(questions[number], answer.path[: answer.place], answer.other)
+            if other is not None:
+                yield number, other
 
 
 def _pass(
@@ -351,6 +385,58 @@ def _whole(job: Job, artifact: Path) -> _Logits:
             yield logits[list(wanted)].float()
 
     return logits_of
+
+
+# -- by meaning --------------------------------------------------------------------------------------------------
+
+
+def right_by_meaning(
+    decoder: Decoder, prompter: Prompter, questions: Mapping[int, Question]
+) -> tuple[dict[int, Question], tuple[str, ...]]:
+    """Of questions that are not answered with a known text, those whose own answer means the same.
+
+    Such an answer is not known before it is given: the model writes it, whole in memory, greedily.
+
+    Returns: the questions, with that answer as one more spelling; a sentence where the model does not fit.
+    """
+    questions = {n: q for n, q in questions.items() if (family := family_of(q.item)) and family.by_meaning}
+    if not questions:
+        return {}, ()
+    needed = 4 * sum(parameter.numel() for parameter in decoder.model.parameters())
+    free = available_memory()
+    if free is not None and needed > SHARE_OF_MEMORY * free:
+        count = f"{len(questions)} wrong answer{'s' if len(questions) > 1 else ''}"
+        return {}, (
+            f"{count} may be right by meaning, which was not looked for: the model takes {size(needed)} of memory, "
+            f"of which {size(free)} are free",
+        )
+    for index in range(len(decoder.block_names)):
+        decoder.load_block(index)
+    decoder.load_outside()
+    found = {}
+    for number, question in questions.items():
+        said = _written(decoder, question, prompter.ends)
+        if said and said[-1] in prompter.ends and is_right(question.item, prompter.text_of(said[:-1])):
+            found[number] = with_spellings(question, (*question.spellings, said[:-1]))
+    for index in range(len(decoder.block_names)):
+        decoder.release_block(index)
+    decoder.release_outside()
+    return found, ()
+
+
+@torch.no_grad()
+def _written(decoder: Decoder, question: Question, ends: Sequence[int]) -> tuple[int, ...]:
+    """What the model says, an end included if it comes to one within twice the answer's length."""
+    prompt = torch.tensor([question.prompt])
+    ids: torch.Tensor = decoder.model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=2 * max(map(len, question.rows)) + 1,
+        do_sample=False,
+        eos_token_id=list(ends),
+        pad_token_id=ends[0],
+    )
+    return tuple(ids[0, len(question.prompt) :].tolist())
 
 
 class _Portions:

@@ -56,4 +56,4 @@ def _stripped(text: str) -> list[str]:
     return [line.rstrip() for line in unfenced(text).splitlines()]
 
 
-FAMILY = Family(NAME, KINDS, make, is_right, by_meaning=True)
+FAMILY = Family(NAME, KINDS, make, is_right)

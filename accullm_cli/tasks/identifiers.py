@@ -74,4 +74,4 @@ def is_right(item: Item, text: str) -> bool:
     return json.dumps(found) == json.dumps(json.loads(unfenced(item.answer)))
 
 
-FAMILY = Family(NAME, KINDS, make, is_right, by_meaning=True)
+FAMILY = Family(NAME, KINDS, make, is_right)

@@ -48,7 +48,7 @@ class Family:
     make: an item from random numbers, for a level; its examples are added by `draw`.
     kinds: what `make` can be asked for.
     is_right: whether a text answers an item, exactly or by meaning.
-    by_meaning: whether texts other than the item's own may be right.
+    by_meaning: whether a model may well give other texts that are right, so that its own answer is looked at.
     examples: how many questions with answers stand before one that is no chat turn.
     chat_examples: how many before a chat turn, where the instruction says most of what they do.
     takes_tokens: whether a number of tokens is a level, too.

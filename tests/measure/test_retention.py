@@ -73,6 +73,12 @@ def test_where_the_original_is_right_too_seldom_that_is_said_instead(found: Meas
     assert "too few to say how many the artifact keeps" in nothing.summary
 
 
+def test_a_single_task_has_its_figure_by_name_too() -> None:
+    alone = retention_found(SQL, text_of, seed=0)
+    assert figure(alone, "retention.sql").estimate == figure(alone, "retention").estimate
+    assert figure(alone, "retention.sql").label == ""
+
+
 def test_exact_matches_count_all_items(found: Measurement) -> None:
     def value(name: str) -> float:
         estimate = figure(found, name).estimate
@@ -128,14 +134,15 @@ def test_samples_pair_on_the_same_items_alone(found: Measurement) -> None:
     of = {samples.figure: samples for samples in found.samples}
     assert len(of["exact_match"].values) == 32
     assert sum(of["retention"].values) == 16
-    assert of["retention"].of != other.samples[1].of
-    assert of["retention"].of == retention_found([*SQL, *CODE], text_of, seed=5).samples[1].of
+    assert len(of["retention.sql"].values) == 16
+    assert {samples.of for samples in found.samples}.isdisjoint(samples.of for samples in other.samples)
+    assert found.samples == retention_found([*SQL, *CODE], text_of, seed=5).samples
 
 
 def test_the_room_for_loss_is_where_the_margins_say_that_answers_flip() -> None:
     """Each answer has a margin of 1, and the artifact takes 0.1, 0.2, ..., 1.9 of it: flips at loss (1 / change)**2."""
     entries = [held("sql", n, 1.0, 1.0 - n / 10) for n in range(1, 20)]
-    (retention,) = (f for f in retention_found(entries, text_of, 0).figures if f.name == "retention")
+    retention = figure(retention_found(entries, text_of, 0), "retention")
     (demand,) = search_demands(["retention>=47%"])
     assert demand.bound == ""
     # Nine of nineteen are kept as it is; the tenth, with a change of exactly 1, is lost at once.

@@ -11,6 +11,7 @@ import pytest
 from accullm_cli.errors import EXIT_MACHINE, MachineError
 from accullm_cli.measure.fidelity import divergence_found, divergence_found_elsewhere, speed_found
 from accullm_cli.measure.result import Clause, Trial
+from accullm_cli.measure.retention import retention_found
 from accullm_cli.report import to_json, write_report
 from accullm_cli.report.figures import nats
 from accullm_cli.report.html import render
@@ -248,3 +249,21 @@ def test_the_plans_of_a_search_are_listed():
     assert "not met 4.250 1 MB mean_kl.high 0.04" in text
     assert "met 4.500 1 MB mean_kl.high 0.0275" in text
     assert "Plans that were tried" not in words(a_report())
+
+
+def test_lost_answers_stand_side_by_side_with_the_token_that_differs_marked():
+    from tests.measure.test_retention import CODE, SQL, text_of
+
+    text = render(measuring(a_report(), retention_found([*SQL, *CODE], text_of, seed=0)))
+    assert '<pre>four point<mark class="good"> one</mark>&lt;/s&gt;</pre>' in text
+    assert '<pre>four point<mark class="bad"> two</mark>…</pre>' in text
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    said = " ".join(page.text.split())
+    assert "Of 18 exact tasks that the original gets right, the artifact gets 16 right, too (88.89%)." in said
+    assert "sql 20 16 2 1 87.50% 63.98% to 96.50%" in said
+    assert "code 12 2 0 0 too few" in said
+    assert "a coin toss" in said
+    # Margins against each other and their changes, beside those of the linears.
+    assert text.count("<svg") == 4

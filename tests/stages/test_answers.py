@@ -20,6 +20,8 @@ from accullm_cli.run import Reason
 from accullm_cli.stages import answers
 from accullm_cli.stages.answers import JUDGED, artifact_answers, load_answers, original_answers, questions_of
 from accullm_cli.stages.measures import found
+from accullm_cli.stages.stage import finished, walk
+from accullm_cli.tasks import FAMILIES
 from tests.pipeline.observe import refusal
 from tests.stages.copying import make_copier, swap_heads, write_items
 from tests.streaming import fast_config, opened, reference_model, run_alone, short_config
@@ -137,7 +139,8 @@ def test_what_an_artifact_says_is_what_it_says_in_transformers(copier: Path, fai
     swap_heads(broken, "model.layers.1.self_attn.q_proj")
     model = AutoModelForCausalLM.from_pretrained(broken, dtype=torch.float32)
     with opened(asking(copier, tmp_path / "out")) as job:
-        run_alone(job, artifact_answers("accullm", broken, JUDGED))
+        done = run_alone(job, original_answers(JUDGED))
+        list(walk(job, [artifact_answers("accullm", broken, JUDGED)], finished([done])))
         prompter, questions = questions_of(job, JUDGED)
         told = load_answers(job, JUDGED, "accullm")
     for question, answer in list(zip(questions, told, strict=True))[:20]:
@@ -278,3 +281,31 @@ def test_what_is_stored_is_read_back(copier: Path, faithful: Path) -> None:
     content = json.loads((faithful.with_name("out.run") / "tasks/answers-accullm.json").read_text())
     assert len(content["items"]) == len(told) == ITEMS
     assert {entry.measure for entry in measured} == {"kl", "tasks"}
+
+
+def test_an_answer_that_means_the_same_is_right_and_becomes_one_of_the_known(
+    copier: Path, faithful: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items whose answer is in capitals, of a model that copies small letters, scored by a reader who ignores case."""
+    rows = [json.loads(line) for line in copier.with_name("copy.jsonl").read_text().splitlines()[:6]]
+    loud = [{"prompt": row["prompt"], "answer": row["answer"].upper()} for row in rows]
+    (tmp_path / "loud.jsonl").write_text("\n".join(map(json.dumps, loud)))
+    config = asking(copier, tmp_path / "out", validation__tasks=tmp_path / "loud.jsonl")
+
+    def answered(out: str) -> tuple[list[Answer], list[Answer]]:
+        with opened(asking(copier, tmp_path / out, validation__tasks=tmp_path / "loud.jsonl")) as job:
+            done = run_alone(job, original_answers(JUDGED))
+            stage = artifact_answers("accullm", faithful, JUDGED)
+            list(walk(job, [stage], finished([done])))
+            return load_answers(job, JUDGED, None), load_answers(job, JUDGED, "accullm")
+
+    assert not any(answer.is_right for answers in answered("strict") for answer in answers)
+    monkeypatch.setattr(answers, "family_of", lambda item: FAMILIES["sql"])
+    monkeypatch.setattr(answers, "is_right", lambda item, text: text.strip().lower() == item.answer.lower())
+    original, artifact = answered("lenient")
+    assert all(answer.is_right for answer in (*original, *artifact))
+    assert [answer.path for answer in original] == [answer.path for answer in artifact]
+    monkeypatch.setattr(answers, "available_memory", lambda: 1000)
+    with opened(config) as job:
+        (sentence,) = run_alone(job, original_answers(JUDGED)).record.records
+    assert sentence.startswith("6 wrong answers may be right by meaning, which was not looked for: the model takes ")

@@ -16,7 +16,7 @@ from tests.tiny import make_checkpoint
 
 REFERENCES = {"reference", "other reference"}
 MEASURED = {"validate accullm", "validate accullm on other text"}
-ANSWERS = {"task answers", "validate accullm on tasks"}
+ANSWERS = {"task answers"}  # which is among what the artifact is asked with
 SEEDED = {*REFERENCES, *MEASURED, *ANSWERS}
 
 # For each option another value than the one of `CONFIG`, and the stages whose own inputs that changes.
