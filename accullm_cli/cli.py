@@ -32,7 +32,19 @@ from accullm_cli.errors import (
     AccullmError,
     is_out_of_memory,
 )
-from accullm_cli.flags import Call, Json, MaxMeanKl, Original, Verbose, complete_model, configured
+from accullm_cli.flags import (
+    Call,
+    DiagnoseBy,
+    DiagnoseTokens,
+    DiagnoseWindows,
+    Json,
+    MaxMeanKl,
+    Original,
+    Quiet,
+    Verbose,
+    complete_model,
+    configured,
+)
 from accullm_cli.run import machine_error
 
 # The variables by which a user says how OpenMP's threads wait.
@@ -224,7 +236,7 @@ def _reports(call: Call, reports: Sequence[Any]) -> Outcome:
         call.console.report(report)
         if not report.contract_met:
             code = EXIT_NOT_SO
-            missed = ", ".join(f"{c.text} (measured {c.measured:.6g})" for c in report.contract if not c.met)
+            missed = ", ".join(f"{c.text} (measured {c.told})" for c in report.contract if not c.met)
             call.console.error(AccullmError(f"the contract is not met: {missed}", report.artifact).line())
     text = json_text(reports=tuple(reports)) if call.as_json else "\n".join(str(report.artifact) for report in reports)
     return Outcome(text, code)
@@ -269,6 +281,32 @@ def compare_command(
 
     comparison = compare(Path(first), Path(second), max_mean_kl=max_mean_kl)
     return _result(as_json, "comparison", comparison, EXIT_NOT_SO if comparison.exceeded else EXIT_OK)
+
+
+def diagnose_command(
+    ctx: typer.Context,
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="The artifact's directory.")],
+    original: Original = None,
+    by: DiagnoseBy = "block",
+    windows: DiagnoseWindows = 4,
+    seq_len: DiagnoseTokens = 256,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> Outcome:
+    """Where an artifact's loss comes from: each block or linear back to full precision, what that gains, what it costs.
+
+    The parts are ranked by their gain in mean KL; the advice is the change that gains most per bit.
+    """
+    ctx.obj.verbose, ctx.obj.quiet = verbose, quiet
+    if by not in ("block", "linear"):
+        raise AccullmError(f"{by!r} is no part of a model", "--by", "give block or linear")
+    from accullm_cli.commands.diagnose import diagnose
+
+    found = diagnose(
+        Path(artifact), original, "block" if by == "block" else "linear", windows, seq_len, 0, ctx.obj.progress
+    )
+    return _result(as_json, "diagnosis_of_loss", found)
 
 
 def verify_command(
@@ -364,6 +402,13 @@ HELP: Mapping[str, tuple[str, tuple[str, ...]]] = {
     ),
     "inspect": ("", ("accullm inspect work/smollm2-135m-int4", "accullm inspect work/smollm2-135m --json")),
     "compare": ("", ("accullm compare first-int4 second-int4 --max-mean-kl 0.05",)),
+    "diagnose": (
+        "",
+        (
+            "accullm diagnose work/smollm2-135m-int4",
+            "accullm diagnose work/smollm2-135m-int4 --by linear --windows 2 --json",
+        ),
+    ),
     "verify": ("", ("accullm verify work/smollm2-135m-int4",)),
     "doctor": ("", ("accullm doctor", "accullm doctor --json")),
     "models": ("", ("accullm models",)),
@@ -382,6 +427,7 @@ def _application() -> typer.Typer:
     questions: dict[str, Callable[..., Outcome]] = {
         "inspect": inspect_command,
         "compare": compare_command,
+        "diagnose": diagnose_command,
         "verify": verify_command,
         "doctor": doctor_command,
         "models": models_command,

@@ -227,11 +227,28 @@ class Validation(Section):
         "Also measure tokens per second of the artifact and of the original, for a prompt and for one token after the "
         "other. Each is loaded whole. With --device cuda this is always measured.",
     )
+    tasks: str = option(
+        "none",
+        "Exact tasks on which the artifact's answers are held against the original's: 'default' (arithmetic, words, "
+        "retrieval, sql, identifiers, code), some of these names by commas, one of them at a level (arithmetic:hard; "
+        "easy, medium, hard; for retrieval also a number of tokens, as retrieval:8000), files of your own "
+        "(mine.jsonl: prompt or messages, and answer), or 'none'.",
+        example="default",
+    )
+    task_items: int = option(40, "Items of each task; of a file of your own all lines are used.", ge=2, example="200")
     require: list[str] = option(
         [],
         "A condition the artifact must meet, as METRIC<=VALUE or METRIC>=VALUE; give it again for several. "
         "Not met: exit code 3.",
         example="mean_kl<=0.02",
+    )
+    junit: Path | None = option(
+        None,
+        "File of JUnit XML in which each condition and each exact task is a test.",
+        example="accullm.xml",
+    )
+    summary: Path | None = option(
+        None, "File of Markdown with the verdict and the figures, for a pull request.", example="summary.md"
     )
 
 

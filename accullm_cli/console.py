@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from accullm_cli.measure.measurement import Estimate
 from accullm_cli.progress import SHOWN, Event, Pace, alike
 from accullm_cli.units import duration, size
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-    from accullm_cli.measure.result import Estimate, Report, Speed
+    from accullm_cli.measure.measurement import Figure
+    from accullm_cli.measure.result import Report
     from accullm_cli.pipeline import DryRun
 
 JSON_SCHEMA_VERSION = 1
@@ -236,8 +238,6 @@ def _new_bars(stderr: TextIO) -> Bars:
 
 def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "met" if met else "NOT MET") -> str:
     """A report as aligned lines: what it is, how large, how faithful, and the contract clause by clause."""
-    fidelity = report.fidelity
-    floor = fidelity.mean_kl_floor
     rows = [
         ("model", report.model),
         ("format", report.format),
@@ -247,29 +247,12 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
             f"{size(report.artifact_bytes)} ({report.artifact_bytes / max(report.source_bytes, 1):.1%} of "
             f"{size(report.source_bytes)})",
         ),
-        ("perplexity, original", _estimate(fidelity.perplexity_original, "{:.3f}")),
-        ("perplexity, artifact", _estimate(fidelity.perplexity, "{:.3f}")),
-        ("mean KL", f"{_estimate(fidelity.mean_kl, '{:.5f}')} nats; noise floor {floor.value:.2g}"),
-        ("KL, 99th percentile", f"{_estimate(fidelity.kl_p99, '{:.4f}')} nats"),
-        ("KL, 99.9th percentile", f"{_estimate(fidelity.kl_p999, '{:.4f}')} nats"),
-        ("KL, maximum", f"{fidelity.kl_max:.4f} nats"),
-        ("top-1 agreement", _estimate(fidelity.top1_agreement, "{:.2%}")),
-        ("measured on", f"{fidelity.tokens} tokens: {fidelity.text}"),
     ]
-    if fidelity.arithmetic != "float32":
-        rows.append(("computed in", fidelity.arithmetic))
-    if report.other is not None:
-        other = report.other
-        rows += [
-            ("mean KL, other text", f"{_estimate(other.mean_kl, '{:.5f}')} nats"),
-            ("top-1, other text", _estimate(other.top1_agreement, "{:.2%}")),
-            ("the other text", f"{other.tokens} tokens: {other.text}"),
-        ]
-    if report.speed is not None:
-        rows += _speed_rows(report.speed)
+    for found in report.measurements:
+        rows += [(figure.label, figure_text(figure)) for figure in found.figures if figure.label]
+        rows += found.facts
     rows += [
-        (f"require {clause.text}", f"{verdict(clause.met)} (measured {clause.measured:.6g})")
-        for clause in report.contract
+        (f"require {clause.text}", f"{verdict(clause.met)} (measured {clause.told})") for clause in report.contract
     ]
     if report.records:
         rows.append(("notes", f"{len(report.records)}, listed in the report"))
@@ -279,24 +262,16 @@ def report_text(report: Report, verdict: Callable[[bool], str] = lambda met: "me
     return text_table(rows)
 
 
-def _speed_rows(speed: Speed) -> list[tuple[str, str]]:
-    return [
-        (f"prefill, {speed.prompt_tokens} tokens", _speed(speed.artifact.prefill, speed.original.prefill)),
-        (f"decode, {speed.decoded_tokens} tokens", _speed(speed.artifact.decode, speed.original.decode)),
-        ("engine of prefill", speed.prefill_engine),
-        ("engine of decode", speed.decode_engine),
-        ("timed on", f"{speed.device}, {speed.dtype}"),
-    ]
-
-
-def _speed(artifact: float, original: float) -> str:
-    return f"{artifact:.4g} tokens/s; original {original:.4g} ({artifact / original:.3g} times)"
-
-
-def _estimate(estimate: Estimate, form: str) -> str:
-    """A figure with its 95% confidence interval."""
-    low, high = form.format(estimate.low), form.format(estimate.high)
-    return f"{form.format(estimate.value)} [{low} to {high}]"
+def figure_text(figure: Figure) -> str:
+    """A figure with its 95% confidence interval, its unit and what belongs beside it; or why there is none."""
+    if figure.estimate is None:
+        return figure.note
+    value, low, high = (
+        format(bound, figure.digits) for bound in (figure.estimate.value, figure.estimate.low, figure.estimate.high)
+    )
+    text = f"{value} [{low} to {high}]" if figure.has_interval else value
+    text = f"{text} {figure.unit}" if figure.unit else text
+    return f"{text}; {figure.aside}" if figure.aside else text
 
 
 def text_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
@@ -374,6 +349,8 @@ def _cell(name: str, value: object) -> str:
         return size(value)
     if isinstance(value, (int, float)) and name.endswith("seconds"):
         return duration(value)
+    if isinstance(value, Estimate):
+        return f"{value.value:.4g} [{value.low:.4g} to {value.high:.4g}]"
     if isinstance(value, float):
         return f"{value:.3f}" if name.endswith("bits_per_weight") else f"{value:.4g}"
     if isinstance(value, (tuple, list)):

@@ -108,6 +108,19 @@ MaxMeanKl = Annotated[
         "--max-mean-kl", metavar="NATS", help="Exit with code 3 where the mean KL between them is above this."
     ),
 ]
+DiagnoseBy = Annotated[
+    str,
+    typer.Option(
+        "--by",
+        metavar="block|linear",
+        help="What is put back at a time.",
+        autocompletion=lambda incomplete: [name for name in ("block", "linear") if name.startswith(incomplete)],
+    ),
+]
+DiagnoseWindows = Annotated[
+    int, typer.Option("--windows", metavar="INTEGER", min=2, help="Windows of held-out text that are measured on.")
+]
+DiagnoseTokens = Annotated[int, typer.Option("--seq-len", metavar="INTEGER", min=16, help="Tokens in a window.")]
 COMMON: Mapping[str, Any] = {
     "effort": (Effort, None),
     "files": (ConfigFiles, None),

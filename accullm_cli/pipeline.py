@@ -18,30 +18,33 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
 from accullm_cli.formats.manifest import read_manifest, record_fidelity
 from accullm_cli.measure.contract import judge, parse_requirement
+from accullm_cli.measure.measurement import Figure, exactly, judged_figures
 from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, Report, Trial
 from accullm_cli.model.alias import aliases
 from accullm_cli.model.source import open_source
 from accullm_cli.progress import Progress, silent
-from accullm_cli.report import write_report
+from accullm_cli.report import write_junit, write_report, write_summary
 from accullm_cli.run import Reason, RunDirectory, write_text
 from accullm_cli.search import known_plans, search
+from accullm_cli.stages.answers import check_items
 from accullm_cli.stages.checks import (
     check_config,
     check_positions,
     preflight,
     refuse_golden,
 )
-from accullm_cli.stages.device import check_format, describe_device, wants_speed
+from accullm_cli.stages.device import check_format, describe_device
 from accullm_cli.stages.estimate import estimate
-from accullm_cli.stages.graph import conversion, measurements, shared_by_plans
+from accullm_cli.stages.graph import conversion, shared_by_plans
 from accullm_cli.stages.job import Job, artifact_path, run_path, versions
+from accullm_cli.stages.measures import found as what_was_found
+from accullm_cli.stages.measures import measurements
 from accullm_cli.stages.profile import make_plan
 from accullm_cli.stages.reading import READING
-from accullm_cli.stages.speed import load_speed
 from accullm_cli.stages.stage import Stage, StageOutcome, finished, foresee, named, upstream, walk
 from accullm_cli.stages.summary import linear_summaries, stage_summary
-from accullm_cli.stages.texts import OTHER, check_texts, texts_of
-from accullm_cli.stages.validate import artifact_sha256, load_fidelity
+from accullm_cli.stages.texts import check_texts
+from accullm_cli.stages.validate import artifact_sha256
 
 STAGES = ("calibrate", "profile", "quantize", "export", "validate")
 
@@ -110,8 +113,10 @@ def convert_all(config: Config, progress: Progress = silent, fresh: bool = False
     """As `convert`, for every requested format."""
     with _open_job(config, progress, fresh) as job:
         if config.search.golden:
-            return (_convert_golden(job),)
-        return _reports(job, list(walk(job, conversion(job))))
+            reports: tuple[Report, ...] = (_convert_golden(job),)
+        else:
+            reports = _reports(job, list(walk(job, conversion(job))))
+        return _written(job, reports)
 
 
 def run_stage(name: str, config: Config, progress: Progress = silent, fresh: bool = False) -> StageResult:
@@ -133,7 +138,7 @@ def run_stage(name: str, config: Config, progress: Progress = silent, fresh: boo
             run=str(job.run.path),
             outputs=tuple(str(job.run.file(output)) for record in records for output in record.outputs),
             seconds=sum(record.seconds for record in records),
-            reports=_reports(job, outcomes) if name == "validate" else (),
+            reports=_written(job, _reports(job, outcomes)) if name == "validate" else (),
         )
 
 
@@ -153,7 +158,7 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
     check_format(config, manifest.format)
     run = config.machine.run or artifact.with_name(f"{artifact.resolve().name}.validation")
     if Path(config.model).resolve() == artifact.resolve():
-        config = config.model_copy(update={"model": _named_original(artifact, manifest.provenance)})
+        config = config.model_copy(update={"model": named_original(artifact, manifest.provenance)})
     with _open_job(config, progress, fresh, run=run, converts=False) as job:
         # The name alone proves nothing: the content must be the one it was made from.
         made_from = manifest.provenance.get("source_sha256")
@@ -162,8 +167,9 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
                 f"was made from another model than {job.source.origin}", artifact, "name its original with --original"
             )
         check_texts(job, calibrates=False)
+        check_items(job)
         outcomes = list(walk(job, [READING, *measurements(job, {manifest.format: artifact})]))
-        return _finish_report(job, manifest.format, artifact, outcomes)
+        return _written(job, (_finish_report(job, manifest.format, artifact, outcomes),))[0]
 
 
 def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, only: str | None = None) -> DryRun:
@@ -302,7 +308,7 @@ def _finish_report(
     """
     destination = destination or report_path(job, format_name)
     artifact = open_artifact(directory)
-    fidelity = load_fidelity(job, format_name)
+    found = what_was_found(job, format_name)
     manifest = read_manifest(directory)
     bits_per_weight = artifact.bits_per_weight
     size = sum(entry.bytes for entry in manifest.files.values())
@@ -313,7 +319,9 @@ def _finish_report(
     plans = [outcome.record for outcome in own if outcome.name == named("profile", format_name)]
     planned = {sentence for record in plans for sentence in record.records}
     fallbacks = [sentence for sentence in records if sentence not in planned]
-    contract = judge(requirements, fidelity, bits_per_weight, size, fallbacks)
+    sizes = {"bits_per_weight": bits_per_weight, "artifact_bytes": size, "fallbacks": len(fallbacks)}
+    figures = {name: Figure(name, exactly(value), has_interval=False) for name, value in sizes.items()}
+    contract = judge(requirements, judged_figures(found) | figures)
     report = Report(
         schema_version=REPORT_SCHEMA_VERSION,
         model=job.source.origin,
@@ -324,15 +332,13 @@ def _finish_report(
         bits_per_weight=bits_per_weight,
         artifact_bytes=size,
         source_bytes=job.source.weight_bytes,
-        fidelity=fidelity,
+        measurements=found,
         contract=contract,
         contract_met=all(clause.met for clause in contract),
         records=records,
         stages=tuple(stage_summary(outcome) for outcome in outcomes),
         linears=linear_summaries(job.of(format_name), artifact),
         versions=versions(),
-        other=load_fidelity(job, format_name, OTHER) if OTHER in texts_of(job) else None,
-        speed=load_speed(job) if wants_speed(job.config) else None,
         search=trials,
         directory=str(destination),
     )
@@ -341,7 +347,17 @@ def _finish_report(
     return report
 
 
-def _named_original(artifact: Path, provenance: Mapping[str, Any]) -> str:
+def _written(job: Job, reports: tuple[Report, ...]) -> tuple[Report, ...]:
+    """The reports, once they are in the files that were asked for."""
+    options = job.config.validation
+    if options.junit is not None:
+        write_junit(reports, options.junit)
+    if options.summary is not None:
+        write_summary(reports, options.summary)
+    return reports
+
+
+def named_original(artifact: Path, provenance: Mapping[str, Any]) -> str:
     """The model that an artifact says it was made from: a hub id, an alias, or a directory that may not be here."""
     name = str(provenance.get("source", ""))
     if "/" not in name and name not in aliases():

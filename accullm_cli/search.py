@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
@@ -31,16 +32,16 @@ from accullm_cli.measure.contract import (
     room_for_loss,
     search_demands,
 )
-from accullm_cli.measure.result import Clause, Fidelity, Trial
+from accullm_cli.measure.measurement import Measurement, judged_figures
+from accullm_cli.measure.result import Clause, Trial
 from accullm_cli.progress import Event
 from accullm_cli.run import RunDirectory, key_of, write_text
 from accullm_cli.stages.export import PLACE, exporting
 from accullm_cli.stages.job import Job, open_decoder
+from accullm_cli.stages.measures import SEARCH_MEASURES, found, measurements
 from accullm_cli.stages.profile import average_choices, load_stats, planning
 from accullm_cli.stages.quantize import rounding
 from accullm_cli.stages.stage import Before, Stage, StageOutcome, finished, foresee, named, walk
-from accullm_cli.stages.texts import SEARCH
-from accullm_cli.stages.validate import fidelity_from_json, load_fidelity, validation
 
 STAGE = "search"
 # Where the search begins, unless --bits is an average.
@@ -68,7 +69,7 @@ class Measured:
     bits: float
     bits_per_weight: float
     artifact_bytes: int
-    fidelity: Fidelity
+    measurements: tuple[Measurement, ...]
 
 
 @dataclass(frozen=True)
@@ -239,8 +240,8 @@ def _plan_job(job: Job, bits: float, shared: Sequence[StageOutcome]) -> Job:
 
 def _stages(own: Job) -> list[Stage]:
     """What is done for one plan."""
-    measured = validation(own.format, own.artifacts[own.format], SEARCH)
-    return [planning(own.format), rounding(own.format), exporting(own.artifacts), measured]
+    measured = measurements(own, own.artifacts, SEARCH_MEASURES)
+    return [planning(own.format), rounding(own.format), exporting(own.artifacts), *measured]
 
 
 def _measure(job: Job, bits: float, shared: Sequence[StageOutcome]) -> Measured:
@@ -253,7 +254,7 @@ def _measure(job: Job, bits: float, shared: Sequence[StageOutcome]) -> Measured:
         bits,
         artifact.bits_per_weight,
         sum(entry.bytes for entry in read_manifest(directory).files.values()),
-        load_fidelity(own, own.format, SEARCH),
+        found(own, own.format, SEARCH_MEASURES),
     )
 
 
@@ -294,7 +295,7 @@ def _load(job: Job, key: str) -> list[Measured]:
     content = json.loads(path.read_text()) if path.exists() else {}
     if content.get("key") != key:
         return []
-    return [Measured(**{**entry, "fidelity": fidelity_from_json(entry["fidelity"])}) for entry in content["plans"]]
+    return TypeAdapter(list[Measured]).validate_python(content["plans"])
 
 
 def _store(job: Job, key: str, measured: Sequence[Measured]) -> None:
@@ -302,16 +303,13 @@ def _store(job: Job, key: str, measured: Sequence[Measured]) -> None:
 
 
 def _clauses(demands: Sequence[Requirement], plan: Measured) -> tuple[Clause, ...]:
-    return judge(demands, plan.fidelity, plan.bits_per_weight, plan.artifact_bytes, ())
+    return judge(demands, judged_figures(plan.measurements))
 
 
 def _room(demands: Sequence[Requirement], plan: Measured) -> float:
     """By which factor the loss might grow until all demands are just met."""
-    original = plan.fidelity.perplexity_original.value
-    clauses = _clauses(demands, plan)
-    return min(
-        room_for_loss(demand, clause.measured, original) for demand, clause in zip(demands, clauses, strict=True)
-    )
+    figures = judged_figures(plan.measurements)
+    return min(room_for_loss(demand, figures[demand.figure]) for demand in demands)
 
 
 def _best(demands: Sequence[Requirement], measured: Sequence[Measured]) -> Measured:

@@ -271,7 +271,9 @@ def replaced(results: Sequence[Result], new: Sequence[Result]) -> list[Result]:
 
 def result_of(row: Conversion, report: Mapping[str, Any], command: Sequence[str]) -> Result:
     """A line of the table from a report of `accullm convert --json`."""
-    fidelity = report["fidelity"]
+    divergence = next(found for found in report["measurements"] if found["measure"] == "kl")
+    fidelity = {figure["name"]: figure["estimate"] for figure in divergence["figures"]}
+    counts = dict(divergence["counts"])
     # "validate accullm" has its format's name behind it.
     stages = {
         stage["name"].split()[0]: StageFigures(stage["seconds"], stage["peak_bytes"]) for stage in report["stages"]
@@ -287,8 +289,8 @@ def result_of(row: Conversion, report: Mapping[str, Any], command: Sequence[str]
         mean_kl_floor=Measured(**fidelity["mean_kl_floor"]),
         kl_p99=Measured(**fidelity["kl_p99"]),
         top1_agreement=Measured(**fidelity["top1_agreement"]),
-        windows=fidelity["windows"],
-        tokens=fidelity["tokens"],
+        windows=counts["windows"],
+        tokens=counts["tokens"],
         seconds=sum(figures.seconds for figures in before),
         peak_bytes=max(figures.peak_bytes for figures in before),
         versions=report["versions"],

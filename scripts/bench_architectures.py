@@ -321,8 +321,14 @@ def check(place: Path) -> Checked:
         true_kl, nearest_kl = (mean_kl(expected, logits(load(made), ids)) for made in (artifact, place / "nearest"))
     except Exception as fault:  # whatever modeling code raises is the finding
         error = _told(fault)
+    figures = {
+        figure["name"]: figure["estimate"]
+        for found in report["measurements"]
+        for figure in found["figures"]
+        if found["judged"]
+    }
     return Checked(
-        reported_kl=report["fidelity"]["mean_kl"]["value"],
+        reported_kl=figures["mean_kl"]["value"],
         true_kl=true_kl,
         nearest_kl=nearest_kl,
         difference=float((likelihood - reference).abs().max()),

@@ -102,6 +102,7 @@ there are no colours.
 | any of these with `--dry-run` | what would run, why and on which device, size, memory, time | `dry_run` |
 | `inspect` | what is in it | `inspection` |
 | `compare` | both side by side | `comparison` |
+| `diagnose` | the parts of the model by what they cost | `diagnosis_of_loss` |
 | `verify` | the files, and what is wrong with them | `verification` |
 | `doctor` | the checks | `diagnosis` |
 | `models` | the names | `models` |

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from accullm_cli.measure.fidelity import divergence_found
+from accullm_cli.measure.measurement import Measurement
 from accullm_cli.measure.result import (
     REPORT_SCHEMA_VERSION,
     Clause,
@@ -69,7 +71,7 @@ def a_report(
         bits_per_weight=4.4021,
         artifact_bytes=113_000_000,
         source_bytes=269_060_552,
-        fidelity=FIDELITY,
+        measurements=(divergence_found(FIDELITY),),
         contract=contract,
         contract_met=all(clause.met for clause in contract),
         records=records,
@@ -98,7 +100,12 @@ def report_of(mean_kl: float = 0.05, windows: tuple[float, ...] = (0.04, 0.05, 0
         kl_of_window=windows,
     )
     contract = (Clause("mean_kl<=0.02", "mean_kl", "<=", 0.02, mean_kl, mean_kl <= 0.02),)
-    return replace(a_report(contract, artifact="/home/somebody/name-int4"), fidelity=fidelity)
+    return measuring(a_report(contract, artifact="/home/somebody/name-int4"), divergence_found(fidelity))
+
+
+def measuring(report: Report, *measurements: Measurement) -> Report:
+    """A report of these measurements."""
+    return replace(report, measurements=measurements)
 
 
 STRONG_FEATURE = 5

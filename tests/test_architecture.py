@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "__main__", "cli", "flags", "console"}),
     frozenset({"pipeline", "search", "commands"}),
     frozenset({"stages"}),
-    frozenset({"measure", "report", "formats", "kernels", "model", "hf", "hybrid", "lazy_weight", "vllm"}),
+    frozenset({"measure", "report", "formats", "kernels", "model", "tasks", "hf", "hybrid", "lazy_weight", "vllm"}),
     frozenset({"quant"}),
     frozenset({"config", "config_file", "resources", "run", "progress", "units", "values", "errors"}),
 )

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import pytest
 
 from accullm_cli.console import PATIENCE, Console, json_text, plain, render, report_text, text_table
+from accullm_cli.measure.fidelity import divergence_found, divergence_found_elsewhere, speed_found
 from accullm_cli.measure.result import Clause, Report
 from accullm_cli.progress import Event, alike, grouped
 from accullm_cli.run import UP_TO_DATE, Reason
-from tests.samples import FIDELITY, SPEED, a_report
+from tests.samples import FIDELITY, SPEED, a_report, measuring
 
 
 class Terminal(io.StringIO):
@@ -313,8 +314,8 @@ def test_the_report_shows_every_figure_with_its_interval():
 def test_the_report_says_where_an_artifact_was_not_run_in_float32():
     report = a_report(())
     assert "computed in" not in report_text(report)
-    on_gpu = dataclasses.replace(report.fidelity, arithmetic="bfloat16 on Some GPU")
-    assert "computed in            bfloat16 on Some GPU\n" in report_text(dataclasses.replace(report, fidelity=on_gpu))
+    on_gpu = divergence_found(dataclasses.replace(FIDELITY, arithmetic="bfloat16 on Some GPU"))
+    assert "computed in            bfloat16 on Some GPU\n" in report_text(measuring(report, on_gpu))
 
 
 def test_the_report_gives_the_verdict_clause_by_clause():
@@ -399,12 +400,14 @@ def test_a_table_is_as_wide_as_its_cells():
 
 def test_json_is_one_versioned_object_and_strict():
     unbounded = dataclasses.replace(FIDELITY, kl_histogram=((0.1, 7000), (float("inf"), 1176)))
-    report = dataclasses.replace(a_report(), fidelity=unbounded)
+    report = measuring(a_report(), divergence_found(unbounded))
     content = json.loads(json_text(reports=(report,)), parse_constant=lambda name: pytest.fail(name))
     assert content["schema_version"] == 1
     [written] = content["reports"]
-    assert written["fidelity"]["mean_kl"] == {"value": 0.0664, "low": 0.05, "high": 0.083}
-    assert written["fidelity"]["kl_histogram"] == [[0.1, 7000], [None, 1176]]
+    [measured] = written["measurements"]
+    estimates = {figure["name"]: figure["estimate"] for figure in measured["figures"]}
+    assert estimates["mean_kl"] == {"value": 0.0664, "low": 0.05, "high": 0.083}
+    assert measured["histograms"][0]["bins"] == [[0.1, 7000], [None, 1176]]
     assert written.keys() == {field.name for field in dataclasses.fields(Report)}
 
 
@@ -413,7 +416,7 @@ def test_what_json_does_not_know_is_text():
 
 
 def test_speed_has_lines_of_its_own() -> None:
-    text = " ".join(report_text(replace(a_report(), speed=SPEED)).split())
+    text = " ".join(report_text(measuring(a_report(), speed_found(SPEED))).split())
     assert (
         "prefill, 512 tokens 220 tokens/s; original 400 (0.55 times) "
         "decode, 32 tokens 25 tokens/s; original 20 (1.25 times) "
@@ -426,7 +429,7 @@ def test_speed_has_lines_of_its_own() -> None:
 
 def test_the_other_text_has_lines_of_its_own() -> None:
     other = replace(FIDELITY, text="C++ headers", tokens=77)
-    text = " ".join(report_text(replace(a_report(), other=other)).split())
+    text = " ".join(report_text(measuring(a_report(), divergence_found_elsewhere(other))).split())
     assert "mean KL, other text 0.06640 [0.05000 to 0.08300] nats top-1, other text" in text
     assert "the other text 77 tokens: C++ headers require" in text
     assert "other text" not in report_text(a_report())

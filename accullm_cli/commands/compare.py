@@ -24,16 +24,26 @@ class Side:
     """One of the two.
 
     bits_per_weight: of the linears that either artifact has, as far as this side has them.
-    mean_kl, top1_agreement, perplexity: as validation recorded them, None where it did not.
     """
 
     path: str
     format: str  # "checkpoint" for a plain model
     bits_per_weight: float | None
     tensor_bytes: int
-    mean_kl: Estimate | None
-    top1_agreement: Estimate | None
-    perplexity: Estimate | None
+
+
+@dataclass(frozen=True)
+class FigureComparison:
+    """One figure that validation recorded for either.
+
+    a, b: None where it did not.
+    difference: A's minus B's unit by unit (window, task item), where both were measured on the same.
+    """
+
+    figure: str
+    a: Estimate | None
+    b: Estimate | None
+    difference: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -53,14 +63,13 @@ class LinearDifference:
 class Comparison:
     """What `compare` found.
 
-    mean_kl_difference: A's minus B's over the same windows of text; None where they were not both measured on it.
     unmatched: linears and embeddings that only one side has.
     exceeded: a sentence for each limit that is not kept.
     """
 
     a: Side
     b: Side
-    mean_kl_difference: Estimate | None
+    figures: tuple[FigureComparison, ...]
     linears: tuple[LinearDifference, ...]
     unmatched: tuple[str, ...]
     exceeded: tuple[str, ...]
@@ -92,9 +101,9 @@ def compare(a: Path, b: Path, max_mean_kl: float | None = None) -> Comparison:
         for artifact in artifacts:
             exceeded += _over_limit(artifact, max_mean_kl)
     return Comparison(
-        a=_side(a, left, sizes, fidelity_a),
-        b=_side(b, right, sizes, fidelity_b),
-        mean_kl_difference=_paired(fidelity_a, fidelity_b),
+        a=_side(a, left, sizes),
+        b=_side(b, right, sizes),
+        figures=_figures(fidelity_a or {}, fidelity_b or {}),
         linears=tuple(difference for difference in differences.values() if difference is not None),
         unmatched=tuple(name for name, difference in differences.items() if difference is None),
         exceeded=tuple(exceeded),
@@ -211,7 +220,7 @@ def _difference(name: str, left: _Weights, right: _Weights) -> LinearDifference 
     return LinearDifference(name, bits_a, bits_b, relative)
 
 
-def _side(path: Path, weights: _Weights, sizes: Mapping[str, int], fidelity: Mapping[str, Any] | None) -> Side:
+def _side(path: Path, weights: _Weights, sizes: Mapping[str, int]) -> Side:
     bits = count = 0.0
     for name, size in sizes.items():
         per_weight = weights.bits_per_weight(name)
@@ -222,9 +231,6 @@ def _side(path: Path, weights: _Weights, sizes: Mapping[str, int], fidelity: Map
         format=weights.artifact.format if weights.artifact else "checkpoint",
         bits_per_weight=bits / count if count else None,
         tensor_bytes=sum(info.bytes for info in weights.files.infos.values()),
-        mean_kl=_estimate(fidelity, "mean_kl"),
-        top1_agreement=_estimate(fidelity, "top1_agreement"),
-        perplexity=_estimate(fidelity, "perplexity"),
     )
 
 
@@ -235,15 +241,27 @@ def _fidelity(side: StoredArtifact | TensorFiles) -> Mapping[str, Any] | None:
     return side.manifest.fidelity if isinstance(side, StoredArtifact) and side.manifest else None
 
 
-def _estimate(fidelity: Mapping[str, Any] | None, metric: str) -> Estimate | None:
-    return None if fidelity is None else Estimate(**fidelity[metric])
+def _figures(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[FigureComparison, ...]:
+    """Every figure that has an interval in either."""
+    names = [name for name in dict.fromkeys([*a, *b]) if _estimate(a, name) or _estimate(b, name)]
+    return tuple(FigureComparison(name, _estimate(a, name), _estimate(b, name), _paired(a, b, name)) for name in names)
 
 
-def _paired(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> Estimate | None:
-    """A's mean KL minus B's where both were measured on the same windows."""
-    if a is None or b is None or any(a[key] != b[key] for key in ("text", "windows", "tokens")):
+def _estimate(fidelity: Mapping[str, Any], name: str) -> Estimate | None:
+    value = fidelity.get(name)
+    return Estimate(**value) if isinstance(value, Mapping) else None
+
+
+def _paired(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> Estimate | None:
+    """A's figure minus B's where both were measured on the same units."""
+    first, second = (_samples(side, name) for side in (a, b))
+    if first is None or second is None or first["of"] != second["of"] or len(first["values"]) != len(second["values"]):
         return None
-    return paired_difference(a["kl_of_window"], b["kl_of_window"], seed=0)
+    return paired_difference(first["values"], second["values"], seed=0)
+
+
+def _samples(fidelity: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    return next((samples for samples in fidelity.get("samples", ()) if samples["figure"] == name), None)
 
 
 def _over_limit(artifact: StoredArtifact, limit: float) -> list[str]:
@@ -252,7 +270,7 @@ def _over_limit(artifact: StoredArtifact, limit: float) -> list[str]:
     Raises:
         AccullmError: nothing is recorded.
     """
-    mean_kl = _estimate(_fidelity(artifact), "mean_kl")
+    mean_kl = _estimate(_fidelity(artifact) or {}, "mean_kl")
     if mean_kl is None:
         raise AccullmError("not validated yet, so there is no mean KL", artifact.path, "run accullm validate first")
     if mean_kl.value <= limit:

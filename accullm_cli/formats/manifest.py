@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import Parts
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.shards import dtype_name, read_json
+from accullm_cli.measure.measurement import recorded_name
 from accullm_cli.progress import SHOWN, grouped
 from accullm_cli.quant.plan import LinearPlan, Plan
 from accullm_cli.run import file_sha256, write_text
@@ -52,7 +53,7 @@ class Manifest:
     dtype: of the source's weights.
     provenance: facts about where the artifact comes from.
     files: every file of the artifact but `accullm.json`.
-    fidelity: measured figures (`Fidelity` and the contract's clauses), or None before validation.
+    fidelity: figures by name, "samples" unit by unit for paired comparisons, and the contract; None before validation.
     kept: names of tensors that the model has no place for; they are stored as the source has them.
     """
 
@@ -206,9 +207,17 @@ def record_fidelity(directory: Path, report: Report) -> None:
     """
     read_manifest(directory)
     content = read_json(directory / MANIFEST_NAME)
-    fidelity = asdict(report.fidelity)
-    # A path of the machine that validated means nothing elsewhere.
-    fidelity["text"] = Path(report.fidelity.text).name
+    fidelity: dict[str, Any] = {}
+    for found in report.measurements:
+        for figure in found.figures:
+            if figure.estimate is not None:
+                recorded = asdict(figure.estimate) if figure.has_interval else figure.estimate.value
+                fidelity[recorded_name(found, figure.name)] = recorded
+    fidelity["samples"] = [
+        asdict(replace(samples, figure=recorded_name(found, samples.figure)))
+        for found in report.measurements
+        for samples in found.samples
+    ]
     fidelity["contract"] = [asdict(clause) for clause in report.contract]
     fidelity["contract_met"] = report.contract_met
     card = directory / CARD_NAME
@@ -286,29 +295,21 @@ def _loading_lines(format_name: str) -> Iterator[str]:
 
 
 def _fidelity_lines(report: Report) -> list[str]:
-    measured = report.fidelity
-    rows = [
-        ("perplexity, original", measured.perplexity_original),
-        ("perplexity", measured.perplexity),
-        ("mean KL to the original (nats per token)", measured.mean_kl),
-        ("KL, 99th percentile", measured.kl_p99),
-        ("KL, 99.9th percentile", measured.kl_p999),
-        ("noise floor of the mean KL", measured.mean_kl_floor),
-        ("top-1 agreement", measured.top1_agreement),
-    ]
-    lines = [
-        _FIDELITY_START,
-        f"Measured on {measured.tokens} tokens in {measured.windows} windows of held-out text, "
-        f"the artifact in {measured.arithmetic}.",
-        "",
-        "| | measured | 95% confidence interval |",
-        "| --- | --- | --- |",
-    ]
-    lines += [f"| {name} | {value.value:.5g} | {value.low:.5g} to {value.high:.5g} |" for name, value in rows]
-    lines.append(f"| KL, maximum | {measured.kl_max:.5g} | |")
+    lines = [_FIDELITY_START]
+    for found in report.measurements:
+        if not found.judged:
+            continue
+        lines += [found.about, "", "| | measured | 95% confidence interval |", "| --- | --- | --- |"]
+        for figure in found.figures:
+            if figure.title and (value := figure.estimate) is not None:
+                name = f"{figure.title} (nats per token)" if figure.name == "mean_kl" else figure.title
+                interval = f"{value.low:.5g} to {value.high:.5g}" if figure.has_interval else ""
+                lines.append(f"| {name} | {value.value:.5g} | {interval} |")
+        lines.append("")
+    if report.contract:
+        lines += ["| condition | measured | |", "| --- | --- | --- |"]
     for clause in report.contract:
-        verdict = "met" if clause.met else "not met"
-        lines.append(f"| contract {clause.text} | {clause.measured:.5g} | {verdict} |")
+        lines.append(f"| contract {clause.text} | {clause.told} | {'met' if clause.met else 'not met'} |")
     return [*lines, _FIDELITY_END]
 
 

@@ -9,17 +9,16 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.measure.result import Clause, Estimate, Fidelity
+from accullm_cli.measure.catalogue import KINDS, Kind
+from accullm_cli.measure.measurement import Estimate, Figure
+from accullm_cli.measure.result import Clause
 
 # What can be asked for. Those with an interval also take .low and .high.
-METRICS_WITH_INTERVAL = ("mean_kl", "kl_p99", "kl_p999", "top1_agreement", "perplexity")
-METRICS_WITHOUT_INTERVAL = ("kl_max", "perplexity_ratio", "bits_per_weight", "artifact_bytes", "fallbacks")
-METRICS = METRICS_WITH_INTERVAL + METRICS_WITHOUT_INTERVAL
-SHARES = ("top1_agreement",)
+METRICS = tuple(sorted(KINDS, key=lambda name: not KINDS[name].interval))
 BOUNDS = ("low", "high")
 
 _WHERE = "--require"
@@ -38,7 +37,7 @@ class Requirement:
     """One condition.
 
     text: as the user wrote it.
-    metric: one of METRICS.
+    metric: one of METRICS. part: of what was measured, as in retention.sql; "" for the whole.
     bound: "low" or "high" where a bound of the 95% confidence interval is held against the limit, "" for the value.
     comparison: "<=", ">=", "<" or ">".
     """
@@ -48,6 +47,12 @@ class Requirement:
     bound: str
     comparison: str
     limit: float
+    part: str = ""
+
+    @property
+    def figure(self) -> str:
+        """The name of the figure that is held against the limit."""
+        return f"{self.metric}.{self.part}" if self.part else self.metric
 
 
 def parse_requirement(text: str) -> Requirement:
@@ -62,15 +67,22 @@ def parse_requirement(text: str) -> Requirement:
         raise AccullmError(f"{text!r} is not a condition", _WHERE, _EXAMPLE)
     name, comparison, limit = match.groups()
     metric, dot, bound = name.partition(".")
-    if metric not in METRICS:
+    kind = KINDS.get(metric)
+    if kind is None:
         raise AccullmError(f"unknown metric {metric!r} in {text!r}", _WHERE, _suggestion(metric))
-    if dot and metric not in METRICS_WITH_INTERVAL:
+    if dot and not kind.interval:
         raise AccullmError(
             f"{metric} has no confidence interval, in {text!r}", _WHERE, f"write {metric} without .{bound}"
         )
-    if dot and bound not in BOUNDS:
+    part = ""
+    if dot and kind.parts:
+        part, dot, last = bound.rpartition(".")
+        part, bound = (part, last) if last in BOUNDS else (bound, "")
+        if not part and not bound:
+            raise AccullmError(f"names no part of {metric}, in {text!r}", _WHERE, f"write {metric}, or {metric}.sql")
+    elif dot and bound not in BOUNDS:
         raise AccullmError(f"unknown bound {bound!r} in {text!r}", _WHERE, f"write {metric}.low or {metric}.high")
-    return Requirement(text, metric, bound, comparison, _parse_limit(limit, metric, text))
+    return Requirement(text, metric, bound, comparison, _parse_limit(limit, kind, text), part)
 
 
 def _suggestion(metric: str) -> str:
@@ -78,56 +90,35 @@ def _suggestion(metric: str) -> str:
     return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(METRICS)}"
 
 
-def _parse_limit(limit: str, metric: str, text: str) -> float:
+def _parse_limit(limit: str, kind: Kind, text: str) -> float:
     """A number of at least 0; for a share, one of at most 1 or a percentage."""
-    percent = limit.endswith("%") and metric in SHARES
+    metric, percent = kind.name, limit.endswith("%") and kind.share
     try:
         value = float(limit[:-1]) / 100 if percent else float(limit)
     except ValueError:
         raise AccullmError(f"{limit!r} is not a number, in {text!r}", _WHERE, _EXAMPLE) from None
     if not math.isfinite(value) or value < 0:
         raise AccullmError(f"{limit} is not a possible value of {metric}, in {text!r}", _WHERE, "give 0 or more")
-    if metric in SHARES and value > 1:
+    if kind.share and value > 1:
         raise AccullmError(
             f"{limit} is not a share, in {text!r}", _WHERE, f"write a share such as {metric}>=0.85 or {metric}>=85%"
         )
     return value
 
 
-def judge(
-    requirements: Sequence[Requirement],
-    fidelity: Fidelity,
-    bits_per_weight: float,
-    artifact_bytes: int,
-    records: Sequence[str],
-) -> tuple[Clause, ...]:
+def judge(requirements: Sequence[Requirement], figures: Mapping[str, Figure]) -> tuple[Clause, ...]:
     """Hold what was measured against each requirement, in their order.
 
     Args:
-        bits_per_weight: everything stored for the quantized linears over their weights.
-        artifact_bytes: all files of the artifact.
-        records: everything that was treated differently from the plan; `fallbacks` is their number.
+        figures: by name; one that is missing, or of which too little was measured, meets no condition.
     """
-    figures = {
-        "mean_kl": fidelity.mean_kl,
-        "kl_p99": fidelity.kl_p99,
-        "kl_p999": fidelity.kl_p999,
-        "kl_max": _exactly(fidelity.kl_max),
-        "top1_agreement": fidelity.top1_agreement,
-        "perplexity": fidelity.perplexity,
-        "perplexity_ratio": _exactly(fidelity.perplexity.value / fidelity.perplexity_original.value),
-        "bits_per_weight": _exactly(bits_per_weight),
-        "artifact_bytes": _exactly(artifact_bytes),
-        "fallbacks": _exactly(len(records)),
-    }
-    return tuple(_clause(requirement, figures[requirement.metric]) for requirement in requirements)
+    return tuple(_clause(requirement, figures.get(requirement.figure)) for requirement in requirements)
 
 
 def search_demands(contract: Sequence[str]) -> list[Requirement]:
     """What a search for the smallest plan asks of one: the contract's clauses on fidelity.
 
-    A figure that comes with a 95% interval must meet the limit with its worse end: the search stops right at the limit,
-    and on other text a figure is as likely to be worse as to be better.
+    A figure that comes with a 95% interval must meet the limit with its worse end, if its kind says so.
 
     Raises:
         AccullmError: the contract has no such clause.
@@ -142,7 +133,7 @@ def search_demands(contract: Sequence[str]) -> list[Requirement]:
         )
     return [
         replace(requirement, bound="high" if "<" in requirement.comparison else "low")
-        if requirement.metric in METRICS_WITH_INTERVAL and not requirement.bound
+        if KINDS[requirement.metric].interval and KINDS[requirement.metric].worse_end and not requirement.bound
         else requirement
         for requirement in found
     ]
@@ -150,41 +141,77 @@ def search_demands(contract: Sequence[str]) -> list[Requirement]:
 
 def bounds_loss(requirement: Requirement) -> bool:
     """Whether a condition asks for fidelity, so that fewer errors can bring it about."""
-    if requirement.metric in SHARES:
-        return ">" in requirement.comparison
-    return requirement.metric.startswith(("mean_kl", "kl_", "perplexity")) and "<" in requirement.comparison
+    better = KINDS[requirement.metric].better
+    return (better == "lower" and "<" in requirement.comparison) or (
+        better == "higher" and ">" in requirement.comparison
+    )
 
 
-def room_for_loss(requirement: Requirement, measured: float, perplexity_original: float) -> float:
+def room_for_loss(requirement: Requirement, figure: Figure) -> float:
     """By which factor the loss might grow until a condition that `bounds_loss` is just met; below 1 where it is not.
 
     For small losses KL and the excess of perplexity grow as the loss does, and the share of tokens that change places
     as its square root.
+    """
+    if figure.curve and not requirement.bound:
+        return _room_on_curve(requirement, figure.curve)
+    if figure.estimate is None or figure.best is None:
+        return 0.0
+    sign = 1 if KINDS[requirement.metric].better == "lower" else -1
+    power = 1 / KINDS[requirement.metric].power
+    allowed = max(sign * (requirement.limit - figure.best), 0.0)
+    found = sign * (_bound_of(requirement, figure.estimate) - figure.best)
+    return math.inf if found <= 0 else (allowed**power) / (found**power)
+
+
+def _room_on_curve(requirement: Requirement, curve: Sequence[tuple[float, float]]) -> float:
+    """The factor up to which all values of a curve meet a condition, between two points by their logarithms."""
+    compare, before = _COMPARISONS[requirement.comparison], curve[0]
+    for factor, value in curve:
+        if not compare(value, requirement.limit):
+            if value == before[1]:
+                return factor
+            share = (requirement.limit - before[1]) / (value - before[1])
+            return before[0] * (factor / before[0]) ** min(max(share, 0.0), 1.0)
+        before = factor, value
+    return before[0]
+
+
+def check_needed(requirements: Sequence[Requirement], tasks: Sequence[str]) -> None:
+    """Refuse conditions on what would not be measured.
 
     Args:
-        measured: what the condition is held against.
+        tasks: the names of the exact tasks that were asked for.
+
+    Raises:
+        AccullmError: no tasks, or not the one that a condition names.
     """
-    if requirement.metric in SHARES:
-        allowed, found = (1 - requirement.limit) ** 2, (1 - measured) ** 2
-    else:
-        best = {"perplexity": perplexity_original, "perplexity_ratio": 1.0}.get(requirement.metric, 0.0)
-        allowed, found = max(requirement.limit - best, 0.0), measured - best
-    if found <= 0:
-        return math.inf
-    return allowed / found
+    for requirement in requirements:
+        needs = KINDS[requirement.metric].needs
+        if needs and not tasks:
+            raise AccullmError(
+                f"{requirement.metric} needs exact tasks, in {requirement.text!r}", _WHERE, f"give {needs}"
+            )
+        if requirement.part and requirement.part not in tasks:
+            raise AccullmError(
+                f"{requirement.part!r} is no task of this run, in {requirement.text!r}",
+                _WHERE,
+                f"the tasks are {', '.join(tasks)}",
+            )
 
 
-def _exactly(value: float) -> Estimate:
-    return Estimate(float(value), float(value), float(value))
+def _bound_of(requirement: Requirement, estimate: Estimate) -> float:
+    return {"": estimate.value, "low": estimate.low, "high": estimate.high}[requirement.bound]
 
 
-def _clause(requirement: Requirement, figure: Estimate) -> Clause:
-    measured = {"": figure.value, "low": figure.low, "high": figure.high}[requirement.bound]
+def _clause(requirement: Requirement, figure: Figure | None) -> Clause:
+    estimate = None if figure is None else figure.estimate
+    measured = None if estimate is None else _bound_of(requirement, estimate)
     return Clause(
         text=requirement.text,
-        metric=f"{requirement.metric}.{requirement.bound}" if requirement.bound else requirement.metric,
+        metric=f"{requirement.figure}.{requirement.bound}" if requirement.bound else requirement.figure,
         comparison=requirement.comparison,
         limit=requirement.limit,
         measured=measured,
-        met=_COMPARISONS[requirement.comparison](measured, requirement.limit),
+        met=measured is not None and _COMPARISONS[requirement.comparison](measured, requirement.limit),
     )

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-REPORT_SCHEMA_VERSION = 1
+from accullm_cli.measure.measurement import Estimate, Measurement
 
+__all__ = ["Estimate", "Fidelity", "Report", "Speed"]
 
-@dataclass(frozen=True)
-class Estimate:
-    """A measured figure with its 95% confidence interval."""
-
-    value: float
-    low: float
-    high: float
+REPORT_SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +31,7 @@ class Fidelity:
     mean_kl_floor: Estimate  # the original against itself with one bfloat16 rounding per block
     kl_of_window: tuple[float, ...]  # mean KL of each window, for paired comparisons
     kl_histogram: tuple[tuple[float, int], ...]  # (upper edge in nats, tokens), logarithmic bins
+    text_sha256: str = ""  # of the windows' tokens
     arithmetic: str = "float32"  # what the artifact was run in; the original in float32 always
 
 
@@ -69,8 +65,13 @@ class Clause:
     metric: str
     comparison: str  # "<=" or ">="
     limit: float
-    measured: float
+    measured: float | None  # None where too little was measured to say
     met: bool
+
+    @property
+    def told(self) -> str:
+        """What was measured, as text."""
+        return "too little to say" if self.measured is None else f"{self.measured:.6g}"
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,29 @@ class Report:
     bits_per_weight: float  # everything stored for the quantized linears over their weights; embeddings do not count
     artifact_bytes: int
     source_bytes: int
-    fidelity: Fidelity
+    measurements: tuple[Measurement, ...]
     contract: tuple[Clause, ...]
     contract_met: bool
     records: tuple[str, ...]  # everything that was treated differently from the plan
     stages: tuple[StageSummary, ...]
     linears: tuple[LinearSummary, ...]
     versions: dict[str, str]
-    other: Fidelity | None = None  # on text of another kind than the contract is judged on
-    speed: Speed | None = None  # where it was measured
     search: tuple[Trial, ...] = ()  # of a golden search, the plans that it measured
     directory: str = ""  # where report.html and report.json lie; empty where none were written
+
+    def measurement(self, measure: str) -> Measurement | None:
+        """What the measure of this name found; None where it was not asked for."""
+        return next((found for found in self.measurements if found.measure == measure), None)
+
+    def figure(self, name: str, measure: str | None = None) -> Estimate:
+        """A figure of a measure by its name; without a measure one of those that conditions may name.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        for found in self.measurements:
+            if found.judged if measure is None else found.measure == measure:
+                for figure in found.figures:
+                    if figure.name == name and figure.estimate is not None:
+                        return figure.estimate
+        raise KeyError(name)

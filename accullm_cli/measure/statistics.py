@@ -120,3 +120,29 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
         )
     difference = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
     return bootstrap_mean(list(difference.unsqueeze(1)), seed)
+
+
+def wilson(successes: int, trials: int) -> Estimate:
+    """A share of independent trials with its 95% interval (Wilson 1927, https://doi.org/10.2307/2276774).
+
+    Raises:
+        ValueError: there are no trials.
+    """
+    if not 0 <= successes <= trials or not trials:
+        raise ValueError(f"{successes} of {trials} is no share")
+    z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+    share = successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    # Rounding must not leave the value outside of its own interval.
+    return Estimate(share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share))
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """How likely a split of so many changed items is, or a less even one, if losing and winning are equally likely.
+
+    The exact two-sided test of paired proportions (McNemar 1947): a binomial tail, doubled.
+    """
+    changed = lost + won
+    tail = sum(math.comb(changed, count) for count in range(min(lost, won) + 1))
+    return min(1.0, 2 * tail / 2**changed)

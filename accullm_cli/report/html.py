@@ -6,16 +6,15 @@ import json
 from html import escape
 from pathlib import Path
 
-from accullm_cli.measure.result import Clause, Estimate, Fidelity, Report, Speed
+from accullm_cli.measure.measurement import Cases, Measurement, Table
+from accullm_cli.measure.result import Report
 from accullm_cli.progress import SHOWN, grouped
 from accullm_cli.report import plots
-from accullm_cli.report.page import bullets, collapsed, figure, html_table, page, paragraph, section
+from accullm_cli.report.figures import limit_of, of_clause, value_and_interval, verdict
+from accullm_cli.report.page import bullets, collapsed, figure, html_table, page, paragraph, section, side_by_side
 from accullm_cli.report.schema import to_json
 from accullm_cli.run import write_text
 from accullm_cli.units import duration, size
-
-# Below this, 95% intervals hold the truth less often than they say (docs/measures.md).
-_FEW_WINDOWS = 6
 
 
 def write_report(report: Report, directory: Path) -> tuple[Path, Path]:
@@ -33,11 +32,9 @@ def render(report: Report) -> str:
     """The report as one HTML document that loads nothing."""
     body = [
         _verdict(report),
-        _figures("Fidelity", report.fidelity),
-        *([] if report.other is None else [_figures("Fidelity on text of another kind", report.other)]),
+        *(_measured(found) for found in report.measurements),
         *([_search(report)] if report.search else []),
         _sizes(report),
-        *([] if report.speed is None else [_speed(report.speed)]),
         _plots(report),
         _records(report),
         _stages(report),
@@ -51,13 +48,8 @@ def render(report: Report) -> str:
 
 
 def _verdict(report: Report) -> str:
-    missed = sum(not clause.met for clause in report.contract)
-    if not report.contract:
-        style, heading = "", "Measured; no contract was asked for"
-    elif report.contract_met:
-        style, heading = "good", "Contract met"
-    else:
-        style, heading = "bad", f"Contract not met: {missed} of {_count(len(report.contract), 'condition')} missed"
+    style = "" if not report.contract else "good" if report.contract_met else "bad"
+    heading = verdict(report.contract)
     parts = [
         f'<header class="verdict {style}">',
         paragraph(f"{report.model} → {report.artifact} ({report.format})", "eyebrow"),
@@ -68,7 +60,7 @@ def _verdict(report: Report) -> str:
     if report.contract:
         columns = [("", ""), ("Condition", "wrap"), ("Measured", "number"), ("Limit", "number")]
         rows = [
-            ("met" if clause.met else "not met", clause.text, _clause(clause, clause.measured), _limit(clause))
+            ("met" if clause.met else "not met", clause.text, of_clause(clause, clause.measured), limit_of(clause))
             for clause in report.contract
         ]
         parts.append(html_table(columns, rows, ["good" if clause.met else "bad" for clause in report.contract]))
@@ -76,59 +68,35 @@ def _verdict(report: Report) -> str:
 
 
 def _summary(report: Report) -> str:
-    """The result in two sentences."""
-    found = report.fidelity
-    change = found.perplexity.value / found.perplexity_original.value - 1
-    return (
-        f"On {found.tokens:,} held-out tokens the artifact puts the original's most likely token first "
-        f"{found.top1_agreement.value:.1%} of the time, and its perplexity is {found.perplexity.value:#.4g} instead of "
-        f"{found.perplexity_original.value:#.4g} ({change:+.1%}). It takes {size(report.artifact_bytes)} instead of "
-        f"{size(report.source_bytes)}, at {report.bits_per_weight:.2f} bits per quantized weight."
+    """The result in a few sentences."""
+    found = [measurement.summary for measurement in report.measurements if measurement.summary]
+    saved = (
+        f"It takes {size(report.artifact_bytes)} instead of {size(report.source_bytes)}, at "
+        f"{report.bits_per_weight:.2f} bits per quantized weight."
     )
+    return " ".join([*found, saved])
 
 
-def _clause(clause: Clause, value: float) -> str:
-    if clause.metric.startswith("top1_agreement"):
-        return f"{100 * value:.6g}%"
-    if clause.metric == "artifact_bytes":
-        return f"{value:,.0f}"
-    return f"{value:.6g}"
-
-
-def _limit(clause: Clause) -> str:
-    comparison = {"<=": "≤", ">=": "≥"}.get(clause.comparison, clause.comparison)
-    return f"{comparison} {_clause(clause, clause.limit)}"
-
-
-def _figures(heading: str, found: Fidelity) -> str:
-    ratio = found.perplexity.value / found.perplexity_original.value
-    floor = found.mean_kl_floor
-    over_floor = f"{_factor(found.mean_kl.value / floor.value)} times the noise floor" if floor.value > 0 else ""
-    agreement = found.top1_agreement
-    rows = [
-        ("Mean KL divergence", *_estimate(found.mean_kl), f"nats per token; {over_floor}".rstrip("; ")),
-        ("Its noise floor", *_estimate(floor), "the original against itself with one bfloat16 rounding per block"),
-        ("KL, 99th percentile", *_estimate(found.kl_p99), "one token in 100 is further off"),
-        ("KL, 99.9th percentile", *_estimate(found.kl_p999), "one token in 1,000 is further off"),
-        ("KL, largest", nats(found.kl_max), "", "the worst token"),
-        (
-            "Top-1 agreement",
-            f"{agreement.value:.2%}",
-            f"{agreement.low:.2%} to {agreement.high:.2%}",
-            "the same most likely next token",
-        ),
-        ("Perplexity of the original", *_estimate(found.perplexity_original, "{:#.4g}"), ""),
-        ("Perplexity of the artifact", *_estimate(found.perplexity, "{:#.4g}"), f"{ratio:.4f} times the original's"),
-    ]
+def _measured(found: Measurement) -> str:
+    """The section of one measure: its figures, what it measured, and its evidence."""
+    rows = [(figure.title, *value_and_interval(figure), figure.note) for figure in found.figures if figure.title]
     columns = [("Figure", ""), ("Value", "number"), ("95% interval", "number"), ("", "quiet")]
-    note = (
-        f"KL(original ‖ artifact) of the next-token distributions at {found.tokens:,} positions in {found.windows} "
-        f"windows, the artifact in {found.arithmetic}. Text: {found.text}. Intervals come from resampling whole "
-        "windows."
-    )
-    if found.windows < _FEW_WINDOWS:
-        note += f" From {found.windows} windows they are too narrow: measure more."
-    return section(heading, html_table(columns, rows), paragraph(note, "note"))
+    parts = [html_table(columns, rows)] if rows else []
+    parts += [_table(table) for table in found.tables]
+    parts += [figure(pairs.caption, plots.draw_pairs(pairs)) for pairs in found.pairs]
+    parts += [_cases(cases) for cases in found.cases]
+    parts += [paragraph(found.note, "note")] if found.note else []
+    return section(found.heading, *parts)
+
+
+def _table(table: Table) -> str:
+    parts = [paragraph(table.caption)] if table.caption else []
+    return "\n".join([*parts, html_table(table.columns, table.rows)])
+
+
+def _cases(cases: Cases) -> str:
+    parts = [paragraph(cases.caption), *(side_by_side(case) for case in cases.cases)]
+    return "\n".join([*parts, *([paragraph(f"{cases.left_out} more like these.", "note")] if cases.left_out else [])])
 
 
 def _search(report: Report) -> str:
@@ -139,7 +107,7 @@ def _search(report: Report) -> str:
             "met" if trial.met else "not met",
             f"{trial.bits_per_weight:.3f}",
             size(trial.artifact_bytes),
-            ", ".join(f"{clause.metric} {_clause(clause, clause.measured)}" for clause in trial.clauses),
+            ", ".join(f"{clause.metric} {of_clause(clause, clause.measured)}" for clause in trial.clauses),
         )
         for trial in report.search
     ]
@@ -165,29 +133,11 @@ def _sizes(report: Report) -> str:
     return section("Size", html_table([("", ""), ("", "number"), ("", "quiet")], rows))
 
 
-def _speed(found: Speed) -> str:
-    columns = [("Tokens per second", ""), ("Artifact", "number"), ("Original", "number"), ("", "number"), ("", "quiet")]
-    figures = (
-        ("Prefill", f"{found.prompt_tokens} tokens at once", "prefill", found.prefill_engine),
-        ("Decode", f"{found.decoded_tokens} tokens, one after the other", "decode", found.decode_engine),
-    )
-    rows = []
-    for name, what, phase, engine in figures:
-        artifact, original = getattr(found.artifact, phase), getattr(found.original, phase)
-        ratio = f"{artifact / original:.3g} times"
-        rows.append((name, f"{artifact:.4g}", f"{original:.4g}", ratio, f"{what}; the artifact by {engine}"))
-    note = f"On {found.device}, both in {found.dtype}; medians of several runs, one sequence at a time."
-    return section("Speed", html_table(columns, rows), paragraph(note, "note"))
-
-
 def _plots(report: Report) -> str:
-    parts = [
-        figure("How far single tokens are off. The scale is logarithmic.", plots.draw_kl_histogram(report.fidelity)),
-        figure(
-            "Texts differ in how hard they are; a window far above the others is worth reading.",
-            plots.draw_kl_of_windows(report.fidelity),
-        ),
-    ]
+    parts = []
+    for found in report.measurements:
+        parts += [figure(histogram.caption, plots.draw_histogram(histogram)) for histogram in found.histograms]
+        parts += [figure(dots.caption, plots.draw_dots(dots)) for dots in found.dots]
     errors = plots.draw_relative_errors(report.linears)
     if errors:
         caption = "Relative error of each linear's output on the calibration text (experts: their mean)."
@@ -261,27 +211,6 @@ def _provenance(report: Report) -> str:
         ("Report schema", str(report.schema_version)),
     ]
     return section("Provenance", html_table([("", ""), ("", "wrap mono")], rows))
-
-
-# -- figures as text -------------------------------------------------------------------------------------------
-
-
-def nats(value: float) -> str:
-    """Three significant digits, small values in scientific form: 0.0664, 3.40e-05."""
-    return "0" if value == 0 else f"{value:.2e}" if abs(value) < 1e-3 else f"{value:#.3g}".rstrip(".")
-
-
-def _estimate(estimate: Estimate, form: str = "") -> tuple[str, str]:
-    """A figure and its interval; in nats where no form is given."""
-
-    def text(value: float) -> str:
-        return form.format(value) if form else nats(value)
-
-    return text(estimate.value), f"{text(estimate.low)} to {text(estimate.high)}"
-
-
-def _factor(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _count(number: int, thing: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from accullm_cli.measure.measurement import Case
+
 _STYLE = """
 :root { color-scheme: light; --ink: #1c1d21; --soft: #5d6270; --line: #dfe1e6; --good: #1b7f4b; --bad: #b3261e; }
 * { box-sizing: border-box; }
@@ -34,6 +36,11 @@ figure svg { width: 100%; height: auto; display: block; }
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif !important; }
 figure svg image { image-rendering: pixelated; }
 ul { padding-left: 1.2rem; margin: .4rem 0; } li { margin: .15rem 0; overflow-wrap: anywhere; }
+.case { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .9rem; margin: .7rem 0; }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: .9rem; } .sides h4 { margin: .2rem 0; font-size: .8rem; }
+.case pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .84em;
+  font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+.case mark.good { background: #d6f0e0; color: inherit; } .case mark.bad { background: #f9d9d6; color: inherit; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); }
 details table { font-size: .86rem; }
 @media print { body { padding: 0; max-width: none; font-size: 11px; } h2 { break-after: avoid; }
@@ -70,6 +77,16 @@ def figure(caption: str, svg: str) -> str:
 def collapsed(summary: str, content: str) -> str:
     """HTML that shows on a click on `summary` (text)."""
     return f"<details>\n<summary>{escape(summary)}</summary>\n{content}\n</details>"
+
+
+def side_by_side(case: Case) -> str:
+    """One item with two answers, the first token in which they differ marked."""
+    sides = ""
+    for heading, answer, style in (("Original", case.original, "good"), ("Artifact", case.artifact, "bad")):
+        marked = f'<mark class="{style}">{escape(answer.differs)}</mark>'
+        sides += f"<div><h4>{heading}</h4><pre>{escape(answer.same)}{marked}{escape(answer.rest)}</pre></div>"
+    prompt = collapsed(f"{case.title}: {case.note}", f"<pre>{escape(case.prompt)}</pre>")
+    return f'<div class="case">{prompt}<div class="sides">{sides}</div></div>'
 
 
 def bullets(lines: Sequence[str]) -> str:

@@ -13,7 +13,8 @@ import matplotlib.style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from accullm_cli.measure.result import Fidelity, LinearSummary
+from accullm_cli.measure.measurement import Dots, Histogram, Pairs
+from accullm_cli.measure.result import LinearSummary
 
 INK, SOFT, LINE = "#1c1d21", "#5d6270", "#dfe1e6"
 BLUE, ORANGE, RED = "#2f6db5", "#d9822b", "#b3261e"
@@ -101,54 +102,76 @@ def plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
 
 
-def draw_kl_histogram(fidelity: Fidelity) -> str:
-    """Share of tokens by KL, on a logarithmic axis, with the mean, the tail's percentiles and the noise floor."""
-    edges = [edge for edge, _ in fidelity.kl_histogram]
-    counts = [count for _, count in fidelity.kl_histogram]
-    # The first bin has no lower edge: it is drawn as wide as the next.
-    edges = [edges[0] ** 2 / edges[1] if len(edges) > 1 else edges[0] / 2, *edges]
-    marks = [
-        ("noise floor", fidelity.mean_kl_floor.value, SOFT, ":"),
-        ("mean", fidelity.mean_kl.value, ORANGE, "-"),
-        ("99%", fidelity.kl_p99.value, RED, "--"),
-        ("99.9%", fidelity.kl_p999.value, RED, ":"),
-    ]
+# Colour and line of what a plot points out.
+_MARKS = {"floor": (SOFT, ":"), "mean": (ORANGE, "-"), "tail": (RED, "--"), "far tail": (RED, ":")}
 
-    marks = [mark for mark in marks if mark[1] > 0]  # 0 has no place on the axis
+
+def draw_histogram(histogram: Histogram) -> str:
+    """The share of each bin, and what the plot points out."""
+    edges = [edge for edge, _ in histogram.bins]
+    counts = [count for _, count in histogram.bins]
+    if histogram.logarithmic:  # the first bin has no lower edge: it is drawn as wide as the next
+        edges = [edges[0] ** 2 / edges[1] if len(edges) > 1 else edges[0] / 2, *edges]
+    else:
+        edges = [2 * edges[0] - edges[1] if len(edges) > 1 else edges[0] - 1, *edges]
+    # 0 has no place on a logarithmic axis.
+    marks = [mark for mark in histogram.marks if mark.value > 0 or not histogram.logarithmic]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.stairs([100 * count / max(sum(counts), 1) for count in counts], edges, fill=True, color=BLUE, alpha=0.75)
-        axes.set_xscale("log")
-        for label, value, colour, line in marks:
-            axes.axvline(value, color=colour, linestyle=line, label=f"{label}: {value:.2g}")
-        axes.set_xlabel("KL divergence of a token (nats)")
-        axes.set_ylabel("tokens (%)")
+        for mark in marks:
+            colour, line = _MARKS[mark.style]
+            axes.axvline(mark.value, color=colour, linestyle=line, label=f"{mark.label}: {mark.value:.2g}")
+        axes.set_xlabel(histogram.values)
+        axes.set_ylabel(f"{histogram.counted} (%)")
         axes.grid(False, axis="x")
-        plain_numbers(axes.xaxis)
+        if histogram.logarithmic:
+            axes.set_xscale("log")
+            plain_numbers(axes.xaxis)
         if marks:
             axes.legend(loc="upper left")
 
-    return svg("kl-histogram", "Histogram of the KL divergence per token", 2.9, draw)
+    return svg(histogram.name, histogram.description, 2.9, draw)
 
 
-def draw_kl_of_windows(fidelity: Fidelity) -> str:
-    """Mean KL of each window of text, with the interval of the overall mean."""
+def draw_dots(dots: Dots) -> str:
+    """The value of each unit, with the interval of the overall mean."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        mean = fidelity.mean_kl
+        mean = dots.mean
         axes.axhspan(mean.low, mean.high, color=ORANGE, alpha=0.15, linewidth=0, label="95% interval of the mean")
         axes.axhline(mean.value, color=ORANGE, label="mean")
-        axes.plot(range(1, len(fidelity.kl_of_window) + 1), fidelity.kl_of_window, "o", color=BLUE, markersize=4)
-        axes.set_ylim(0, 1.15 * max(mean.high, *fidelity.kl_of_window) or None)
-        axes.set_xlabel("window of text")
-        axes.set_ylabel("mean KL (nats)")
+        axes.plot(range(1, len(dots.points) + 1), dots.points, "o", color=BLUE, markersize=4)
+        axes.set_ylim(0, 1.15 * max(mean.high, *dots.points) or None)
+        axes.set_xlabel(dots.unit)
+        axes.set_ylabel(dots.values)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(False, axis="x")
         axes.legend(loc="best", ncols=2)
 
-    return svg("kl-of-windows", "Mean KL divergence of each window", 2.3, draw)
+    return svg(dots.name, dots.description, 2.3, draw)
+
+
+def draw_pairs(pairs: Pairs) -> str:
+    """The artifact's value of each unit against the original's; those below 0 in red."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for colour, points in (
+            (BLUE, [point for point in pairs.points if point[1] > 0]),
+            (RED, [point for point in pairs.points if point[1] <= 0]),
+        ):
+            axes.plot([x for x, _ in points], [y for _, y in points], "o", color=colour, markersize=3, alpha=0.6)
+        ends = [0.0, max((x for x, _ in pairs.points), default=1.0)]
+        axes.plot(ends, ends, color=SOFT, linewidth=0.8, label="unchanged")
+        axes.axhline(0, color=RED, linewidth=0.8)
+        axes.set_xlabel(f"original's {pairs.values}")
+        axes.set_ylabel(f"artifact's {pairs.values}")
+        axes.legend(loc="upper left")
+
+    return svg(pairs.name, pairs.description, 3.6, draw)
 
 
 def draw_lines_by_block(name: str, label: str, kinds: dict[str, dict[int, float]], height: float = 3.0) -> str:

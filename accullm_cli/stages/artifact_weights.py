@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats import open_artifact
 from accullm_cli.formats.base import Artifact
-from accullm_cli.model.structure import Structure
+from accullm_cli.model.blocks import Decoder
+from accullm_cli.model.skeleton import build_skeleton
+from accullm_cli.model.structure import Structure, read_structure
 
 
 class ArtifactWeights:
@@ -92,3 +96,10 @@ class ArtifactWeights:
         for name, parameter in block.named_parameters():
             if parameter.device.type == "meta":
                 raise AccullmError(f"tensor {prefix}.{name} is missing", self.artifact.path, "copy the artifact again")
+
+
+def open_artifact_decoder(directory: Path) -> Decoder:
+    """A finished artifact as a decoder whose blocks are in memory one at a time, dequantized."""
+    model = build_skeleton(directory)
+    structure = read_structure(model)
+    return Decoder(model, ArtifactWeights(open_artifact(directory), model, structure), structure)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.capabilities import CAPABILITIES
-from accullm_cli.measure.contract import parse_requirement, search_demands
+from accullm_cli.measure.contract import check_needed, parse_requirement, search_demands
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.text import check_text
 from accullm_cli.run import RunDirectory
+from accullm_cli.stages.answers import check_items
 from accullm_cli.stages.calibrate import CALIBRATE
 from accullm_cli.stages.device import check_device, check_format
 from accullm_cli.stages.export import check_output
@@ -16,6 +17,7 @@ from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.profile import make_plan, refuse_impossible
 from accullm_cli.stages.reading import READING
 from accullm_cli.stages.texts import check_texts
+from accullm_cli.tasks import check_tasks, parse_tasks
 
 
 def check_config(config: Config, run: RunDirectory, converts: bool, only_validates: bool) -> None:
@@ -26,8 +28,9 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
             the other's run directory.
         only_validates: nothing else will be computed.
     """
-    for text in config.validation.require:
-        parse_requirement(text)
+    check_tasks(config.validation.tasks)
+    tasks = [task.name for task in parse_tasks(config.validation.tasks)]
+    check_needed([parse_requirement(text) for text in config.validation.require], tasks)
     check_device(config, only_validates)
     for name in config.export.format:
         check_format(config, name)
@@ -93,6 +96,7 @@ def preflight(job: Job) -> Decoder:
     for directory in job.artifacts.values():
         check_output(job, directory)
     check_texts(job, calibrates=True)
+    check_items(job)
     decoder = open_decoder(job)
     for own in map(job.of, job.artifacts):
         refuse_impossible(own, make_plan(own, decoder), decoder)

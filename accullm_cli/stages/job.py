@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
@@ -23,6 +25,7 @@ from accullm_cli.progress import Progress
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages.device import device_of
 
+T = TypeVar("T")
 CPU = torch.device("cpu")
 
 
@@ -34,6 +37,7 @@ class Job:
     fresh: those that may run do so, whatever is finished.
     windows: the texts that were cut into tokens so far, by name; see `stages.texts`.
     format: the artifact format that plan and shards are for; the first that was asked for, if nobody says.
+    made: what else was made once for this job, by name; see `kept`.
     """
 
     config: Config
@@ -44,6 +48,7 @@ class Job:
     fresh: bool = False
     windows: dict[str, Windows] = field(default_factory=dict, repr=False, compare=False)
     format: str = ""
+    made: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", self.format or self.config.export.format[0])
@@ -55,6 +60,12 @@ class Job:
     def own(self, name: str) -> Path:
         """A file of the run that belongs to one format: the native one's lie in the run directory itself."""
         return self.run.file(place_of(self.format) + name)
+
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for this job."""
+        if name not in self.made:
+            self.made[name] = make()
+        return cast("T", self.made[name])
 
     @cached_property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:

@@ -39,10 +39,10 @@ from accullm_cli.stages.precision import products
 from accullm_cli.stages.reference import described, load_reference
 from accullm_cli.stages.shipped import TOKENS, check_shipped
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
-from accullm_cli.stages.texts import VALIDATION, Text
+from accullm_cli.stages.texts import VALIDATION, Text, windows_of
 from accullm_cli.stages.whole_model import load_artifact
 
-VERSION = 2
+VERSION = 3
 # Float32 sums in another order change a token's negative log-likelihood by some 1e-5; another head changes it by more.
 HEAD_TOLERANCE = 1e-3
 
@@ -134,6 +134,7 @@ def _measure(job: Job, decision: Decision, directory: Path, text: Text) -> tuple
         _check_head(original, ids[window], reference["negative_log_likelihood"][window], directory)
         divergence.add(original, logits_of(window, ids[window]), ids[window], floor)
     found = divergence.finish(described(job, text), job.config.machine.seed)
+    found = replace(found, text_sha256=windows_of(job, text).sha256)
     if device.type == "cpu":
         return found, records
     dtype = compute_dtype(device, job.source.config)

@@ -172,6 +172,16 @@ def test_compare_beyond_its_limit_is_exit_code_3(accullm, answer):
     assert calls == [((Path("a"), Path("b")), {"max_mean_kl": 0.1})]
 
 
+def test_diagnose_hands_on_what_it_was_given(accullm, answer):
+    calls = answer("diagnose", Verification((), ()))
+    assert accullm("diagnose", "a", "--original", "m", "--by", "linear", "--windows", "3")[0] == 0
+    ((arguments, named),) = calls
+    assert arguments == (Path("a"), "m", "linear", 3, 256)
+    assert set(named) == {"progress"}
+    code, _, err = accullm("diagnose", "a", "--by", "layer")
+    assert (code, err) == (2, "error: --by: 'layer' is no part of a model; give block or linear\n")
+
+
 def test_compare_within_its_limit_is_exit_code_0(accullm, answer):
     answer("compare", Comparison(0.05, ()))
     assert accullm("compare", "a", "b")[0] == 0

@@ -97,6 +97,7 @@ def test_every_example_parses(accullm, pipeline, answer, example, tmp_path, monk
     for name, value in {
         "inspect": Verification((), ()),
         "compare": Comparison(0.0, ()),
+        "diagnose": Verification((), ()),
         "verify": Verification((), ()),
         "doctor": Diagnosis(()),
         "models": (),

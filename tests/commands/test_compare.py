@@ -43,7 +43,7 @@ def test_two_artifacts_by_linear(tmp_path: Path) -> None:
     assert found.unmatched == ()
     assert (found.a.format, found.b.format) == ("accullm", "compressed-tensors")
     assert found.a.bits_per_weight == pytest.approx(first.parts.plan.bits_per_weight, rel=0.1)
-    assert found.mean_kl_difference is None
+    assert found.figures == ()
 
 
 def test_an_artifact_with_itself_differs_by_nothing(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_an_artifact_with_its_original(tmp_path: Path) -> None:
     assert rows[UP_PROJ].relative_difference == pytest.approx(wanted, rel=1e-5)
     assert 0.02 < wanted < 0.2
     assert rows["model.layers.0.self_attn.o_proj"].relative_difference == 0
-    assert (found.b.format, found.b.bits_per_weight, found.b.mean_kl) == ("checkpoint", 32, None)
+    assert (found.b.format, found.b.bits_per_weight, found.figures) == ("checkpoint", 32, ())
 
 
 def test_experts_that_the_original_stores_one_by_one(tmp_path: Path) -> None:
@@ -114,20 +114,22 @@ def test_recorded_fidelity_side_by_side(tmp_path: Path) -> None:
         export(tmp_path / name, tiny_llama())
         record_fidelity(tmp_path / name, report_of(mean, windows))
     found = compare(tmp_path / "a", tmp_path / "b")
-    assert found.a.mean_kl == Estimate(0.07, 0.07 * 0.9, 0.07 * 1.1)
-    assert found.b.top1_agreement is not None
-    assert found.b.top1_agreement.value == 0.8459
+    figures = {figure.figure: figure for figure in found.figures}
+    mean_kl = figures["mean_kl"]
+    assert mean_kl.a == Estimate(0.07, 0.07 * 0.9, 0.07 * 1.1)
+    assert figures["top1_agreement"].b is not None
+    assert figures["top1_agreement"].b.value == 0.8459
     wanted = statistics.fmean(a - b for a, b in zip(windows_a, windows_b, strict=True))
-    assert found.mean_kl_difference is not None
-    assert found.mean_kl_difference.value == pytest.approx(wanted)
-    assert found.mean_kl_difference.low > 0
+    assert mean_kl.difference is not None
+    assert mean_kl.difference.value == pytest.approx(wanted)
+    assert mean_kl.difference.low > 0
 
 
 def test_figures_from_other_windows_are_not_paired(tmp_path: Path) -> None:
     for name, windows in (("a", (0.1, 0.2)), ("b", (0.1, 0.2, 0.3))):
         export(tmp_path / name, tiny_llama())
         record_fidelity(tmp_path / name, report_of(0.1, windows))
-    assert compare(tmp_path / "a", tmp_path / "b").mean_kl_difference is None
+    assert all(figure.difference is None for figure in compare(tmp_path / "a", tmp_path / "b").figures)
 
 
 def test_a_limit_that_one_side_exceeds(tmp_path: Path) -> None:

@@ -44,16 +44,16 @@ def test_feedback_with_outliers_loses_a_fraction_of_what_nearest_loses(
     sets = [*SETTINGS, f"machine.run={run / 'run'}", f"export.out={run / 'nearest'}"]
     sets += ["rounding.method=nearest", "rounding.grid=minmax", "plan.outliers=0"]
     nearest = convert(load_config(str(smollm2), sets=sets))
-    assert report.fidelity.mean_kl.value < 0.6 * nearest.fidelity.mean_kl.value
-    assert report.fidelity.top1_agreement.value > nearest.fidelity.top1_agreement.value
+    assert report.figure("mean_kl").value < 0.6 * nearest.figure("mean_kl").value
+    assert report.figure("top1_agreement").value > nearest.figure("top1_agreement").value
     assert report.bits_per_weight < 4.41
 
 
 def test_the_original_is_the_model_it_claims_to_be(report: Report) -> None:
     # 15 to 20 on held-out prose and code is what this model reaches; a wrong permutation gives thousands.
-    assert 5 < report.fidelity.perplexity_original.value < 25
-    assert report.fidelity.perplexity.value < 1.15 * report.fidelity.perplexity_original.value
-    assert report.fidelity.mean_kl_floor.value < 1e-3
+    assert 5 < report.figure("perplexity_original").value < 25
+    assert report.figure("perplexity").value < 1.15 * report.figure("perplexity_original").value
+    assert report.figure("mean_kl_floor").value < 1e-3
 
 
 def test_the_artifact_answers_in_transformers(run: Path, report: Report) -> None:

@@ -221,10 +221,12 @@ def test_fidelity_is_recorded_in_manifest_and_card(artifact: Path) -> None:
     manifest = json.loads((artifact / "accullm.json").read_text())
     assert manifest["fidelity"]["mean_kl"]["value"] == 0.05
     assert manifest["fidelity"]["contract_met"] is False
-    assert manifest["fidelity"]["text"] == "held-out.txt"
+    assert manifest["fidelity"]["samples"][0]["of"].startswith("held-out.txt, ")
+    assert "/home" not in json.dumps(manifest["fidelity"])
     card = (artifact / "README.md").read_text()
     assert "Not validated yet." not in card
-    assert "| mean KL to the original (nats per token) | 0.05 | 0.045 to 0.055 |" in card
+    assert "/home" not in card
+    assert "| Mean KL divergence (nats per token) | 0.05 | 0.045 to 0.055 |" in card
     assert "| contract mean_kl<=0.02 | 0.05 | not met |" in card
     assert manifest["files"]["README.md"]["sha256"] == hashlib.sha256(card.encode()).hexdigest()
 

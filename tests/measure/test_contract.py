@@ -10,6 +10,8 @@ import pytest
 
 from accullm_cli.errors import EXIT_USAGE, AccullmError
 from accullm_cli.measure.contract import METRICS, Requirement, judge, parse_requirement
+from accullm_cli.measure.fidelity import divergence_found
+from accullm_cli.measure.measurement import Figure, exactly, judged_figures
 from accullm_cli.measure.result import Clause, Estimate, Fidelity
 
 FIDELITY = Fidelity(
@@ -30,8 +32,17 @@ FIDELITY = Fidelity(
 
 
 def clause(text: str, fidelity: Fidelity = FIDELITY) -> Clause:
-    (result,) = judge([parse_requirement(text)], fidelity, 4.5, 1000, ["extra damping in layer 1", "dead feature"])
+    (result,) = judge([parse_requirement(text)], figures(fidelity))
     return result
+
+
+def figures(fidelity: Fidelity = FIDELITY) -> dict[str, Figure]:
+    sizes = {"bits_per_weight": 4.5, "artifact_bytes": 1000, "fallbacks": 2}
+    sized = {name: Figure(name, exactly(value), has_interval=False) for name, value in sizes.items()}
+    shares = {"retention": Estimate(0.97, 0.94, 0.99), "retention.sql": Estimate(0.9, 0.8, 0.95)}
+    shares["exact_match"] = Estimate(0.6, 0.5, 0.7)
+    told = {name: Figure(name, estimate, best=1.0) for name, estimate in shares.items()}
+    return judged_figures([divergence_found(fidelity)]) | sized | told
 
 
 def refusal(text: str) -> str:
@@ -71,6 +82,11 @@ def test_condition_is_read(text, expected):
         ("top1_agreement.low", 0.8),
         ("perplexity", 12.0),
         ("perplexity_ratio", 1.2),
+        ("retention", 0.97),
+        ("retention.low", 0.94),
+        ("retention.sql", 0.9),
+        ("retention.sql.low", 0.8),
+        ("exact_match.high", 0.7),
         ("bits_per_weight", 4.5),
         ("artifact_bytes", 1000),
         ("fallbacks", 2),
@@ -114,7 +130,7 @@ def test_what_is_not_a_number_meets_no_condition():
 
 def test_clauses_keep_the_order_and_the_words_of_the_user():
     texts = ["perplexity <= 20", "mean_kl.high<=0.05", "top1_agreement >= 80%"]
-    clauses = judge([parse_requirement(text) for text in texts], FIDELITY, 4.5, 1000, [])
+    clauses = judge([parse_requirement(text) for text in texts], figures())
     assert [entry.text for entry in clauses] == texts
     assert clauses[2] == Clause("top1_agreement >= 80%", "top1_agreement", ">=", 0.8, 0.85, True)
 
@@ -128,7 +144,7 @@ def test_clauses_keep_the_order_and_the_words_of_the_user():
         (
             "zzz<=1",
             "unknown metric 'zzz' in 'zzz<=1'; choose one of mean_kl, kl_p99, kl_p999, top1_agreement, perplexity, "
-            "kl_max, perplexity_ratio, bits_per_weight, artifact_bytes, fallbacks",
+            "retention, exact_match, kl_max, perplexity_ratio, bits_per_weight, artifact_bytes, fallbacks",
         ),
         ("mean_kl", "'mean_kl' is not a condition; write METRIC<=VALUE or METRIC>=VALUE, such as mean_kl<=0.02"),
         (

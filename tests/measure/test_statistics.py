@@ -14,8 +14,10 @@ from accullm_cli.measure.statistics import (
     cluster_bootstrap,
     draw_windows,
     expanded_tail,
+    mcnemar,
     paired_difference,
     student_t_quantile,
+    wilson,
 )
 
 REPETITIONS = 300
@@ -185,3 +187,45 @@ def test_one_window_has_no_interval():
     assert error.value.line() == (
         "validation: a confidence interval needs at least 2 windows of text; give more text or shorter windows"
     )
+
+
+# -- shares of items ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [  # scipy 1.17.1: scipy.stats.binomtest(successes, trials).proportion_ci(method="wilson")
+        (0, 10, 0.0, 0.27753279986288926),
+        (10, 10, 0.7224672001371109, 1.0),
+        (198, 200, 0.9642782382838232, 0.9972533418664556),
+        (1, 3, 0.06149194472039626, 0.7923403991979523),
+        (777, 1000, 0.7501681060278987, 0.8017118697711035),
+    ],
+)
+def test_wilsons_interval(successes: int, trials: int, low: float, high: float) -> None:
+    found = wilson(successes, trials)
+    assert found.value == successes / trials
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-12), pytest.approx(high, abs=1e-12))
+    assert found.low <= found.value <= found.high
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(1, 0), (0, 0), (4, 3), (-1, 3)])
+def test_what_is_no_share_has_no_interval(successes: int, trials: int) -> None:
+    with pytest.raises(ValueError, match=f"{successes} of {trials} is no share"):
+        wilson(successes, trials)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "p"),
+    [  # scipy 1.17.1: scipy.stats.binomtest(min(lost, won), lost + won, 0.5).pvalue
+        (0, 0, 1.0),
+        (5, 1, 0.21875),
+        (1, 5, 0.21875),
+        (10, 10, 1.0),
+        (12, 3, 0.03515625),
+        (30, 12, 0.007915897334896727),
+        (7, 0, 0.015625),
+    ],
+)
+def test_mcnemars_exact_test(lost: int, won: int, p: float) -> None:
+    assert mcnemar(lost, won) == pytest.approx(p, rel=1e-12)

@@ -145,7 +145,7 @@ def test_a_contract_that_is_not_met_is_reported_not_raised(llama: Path, finished
         ("mean_kl<=1e-9", False),
         ("bits_per_weight<=8", True),
     ]
-    assert report.contract[0].measured == report.fidelity.mean_kl.value
+    assert report.contract[0].measured == report.figure("mean_kl").value
     assert report.contract[1].measured == report.bits_per_weight
 
 
@@ -287,15 +287,17 @@ def test_the_figures_on_other_text_are_reported_and_not_judged(llama: Path, tmp_
     letters = write_text(tmp_path / "letters.txt", 7)
     config = fast_config(llama, tmp_path / "out", validation__other_text=letters, validation__require="[kl_max<=9]")
     report = convert(config)
-    assert report.other is not None
-    assert str(letters) in report.other.text
-    assert (report.other.windows, report.fidelity.windows) == (2, 3)
-    assert report.other.mean_kl.value != report.fidelity.mean_kl.value
-    assert report.contract[0].measured == report.fidelity.kl_max
+    other, judged = report.measurement("other text"), report.measurement("kl")
+    assert other is not None
+    assert judged is not None
+    assert str(letters) in other.note
+    assert (dict(other.counts)["windows"], dict(judged.counts)["windows"]) == (2, 3)
+    assert report.figure("mean_kl", "other text").value != report.figure("mean_kl").value
+    assert report.contract[0].measured == report.figure("kl_max").value
     names = [stage.name for stage in report.stages]
     assert names[-3:] == ["validate accullm", "other reference", "validate accullm on other text"]
     again = convert(config)
-    assert again.other == report.other
+    assert again.measurements == report.measurements
     assert not any(stage.ran for stage in again.stages)
 
 
@@ -303,7 +305,6 @@ def test_other_figures_are_those_of_that_text_alone(llama: Path, tmp_path: Path)
     """The same text as text of its own, the same windows: the same figures."""
     letters = write_text(tmp_path / "letters.txt", 7)
     one = convert(fast_config(llama, tmp_path / "one", validation__other_text=letters, validation__windows=4))
-    assert one.other is not None
     stored = load_file(tmp_path / "one.run/other/reference.safetensors")["ids"]
     model, artifact = reference_model(llama), open_artifact(tmp_path / "one")
     damaged = reference_model(llama)
@@ -312,7 +313,7 @@ def test_other_figures_are_those_of_that_text_alone(llama: Path, tmp_path: Path)
             damaged.get_submodule(name).weight.copy_(artifact.linear(name).dequantize(torch.float32))
     first, second = (found(stored).logits.double().log_softmax(-1) for found in (model, damaged))
     kl = (first.exp() * (first - second)).sum(-1).mean()
-    assert one.other.mean_kl.value == pytest.approx(float(kl), rel=1e-3)
+    assert one.figure("mean_kl", "other text").value == pytest.approx(float(kl), rel=1e-3)
 
 
 def test_a_dry_run_knows_of_the_other_text(llama: Path, tmp_path: Path) -> None:

@@ -18,26 +18,26 @@ def test_speed_is_measured_where_it_is_asked_for(llama: Path, tmp_path: Path) ->
     config = fast_config(llama, tmp_path / "out", validation__speed=True)
     planned = [stage.name for stage in dry_run(config).stages]
     report = convert(config)
-    assert report.speed is not None
-    assert (report.speed.prompt_tokens, report.speed.decoded_tokens) == (48, 32)
+    speed = report.measurement("speed")
+    assert speed is not None
+    assert speed.counts == (("prompt_tokens", 48), ("decoded_tokens", 32))
     assert [stage.name for stage in report.stages] == planned
     assert planned[-2:] == ["validate accullm", "validate speed"]
     assert from_json(to_json(report)) == report
     again = convert(config)
-    assert again.speed == report.speed
+    assert again.measurements == report.measurements
     assert not any(stage.ran for stage in again.stages)
     without = convert(fast_config(llama, tmp_path / "out"))
-    assert without.speed is None
-    assert without.fidelity == report.fidelity
-    assert replace(without, stages=(), speed=None) == replace(again, stages=(), speed=None)
+    assert without.measurements == tuple(found for found in report.measurements if found.measure != "speed")
+    assert replace(without, stages=(), measurements=()) == replace(again, stages=(), measurements=())
 
 
 def test_validate_alone_measures_speed(llama: Path, finished: Path, tmp_path: Path) -> None:
     config = fast_config(llama, finished, validation__speed=True)
     (report,) = run_stage("validate", config).reports
-    assert report.speed is not None
+    assert report.measurement("speed") is not None
     moved = fast_config(llama, finished, validation__speed=True, machine__run=tmp_path / "run")
-    assert validate_artifact(finished, moved).speed is not None
+    assert validate_artifact(finished, moved).measurement("speed") is not None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -59,12 +59,14 @@ def test_a_gpu_runs_the_whole_artifact_through_the_kernels(llama: Path, finished
     on_gpu = validate_artifact(
         finished, fast_config(llama, finished, machine__run=tmp_path / "gpu", machine__device="cuda")
     )
-    assert on_gpu.speed is not None
-    assert on_gpu.speed.device == torch.cuda.get_device_name(0)
-    assert on_gpu.speed.decode_engine == "CUDA: hybrid_gemv (14 linears)"
-    assert on_gpu.speed.prefill_engine == "CUDA: hybrid_gemm (14 linears)"
-    assert on_gpu.fidelity.perplexity_original == on_cpu.fidelity.perplexity_original
-    assert on_gpu.fidelity.perplexity.value == pytest.approx(on_cpu.fidelity.perplexity.value, rel=0.02)
+    speed = on_gpu.measurement("speed")
+    assert speed is not None
+    facts = dict(speed.facts)
+    assert facts["timed on"].startswith(torch.cuda.get_device_name(0))
+    assert facts["engine of decode"] == "CUDA: hybrid_gemv (14 linears)"
+    assert facts["engine of prefill"] == "CUDA: hybrid_gemm (14 linears)"
+    assert on_gpu.figure("perplexity_original") == on_cpu.figure("perplexity_original")
+    assert on_gpu.figure("perplexity").value == pytest.approx(on_cpu.figure("perplexity").value, rel=0.02)
 
 
 @pytest.mark.gpu
@@ -78,7 +80,7 @@ def test_a_conversion_rounds_on_a_gpu(llama: Path, tmp_path: Path) -> None:
     config = short_config(llama, tmp_path / "gpu", machine__run=tmp_path / "run")
     on_gpu = validate_artifact(tmp_path / "gpu", config)
     assert on_gpu.bits_per_weight == on_cpu.bits_per_weight
-    assert on_gpu.fidelity.mean_kl.value == pytest.approx(on_cpu.fidelity.mean_kl.value, rel=0.05)
+    assert on_gpu.figure("mean_kl").value == pytest.approx(on_cpu.figure("mean_kl").value, rel=0.05)
 
 
 def test_the_speed_of_another_format_is_refused_before_it_is_measured(llama: Path, tmp_path: Path) -> None:

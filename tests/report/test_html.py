@@ -9,10 +9,13 @@ from html.parser import HTMLParser
 import pytest
 
 from accullm_cli.errors import EXIT_MACHINE, MachineError
+from accullm_cli.measure.fidelity import divergence_found, divergence_found_elsewhere, speed_found
 from accullm_cli.measure.result import Clause, Trial
+from accullm_cli.measure.retention import retention_found
 from accullm_cli.report import to_json, write_report
-from accullm_cli.report.html import nats, render
-from tests.samples import FIDELITY, MET, MISSED, SPEED, a_report, linear
+from accullm_cli.report.figures import nats
+from accullm_cli.report.html import render
+from tests.samples import FIDELITY, MET, MISSED, SPEED, a_report, linear, measuring
 
 
 class Page(HTMLParser):
@@ -106,8 +109,8 @@ def test_page_has_the_row(row):
 
 def test_too_few_windows_are_said_to_give_too_narrow_intervals():
     warning = "windows they are too narrow: measure more."
-    assert f"From 5 {warning}" in words(replace(a_report(), fidelity=replace(FIDELITY, windows=5)))
-    assert warning not in words(replace(a_report(), fidelity=replace(FIDELITY, windows=6)))
+    assert f"From 5 {warning}" in words(measuring(a_report(), divergence_found(replace(FIDELITY, windows=5))))
+    assert warning not in words(measuring(a_report(), divergence_found(replace(FIDELITY, windows=6))))
 
 
 def test_records_are_listed():
@@ -160,7 +163,7 @@ def test_nothing_in_a_report_becomes_markup():
         format=evil,
         source_sha256=evil,
         artifact_sha256=evil,
-        fidelity=replace(FIDELITY, text=evil),
+        measurements=(divergence_found(replace(FIDELITY, text=evil)),),
         contract=(replace(MISSED, text=evil, metric=evil, comparison=evil),),
         records=(evil,),
         stages=(replace(clean.stages[0], name=evil, reason=evil),),
@@ -191,7 +194,7 @@ def test_identical_artifact_still_has_a_page():
     same = replace(
         FIDELITY, mean_kl=zero, kl_p99=zero, kl_p999=zero, mean_kl_floor=zero, kl_max=0.0, kl_of_window=(0.0, 0.0, 0.0)
     )
-    assert "Mean KL divergence 0 0 to 0 nats per token Its" in words(replace(a_report(), fidelity=same))
+    assert "Mean KL divergence 0 0 to 0 nats per token Its" in words(measuring(a_report(), divergence_found(same)))
 
 
 def test_both_files_are_written(tmp_path):
@@ -220,7 +223,7 @@ def test_nats(value, text):
 
 
 def test_speed_stands_beside_the_originals_with_its_engines():
-    text = words(replace(a_report(), speed=SPEED))
+    text = words(measuring(a_report(), speed_found(SPEED)))
     assert (
         "Speed Tokens per second Artifact Original "
         "Prefill 220 400 0.55 times 512 tokens at once; the artifact by torch: dequantize, then multiply (210 linears) "
@@ -232,7 +235,7 @@ def test_speed_stands_beside_the_originals_with_its_engines():
 
 def test_the_figures_on_other_text_stand_below_the_contracts():
     other = replace(FIDELITY, text="C++ headers", windows=2)
-    text = words(replace(a_report(), other=other))
+    text = words(measuring(a_report(), divergence_found(FIDELITY), divergence_found_elsewhere(other)))
     assert text.index("Fidelity Figure") < text.index("Fidelity on text of another kind")
     assert "Text: C++ headers" in text
     assert "another kind" not in words(a_report())
@@ -246,3 +249,21 @@ def test_the_plans_of_a_search_are_listed():
     assert "not met 4.250 1 MB mean_kl.high 0.04" in text
     assert "met 4.500 1 MB mean_kl.high 0.0275" in text
     assert "Plans that were tried" not in words(a_report())
+
+
+def test_lost_answers_stand_side_by_side_with_the_token_that_differs_marked():
+    from tests.measure.test_retention import CODE, SQL, text_of
+
+    text = render(measuring(a_report(), retention_found([*SQL, *CODE], text_of, seed=0)))
+    assert '<pre>four point<mark class="good"> one</mark>&lt;/s&gt;</pre>' in text
+    assert '<pre>four point<mark class="bad"> two</mark>…</pre>' in text
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    said = " ".join(page.text.split())
+    assert "Of 18 exact tasks that the original gets right, the artifact gets 16 right, too (88.89%)." in said
+    assert "sql 20 16 2 1 87.50% 63.98% to 96.50%" in said
+    assert "code 12 2 0 0 too few" in said
+    assert "a coin toss" in said
+    # Margins against each other and their changes, beside those of the linears.
+    assert text.count("<svg") == 4

@@ -4,14 +4,17 @@ import re
 
 import pytest
 
+from accullm_cli.measure.fidelity import divergence_found
 from accullm_cli.report.plots import (
     block_and_kind,
     by_kind_and_block,
     draw_bits_per_weight,
-    draw_kl_histogram,
+    draw_histogram,
     draw_relative_errors,
 )
 from tests.samples import FIDELITY, linear
+
+(HISTOGRAM,) = divergence_found(FIDELITY).histograms
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,7 @@ def test_experts_of_a_block_are_averaged_and_other_linears_left_out():
 
 def test_histogram_draws_the_share_of_each_bin():
     """Heights of the bars, read back from the path, are in the ratio of the counts 36 : 500 : 800 : 200."""
-    drawing = draw_kl_histogram(FIDELITY)
+    drawing = draw_histogram(HISTOGRAM)
     path = next(d for d in re.findall(r'<path d="([^"]*)"', drawing) if d.count("L") >= 8)
     points = [tuple(map(float, pair)) for pair in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
     base = points[0][1]
@@ -47,7 +50,7 @@ def test_histogram_draws_the_share_of_each_bin():
 
 def test_marks_of_the_histogram_name_their_values():
     for label in ("noise floor: 3.3e-05", "mean: 0.066", "99%: 0.61", "99.9%: 1.4"):
-        assert label in draw_kl_histogram(FIDELITY)
+        assert label in draw_histogram(HISTOGRAM)
 
 
 def test_linears_without_measured_error_are_not_drawn():

@@ -27,10 +27,10 @@ def test_report_fulfils_the_documented_schema():
     jsonschema.validate(content, schema)
 
 
-def test_schema_refuses_a_report_without_noise_floor():
+def test_schema_refuses_a_figure_without_its_interval():
     content = to_json(a_report())
-    del content["fidelity"]["mean_kl_floor"]
-    with pytest.raises(jsonschema.ValidationError, match="'mean_kl_floor' is a required property"):
+    del content["measurements"][0]["figures"][0]["estimate"]["low"]
+    with pytest.raises(jsonschema.ValidationError, match="'low' is a required property"):
         jsonschema.validate(content, json_schema())
 
 
@@ -53,15 +53,15 @@ def refusal(content) -> str:
 def test_another_schema_version_is_refused():
     content = {**to_json(a_report()), "schema_version": 99}
     assert refusal(content) == (
-        "report.json: schema version 99 of a report is not 1; write it again with accullm validate"
+        "report.json: schema version 99 of a report is not 2; write it again with accullm validate"
     )
 
 
 def test_missing_field_is_refused_by_its_name():
     content = to_json(a_report())
-    del content["fidelity"]["mean_kl"]["low"]
+    del content["measurements"][0]["figures"][0]["estimate"]["low"]
     assert refusal(content) == (
-        "report.json: fidelity.mean_kl.low: field required; write it again with accullm validate"
+        "report.json: measurements.0.figures.0.estimate.low: field required; write it again with accullm validate"
     )
 
 

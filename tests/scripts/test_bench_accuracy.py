@@ -214,7 +214,8 @@ def test_a_conversion_that_fails_ends_the_benchmark_with_one_line(
 
 def peer_entry() -> dict[str, Any]:
     """A line of what bench_peers.py writes."""
-    fidelity = report()["fidelity"]
+    (divergence,) = report()["measurements"]
+    fidelity = {figure["name"]: figure["estimate"] for figure in divergence["figures"]}
     figures = ("perplexity_original", "perplexity", "mean_kl", "mean_kl_floor", "kl_p99", "top1_agreement")
     return {
         "name": "tool",

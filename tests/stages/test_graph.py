@@ -16,9 +16,12 @@ from tests.tiny import make_checkpoint
 
 REFERENCES = {"reference", "other reference"}
 MEASURED = {"validate accullm", "validate accullm on other text"}
+ANSWERS = {"task answers"}  # which is among what the artifact is asked with
+SEEDED = {*REFERENCES, *MEASURED, *ANSWERS}
 
 # For each option another value than the one of `CONFIG`, and the stages whose own inputs that changes.
-CONFIG = {"validation__windows": 4, "validation__other_text": "{tmp}/letters.txt"}
+ASKED = {"validation__tasks": "arithmetic:easy", "validation__task_items": 3}
+CONFIG = {"validation__windows": 4, "validation__other_text": "{tmp}/letters.txt", **ASKED}
 DEPENDS: dict[str, tuple[Any, set[str]]] = {
     "calibration.text": ("{tmp}/another.txt", {"calibrate"}),
     "calibration.samples": (5, {"calibrate"}),
@@ -43,7 +46,11 @@ DEPENDS: dict[str, tuple[Any, set[str]]] = {
     "validation.windows": (5, {"reference"}),  # half as many of the other text
     "validation.other_text": ("{tmp}/another.txt", {"other reference"}),
     "validation.speed": (True, set()),
+    "validation.tasks": ("arithmetic:medium", ANSWERS),
+    "validation.task_items": (4, ANSWERS),
     "validation.require": ("[mean_kl<=1]", set()),
+    "validation.junit": ("{tmp}/tests.xml", set()),
+    "validation.summary": ("{tmp}/summary.md", set()),
     "search.golden": (True, {"calibrate"}),  # as it needs gradients
     "search.max_bits_per_weight": (5, set()),
     "search.max_plans": (2, set()),
@@ -51,7 +58,7 @@ DEPENDS: dict[str, tuple[Any, set[str]]] = {
     "machine.device": ("cpu", set()),
     "machine.threads": (1, set()),  # in keys as what torch uses
     "machine.precision": ("auto", {"calibrate", "quantize"}),
-    "machine.seed": (1, {"calibrate", *REFERENCES, *MEASURED}),
+    "machine.seed": (1, {"calibrate", *SEEDED}),
 }
 
 
@@ -97,14 +104,19 @@ def test_an_option_is_in_the_keys_of_what_depends_on_it_and_in_no_other(key: str
         ({"rounding__method": "nearest"}, "rounding__outlier_mode", "compensating", set()),
         ({"rounding__method": "nearest"}, "rounding__grid", "minmax", {"quantize"}),
         # What is drawn: rounding, and the tokens that gradients are those of.
-        ({"rounding__method": "stochastic"}, "machine__seed", 1, {"calibrate", "quantize", *REFERENCES, *MEASURED}),
+        (
+            {"rounding__method": "stochastic"},
+            "machine__seed",
+            1,
+            {"calibrate", "quantize", *REFERENCES, *MEASURED, *ANSWERS},
+        ),
         # What is spent on, where there is something to spend.
         ({"plan__bits": 4.5}, "plan__spend", "outliers", {"profile"}),
         # Default values that are given.
         ({"plan__group_size": "null"}, "plan__group_size", 64, set()),
         ({}, "calibration__gradient_samples", 0, set()),
         # What the model writes is known by what it is written from.
-        ({"calibration__text": "self"}, "machine__seed", 1, {"calibrate", *REFERENCES, *MEASURED}),
+        ({"calibration__text": "self"}, "machine__seed", 1, {"calibrate", *SEEDED}),
         ({"calibration__text": "self"}, "calibration__samples", 5, {"calibrate"}),
         ({"calibration__text": "self"}, "validation__windows", 5, {"reference"}),
     ],
@@ -117,7 +129,7 @@ def test_what_an_option_matters_for_depends_on_others(
 
 def test_every_stage_depends_on_the_stages_that_it_names(llama: Path) -> None:
     """Some of them only through others between."""
-    config = short_config(llama, llama.with_name("out"), validation__speed=True)
+    config = short_config(llama, llama.with_name("out"), validation__speed=True, **ASKED)
     with opened(config) as job:
         stages = conversion(job)
         decisions = {decision.stage: decision for decision in foresee(job, stages)}
@@ -131,6 +143,7 @@ def test_every_stage_depends_on_the_stages_that_it_names(llama: Path) -> None:
 
 def test_a_command_stands_for_every_stage(llama: Path) -> None:
     settings = {"validation__speed": True, "validation__other_text": llama.with_name("letters.txt")}
+    settings |= ASKED
     with opened(short_config(llama, llama.with_name("out"), **settings)) as job:
         commands = {stage.name: stage.commands for stage in conversion(job)}
         assert list(commands) == [
@@ -143,13 +156,16 @@ def test_a_command_stands_for_every_stage(llama: Path) -> None:
             "validate accullm",
             "other reference",
             "validate accullm on other text",
+            "task answers",
+            "validate accullm on tasks",
             "validate speed",
         ]
         assert commands["reference"] == commands["other reference"] == ("validate", "calibrate")
         assert commands["reading"] == ("calibrate",)
         for name in ("calibrate", "profile", "quantize", "export"):
             assert commands[name] == (name,)
-        assert {commands[name] for name in commands if name.startswith("validate")} == {("validate",)}
+        measuring = [name for name in commands if name.startswith(("validate", "task"))]
+        assert {commands[name] for name in measuring} == {("validate",)}
         # The validation of a finished artifact is that part of it alone.
         alone = measurements(job, {"accullm": llama.with_name("elsewhere")})
         assert [stage.name for stage in alone] == list(commands)[5:]

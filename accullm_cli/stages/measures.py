@@ -1,0 +1,138 @@
+"""What can be asked of an artifact: every measure, in the order in which reports show them.
+
+A measure is a name, the stages that make what it needs of the original, the stage that runs it on an artifact, and
+what it found. Each has a key of its own, so that asking for other texts or other tasks runs that measure alone. A new
+measure is one more entry here, and a file that gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accullm_cli.measure.fidelity import (
+    DIVERGENCE,
+    DIVERGENCE_ON_OTHER_TEXT,
+    SPEED,
+    divergence_found,
+    divergence_found_elsewhere,
+    speed_found,
+)
+from accullm_cli.measure.measurement import Measurement
+from accullm_cli.measure.retention import TASKS, Held, retention_found
+from accullm_cli.stages.answers import (
+    JUDGED,
+    SEARCHED,
+    Purpose,
+    artifact_answers,
+    load_answers,
+    original_answers,
+    questions_of,
+    wants_tasks,
+)
+from accullm_cli.stages.device import wants_speed
+from accullm_cli.stages.job import Job
+from accullm_cli.stages.reference import reference
+from accullm_cli.stages.speed import load_speed, speed
+from accullm_cli.stages.stage import Stage
+from accullm_cli.stages.texts import OTHER, SEARCH, VALIDATION, texts_of
+from accullm_cli.stages.validate import load_fidelity, validation
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One question that is asked of an artifact.
+
+    wanted: whether the configuration asks for it.
+    needs: the stages that make, of the original alone, what it needs, also for a search over plans.
+    run: the stage that measures the artifact of a format, in a directory.
+    found: what that stage found.
+    """
+
+    name: str
+    wanted: Callable[[Job], bool]
+    needs: Callable[[Job], Sequence[Stage]]
+    run: Callable[[Job, str, Path], Stage]
+    found: Callable[[Job, str], Measurement]
+
+
+def retention_of(job: Job, format_name: str, purpose: Purpose) -> Measurement:
+    """What became of the original's right answers, once both have answered."""
+    prompter, questions = questions_of(job, purpose)
+    answers = (load_answers(job, purpose, name) for name in (None, format_name))
+    held = [Held(*entry) for entry in zip(questions, *answers, strict=True)]
+    return retention_found(held, prompter.text_of, job.config.machine.seed)
+
+
+MEASURES: tuple[Measure, ...] = (
+    Measure(
+        DIVERGENCE,
+        wanted=lambda job: True,
+        needs=lambda job: [reference(text) for text in texts_of(job) if text is not OTHER],
+        run=lambda job, format_name, artifact: validation(format_name, artifact, VALIDATION),
+        found=lambda job, format_name: divergence_found(load_fidelity(job, format_name)),
+    ),
+    Measure(
+        DIVERGENCE_ON_OTHER_TEXT,
+        wanted=lambda job: OTHER in texts_of(job),
+        needs=lambda job: (reference(OTHER),),
+        run=lambda job, format_name, artifact: validation(format_name, artifact, OTHER),
+        found=lambda job, format_name: divergence_found_elsewhere(load_fidelity(job, format_name, OTHER)),
+    ),
+    Measure(
+        TASKS,
+        wanted=wants_tasks,
+        needs=lambda job: [original_answers(purpose) for purpose in (JUDGED, SEARCHED)[: 1 + job.config.search.golden]],
+        run=lambda job, format_name, artifact: artifact_answers(format_name, artifact, JUDGED),
+        found=lambda job, format_name: retention_of(job, format_name, JUDGED),
+    ),
+    Measure(
+        SPEED,
+        wanted=lambda job: wants_speed(job.config),
+        needs=lambda job: (),
+        run=lambda job, format_name, artifact: speed(format_name, artifact),
+        found=lambda job, format_name: speed_found(load_speed(job)),
+    ),
+)
+# What a search over plans asks of each, on text and items of its own. What these need is among the needs above.
+SEARCH_MEASURES: tuple[Measure, ...] = (
+    Measure(
+        DIVERGENCE,
+        wanted=lambda job: True,
+        needs=lambda job: (),
+        run=lambda job, format_name, artifact: validation(format_name, artifact, SEARCH),
+        found=lambda job, format_name: divergence_found(load_fidelity(job, format_name, SEARCH)),
+    ),
+    Measure(
+        TASKS,
+        wanted=wants_tasks,
+        needs=lambda job: (),
+        run=lambda job, format_name, artifact: artifact_answers(format_name, artifact, SEARCHED),
+        found=lambda job, format_name: retention_of(job, format_name, SEARCHED),
+    ),
+)
+
+
+def wanted(job: Job, measures: Sequence[Measure] = MEASURES) -> list[Measure]:
+    """The measures that the configuration asks for."""
+    return [measure for measure in measures if measure.wanted(job)]
+
+
+def measurements(job: Job, artifacts: Mapping[str, Path], measures: Sequence[Measure] = MEASURES) -> list[Stage]:
+    """The stages that hold artifacts, by format, against their original."""
+    stages: list[Stage] = []
+    for measure in wanted(job, measures):
+        stages += measure.needs(job)
+        stages += [measure.run(job, name, directory) for name, directory in artifacts.items()]
+    return stages
+
+
+def found(job: Job, format_name: str, measures: Sequence[Measure] = MEASURES) -> tuple[Measurement, ...]:
+    """What was measured of one artifact, once these stages are done."""
+    return tuple(measure.found(job, format_name) for measure in wanted(job, measures))
+
+
+def needed_of_original(job: Job) -> list[Stage]:
+    """What all artifacts of a job need, those of a search included."""
+    return [stage for measure in wanted(job) for stage in measure.needs(job)]
