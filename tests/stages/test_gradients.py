@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from accullm_cli.model import blocks as blocks_module
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.progress import Event
 from accullm_cli.stages import gradients
@@ -124,6 +128,29 @@ def test_a_massive_input_counts_as_little_as_what_it_becomes() -> None:
     weights = found.token_weights()
     assert weights is not None
     assert float(weights.of(rows)[0]) < float(weights.of(rows)[1])
+
+
+def test_a_batch_is_gone_before_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a graph holds holds the graph: memory must not wait for the garbage collector."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+    run = Decoder.run_capturing
+
+    def counted(self: Decoder, index: int, block: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if hidden.requires_grad:
+            assert not [own for own in seen if own() is not None]
+            seen.append(weakref.ref(hidden))
+        return run(self, index, block, hidden, *args, **kwargs)
+
+    source = make_checkpoint("llama", tmp_path / "model")
+    monkeypatch.setattr(Decoder, "run_capturing", counted)
+    monkeypatch.setattr(blocks_module, "TOKENS_PER_BATCH", 1)
+    with opened(short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS)) as job:
+        gc.disable()
+        try:
+            run_to(job, "calibrate")
+        finally:
+            gc.enable()
+    assert len(seen) == 2 * WINDOWS
 
 
 def test_what_the_loss_does_not_depend_on_has_no_weights() -> None:
