@@ -140,11 +140,15 @@ def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor
     for rows in batches(*hidden.shape[:2]):
         read: dict[str, torch.Tensor] = {}
 
+        def keep(name: str, value: torch.Tensor, read: dict[str, torch.Tensor] = read) -> None:
+            # The graph holds `add`, which holds these: with their own part of the graph they would hold each other.
+            read[name] = value.detach()
+
         def add(name: str, of_output: torch.Tensor, read: dict[str, torch.Tensor] = read) -> None:
-            of_linears[name].add(read[name].detach(), of_output)
+            of_linears[name].add(read[name], of_output)
 
         inputs = hidden[rows].float().requires_grad_()
-        output = decoder.run_capturing(index, block, inputs, read.__setitem__, on_gradient=add)
+        output = decoder.run_capturing(index, block, inputs, keep, on_gradient=add)
         assert output is not None
         found.append(torch.autograd.grad(output, inputs, gradient[rows].float())[0])
     decoder.release_block(index)

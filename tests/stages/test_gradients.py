@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +125,23 @@ def test_a_massive_input_counts_as_little_as_what_it_becomes() -> None:
     weights = found.token_weights()
     assert weights is not None
     assert float(weights.of(rows)[0]) < float(weights.of(rows)[1])
+
+
+def test_what_is_kept_of_inputs_holds_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph holds what is kept; that it holds the graph in turn would cost memory until the garbage collector."""
+    seen: list[bool] = []
+    add = gradients._OfLinear.add
+
+    def noted(self: Any, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+        seen.append(rows.requires_grad)
+        add(self, rows, gradient)
+
+    monkeypatch.setattr(gradients._OfLinear, "add", noted)
+    source = make_checkpoint("llama", tmp_path / "model")
+    with opened(short_config(source, tmp_path / "out", calibration__gradient_samples=1)) as job:
+        run_to(job, "calibrate")
+    assert len(seen) == 14
+    assert not any(seen)
 
 
 def test_what_the_loss_does_not_depend_on_has_no_weights() -> None:
