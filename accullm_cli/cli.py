@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.main import get_command
@@ -303,9 +303,8 @@ def diagnose_command(
         raise AccullmError(f"{by!r} is no part of a model", "--by", "give block or linear")
     from accullm_cli.commands.diagnose import diagnose
 
-    found = diagnose(
-        Path(artifact), original, "block" if by == "block" else "linear", windows, seq_len, 0, ctx.obj.progress
-    )
+    part: Literal["block", "linear"] = "block" if by == "block" else "linear"
+    found = diagnose(Path(artifact), original, part, windows, seq_len, progress=ctx.obj.progress)
     return _result(as_json, "diagnosis_of_loss", found)
 
 

@@ -60,7 +60,7 @@ class Family:
     is_right: Callable[[Item, str], bool]
     by_meaning: bool = False
     examples: int = 1
-    chat_examples: int = 0
+    chat_examples: int = 1
     takes_tokens: bool = False
 
     def draw(self, seed: str, number: int, level: str) -> Item:

@@ -17,7 +17,7 @@ from accullm_cli.measure.measurement import Measurement
 from accullm_cli.pipeline import convert, dry_run, validate_artifact
 from accullm_cli.progress import Event
 from accullm_cli.run import Reason
-from accullm_cli.stages import answers
+from accullm_cli.stages import answers, meaning
 from accullm_cli.stages.answers import JUDGED, artifact_answers, load_answers, original_answers, questions_of
 from accullm_cli.stages.measures import found
 from accullm_cli.stages.stage import finished, walk
@@ -300,12 +300,12 @@ def test_an_answer_that_means_the_same_is_right_and_becomes_one_of_the_known(
             return load_answers(job, JUDGED, None), load_answers(job, JUDGED, "accullm")
 
     assert not any(answer.is_right for answers in answered("strict") for answer in answers)
-    monkeypatch.setattr(answers, "family_of", lambda item: FAMILIES["sql"])
-    monkeypatch.setattr(answers, "is_right", lambda item, text: text.strip().lower() == item.answer.lower())
+    monkeypatch.setattr(meaning, "family_of", lambda item: FAMILIES["sql"])
+    monkeypatch.setattr(meaning, "is_right", lambda item, text: text.strip().lower() == item.answer.lower())
     original, artifact = answered("lenient")
     assert all(answer.is_right for answer in (*original, *artifact))
     assert [answer.path for answer in original] == [answer.path for answer in artifact]
-    monkeypatch.setattr(answers, "available_memory", lambda: 1000)
+    monkeypatch.setattr(meaning, "available_memory", lambda: 1000)
     with opened(config) as job:
         (sentence,) = run_alone(job, original_answers(JUDGED)).record.records
     assert sentence.startswith("6 wrong answers may be right by meaning, which was not looked for: the model takes ")
