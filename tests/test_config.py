@@ -330,7 +330,7 @@ def test_no_model_at_all_is_refused():
 
 def test_every_option_has_a_flag_of_its_own_a_help_and_an_example():
     declared = list(options())
-    assert len({option.flag for option in declared}) == len(declared) == 32
+    assert len({option.flag for option in declared}) == len(declared) == 36
     for option in declared:
         assert option.flag.startswith("--")
         assert "_" not in option.flag
