@@ -68,7 +68,7 @@ def validation(format_name: str, artifact: Path, text: Text) -> Stage:
         return Work((path,), records)
 
     files = (f"{text.place}validate-{format_name}.json", _streams_name(name))
-    return Stage(name, inputs, work, ("export", text.reference), ("validate",), files)
+    return Stage(name, inputs, work, ("export", text.reference), ("validate",), files, format_name)
 
 
 def fidelity_path(job: Job, format_name: str, text: Text = VALIDATION) -> Path:

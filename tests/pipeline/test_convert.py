@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,21 @@ def test_convert_makes_one_artifact(llama: Path, tmp_path: Path) -> None:
     reports = convert_all(config)
     assert [Path(report.artifact) for report in reports] == [tmp_path / f"out/{r.format}" for r in reports]
     assert [Path(report.directory).name for report in reports] == ["accullm", "compressed-tensors"]
+
+
+def test_a_report_has_no_record_of_another_formats_validation(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "compressed_tensors" else find(name, *rest)
+    )
+    formats = {"export__format": "[accullm,compressed-tensors]", "validation__require": "[fallbacks<=0]"}
+    native, other = convert_all(fast_config(llama, tmp_path / "out", plan__outliers=0, **formats))
+    sentence = "the compressed-tensors artifact was not run as users load it: it needs the package compressed-tensors"
+    assert sentence in other.records
+    assert sentence not in native.records
+    assert [report.contract[0].measured for report in (native, other)] == [0, 1]
 
 
 # -- threads -----------------------------------------------------------------------------------------------
