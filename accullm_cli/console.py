@@ -311,11 +311,22 @@ def text_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str
 
 
 def dry_run_text(planned: DryRun) -> str:
-    """A dry run, as far as it knows: "at most" stands before a size that calibration will decide."""
+    """A dry run, as far as it knows: "at most" stands before a size that calibration will decide.
+
+    Several artifacts are a table; of one, the lines above it say everything.
+    """
     content = _fields(planned)
-    exact = content.pop("size_is_exact")
-    for name in ("bits_per_weight", "artifact_bytes"):
-        content[name] = ("" if exact else "at most ") + _cell(name, content[name])
+    at_most = "" if content.pop("size_is_exact") else "at most "
+
+    def sized(fields: dict[str, Any]) -> dict[str, Any]:
+        sizes = {name: at_most + _cell(name, fields[name]) for name in ("bits_per_weight", "artifact_bytes")}
+        return {**fields, **sizes}
+
+    if len(planned.artifacts) == 1:
+        del content["artifacts"]
+        return render(sized(content))
+    del content["bits_per_weight"], content["artifact_bytes"]
+    content["artifacts"] = [sized(_fields(artifact)) for artifact in planned.artifacts]
     return render(content)
 
 
@@ -339,9 +350,9 @@ def _render_tuple(values: tuple[Any, ...]) -> str:
     if not values:
         return "none"
     first = values[0]
-    if dataclasses.is_dataclass(first):
-        names = [field.name for field in dataclasses.fields(first)]
-        rows = [[_cell(name, getattr(value, name)) for name in names] for value in values]
+    if dataclasses.is_dataclass(first) or isinstance(first, Mapping):
+        names = list(_fields(first))
+        rows = [[_cell(name, _fields(value)[name]) for name in names] for value in values]
         return text_table(rows, [_words(name) for name in names])
     if isinstance(first, (tuple, list)):
         return text_table([[_cell("", cell) for cell in value] for value in values])

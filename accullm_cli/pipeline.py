@@ -67,20 +67,32 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
+class PlannedArtifact:
+    """One artifact that a conversion would write: where, and its size as in `DryRun`."""
+
+    format: str
+    path: str
+    bits_per_weight: float
+    artifact_bytes: int
+
+
+@dataclass(frozen=True)
 class DryRun:
     """What a conversion would do. Nothing was written.
 
     stages: as the run would find them, but that of an artifact made of changed inputs nothing is known, so that it
     counts as changed; a stage asked for alone is the last one.
     device: where weights are rounded and artifacts run. peak_bytes and seconds are estimates for the CPU; what a GPU
-    saves is not in them. bits_per_weight and artifact_bytes are those of the first format: exact where size_is_exact
-    says so, and otherwise the most that they may come to. artifact_bytes are the artifact's tensors and the tokenizer
-    files, to which a few kilobytes of JSON and headers come.
+    saves is not in them.
+    artifacts: one for each format; bits_per_weight and artifact_bytes are those of the first. They are exact where
+    size_is_exact says so, and otherwise the most that they may come to. artifact_bytes are the artifact's tensors and
+    the tokenizer files, to which a few kilobytes of JSON and headers come.
     """
 
     model: str
     run: str
     artifact: str
+    artifacts: tuple[PlannedArtifact, ...]
     stages: tuple[PlannedStage, ...]
     device: str
     bits_per_weight: float
@@ -184,12 +196,16 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
         job = Job(config, run, open_source(config.model, Path(scratch), progress), progress, only, fresh)
         check_positions(job)
         decoder = preflight(job)
-        plan = make_plan(job, decoder)
-        estimated = estimate(job, decoder, plan)
+        estimates = {own.format: estimate(own, decoder, make_plan(own, decoder)) for own in map(job.of, job.artifacts)}
+        estimated = estimates[job.format]
         return DryRun(
             model=job.source.origin,
             run=str(run.path),
             artifact=str(artifact_path(config)),
+            artifacts=tuple(
+                PlannedArtifact(name, str(job.artifacts[name]), its.bits_per_weight, its.artifact_bytes)
+                for name, its in estimates.items()
+            ),
             stages=tuple(_foreseen(job)),
             device=describe_device(job.device),
             bits_per_weight=estimated.bits_per_weight,

@@ -113,7 +113,7 @@ measured is `null`. New keys may come under the same version; what a key means d
 `--dry-run` says what it knows. With a width such as `--bits 4`, `bits_per_weight` and `artifact_bytes` are exact (the
 files' headers and a few kilobytes of JSON come on top). With an average such as `--bits 4.4`, or with `--golden`,
 calibration decides the plan: both are then the most that it may come to, the text says "at most", and in JSON
-`size_is_exact` is `false`. They are those of the first `--format`.
+`size_is_exact` is `false`. With several `--format`, `artifacts` has the sizes of each; the two are those of the first.
 
 ## Several conversions at once
 

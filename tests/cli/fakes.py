@@ -32,8 +32,17 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
+class PlannedArtifact:
+    format: str
+    path: str
+    bits_per_weight: float
+    artifact_bytes: int
+
+
+@dataclass(frozen=True)
 class DryRun:
     model: str
+    artifacts: tuple[PlannedArtifact, ...]
     stages: tuple[PlannedStage, ...]
     bits_per_weight: float
     artifact_bytes: int
@@ -66,7 +75,12 @@ class Pipeline(types.ModuleType):
     def dry_run(self, config, progress, fresh=False, only=None):
         self.calls.append(("dry_run", config, fresh, only))
         stages = (PlannedStage("calibrate", "new", True), PlannedStage("validate accullm", "up to date", False))
-        return DryRun(config.model, stages, 4.4, 130_000_000, not config.plan.is_average, 2_000_000_000, 3700.0)
+        artifacts = tuple(
+            PlannedArtifact(name, f"work/{name}", 4.4 + more, 130_000_000 + more)
+            for more, name in enumerate(config.export.format)
+        )
+        exact = not config.plan.is_average
+        return DryRun(config.model, artifacts, stages, 4.4, 130_000_000, exact, 2_000_000_000, 3700.0)
 
     def validate_artifact(self, artifact, config, progress, fresh=False):
         self.calls.append(("validate_artifact", artifact, config, fresh))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -82,6 +83,20 @@ def test_a_dry_run_of_an_average_says_what_it_knows(accullm, pipeline):
     content = json.loads(accullm("convert", "m", "--bits", "4.4", "--dry-run", "--json")[1])
     assert content["schema_version"] == 1
     assert (content["dry_run"]["bits_per_weight"], content["dry_run"]["size_is_exact"]) == (4.4, False)
+
+
+@pytest.mark.parametrize(("bits", "at_most"), [("4", ""), ("4.4", "at most ")])
+def test_a_dry_run_of_several_formats_says_the_size_of_each(accullm, pipeline, bits, at_most):
+    formats = ("--format", "accullm", "--format", "compressed-tensors")
+    lines = accullm("convert", "m", *formats, "--outliers", "0", "--bits", bits, "--dry-run")[1].splitlines()
+    assert not any(line.startswith(("bits per weight", "artifact bytes")) for line in lines)
+    table = lines[lines.index("artifacts:") + 1 :][:3]
+    rows = [
+        ("format", "path", "bits per weight", "artifact bytes"),
+        ("accullm", "work/accullm", f"{at_most}4.400", f"{at_most}130 MB"),
+        ("compressed-tensors", "work/compressed-tensors", f"{at_most}5.400", f"{at_most}130 MB"),
+    ]
+    assert [tuple(re.split(" {2,}", line.strip())) for line in table] == rows
 
 
 @pytest.mark.parametrize("command", CONVERTING)

@@ -200,6 +200,25 @@ def test_an_artifact_that_was_changed_is_measured_again(llama: Path, copied: Pat
     )
 
 
+def test_a_dry_run_has_the_size_of_each_format(llama: Path, tmp_path: Path) -> None:
+    formats = {"export__format": "[accullm,compressed-tensors]", "plan__outliers": 0}
+    config = fast_config(llama, tmp_path / "out", **formats)
+    planned = dry_run(config)
+    assert [(its.format, its.path) for its in planned.artifacts] == [
+        (name, str(tmp_path / "out" / name)) for name in ("accullm", "compressed-tensors")
+    ]
+    assert planned.size_is_exact
+    assert [its.bits_per_weight for its in planned.artifacts] == [its.bits_per_weight for its in convert_all(config)]
+    copied = [path for path in llama.iterdir() if path.name not in ("config.json", "model.safetensors")]
+    companions = sum(path.stat().st_size for path in copied)
+    for its in planned.artifacts:
+        tensors = [tensor for path in Path(its.path).glob("*.safetensors") for tensor in load_file(path).values()]
+        assert sum(tensor.nbytes for tensor in tensors) + companions == its.artifact_bytes
+    first, second = planned.artifacts
+    assert (planned.bits_per_weight, planned.artifact_bytes) == (first.bits_per_weight, first.artifact_bytes)
+    assert first.bits_per_weight != second.bits_per_weight
+
+
 def test_a_dry_run_has_a_line_for_the_validation_of_each_format(llama: Path, tmp_path: Path) -> None:
     config = fast_config(llama, tmp_path / "out", plan__outliers=0)
     convert(config)
