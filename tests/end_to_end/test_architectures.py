@@ -78,18 +78,19 @@ def test_eight_bits_lose_hardly_anything(tmp_path: Path) -> None:
     assert eight < four / 50
 
 
-def test_compressed_tensors_logits_are_those_of_the_native_artifact(tmp_path: Path) -> None:
+def test_compressed_tensors_as_the_stock_loader_reads_it_is_what_was_measured(tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
     config = tiny_config(source, tmp_path / "out", export__format="[accullm,compressed-tensors]", plan__outliers=0)
     from accullm_cli.pipeline import convert_all
 
     reports = convert_all(config)
-    ids = load_file(tmp_path / "out.run" / "reference.safetensors")["ids"]
-    native, stock = (logits_of(tmp_path / "out" / report.format, ids) for report in reports)
     assert [report.format for report in reports] == ["accullm", "compressed-tensors"]
-    # The stock loader rounds each dequantized weight to the model's bfloat16 once.
-    assert mean_kl(native, stock) < 1e-3
-    assert reports[0].figure("mean_kl").value == pytest.approx(reports[1].figure("mean_kl").value, rel=1e-6)
+    ids = load_file(tmp_path / "out.run" / "reference.safetensors")["ids"]
+    original = logits_of(source, ids)
+    for report in reports:
+        found = mean_kl(original, logits_of(tmp_path / "out" / report.format, ids))
+        # The stock loader rounds each dequantized weight to the model's bfloat16 once.
+        assert found == pytest.approx(report.figure("mean_kl").value, rel=0.03)
 
 
 def test_generates_text(tmp_path: Path) -> None:
