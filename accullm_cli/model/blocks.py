@@ -230,14 +230,15 @@ class Decoder:
         on_input: Callable[[str, torch.Tensor], None],
         on_sum: Callable[[str, torch.Tensor], None] | None = None,
         last: frozenset[tuple[str, str]] = frozenset(),
-        on_gradient: Callable[[str, torch.Tensor], None] | None = None,
+        on_gradient: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None,
         known: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor | None:
         """As `run`, calling `on_input(name, x [..., K])` for each product of an input with a linear's weight.
 
         Args:
             on_sum: is called with (name, sum [..., N]) where a linear's output is added to a tensor of its shape.
-            on_gradient: is called in a backward pass with (name, g [..., N]), the gradient of the product.
+            on_gradient: is called in a backward pass with (name, g [..., N], x [..., K]), the gradient of each product
+                and its input.
             last: pairs of "input" or "sum" and a linear's name; stop as soon as all of these were seen. The result is
                 then None.
             known: as for `run`; of products that are not computed nothing is told.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -105,8 +105,8 @@ class CaptureInputs(TorchFunctionMode):
 
     x is the input, [..., K]. One mechanism serves modules and stacked experts: the product is recognized by the address
     of its weight. Where all that becomes of a product is that it is added to a tensor of its own shape, the residual
-    stream as a rule, `on_sum(name, sum)` is called with the sum, [..., N]. `on_gradient(name, g)` is called in a
-    backward pass with the gradient of each product, [..., N].
+    stream as a rule, `on_sum(name, sum)` is called with the sum, [..., N]. `on_gradient(name, g, x)` is called in
+    a backward pass with the gradient of each product, [..., N], and its input.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class CaptureInputs(TorchFunctionMode):
         slots: list[LinearSlot],
         on_input: Callable[[str, torch.Tensor], None],
         on_sum: Callable[[str, torch.Tensor], None] | None = None,
-        on_gradient: Callable[[str, torch.Tensor], None] | None = None,
+        on_gradient: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None,
     ):
         super().__init__()
         self._weights = SlotWeights(block, slots)
@@ -134,7 +134,9 @@ class CaptureInputs(TorchFunctionMode):
                 self._on_input(slot.name, value)
         result = func(*args, **kwargs)
         if match is not None and self._on_gradient is not None and result.requires_grad:
-            result.register_hook(lambda gradient: self._tell_gradient(slots, product.rows(gradient)))
+            # Without its own part of the graph: that would stay with whoever keeps it.
+            told = replace(product, value=product.value.detach())
+            result.register_hook(lambda gradient: self._tell_gradient(slots, told.rows(gradient), told.value))
         if self._on_sum is not None and isinstance(result, torch.Tensor):
             for used in self._take_used(func, args, result):
                 self._on_sum(used, result)
@@ -142,10 +144,10 @@ class CaptureInputs(TorchFunctionMode):
                 self._products[result.data_ptr()] = slots[0].name, result
         return result
 
-    def _tell_gradient(self, slots: list[LinearSlot], gradient: torch.Tensor) -> None:
+    def _tell_gradient(self, slots: list[LinearSlot], gradient: torch.Tensor, value: torch.Tensor) -> None:
         assert self._on_gradient is not None
-        for slot, part in _of_slots(slots, gradient):
-            self._on_gradient(slot.name, part)
+        for (slot, part), (_, own) in zip(_of_slots(slots, gradient), _of_slots(slots, value), strict=True):
+            self._on_gradient(slot.name, part, own)
 
     def _take_used(self, func: Callable[..., object], args: tuple[object, ...], result: torch.Tensor) -> list[str]:
         """Stop watching the products that a function used; the names of those that it added to something whole."""

@@ -47,7 +47,7 @@ class TokenWeights:
         size = _logarithms(norms)
         inner = torch.linspace(0, 1, STEPS + 1)[1:-1]
         even = torch.lerp(size.min(), size.max(), inner)
-        edges = torch.unique(torch.round(torch.cat([torch.quantile(size, inner), even]) / RESOLUTION)) * RESOLUTION
+        edges = torch.unique(torch.round(torch.cat([_quantiles(size, inner), even]) / RESOLUTION)) * RESOLUTION
         step = torch.bucketize(size, edges)
         count = torch.bincount(step, minlength=len(edges) + 1).double()
         total = torch.bincount(step, weights=squares.double(), minlength=len(edges) + 1)
@@ -78,6 +78,12 @@ def shared_weights(weights: Mapping[str, TokenWeights], groups: Sequence[tuple[s
         if known:
             found[group[0]] = known[0] if len(known) == 1 else TokenWeights.mean(known)
     return found
+
+
+def _quantiles(values: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """As torch.quantile, which refuses more than 16 million values."""
+    ordered, place = values.sort().values, shares * (len(values) - 1)
+    return torch.lerp(ordered[place.floor().long()], ordered[place.ceil().long()], place.frac())
 
 
 def _logarithms(norms: torch.Tensor) -> torch.Tensor:

@@ -211,7 +211,7 @@ def _run_original(
             if name in wanted.sums:
                 captures.write(batch, f"sum {name}", _as_rows(value.detach()))
 
-        def add_gradient(name: str, of_output: torch.Tensor) -> None:
+        def add_gradient(name: str, of_output: torch.Tensor, value: torch.Tensor) -> None:
             if name in grams:
                 grams[name].add(_as_rows(of_output))
 

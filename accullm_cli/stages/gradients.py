@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from accullm_cli.model.blocks import Decoder, batches
+from accullm_cli.model.slots import LinearSlot
 from accullm_cli.progress import Event
 from accullm_cli.quant.token_weights import TokenWeights
 from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
@@ -135,20 +136,15 @@ def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor
     hidden = load_file(_input_path(job, index))["hidden"]
     gradient = load_file(gradient_path(job, index))["gradient"]
     block = decoder.load_block(index)
-    of_linears = {slot.name: _OfLinear(slot.in_features) for slot in decoder.slots[index]}
+    of_linears = {slot.name: _OfLinear(slot) for slot in decoder.slots[index]}
+
+    def add(name: str, of_output: torch.Tensor, value: torch.Tensor) -> None:
+        of_linears[name].add(value, of_output)
+
     found = []
     for rows in batches(*hidden.shape[:2]):
-        read: dict[str, torch.Tensor] = {}
-
-        def keep(name: str, value: torch.Tensor, read: dict[str, torch.Tensor] = read) -> None:
-            # The graph holds `add`, which holds these: with their own part of the graph they would hold each other.
-            read[name] = value.detach()
-
-        def add(name: str, of_output: torch.Tensor, read: dict[str, torch.Tensor] = read) -> None:
-            of_linears[name].add(read[name], of_output)
-
         inputs = hidden[rows].float().requires_grad_()
-        output = decoder.run_capturing(index, block, inputs, keep, on_gradient=add)
+        output = decoder.run_capturing(index, block, inputs, lambda name, value: None, on_gradient=add)
         assert output is not None
         found.append(torch.autograd.grad(output, inputs, gradient[rows].float())[0])
     decoder.release_block(index)
@@ -156,8 +152,7 @@ def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor
     for slot in decoder.slots[index]:
         own = of_linears[slot.name]
         tensors[f"sensitivity {slot.name}"] = (own.sensitivity / (hidden.shape[0] * hidden.shape[1])).float()
-        # Of an expert's few tokens no function of their size can be told.
-        if slot.expert is None and (weights := own.token_weights()) is not None:
+        if (weights := own.token_weights()) is not None:
             tensors |= {f"edges {slot.name}": weights.edges, f"weights {slot.name}": weights.weights}
     return torch.cat(found), tensors
 
@@ -165,8 +160,10 @@ def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor
 class _OfLinear:
     """What gradients say of one linear, summed up over batches."""
 
-    def __init__(self, features: int) -> None:
-        self.sensitivity = torch.zeros(features, dtype=torch.float64)
+    def __init__(self, slot: LinearSlot) -> None:
+        self.sensitivity = torch.zeros(slot.in_features, dtype=torch.float64)
+        # Of an expert's few tokens no function of their size can be told.
+        self._weighs_tokens = slot.expert is None
         self._norms: list[torch.Tensor] = []
         self._squares: list[torch.Tensor] = []
 
@@ -176,11 +173,12 @@ class _OfLinear:
         squares = gradient.square().mean(-1).flatten()
         magnitudes = rows.reshape(len(squares), -1).square()
         self.sensitivity += squares @ magnitudes
-        self._norms.append(magnitudes.sum(1))
-        self._squares.append(squares)
+        if self._weighs_tokens:
+            self._norms.append(magnitudes.sum(1))
+            self._squares.append(squares)
 
     def token_weights(self) -> TokenWeights | None:
-        """None where the loss does not depend on the linear."""
+        """None of an expert, and where the loss does not depend on the linear."""
         if not self._squares or not any(bool(squares.any()) for squares in self._squares):
             return None
         return TokenWeights.fitted(torch.cat(self._norms), torch.cat(self._squares))

@@ -132,9 +132,14 @@ def test_experts_of_one_product_are_told_apart(is_stored_transposed: bool) -> No
     slots = [LinearSlot(f"b.up.{e}", "up", "expert", 5, 8, e, 4, is_stored_transposed) for e in range(4)]
     seen: dict[str, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, gradient: torch.Tensor, value: torch.Tensor) -> None:
+        gradients[name], inputs[name] = gradient, value
+
     x = torch.randn(4, 3, 8, requires_grad=True)
     weight = block.up if is_stored_transposed else block.up.mT
-    with CaptureInputs(block, slots, seen.__setitem__, on_gradient=gradients.__setitem__):
+    with CaptureInputs(block, slots, seen.__setitem__, on_gradient=keep):
         output = torch.bmm(x, weight)
     scale = torch.arange(12.0).view(4, 3, 1)
     (output * scale).sum().backward()
@@ -142,6 +147,7 @@ def test_experts_of_one_product_are_told_apart(is_stored_transposed: bool) -> No
         assert torch.equal(slot.read(block), weight[e].T)
         assert torch.equal(seen[slot.name], x[e])
         assert torch.equal(gradients[slot.name], scale[e].expand(3, 5))
+        assert torch.equal(inputs[slot.name], x[e])
 
 
 def test_a_weight_on_the_left_reads_columns() -> None:
@@ -149,13 +155,41 @@ def test_a_weight_on_the_left_reads_columns() -> None:
     block = nn.Linear(5, 3, bias=False)
     seen: dict[str, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, gradient: torch.Tensor, value: torch.Tensor) -> None:
+        gradients[name], inputs[name] = gradient, value
+
     x = torch.randn(2, 7, 5, requires_grad=True)
-    with CaptureInputs(block, [linear_slot(block)], seen.__setitem__, on_gradient=gradients.__setitem__):
+    with CaptureInputs(block, [linear_slot(block)], seen.__setitem__, on_gradient=keep):
         output = block.weight @ x.mT
     factor = torch.randn(2, 7, 3)
     (output * factor.mT).sum().backward()
     assert torch.equal(seen["b.w"], x)
     assert torch.equal(gradients["b.w"], factor)
+    assert torch.equal(inputs["b.w"], x)
+
+
+def test_each_use_of_a_weight_is_told_with_its_own_input() -> None:
+    """Uses of unequal length, one behind the other; what is told of inputs holds no graph."""
+    block = nn.Linear(4, 4, bias=False)
+    told: list[tuple[torch.Tensor, torch.Tensor]] = []
+    x = torch.randn(3, 4, requires_grad=True)
+    with CaptureInputs(
+        block,
+        [linear_slot(block)],
+        lambda name, value: None,
+        on_gradient=lambda name, g, value: told.append((g, value)),
+    ):
+        first = block(x)
+        (block(first[:2]) * 2).sum().backward()
+    (last_gradient, last_input), (gradient, value) = told
+    assert torch.equal(last_gradient, torch.full((2, 4), 2.0))
+    assert torch.equal(last_input, first[:2])
+    assert torch.equal(value, x)
+    assert torch.allclose(gradient[:2], last_gradient @ block.weight)
+    assert not gradient[2].any()
+    assert not any(tensor.requires_grad for pair in told for tensor in pair)
 
 
 def test_parts_of_a_parameter_of_two_dimensions_are_experts() -> None:

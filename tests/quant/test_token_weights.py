@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from accullm_cli.quant import token_weights
 from accullm_cli.quant.token_weights import STEPS, TokenWeights, shared_weights
 
 
@@ -32,6 +33,12 @@ def test_few_tokens_that_stand_far_out_have_a_step_of_their_own() -> None:
     found = TokenWeights.fitted(rows.square().sum(1), squares)
     assert float(found.of(rows[-1:])) < 0.12  # eight of a millionth and one of the mean
     assert float(found.of(rows[:1000]).min()) > 0.9
+
+
+@pytest.mark.parametrize("count", [1, 2, 17, 1000])
+def test_quantiles_are_those_of_torch(count: int) -> None:
+    values, shares = tokens(count)[:, 0], torch.linspace(0, 1, STEPS + 1)
+    torch.testing.assert_close(token_weights._quantiles(values, shares), torch.quantile(values, shares))
 
 
 def test_tokens_of_one_size_all_count_alike() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from accullm_cli.model.blocks import Decoder
+from accullm_cli.model.slots import LinearSlot
 from accullm_cli.progress import Event
 from accullm_cli.stages import gradients
 from accullm_cli.stages.job import Job
@@ -21,6 +22,7 @@ from tests.streaming import opened, reference_model, run_to, short_config
 from tests.tiny import make_checkpoint
 
 WINDOWS = 2
+SLOT = LinearSlot("b.w", "w", "linear", 3, 2)
 LINEARS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "c_attn", "c_proj")
 
 
@@ -119,7 +121,7 @@ def test_a_massive_input_counts_as_little_as_what_it_becomes() -> None:
     """One token has an input a thousand times as large and no gradient: it decides nothing."""
     gradient, rows = torch.ones(4, 3), torch.ones(4, 2)
     gradient[0], rows[0] = 0.0, 1000.0
-    found = gradients._OfLinear(2)
+    found = gradients._OfLinear(SLOT)
     found.add(rows, gradient)
     assert found.sensitivity.tolist() == [3.0, 3.0]
     weights = found.token_weights()
@@ -127,27 +129,17 @@ def test_a_massive_input_counts_as_little_as_what_it_becomes() -> None:
     assert float(weights.of(rows)[0]) < float(weights.of(rows)[1])
 
 
-def test_what_is_kept_of_inputs_holds_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph holds what is kept; that it holds the graph in turn would cost memory until the garbage collector."""
-    seen: list[bool] = []
-    add = gradients._OfLinear.add
-
-    def noted(self: Any, rows: torch.Tensor, gradient: torch.Tensor) -> None:
-        seen.append(rows.requires_grad)
-        add(self, rows, gradient)
-
-    monkeypatch.setattr(gradients._OfLinear, "add", noted)
-    source = make_checkpoint("llama", tmp_path / "model")
-    with opened(short_config(source, tmp_path / "out", calibration__gradient_samples=1)) as job:
-        run_to(job, "calibrate")
-    assert len(seen) == 14
-    assert not any(seen)
-
-
 def test_what_the_loss_does_not_depend_on_has_no_weights() -> None:
-    found = gradients._OfLinear(2)
+    found = gradients._OfLinear(SLOT)
     assert found.token_weights() is None
     found.add(torch.ones(4, 2), torch.zeros(4, 3))
+    assert found.token_weights() is None
+
+
+def test_an_expert_has_sensitivities_but_no_weights() -> None:
+    found = gradients._OfLinear(replace(SLOT, kind="expert", expert=0, experts=2))
+    found.add(torch.ones(4, 2), torch.ones(4, 3))
+    assert found.sensitivity.tolist() == [4.0, 4.0]
     assert found.token_weights() is None
 
 
