@@ -1,8 +1,9 @@
 """Calibration text that the model writes itself, for models whose training data is not at hand.
 
 LLM-QAT (arXiv 2305.17888, section 2.1) found that text sampled from a model's own distribution calibrates it as well
-as its training data does, provided that tokens are drawn and not chosen greedily, which repeats itself. Each window
-starts with the BOS token where the tokenizer adds one, and otherwise with a token drawn from the vocabulary.
+as its training data does, provided that tokens are drawn and not chosen greedily, which repeats itself. Each text
+starts with the BOS token where the tokenizer adds one (of which half of the windows do without, see `model.text`), and
+otherwise with a token drawn from the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from accullm_cli.errors import AccullmError, MachineError
 from accullm_cli.model.source import ModelSource
-from accullm_cli.model.text import Windows
+from accullm_cli.model.text import Windows, start_of_text
 from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.run import available_memory
 
@@ -56,19 +57,22 @@ def sampled_windows(
         AccullmError: its logits are not finite.
     """
     batch = min(samples, WINDOWS_PER_BATCH)
+    adds_bos = bool(start_of_text(tokenizer))
     _check_memory(source, batch, seq_len)
     model = _load(source)
     generator = torch.Generator().manual_seed(seed)
     sampler = _Sampler(model, tokenizer, generator)
     done: list[torch.Tensor] = []
     for start in range(0, samples, batch):
-        done.append(sampler.windows(min(batch, samples - start), seq_len))
+        done.append(sampler.windows(min(batch, samples - start), seq_len + 1 if adds_bos else seq_len))
         written = start + len(done[-1])
         progress(Event("calibrate", "step", f"text {written}/{samples}", None, written, samples))
     # A model's modules refer to each other in circles; the stages after this must not hold two models.
     del model, sampler
     gc.collect()
     ids = torch.cat(done)
+    if adds_bos:
+        ids = torch.stack([window[1:] if number % 2 else window[:-1] for number, window in enumerate(ids)])
     return Windows(
         ids,
         f"{samples} windows of {seq_len} tokens that the model wrote (temperature {TEMPERATURE:g}, top-p {TOP_P:g}, "
@@ -125,8 +129,7 @@ class _Sampler:
         self._tokens = min(len(tokenizer), vocabulary)
         special = {*tokenizer.all_special_ids}
         self._ordinary = torch.tensor([token for token in range(self._tokens) if token not in special])
-        bos = tokenizer.bos_token_id
-        self._bos = bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+        self._bos = next(iter(start_of_text(tokenizer)), None)
         ends = model.generation_config.eos_token_id if model.generation_config else None
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = torch.tensor([token for token in {*ends, tokenizer.eos_token_id} if token is not None])

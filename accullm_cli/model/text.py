@@ -38,7 +38,7 @@ _Found = tuple[list[list[int]], str]
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows; each starts with the BOS token where the tokenizer adds one by default.
+    """Token windows. Where the tokenizer adds a BOS token, each starts with it, or in calibration every other one.
 
     ids: int64 [windows, seq_len].
     description: what they were cut from, one line for the report.
@@ -55,6 +55,11 @@ def calibration_windows(
 ) -> Windows:
     """The windows that weights are rounded for.
 
+    Where the tokenizer adds a BOS token, half of them do without. Models make it the token that is attended to when
+    there is nothing to say (attention sinks, arXiv 2309.17453), and give it activations of its own; without it another
+    token takes its place. Weights that were rounded for texts with BOS alone are worse there: in the chunks of a long
+    document, and in programs that do not add it.
+
     Args:
         text: "default", a UTF-8 file (plain text or JSON Lines), or "hub:NAME[:COLUMN]". ("self" is the model's to
             write, not found here.)
@@ -62,7 +67,15 @@ def calibration_windows(
     Raises:
         AccullmError: no such file, not UTF-8, too short for one window; the dataset cannot be had.
     """
-    cutter = _Cutter(tokenizer, seq_len)
+    adds_bos = bool(start_of_text(tokenizer))
+    cutter = _Cutter(tokenizer, seq_len + 1 if adds_bos else seq_len)
+    windows, origin = _for_calibration(cutter, text, samples, seed)
+    if adds_bos:
+        windows = [window[1:] if number % 2 else window[:-1] for number, window in enumerate(windows)]
+    return _wrap((windows, origin), samples)
+
+
+def _for_calibration(cutter: _Cutter, text: str, samples: int, seed: int) -> _Found:
     rng = random.Random(f"calibration {seed}")
     if text == "self":
         raise AccullmError("is text that the model samples; it is found in no file", "calibration text self")
@@ -78,11 +91,11 @@ def calibration_windows(
             kind: _clean(packaged_text.pieces(texts, cutter.piece, rng), held_out) for kind, texts in documents.items()
         }
         streams["generated"] = (generated_document(f"calibration {seed} {number}") for number in itertools.count())
-        return _wrap(_mixture(cutter, streams, _CALIBRATION_SHARES, samples, rng, "for calibration"), samples)
+        return _mixture(cutter, streams, _CALIBRATION_SHARES, samples, rng, "for calibration")
     if text.startswith("hub:"):
-        rows = _read_hub(text, samples * seq_len * _CHARACTERS_PER_TOKEN * 2, seed)
-        return _wrap((cutter.cut(rows, samples), text), samples)
-    return _wrap(next(_from_file(cutter, text, samples, rng)), samples)
+        rows = _read_hub(text, samples * cutter.seq_len * _CHARACTERS_PER_TOKEN * 2, seed)
+        return cutter.cut(rows, samples), text
+    return next(_from_file(cutter, text, samples, rng))
 
 
 def validation_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, seed: int) -> Windows:
@@ -162,6 +175,12 @@ def check_text(text: str) -> None:
         parse_json_lines(_read_file(path), path)
 
 
+def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS token where the tokenizer adds it by default; else nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
 class _Cutter:
     """Turns documents into windows of exactly `seq_len` tokens for one tokenizer.
 
@@ -172,9 +191,7 @@ class _Cutter:
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.piece = max(_SMALLEST_PIECE, seq_len * _CHARACTERS_PER_TOKEN)
-        bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-        self._start: list[int] = [bos] if adds_bos else []
+        self._start = start_of_text(tokenizer)
         self._separator: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def tokens(self, document: str) -> list[int]:

@@ -120,8 +120,10 @@ def test_tokens_are_drawn_as_often_as_the_nucleus_says() -> None:
     assert torch.allclose(counts / 20_000, expected, atol=0.012)  # 3.5 standard deviations
 
 
-def test_starts_with_bos_where_the_tokenizer_adds_one(source: ModelSource) -> None:
-    assert write(source, bos=True)[:, 0].tolist() == [BOS] * SAMPLES
+def test_every_other_window_starts_with_bos_where_the_tokenizer_adds_one(source: ModelSource) -> None:
+    ids = write(source, bos=True)
+    assert ids.shape == (SAMPLES, SEQ_LEN)
+    assert (ids[:, 0] == BOS).tolist() == [number % 2 == 0 for number in range(SAMPLES)]
 
 
 def test_else_starts_with_ordinary_tokens_from_all_over_the_vocabulary() -> None:

@@ -155,6 +155,21 @@ def test_every_window_starts_with_bos_where_the_tokenizer_adds_it() -> None:
     assert not (validation_windows("default", byte_tokenizer(), 6, 64, 0).ids == BOS).any()
 
 
+def test_every_other_calibration_window_has_no_bos(tmp_path: Path) -> None:
+    letters = "".join(chr(97 + number % 26) for number in range(5 * 16))
+    (tmp_path / "text.txt").write_text(letters)
+    tokenizer = byte_tokenizer(bos=True)
+    ids = calibration_windows(str(tmp_path / "text.txt"), tokenizer, 5, 16, 0).ids
+    assert ids.shape == (5, 16)
+    assert (ids == BOS).nonzero().tolist() == [[0, 0], [2, 0], [4, 0]]
+    # No window overlaps another, and those without BOS have one token of text more instead.
+    read = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    assert read == [letters[16 * number : 16 * number + 15 + number % 2] for number in range(5)]
+    packaged = calibration_windows("default", tokenizer, 10, 64, 0).ids
+    assert (packaged == BOS).nonzero().tolist() == [[number, 0] for number in range(0, 10, 2)]
+    assert not (calibration_windows("default", byte_tokenizer(), 10, 64, 0).ids == BOS).any()
+
+
 def test_says_so_when_there_is_less_text_than_asked_for() -> None:
     windows = validation_windows("default", byte_tokenizer(), 400, 16384, 0)
     found = len(windows.ids)
