@@ -27,6 +27,7 @@ from accullm_cli.stages.answers import (
     SEARCHED,
     Purpose,
     artifact_answers,
+    load_agreement,
     load_answers,
     original_answers,
     questions_of,
@@ -62,7 +63,8 @@ def retention_of(job: Job, format_name: str, purpose: Purpose) -> Measurement:
     """What became of the original's right answers, once both have answered."""
     prompter, questions = questions_of(job, purpose)
     answers = (load_answers(job, purpose, name) for name in (None, format_name))
-    held = [Held(*entry) for entry in zip(questions, *answers, strict=True)]
+    agreement = load_agreement(job, purpose, format_name)
+    held = [Held(*entry) for entry in zip(questions, *answers, agreement, strict=True)]
     return retention_found(held, prompter.text_of, job.config.machine.seed)
 
 
