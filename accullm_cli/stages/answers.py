@@ -125,6 +125,14 @@ def task_inputs(job: Job, purpose: Purpose) -> dict[str, str]:
     return {f"input:{purpose.name} items": f"{len(questions)}, {digest.hexdigest()}"}
 
 
+def most_written(job: Job, purpose: Purpose) -> int:
+    """Tokens that the original writes of itself, if it is wrong on every item."""
+    _, questions = questions_of(job, purpose)
+    compared = _first_of_each_task(questions)
+    wrong = {n: question for n, question in enumerate(questions) if n in compared or _may_be_in_other_words(question)}
+    return sum(_limits(job, wrong).values())
+
+
 def original_answers(purpose: Purpose) -> Stage:
     """The stage that has the original answer."""
 
