@@ -38,7 +38,7 @@ from accullm_cli.progress import Event
 from accullm_cli.run import RunDirectory, key_of, write_text
 from accullm_cli.stages.export import PLACE, exporting
 from accullm_cli.stages.job import Job, open_decoder
-from accullm_cli.stages.measures import SEARCH_MEASURES, found, measurements
+from accullm_cli.stages.measures import SEARCH_MEASURES, found, search_measurements
 from accullm_cli.stages.profile import average_choices, load_stats, planning
 from accullm_cli.stages.quantize import rounding
 from accullm_cli.stages.stage import Before, Stage, StageOutcome, finished, foresee, named, walk
@@ -240,8 +240,7 @@ def _plan_job(job: Job, bits: float, shared: Sequence[StageOutcome]) -> Job:
 
 def _stages(own: Job) -> list[Stage]:
     """What is done for one plan."""
-    measured = measurements(own, own.artifacts, SEARCH_MEASURES)
-    return [planning(own.format), rounding(own.format), exporting(own.artifacts), *measured]
+    return [planning(own.format), rounding(own.format), exporting(own.artifacts), *search_measurements(own)]
 
 
 def _measure(job: Job, bits: float, shared: Sequence[StageOutcome]) -> Measured:

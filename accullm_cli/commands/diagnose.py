@@ -8,7 +8,7 @@ are so read once, whatever their number of blocks; what grows is the number of c
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -31,14 +31,12 @@ from accullm_cli.pipeline import named_original
 from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.stages.artifact_weights import open_artifact_decoder
 from accullm_cli.stages.precision import products
-from accullm_cli.stages.streams import advance
+from accullm_cli.stages.streams import POSITIONS, advance
 
 STAGE = "diagnose"
 By = Literal["block", "linear"]
 # Copies of the hidden states that are on their way at once; for more parts both models are read again.
 COPIES = 96
-# Positions that go through the output heads at once.
-POSITIONS = 64
 EMBEDDINGS = "embedding and output head"
 
 
@@ -213,10 +211,8 @@ def _sweep(
         progress(Event(STAGE, "step", f"{label}: block {index + 1}/{total}", None, index + 1, total))
     full.load_outside()
     small.load_outside()
-    measured = [_compared(None, full, small, original, plain)]
-    for part in parts:
-        head = full if part.block is None else small
-        measured.append(_compared(part, full, head, original, copies[part]))
+    ways = [(None, small, plain), *((part, full if part.block is None else small, copies[part]) for part in parts)]
+    measured = _compared(full, original, ways)
     full.release_outside()
     small.release_outside()
     return measured
@@ -244,24 +240,34 @@ def _through(
 
 
 def _compared(
-    part: _Restored | None, full: Decoder, head: Decoder, original: torch.Tensor, stream: torch.Tensor
-) -> _Measured:
-    """KL(original || artifact) and the margin of the original's most likely token, means over all positions."""
-    count, kl, margin, margin_original = 0, 0.0, 0.0, 0.0
-    for window in range(len(original)):
-        for ours, theirs in zip(_logits(head, stream[window]), _logits(full, original[window]), strict=True):
-            first, second = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
-            kl += float((first.exp() * (first - second)).sum())
-            best = first.argmax(-1, keepdim=True)
-            margin += float(_margins(second, best).sum())
-            margin_original += float(_margins(first, best).sum())
-            count += len(first)
-    return _Measured(part, kl / count, margin / count, margin_original / count)
+    full: Decoder, original: torch.Tensor, ways: Sequence[tuple[_Restored | None, Decoder, torch.Tensor]]
+) -> list[_Measured]:
+    """KL(original || artifact) and the margin of the original's most likely token, means over all positions.
+
+    Args:
+        ways: what is restored, the decoder with the output head, and the hidden states that it reads.
+    """
+    positions = original.shape[0] * original.shape[1]
+    sums = torch.zeros(len(ways), 2, dtype=torch.float64)
+    margin_original = 0.0
+    for rows in torch.arange(positions).split(POSITIONS):
+        first = _log_probabilities(full, original, rows)
+        best = first.argmax(-1, keepdim=True)
+        margin_original += float(_margins(first, best).sum())
+        for of_way, (_, head, stream) in zip(sums, ways, strict=True):
+            second = _log_probabilities(head, stream, rows)
+            of_way[0] += (first.exp() * (first - second)).sum()
+            of_way[1] += _margins(second, best).sum()
+    means = (sums / positions).tolist()
+    return [
+        _Measured(part, kl, margin, margin_original / positions)
+        for (part, _, _), (kl, margin) in zip(ways, means, strict=True)
+    ]
 
 
-def _logits(decoder: Decoder, stream: torch.Tensor) -> Iterator[torch.Tensor]:
-    """[P, vocabulary] of some positions of a window at a time."""
-    return (decoder.logits(part[None])[0] for part in stream.split(POSITIONS))
+def _log_probabilities(decoder: Decoder, stream: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Float64 [P, vocabulary] of some positions of all windows together."""
+    return decoder.logits(stream.flatten(0, 1)[rows][None])[0].double().log_softmax(-1)
 
 
 def _margins(log_probabilities: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

@@ -40,10 +40,12 @@ DIVERGENCE = (
     Kind("kl_max", better="lower"),
     Kind("perplexity_ratio", better="lower"),
 )
-# Answers to exact tasks. How many are lost as the loss grows is told by the margins of all, not by a few that flip.
+# Answers to exact tasks. How many are lost as the loss grows is told by the margins of all, not by a few that flip; on
+# the few whose whole answers are compared, an interval's worse end would miss every limit worth giving.
 TASKS = (
     Kind("retention", True, True, "higher", 0.5, parts=True, needs="--tasks", worse_end=False),
     Kind("exact_match", True, True, "higher", 0.5, parts=True, needs="--tasks"),
+    Kind("agreement", True, True, "higher", 0.5, parts=True, needs="--tasks", worse_end=False),
 )
 # What needs no forward pass.
 SIZE = (Kind("bits_per_weight"), Kind("artifact_bytes"), Kind("fallbacks"))

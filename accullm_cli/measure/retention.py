@@ -1,6 +1,6 @@
-"""How many of the original's right answers an artifact keeps, as a measurement.
+"""How many of the original's right answers an artifact keeps, and how many whole answers are the original's.
 
-Beside the count stands what moves long before an answer flips: the margin in log-probability between the right answer
+Beside the counts stands what moves long before an answer flips: the margin in log-probability between the right answer
 and the best other one.
 """
 
@@ -35,7 +35,7 @@ from accullm_cli.measure.statistics import bootstrap_mean, mcnemar, wilson
 from accullm_cli.tasks.prompt import Question
 
 TASKS = "tasks"
-# Of fewer right answers of the original nothing is said.
+# Of fewer right answers of the original, or fewer compared ones, nothing is said.
 ENOUGH = 10
 # Regressions that the report shows side by side, and characters of a prompt at either end.
 SHOWN, PROMPT = 40, 400
@@ -49,11 +49,15 @@ FACTORS = tuple(2 ** (step / 4) for step in range(-16, 17))
 
 @dataclass(frozen=True)
 class Held:
-    """One item: how the original answers it, and how the artifact does."""
+    """One item: how the original answers it, and how the artifact does.
+
+    agrees: whether the artifact's whole answer is the original's, right or wrong; None where that was not looked at.
+    """
 
     question: Question
     original: Answer
     artifact: Answer
+    agrees: bool | None = None
 
     @property
     def is_lost(self) -> bool:
@@ -83,6 +87,8 @@ def retention_found(held: Sequence[Held], text_of: Callable[[Sequence[int]], str
     for task, of_task in tasks.items():
         label = f"retention, {task}" if len(tasks) > 1 else ""
         figures += [_retention(f"retention.{task}", label, "", of_task), _exact(f"exact_match.{task}", "", of_task)]
+        figures += [_agreement(f"agreement.{task}", "", "", of_task)]
+    figures += [_agreement("agreement", "whole answers alike", "Whole answers alike", held)]
     figures += [_exact("exact_match", "Exactly right, artifact", held), _exact_original(held)]
     if len(right) > 1:
         figures += _margins(right, seed)
@@ -109,7 +115,8 @@ _NOTE = (
     "An item counts as right if greedy decoding gives exactly a right answer and ends there, told by one forward pass "
     "over the answer. Retention is the share of the original's right answers that the artifact gives, too; its "
     "interval is Wilson's. The margin of an answer is the smallest difference, over its tokens, between the "
-    "log-probability of the right token and that of the best other one."
+    "log-probability of the right token and that of the best other one. Whole answers are alike if the artifact says, "
+    "token by token, what the original does, right or wrong; they are compared on the first items of each task."
 )
 
 
@@ -148,6 +155,28 @@ def _curve(right: Sequence[Held]) -> tuple[tuple[float, float], ...]:
     return tuple(
         (factor, sum(entry.original.margin + math.sqrt(factor) * entry.change > 0 for entry in right) / len(right))
         for factor in FACTORS
+    )
+
+
+def _agreement(name: str, label: str, title: str, held: Sequence[Held]) -> Figure:
+    compared = [entry for entry in held if entry.agrees is not None]
+    alike = sum(entry.agrees is True for entry in compared)
+    wrong = [entry.agrees for entry in compared if not entry.original.is_right]
+    counts = f"{alike} of {len(compared)} are the original's; of its {len(wrong)} wrong ones {sum(map(bool, wrong))}"
+    if not compared:
+        counts = "the original could not write its wrong answers"
+    elif len(compared) < ENOUGH:
+        counts = f"{len(compared)} compared, too few to say anything"
+    return Figure(
+        name,
+        wilson(alike, len(compared)) if len(compared) >= ENOUGH else None,
+        label=label,
+        title=title,
+        digits=".2%",
+        aside=counts,
+        form=".2%",
+        note=counts,
+        best=1.0,
     )
 
 
@@ -208,10 +237,12 @@ def _samples(held: Sequence[Held], right: Sequence[Held]) -> tuple[Samples, ...]
     """By what was asked, so that two artifacts are paired on the same items alone."""
     asked = [(entry.question.prompt, entry.question.rows, entry.original.is_right) for entry in held]
     of = f"{len(held)} items, {hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}"
+    agreement = tuple(float(entry.agrees) for entry in held if entry.agrees is not None)
     by_task = {f"retention.{task}": [e for e in right if e.question.item.task == task] for task in _tasks(held)}
     return (
         Samples("exact_match", "item", of, tuple(float(entry.artifact.is_right) for entry in held)),
         Samples("margin", "item", of, tuple(entry.artifact.margin for entry in right)),
+        *([Samples("agreement", "item", of, agreement)] if agreement else []),
         *(
             Samples(name, "item", of, tuple(float(entry.artifact.is_right) for entry in entries))
             for name, entries in {"retention": right, **by_task}.items()
@@ -234,6 +265,7 @@ def _table(tasks: dict[str, list[Held]]) -> Table:
         ("95% interval", "number"),
         ("Margin, 5% / median", "number"),
         ("Original's", "number"),
+        ("Alike", "number"),
     )
     rows = []
     for task, held in tasks.items():
@@ -251,9 +283,14 @@ def _table(tasks: dict[str, list[Held]]) -> Table:
                 "" if found is None else f"{found.low:.2%} to {found.high:.2%}",
                 _spread([entry.artifact.margin for entry in right]),
                 _spread([entry.original.margin for entry in right]),
+                _of([entry.agrees for entry in held if entry.agrees is not None]),
             )
         )
     return Table(columns, tuple(rows))
+
+
+def _of(alike: Sequence[bool]) -> str:
+    return f"{sum(alike)} of {len(alike)}" if alike else "–"
 
 
 def _spread(values: Sequence[float]) -> str:

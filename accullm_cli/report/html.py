@@ -144,7 +144,7 @@ def _plots(report: Report) -> str:
         parts.append(figure(caption, errors))
     bits = plots.draw_bits_per_weight(report.linears)
     if bits:
-        parts.append(figure("Bits per weight of each linear; black: left in 16 bits.", bits))
+        parts.append(figure("Bits per weight of each linear; orange: left in 16 bits.", bits))
     return section("Where the loss is", *parts)
 
 

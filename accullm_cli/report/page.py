@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from accullm_cli.measure.measurement import Case
 
-_STYLE = """
-:root { color-scheme: light; --ink: #1c1d21; --soft: #5d6270; --line: #dfe1e6; --good: #1b7f4b; --bad: #b3261e; }
+# The page's colours by name, on white paper and on dark. Pictures are drawn in those for white.
+LIGHT = {
+    "paper": "#ffffff", "ink": "#1c1d21", "soft": "#5d6270", "line": "#dfe1e6", "good": "#1b7f4b", "bad": "#b3261e",
+    "blue": "#2f6db5", "right": "#d6f0e0", "wrong": "#f9d9d6",
+}  # fmt: skip
+DARK = {
+    "paper": "#16181d", "ink": "#e6e7eb", "soft": "#a2a8b6", "line": "#343943", "good": "#5cc98d", "bad": "#ff8a80",
+    "blue": "#6ea8e8", "right": "#1d4a33", "wrong": "#5f2522",
+}  # fmt: skip
+
+
+def _declared(colours: Mapping[str, str]) -> str:
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+
+
+_STYLE = (
+    f"""
+:root {{ color-scheme: light dark; {_declared(LIGHT)} }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {_declared(DARK)} }} }}"""
+    + """
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 2.5rem 1.5rem 4rem; background: #fff; color: var(--ink);
+body { margin: 0 auto; max-width: 60rem; padding: 2.5rem 1.5rem 4rem; background: var(--paper); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.015em; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
@@ -40,12 +59,16 @@ ul { padding-left: 1.2rem; margin: .4rem 0; } li { margin: .15rem 0; overflow-wr
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: .9rem; } .sides h4 { margin: .2rem 0; font-size: .8rem; }
 .case pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .84em;
   font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-.case mark.good { background: #d6f0e0; color: inherit; } .case mark.bad { background: #f9d9d6; color: inherit; }
+.case mark.good { background: var(--right); color: inherit; }
+.case mark.bad { background: var(--wrong); color: inherit; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); }
 details table { font-size: .86rem; }
 @media print { body { padding: 0; max-width: none; font-size: 11px; } h2 { break-after: avoid; }
   tr { break-inside: avoid; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
+)
+# Where a picture has one of the page's colours, it takes that of the theme.
+_OF_THEME = {LIGHT[name]: f"var(--{name})" for name in ("paper", "ink", "soft", "line", "bad", "blue")}
 
 
 def page(title: str, body: Sequence[str]) -> str:
@@ -70,7 +93,8 @@ def paragraph(text: str, style: str = "") -> str:
 
 
 def figure(caption: str, svg: str) -> str:
-    """A picture (SVG) under its caption (text)."""
+    """A picture (SVG) under its caption (text), in the colours of the theme."""
+    svg = re.sub("|".join(_OF_THEME), lambda match: _OF_THEME[match[0]], svg)
     return f"<figure>\n<figcaption>{escape(caption)}</figcaption>\n{svg}\n</figure>"
 
 

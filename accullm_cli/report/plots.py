@@ -15,11 +15,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from accullm_cli.measure.measurement import Dots, Histogram, Pairs
 from accullm_cli.measure.result import LinearSummary
+from accullm_cli.report.page import LIGHT
 
-INK, SOFT, LINE = "#1c1d21", "#5d6270", "#dfe1e6"
-BLUE, ORANGE, RED = "#2f6db5", "#d9822b", "#b3261e"
-# Distinct for the colour-blind too (Okabe and Ito's set, its yellow darkened for white paper).
-KIND_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a7a00", "#56b4e9", "#e69f00", "#444444")
+INK, SOFT, LINE, BLUE, RED = (LIGHT[name] for name in ("ink", "soft", "line", "blue", "bad"))
+ORANGE = "#d9822b"
+# Distinct for the colour-blind too (Okabe and Ito's set, yellow darkened for white paper, black as the page's ink).
+KIND_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a7a00", "#56b4e9", "#e69f00", INK)
 WIDTH = 8.6  # inches; the page scales it to its own
 
 _STYLE = {
@@ -213,7 +214,7 @@ def draw_relative_errors(linears: Sequence[LinearSummary]) -> str:
 
 
 def draw_bits_per_weight(linears: Sequence[LinearSummary]) -> str:
-    """Bits per weight as a map of kinds by blocks, linears left in 16 bits in black; "" without linears in blocks."""
+    """Bits per weight as a map of kinds by blocks, linears left in 16 bits in orange; "" without linears in blocks."""
     kinds = by_kind_and_block((linear.name, linear.bits_per_weight) for linear in linears)
     blocks = sorted({block for figures in kinds.values() for block in figures})
     if not blocks:
@@ -227,7 +228,7 @@ def draw_bits_per_weight(linears: Sequence[LinearSummary]) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        colours = matplotlib.colormaps["Blues"].with_extremes(over=INK, bad="white")
+        colours = matplotlib.colormaps["Blues"].with_extremes(over=ORANGE, bad="white")
         picture = axes.pcolormesh(
             [block - 0.5 for block in blocks] + [blocks[-1] + 0.5],
             range(len(kinds) + 1),

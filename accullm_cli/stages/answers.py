@@ -1,19 +1,20 @@
-"""answers: how the original and an artifact answer the items of exact tasks, by teacher forcing, block by block.
+"""answers: how the original and an artifact answer the items of exact tasks.
 
-Rows of tokens of one length go through the blocks together, so that nothing is padded and the result is exact for
-every architecture. Some thousands of tokens are on their way at a time: memory grows neither with the number of items
-nor with the model, and an interrupted call goes on behind the last of these portions.
+Both are held against two references: the right answers, and what the original says of itself. Where the original is
+right, these are the same. Where it is wrong, it writes its answer, for a few items of each task; the artifact then
+need not write, as one forward pass tells whether it would say that, too.
 
 It leaves in the run directory
-    tasks/original.json         how the original answers, and the same for each artifact: for every item the places of
-    tasks/answers-FORMAT.json   its right answers, and what the model puts there
+    tasks/original.json         for every item its right answers as tokens, what the model puts at each of their places,
+    tasks/answers-FORMAT.json   and of the original what it says of itself, of an artifact whether it says the same
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,32 +22,27 @@ from typing import Any
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.measure.answers import Answer, Score, accepted_at, answer_of, score_nodes
+from accullm_cli.measure.answers import Answer, Score, answer_of
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.tokenizer import check_ids
-from accullm_cli.progress import Event
-from accullm_cli.run import UP_TO_DATE, Reason, write_text
+from accullm_cli.run import Reason, write_text
 from accullm_cli.stages.artifact_weights import open_artifact_decoder
-from accullm_cli.stages.device import compute_dtype
+from accullm_cli.stages.asking import Asker, Logits, by_blocks, by_whole_model
 from accullm_cli.stages.job import Job, machine_inputs, open_decoder
-from accullm_cli.stages.meaning import right_by_meaning
 from accullm_cli.stages.precision import products
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
-from accullm_cli.stages.streams import advance
 from accullm_cli.stages.validate import foreseen_sha256
-from accullm_cli.stages.whole_model import load_artifact
-from accullm_cli.tasks import draw, parse_tasks
+from accullm_cli.tasks import draw, family_of, is_right, parse_tasks
 from accullm_cli.tasks.prompt import Prompter, Question, with_spellings
 from accullm_cli.tasks.wordlist import ordinal
 
-VERSION = 1
-# Tokens that go through the blocks together: as many as validation's windows have by default.
-PORTION = 8192
+VERSION = 2
 # A model may spell a right answer by other tokens than expected. Those are then counted as right, too, and the item is
 # run again: so often in all.
 TURNS = 4
-# Positions that go through the output head at once.
-POSITIONS = 64
+# Of each task, the first items on which an artifact's whole answers are held against the original's. Where the original
+# is wrong it has to write its answer, token after token.
+COMPARED = 20
 
 
 @dataclass(frozen=True)
@@ -86,8 +82,7 @@ def _questions(job: Job, purpose: Purpose, prompter: Prompter) -> list[Question]
         parse_tasks(options.tasks), options.task_items, job.config.machine.seed, purpose.name, job.config.search.golden
     )
     questions = [prompter.question(item) for item in items]
-    text = job.source.config.get("text_config", job.source.config)
-    positions = text.get("max_position_embeddings", text.get("n_positions"))
+    positions = _positions(job)
     for question in questions:
         if positions is not None and question.tokens > positions:
             raise AccullmError(
@@ -95,9 +90,18 @@ def _questions(job: Job, purpose: Purpose, prompter: Prompter) -> list[Question]
                 "--tasks",
                 "give an easier level, or fewer tokens",
             )
-    ids = torch.tensor(sorted({token for question in questions for row in question.rows for token in row}))
+    ids = torch.tensor(
+        sorted({token for question in questions for row in (question.prompt, *question.rows) for token in row})
+    )
     check_ids(ids[None], job.tokenizer, job.source.directory)
     return questions
+
+
+def _positions(job: Job) -> int | None:
+    """How many the model has; None where nothing says so."""
+    text = job.source.config.get("text_config", job.source.config)
+    found: int | None = text.get("max_position_embeddings", text.get("n_positions"))
+    return found
 
 
 def check_items(job: Job) -> None:
@@ -121,6 +125,14 @@ def task_inputs(job: Job, purpose: Purpose) -> dict[str, str]:
     return {f"input:{purpose.name} items": f"{len(questions)}, {digest.hexdigest()}"}
 
 
+def most_written(job: Job, purpose: Purpose) -> int:
+    """Tokens that the original writes of itself, if it is wrong on every item."""
+    _, questions = questions_of(job, purpose)
+    compared = _first_of_each_task(questions)
+    wrong = {n: question for n, question in enumerate(questions) if n in compared or _may_be_in_other_words(question)}
+    return sum(_limits(job, wrong).values())
+
+
 def original_answers(purpose: Purpose) -> Stage:
     """The stage that has the original answer."""
 
@@ -133,12 +145,10 @@ def original_answers(purpose: Purpose) -> Stage:
         }
 
     def work(job: Job, decision: Decision) -> Work:
-        path = _path(job, purpose, None)
         decoder = open_decoder(job)
         _, questions = questions_of(job, purpose)
-        with products("float32"):
-            records = _answer(job, decision, purpose, path, questions, _by_blocks(decoder), decoder)
-        return Work((path,), (*job.source.records, *records))
+        work = _answer(job, decision, purpose, None, questions, decoder, by_blocks(decoder))
+        return Work(work.outputs, (*job.source.records, *work.records))
 
     files = (f"{purpose.place}original*.json",)
     return Stage(purpose.original, inputs, work, commands=("validate",), files=files)
@@ -156,13 +166,10 @@ def artifact_answers(format_name: str, artifact: Path, purpose: Purpose) -> Stag
         }
 
     def work(job: Job, decision: Decision) -> Work:
-        path = _path(job, purpose, format_name)
         decoder = open_artifact_decoder(artifact)
-        logits_of = _whole(job, artifact) if job.device.type == "cuda" else _by_blocks(decoder)
+        logits_of = by_whole_model(job, artifact) if job.device.type == "cuda" else by_blocks(decoder)
         questions = _as_the_original_spells_them(job, purpose)
-        with products("float32"):
-            records = _answer(job, decision, purpose, path, questions, logits_of, decoder)
-        return Work((path,), records)
+        return _answer(job, decision, purpose, format_name, questions, decoder, logits_of)
 
     files = (f"{purpose.place}answers-{format_name}*.json",)
     name = purpose.measuring.format(format_name)
@@ -171,241 +178,197 @@ def artifact_answers(format_name: str, artifact: Path, purpose: Purpose) -> Stag
 
 def load_answers(job: Job, purpose: Purpose, format_name: str | None) -> list[Answer]:
     """What one of these stages left, in the order of the items; of the original where no format is named."""
-    content = json.loads(_path(job, purpose, format_name).read_text())
     _, questions = questions_of(job, purpose)
     return [
         answer_of(with_spellings(question, told["spellings"]), [Score(*score) for score in told["scores"]])
-        for question, told in zip(questions, content["items"], strict=True)
+        for question, told in zip(questions, _load(job, purpose, format_name), strict=True)
     ]
+
+
+def load_agreement(job: Job, purpose: Purpose, format_name: str) -> list[bool | None]:
+    """Whether an artifact's whole answer to each item is the original's; None where they were not compared."""
+    return [told["agrees"] for told in _load(job, purpose, format_name)]
+
+
+def _load(job: Job, purpose: Purpose, format_name: str | None) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(_path(job, purpose, format_name).read_text())["items"]
+    return found
 
 
 def _path(job: Job, purpose: Purpose, format_name: str | None) -> Path:
     return job.run.file(f"{purpose.place}{'original' if format_name is None else f'answers-{format_name}'}.json")
 
 
-# -- forward passes ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One sequence to run: which row of which question, and its tokens with the prompt in front."""
-
-    question: int
-    row: int
-    ids: tuple[int, ...]
-
-
-# For rows and places in each, their logits, row by row, some at a time: [some places, vocabulary].
-_Logits = Callable[[Sequence[_Row], Sequence[Sequence[int]]], Iterator[torch.Tensor]]
+# -- how one model answers ---------------------------------------------------------------------------------------
 
 
 def answer_items(job: Job, stage: str, key: str, purpose: Purpose, name: str, decoder: Decoder) -> None:
     """Have any weights answer, for `load_answers` with this name in the place of a format's; `key` names them."""
     decision, questions = Decision(stage, {"key": key}, Reason("new")), _as_the_original_spells_them(job, purpose)
-    with products("float32"):
-        _answer(job, decision, purpose, _path(job, purpose, name), questions, _by_blocks(decoder), decoder)
+    _answer(job, decision, purpose, name, questions, decoder, by_blocks(decoder))
 
 
 def _as_the_original_spells_them(job: Job, purpose: Purpose) -> list[Question]:
     """The items with every right answer that is known once the original has answered."""
-    content = json.loads(_path(job, purpose, None).read_text())
     _, questions = questions_of(job, purpose)
-    return [with_spellings(*entry) for entry in zip(questions, (i["spellings"] for i in content["items"]), strict=True)]
+    spellings = (told["spellings"] for told in _load(job, purpose, None))
+    return [with_spellings(*entry) for entry in zip(questions, spellings, strict=True)]
 
 
 def _answer(
     job: Job,
     decision: Decision,
     purpose: Purpose,
-    path: Path,
+    format_name: str | None,
     asked: Sequence[Question],
-    logits_of: _Logits,
     decoder: Decoder,
-) -> tuple[str, ...]:
-    """Write how a model answers; sentences about what could not be looked for."""
+    logits_of: Logits,
+) -> Work:
+    """Write down how a model answers: the original where no format is named."""
     prompter, _ = questions_of(job, purpose)
-    questions = [*asked]
-    scores: list[list[Score]] = [[] for _ in questions]
-    store = _Portions(path.with_name(f"{path.stem}-portions.json"), decision.key)
-
-    def ask(some: Mapping[int, Question], what: str) -> None:
-        found = _pass(job, decision.stage, what, some, prompter.ends, store, logits_of)
-        for number, question in some.items():
-            questions[number] = question
-            scores[number] = [found[number, node] for node in range(len(question.nodes))]
-
-    asked_now = dict(enumerate(questions))
-    ask(asked_now, "answers")
-    for turn in range(1, TURNS):
-        asked_now = dict(_respelled(prompter, {number: scores[number] for number in asked_now}, questions))
-        if not asked_now:
-            break
-        ask(asked_now, f"answers, {ordinal(turn + 1)} spelling")
-    wrong = {n: question for n, question in enumerate(questions) if not answer_of(question, scores[n]).is_right}
-    by_meaning, records = right_by_meaning(decoder, prompter, wrong)
-    if by_meaning:
-        ask(by_meaning, "answers by meaning")
-    content = [
-        {"spellings": question.spellings, "scores": [astuple(score) for score in of_question]}
-        for question, of_question in zip(questions, scores, strict=True)
+    path = _path(job, purpose, format_name)
+    asker = Asker(job, decision, path, prompter.ends, decoder, logits_of)
+    with products("float32"):
+        answered = _by_known_texts(prompter, asker, asked)
+        wrong = {n: entry.question for n, entry in answered.items() if not entry.answer.is_right}
+        compared = _first_of_each_task(asked) if format_name is None else set()
+        to_write = {n: question for n, question in wrong.items() if n in compared or _may_be_in_other_words(question)}
+        records = _not_written(asker, len(to_write), is_original=format_name is None)
+        said = {} if records else asker.written("writing", to_write, _limits(job, to_write))
+        in_other_words = {
+            n: with_spellings(wrong[n], (*wrong[n].spellings, tokens[:-1]))
+            for n, tokens in said.items()
+            if _means_the_same(prompter, wrong[n], tokens)
+        }
+        answered |= _asked(asker, "answers in other words", in_other_words)
+        if format_name is None:
+            said |= {n: list(answered[n].answer.path) for n in compared if answered[n].answer.is_right}
+            # Of all or of none: an estimate from those that are right alone would be another one.
+            are_all = said.keys() >= compared
+            of_each: list[Any] = [said[n] if are_all and n in compared else None for n in range(len(asked))]
+        else:
+            of_each = _agree(job, purpose, asker, prompter.ends, answered)
+    own_name = "said" if format_name is None else "agrees"
+    items = [
+        {"spellings": entry.question.spellings, "scores": list(map(astuple, entry.scores)), own_name: own}
+        for entry, own in zip((answered[n] for n in range(len(asked))), of_each, strict=True)
     ]
-    write_text(path, json.dumps({"score": [field.name for field in fields(Score)], "items": content}))
-    store.remove()
-    return records
+    write_text(path, json.dumps({"score": [field.name for field in fields(Score)], "items": items}))
+    asker.forget()
+    return Work((path,), records)
 
 
-def _respelled(
-    prompter: Prompter, scores: Mapping[int, Sequence[Score]], questions: Sequence[Question]
-) -> Iterator[tuple[int, Question]]:
+@dataclass(frozen=True)
+class _Answered:
+    """A question with the right answers that are known by now, and the score of each of its nodes."""
+
+    question: Question
+    scores: list[Score]
+
+    @property
+    def answer(self) -> Answer:
+        return answer_of(self.question, self.scores)
+
+
+def _asked(asker: Asker, what: str, questions: Mapping[int, Question]) -> dict[int, _Answered]:
+    scores = asker.scores(what, questions)
+    return {number: _Answered(question, scores[number]) for number, question in questions.items()}
+
+
+def _by_known_texts(prompter: Prompter, asker: Asker, asked: Sequence[Question]) -> dict[int, _Answered]:
+    """Every item by its right texts, cut into tokens as the model cuts them."""
+    answered = _asked(asker, "answers", dict(enumerate(asked)))
+    again = answered
+    for turn in range(1, TURNS):
+        respelled = dict(_respelled(prompter, again))
+        if not respelled:
+            break
+        again = _asked(asker, f"answers, {ordinal(turn + 1)} spelling", respelled)
+        answered |= again
+    return answered
+
+
+def _respelled(prompter: Prompter, answered: Mapping[int, _Answered]) -> Iterator[tuple[int, Question]]:
     """The questions of which the model began a right answer with other tokens than those that were known."""
-    for number, of_question in scores.items():
-        answer = answer_of(questions[number], of_question)
+    for number, entry in answered.items():
+        answer = entry.answer
         if not answer.is_right:
-            other = prompter.respelled(questions[number], answer.path[: answer.place], answer.other)
+            other = prompter.respelled(entry.question, answer.path[: answer.place], answer.other)
             if other is not None:
                 yield number, other
 
 
-def _pass(
-    job: Job,
-    stage: str,
-    what: str,
-    questions: Mapping[int, Question],
-    ends: Sequence[int],
-    store: _Portions,
-    logits_of: _Logits,
-) -> dict[tuple[int, int], Score]:
-    """The score of every node, by question and node."""
-    rows = [
-        _Row(number, place, (*question.prompt, *row))
-        for number, question in questions.items()
-        for place, row in enumerate(question.rows)
-    ]
-    rows.sort(key=lambda row: len(row.ids))
-    done, found = 0, {}
-    for portion in _portions(rows):
-        scores = store.next()
-        reason = UP_TO_DATE if scores is not None else None
-        if scores is None:
-            scores = _score(portion, questions, ends, logits_of)
-            store.add(scores)
-        found.update({(question, node): Score(*score) for question, node, score in scores})
-        done += len(portion)
-        job.progress(Event(stage, "step", f"{what} {done}/{len(rows)}", reason, done, len(rows)))
+# -- what a model says of itself ---------------------------------------------------------------------------------
+
+
+def _first_of_each_task(questions: Sequence[Question]) -> set[int]:
+    """The items on which whole answers are compared."""
+    seen: Counter[str] = Counter()
+    found = set()
+    for number, question in enumerate(questions):
+        seen[question.item.task] += 1
+        if seen[question.item.task] <= COMPARED:
+            found.add(number)
     return found
 
 
-def _portions(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    portion: list[_Row] = []
-    for row in rows:
-        if portion and sum(len(other.ids) for other in portion) + len(row.ids) > PORTION:
-            yield portion
-            portion = []
-        portion.append(row)
-    if portion:
-        yield portion
+def _may_be_in_other_words(question: Question) -> bool:
+    family = family_of(question.item)
+    return family is not None and family.by_meaning
 
 
-def _score(
-    portion: Sequence[_Row], questions: Mapping[int, Question], ends: Sequence[int], logits_of: _Logits
-) -> list[tuple[int, int, tuple[Any, ...]]]:
-    """(question, node, score) of the nodes that these rows lead to.
+def _means_the_same(prompter: Prompter, question: Question, said: Sequence[int]) -> bool:
+    """Whether what a model says to its end is right, in words that were not known."""
+    if not _may_be_in_other_words(question) or len(said) < 2 or said[-1] not in prompter.ends:
+        return False
+    return is_right(question.item, prompter.text_of(said[:-1]))
 
-    Raises:
-        AccullmError: logits are not finite.
+
+def _limits(job: Job, questions: Mapping[int, Question]) -> dict[int, int]:
+    """How many tokens a model may say: one more than a right answer takes, in other words twice as many."""
+    positions = _positions(job)
+    limits = {}
+    for number, question in questions.items():
+        limit = (2 if _may_be_in_other_words(question) else 1) * max(map(len, question.rows)) + 1
+        limits[number] = limit if positions is None else min(limit, positions - len(question.prompt))
+    return limits
+
+
+def _not_written(asker: Asker, count: int, is_original: bool) -> tuple[str, ...]:
+    """A sentence where the model cannot write what it is wanted to."""
+    if not count or not (lacks := asker.lacks()):
+        return ()
+    unknown = "whether other words mean the same"
+    if is_original:
+        unknown += ", and whether artifacts give the same wrong answers,"
+    answers = "1 wrong answer was" if count == 1 else f"{count} wrong answers were"
+    return (f"{answers} not written out by the model, as {lacks}; {unknown} is not known",)
+
+
+def _agree(
+    job: Job, purpose: Purpose, asker: Asker, ends: Sequence[int], answered: Mapping[int, _Answered]
+) -> list[bool | None]:
+    """Whether this artifact says, token by token and to the end, what the original does; by which end does not matter.
+
+    Of an answer that the original did not bring to an end within its limit, the tokens up to there count.
     """
-    nodes = [
-        [number for number, node in enumerate(questions[row.question].nodes) if node.row == row.row] for row in portion
-    ]
-    places = [
-        [len(questions[row.question].prompt) - 1 + questions[row.question].nodes[number].depth for number in numbers]
-        for row, numbers in zip(portion, nodes, strict=True)
-    ]
-    accepted = [
-        accepted_at(questions[row.question].nodes[number], ends)
-        for row, numbers in zip(portion, nodes, strict=True)
-        for number in numbers
-    ]
-    keys = [(row.question, number) for row, numbers in zip(portion, nodes, strict=True) for number in numbers]
-    scores: list[Score] = []
-    for logits in logits_of(portion, places):
-        if not bool(torch.isfinite(logits).all()):
-            raise AccullmError("logits hold NaN or Inf", "tasks", "look for damaged weights, or run accullm verify")
-        scores += score_nodes(logits, accepted[len(scores) : len(scores) + len(logits)])
-    return [(*key, astuple(score)) for key, score in zip(keys, scores, strict=True)]
-
-
-def _by_length(portion: Sequence[_Row]) -> Mapping[int, list[int]]:
-    """The numbers of rows by their length."""
-    lengths: dict[int, list[int]] = {}
-    for number, row in enumerate(portion):
-        lengths.setdefault(len(row.ids), []).append(number)
-    return lengths
-
-
-def _by_blocks(decoder: Decoder) -> _Logits:
-    """Block by block, all rows of a portion through one block before the next is read."""
-
-    def logits_of(portion: Sequence[_Row], places: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
-        groups = _by_length(portion)
-        decoder.load_outside()
-        streams = [
-            decoder.embed_all(torch.tensor([portion[number].ids for number in numbers])) for numbers in groups.values()
-        ]
-        decoder.release_outside()
-        for index in range(len(decoder.block_names)):
-            block = decoder.load_block(index)
-            for stream in streams:
-                advance(decoder, index, block, stream)
-            decoder.release_block(index)
-        hidden: dict[int, torch.Tensor] = {}
-        for numbers, stream in zip(groups.values(), streams, strict=True):
-            for place, number in enumerate(numbers):
-                hidden[number] = stream[place, places[number]]
-        decoder.load_outside()
-        # The final norm and the output head see each position alone.
-        behind = torch.cat([hidden[number] for number in range(len(portion))])[None]
-        for part in behind.split(POSITIONS, dim=1):
-            yield decoder.logits(part)[0]
-        decoder.release_outside()
-
-    return logits_of
-
-
-def _whole(job: Job, artifact: Path) -> _Logits:
-    """By the whole model on a GPU, in the precision in which it will be used there."""
-    model = load_artifact(artifact, job.device, compute_dtype(job.device, job.source.config))
-
-    def logits_of(portion: Sequence[_Row], places: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
-        for row, wanted in zip(portion, places, strict=True):
-            with torch.no_grad():
-                logits = model(torch.tensor([row.ids], device=model.device), use_cache=False).logits[0]
-            yield logits[list(wanted)].float()
-
-    return logits_of
-
-
-class _Portions:
-    """The portions that are done, on disk, valid for one key."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self._path, self._key, self._told = path, key, 0
-        content = json.loads(path.read_text()) if path.exists() else {}
-        self.scores: list[list[tuple[int, int, tuple[Any, ...]]]] = []
-        if content.get("key") == key:
-            self.scores = [[(a, b, tuple(score)) for a, b, score in scores] for scores in content["portions"]]
-
-    def next(self) -> list[tuple[int, int, tuple[Any, ...]]] | None:
-        """The scores of the next portion, if it is done."""
-        if self._told == len(self.scores):
-            return None
-        self._told += 1
-        return self.scores[self._told - 1]
-
-    def add(self, scores: list[tuple[int, int, tuple[Any, ...]]]) -> None:
-        self._told += 1
-        self.scores.append(scores)
-        write_text(self._path, json.dumps({"key": self._key, "portions": self.scores}))
-
-    def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
+    found: list[bool | None] = [None] * len(answered)
+    others: dict[int, Question] = {}
+    ended = set()
+    for number, (original, told) in enumerate(
+        zip(load_answers(job, purpose, None), _load(job, purpose, None), strict=True)
+    ):
+        said = told["said"]
+        if said is None:
+            continue
+        answer = answered[number].answer
+        if original.is_right:
+            found[number] = answer.is_right and list(answer.path[:-1]) == said[:-1]
+            continue
+        if said[-1] in ends:
+            ended.add(number)
+        others[number] = with_spellings(answered[number].question, [said[:-1] if number in ended else said])
+    for number, entry in _asked(asker, "the original's answers", others).items():
+        nodes = zip(entry.question.nodes, entry.scores, strict=True)
+        found[number] = all(score.is_first for node, score in nodes if node.tokens or number in ended)
+    return found

@@ -265,40 +265,31 @@ def _accumulate(
     }
     # Which experts a batch reaches is not known before its end.
     awaited = {("input", first) for first in grams} | {("sum", name) for name in summed} if is_dense else set()
-    for batch, rows in enumerate(batches(*rounded.shape[:2])):
-        inputs: dict[str, torch.Tensor] = {}
-        weights: dict[str, torch.Tensor] = {}
 
-        def add(
-            name: str,
-            value: torch.Tensor,
-            batch: int = batch,
-            inputs: dict[str, torch.Tensor] = inputs,
-            weights: dict[str, torch.Tensor] = weights,
-        ) -> None:
+    def add_batch(batch: int, rows: slice) -> None:
+        read: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # inputs, and what their tokens count
+
+        def add(name: str, value: torch.Tensor) -> None:
             if name in grams:
-                inputs[name] = _as_rows(value)
-                if name in weights_of:
-                    weights[name] = weights_of[name].of(inputs[name])
+                inputs = _as_rows(value)
+                read[name] = inputs, weights_of[name].of(inputs) if name in weights_of else None
                 if name in kept:
-                    captures.write(batch, f"rounded input {name}", inputs[name])
+                    captures.write(batch, f"rounded input {name}", inputs)
                 original = captures.read(batch, f"input {name}") if name in with_drift else None
-                grams[name].add(inputs[name], original, weights.get(name))
+                grams[name].add(inputs, original, read[name][1])
 
-        def add_sum(
-            name: str,
-            value: torch.Tensor,
-            batch: int = batch,
-            inputs: dict[str, torch.Tensor] = inputs,
-            weights: dict[str, torch.Tensor] = weights,
-        ) -> None:
+        def add_sum(name: str, value: torch.Tensor) -> None:
             if name in summed:
                 first = first_of[name]
+                inputs, weights = read[first]
                 difference = captures.read(batch, f"sum {name}") - _as_rows(value)
-                grams[first].add_output(name, inputs[first], difference, weights.get(first))
+                grams[first].add_output(name, inputs, difference, weights)
 
         own = _known_inputs(captures, batch, known)
         pair.decoder.run_capturing(pair.index, pair.rounded, rounded[rows], add, add_sum, frozenset(awaited), known=own)
+
+    for batch, rows in enumerate(batches(*rounded.shape[:2])):
+        add_batch(batch, rows)
     return grams
 
 

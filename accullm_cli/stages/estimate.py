@@ -10,6 +10,9 @@ import torch
 from accullm_cli.formats import FORMATS
 from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
 from accullm_cli.quant.plan import Plan
+from accullm_cli.run import available_memory
+from accullm_cli.stages.answers import JUDGED, SEARCHED, most_written, questions_of, wants_tasks
+from accullm_cli.stages.asking import PORTION, bytes_of, fits
 from accullm_cli.stages.calibrate import measured_windows
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.precision import products
@@ -31,6 +34,11 @@ SHARE_OF_FULL_SPEED = 0.5
 # What rounding takes for each weight, in operations at that speed: the search for scales and the loop over columns wait
 # for memory rather than for arithmetic. One core takes 21 s for that Llama's 106 million weights (16 s without search).
 OPERATIONS_PER_WEIGHT = 14_000
+# A token that a model writes waits for all of its weights to come from memory: as long as so many operations on each.
+# A Llama of 135M parameters took as long as 22 on one busy core.
+OPERATIONS_PER_WEIGHT_READ = 20
+# Of the items on which whole answers are compared, how many the original is thought to get wrong and has to write.
+SHARE_WRITTEN = 0.5
 # Logits of a window that validate holds at once: of original, artifact and noise floor, and one's softmax.
 LOGITS_HELD = 4
 # The interpreter, torch and transformers before any weight is read.
@@ -90,10 +98,18 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     # copy and the Hessian that is being factored (three [K, K]; while Gram matrices grow, two and a few activations).
     block = max(in_blocks)
     largest = max(outside + 1.5 * block, outside + logits, 1.5 * block + 3 * widest**2 + _fisher_elements(job, decoder))
+    longest = 0
+    operations = _operations(job, decoder, plan, vocabulary * hidden)
+    if wants_tasks(job):
+        asked = _Asked.of(job)
+        longest = asked.longest
+        streams = max(streams, hidden * max(PORTION, longest))
+        if asked.written and _may_write(decoder):
+            largest = max(largest, all_weights)
+        operations += asked.operations(job, decoder, linear_weights, hidden, vocabulary)
     peak = BASE_BYTES + FLOAT * (largest + streams)
-    peak += FLOAT * 4 * TOKENS_PER_BATCH * widest
-
-    seconds = _operations(job, decoder, plan, vocabulary * hidden) / (SHARE_OF_FULL_SPEED * _operations_per_second())
+    peak += FLOAT * 4 * max(TOKENS_PER_BATCH, longest) * widest
+    seconds = operations / (SHARE_OF_FULL_SPEED * _operations_per_second())
     return Estimated(bits_per_weight, stored, most is None, int(peak), round(seconds, 1))
 
 
@@ -135,6 +151,48 @@ def _operations(job: Job, decoder: Decoder, plan: Plan, head_weights: int) -> fl
     head = 2 * head_weights * 4 * held_out
     rounded = sum(linear.weights for linear in plan.quantized.values())
     return 2 * weights * passes + formats * (grams + OPERATIONS_PER_WEIGHT * rounded) + head
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What exact tasks ask of the original and of each artifact, those of a search for the smallest plan included.
+
+    tokens: of all rows; squares: of their lengths, for attention; longest: of them. places: that go through the head.
+    written: tokens that the original writes, if it is wrong on all items.
+    """
+
+    tokens: int
+    squares: int
+    longest: int
+    places: int
+    written: int
+
+    @staticmethod
+    def of(job: Job) -> _Asked:
+        purposes = (JUDGED, SEARCHED) if job.config.search.golden else (JUDGED,)
+        questions = [question for purpose in purposes for question in questions_of(job, purpose)[1]]
+        lengths = [len(question.prompt) + len(row) for question in questions for row in question.rows]
+        return _Asked(
+            tokens=sum(lengths),
+            squares=sum(length**2 for length in lengths),
+            longest=max(lengths),
+            places=sum(len(question.nodes) for question in questions),
+            written=sum(most_written(job, purpose) for purpose in purposes),
+        )
+
+    def operations(self, job: Job, decoder: Decoder, weights: int, hidden: int, vocabulary: int) -> float:
+        """Multiplications and additions of the original and of all artifacts."""
+        models = 1 + len(job.config.export.format)
+        attention = 2 * hidden * len(decoder.block_names) * self.squares  # causal: half of all pairs, twice
+        asked = models * (2 * weights * self.tokens + attention + 2 * hidden * vocabulary * self.places)
+        if not _may_write(decoder):
+            return asked
+        return asked + SHARE_WRITTEN * self.written * OPERATIONS_PER_WEIGHT_READ * (weights + hidden * vocabulary)
+
+
+def _may_write(decoder: Decoder) -> bool:
+    free = available_memory()
+    return free is None or fits(bytes_of(decoder), free)
 
 
 def _operations_per_second() -> float:

@@ -20,12 +20,14 @@ from accullm_cli.measure.fidelity import (
     speed_found,
 )
 from accullm_cli.measure.measurement import Measurement
+from accullm_cli.measure.result import Fidelity
 from accullm_cli.measure.retention import TASKS, Held, retention_found
 from accullm_cli.stages.answers import (
     JUDGED,
     SEARCHED,
     Purpose,
     artifact_answers,
+    load_agreement,
     load_answers,
     original_answers,
     questions_of,
@@ -36,7 +38,7 @@ from accullm_cli.stages.job import Job
 from accullm_cli.stages.reference import reference
 from accullm_cli.stages.speed import load_speed, speed
 from accullm_cli.stages.stage import Stage
-from accullm_cli.stages.texts import OTHER, SEARCH, VALIDATION, texts_of
+from accullm_cli.stages.texts import OTHER, SEARCH, VALIDATION, Text, texts_of
 from accullm_cli.stages.validate import load_fidelity, validation
 
 
@@ -45,7 +47,7 @@ class Measure:
     """One question that is asked of an artifact.
 
     wanted: whether the configuration asks for it.
-    needs: the stages that make, of the original alone, what it needs, also for a search over plans.
+    needs: the stages that make what it needs of the original alone.
     run: the stage that measures the artifact of a format, in a directory.
     found: what that stage found.
     """
@@ -61,32 +63,42 @@ def retention_of(job: Job, format_name: str, purpose: Purpose) -> Measurement:
     """What became of the original's right answers, once both have answered."""
     prompter, questions = questions_of(job, purpose)
     answers = (load_answers(job, purpose, name) for name in (None, format_name))
-    held = [Held(*entry) for entry in zip(questions, *answers, strict=True)]
+    agreement = load_agreement(job, purpose, format_name)
+    held = [Held(*entry) for entry in zip(questions, *answers, agreement, strict=True)]
     return retention_found(held, prompter.text_of, job.config.machine.seed)
 
 
-MEASURES: tuple[Measure, ...] = (
-    Measure(
-        DIVERGENCE,
-        wanted=lambda job: True,
-        needs=lambda job: [reference(text) for text in texts_of(job) if text is not OTHER],
-        run=lambda job, format_name, artifact: validation(format_name, artifact, VALIDATION),
-        found=lambda job, format_name: divergence_found(load_fidelity(job, format_name)),
-    ),
-    Measure(
-        DIVERGENCE_ON_OTHER_TEXT,
-        wanted=lambda job: OTHER in texts_of(job),
-        needs=lambda job: (reference(OTHER),),
-        run=lambda job, format_name, artifact: validation(format_name, artifact, OTHER),
-        found=lambda job, format_name: divergence_found_elsewhere(load_fidelity(job, format_name, OTHER)),
-    ),
-    Measure(
+def _on_text(
+    name: str,
+    text: Text,
+    found: Callable[[Fidelity], Measurement],
+    is_wanted: Callable[[Job], bool] = lambda job: True,
+) -> Measure:
+    """How far next-token distributions on a text are from the original's."""
+    return Measure(
+        name,
+        wanted=is_wanted,
+        needs=lambda job: (reference(text),),
+        run=lambda job, format_name, artifact: validation(format_name, artifact, text),
+        found=lambda job, format_name: found(load_fidelity(job, format_name, text)),
+    )
+
+
+def _on_tasks(purpose: Purpose) -> Measure:
+    """How many of the original's right answers are kept."""
+    return Measure(
         TASKS,
         wanted=wants_tasks,
-        needs=lambda job: [original_answers(purpose) for purpose in (JUDGED, SEARCHED)[: 1 + job.config.search.golden]],
-        run=lambda job, format_name, artifact: artifact_answers(format_name, artifact, JUDGED),
-        found=lambda job, format_name: retention_of(job, format_name, JUDGED),
-    ),
+        needs=lambda job: (original_answers(purpose),),
+        run=lambda job, format_name, artifact: artifact_answers(format_name, artifact, purpose),
+        found=lambda job, format_name: retention_of(job, format_name, purpose),
+    )
+
+
+MEASURES: tuple[Measure, ...] = (
+    _on_text(DIVERGENCE, VALIDATION, divergence_found),
+    _on_text(DIVERGENCE_ON_OTHER_TEXT, OTHER, divergence_found_elsewhere, lambda job: OTHER in texts_of(job)),
+    _on_tasks(JUDGED),
     Measure(
         SPEED,
         wanted=lambda job: wants_speed(job.config),
@@ -95,44 +107,35 @@ MEASURES: tuple[Measure, ...] = (
         found=lambda job, format_name: speed_found(load_speed(job)),
     ),
 )
-# What a search over plans asks of each, on text and items of its own. What these need is among the needs above.
-SEARCH_MEASURES: tuple[Measure, ...] = (
-    Measure(
-        DIVERGENCE,
-        wanted=lambda job: True,
-        needs=lambda job: (),
-        run=lambda job, format_name, artifact: validation(format_name, artifact, SEARCH),
-        found=lambda job, format_name: divergence_found(load_fidelity(job, format_name, SEARCH)),
-    ),
-    Measure(
-        TASKS,
-        wanted=wants_tasks,
-        needs=lambda job: (),
-        run=lambda job, format_name, artifact: artifact_answers(format_name, artifact, SEARCHED),
-        found=lambda job, format_name: retention_of(job, format_name, SEARCHED),
-    ),
-)
+# What a search over plans asks of each, on text and items of its own.
+SEARCH_MEASURES: tuple[Measure, ...] = (_on_text(DIVERGENCE, SEARCH, divergence_found), _on_tasks(SEARCHED))
 
 
-def wanted(job: Job, measures: Sequence[Measure] = MEASURES) -> list[Measure]:
-    """The measures that the configuration asks for."""
-    return [measure for measure in measures if measure.wanted(job)]
-
-
-def measurements(job: Job, artifacts: Mapping[str, Path], measures: Sequence[Measure] = MEASURES) -> list[Stage]:
+def measurements(job: Job, artifacts: Mapping[str, Path]) -> list[Stage]:
     """The stages that hold artifacts, by format, against their original."""
     stages: list[Stage] = []
-    for measure in wanted(job, measures):
+    for measure in _wanted(job, MEASURES):
         stages += measure.needs(job)
         stages += [measure.run(job, name, directory) for name, directory in artifacts.items()]
     return stages
 
 
+def search_measurements(job: Job) -> list[Stage]:
+    """The stages that measure the artifact of one plan of a search; what they need of the original is there."""
+    ((name, directory),) = job.artifacts.items()
+    return [measure.run(job, name, directory) for measure in _wanted(job, SEARCH_MEASURES)]
+
+
 def found(job: Job, format_name: str, measures: Sequence[Measure] = MEASURES) -> tuple[Measurement, ...]:
     """What was measured of one artifact, once these stages are done."""
-    return tuple(measure.found(job, format_name) for measure in wanted(job, measures))
+    return tuple(measure.found(job, format_name) for measure in _wanted(job, measures))
 
 
 def needed_of_original(job: Job) -> list[Stage]:
     """What all artifacts of a job need, those of a search included."""
-    return [stage for measure in wanted(job) for stage in measure.needs(job)]
+    measures = (*MEASURES, *SEARCH_MEASURES) if job.config.search.golden else MEASURES
+    return [stage for measure in _wanted(job, measures) for stage in measure.needs(job)]
+
+
+def _wanted(job: Job, measures: Sequence[Measure]) -> list[Measure]:
+    return [measure for measure in measures if measure.wanted(job)]

@@ -20,6 +20,8 @@ from accullm_cli.stages.keyed import facts_of, write_keyed
 
 # A resume repeats at most about this much forward work.
 SECONDS_BETWEEN_STORES = 60.0
+# Positions that go through an output head at once: each has as many logits as the vocabulary has tokens.
+POSITIONS = 64
 
 
 def advance(

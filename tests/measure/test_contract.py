@@ -41,6 +41,7 @@ def figures(fidelity: Fidelity = FIDELITY) -> dict[str, Figure]:
     sized = {name: Figure(name, exactly(value), has_interval=False) for name, value in sizes.items()}
     shares = {"retention": Estimate(0.97, 0.94, 0.99), "retention.sql": Estimate(0.9, 0.8, 0.95)}
     shares["exact_match"] = Estimate(0.6, 0.5, 0.7)
+    shares["agreement"] = Estimate(0.6, 0.5, 0.7)
     told = {name: Figure(name, estimate, best=1.0) for name, estimate in shares.items()}
     return judged_figures([divergence_found(fidelity)]) | sized | told
 
@@ -144,7 +145,7 @@ def test_clauses_keep_the_order_and_the_words_of_the_user():
         (
             "zzz<=1",
             "unknown metric 'zzz' in 'zzz<=1'; choose one of mean_kl, kl_p99, kl_p999, top1_agreement, perplexity, "
-            "retention, exact_match, kl_max, perplexity_ratio, bits_per_weight, artifact_bytes, fallbacks",
+            "retention, exact_match, agreement, kl_max, perplexity_ratio, bits_per_weight, artifact_bytes, fallbacks",
         ),
         ("mean_kl", "'mean_kl' is not a condition; write METRIC<=VALUE or METRIC>=VALUE, such as mean_kl<=0.02"),
         (

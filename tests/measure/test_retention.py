@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from accullm_cli.measure.answers import Answer
@@ -77,6 +79,30 @@ def test_a_single_task_has_its_figure_by_name_too() -> None:
     alone = retention_found(SQL, text_of, seed=0)
     assert figure(alone, "retention.sql").estimate == figure(alone, "retention").estimate
     assert figure(alone, "retention.sql").label == ""
+
+
+def test_agreement_counts_the_compared_items_whether_the_original_is_right_or_wrong() -> None:
+    compared = [replace(entry, agrees=entry.question.prompt[1] not in (3, 16, 17)) for entry in SQL]
+    found = retention_found([*compared, *CODE], text_of, seed=0)
+    whole, sql, code = (figure(found, f"agreement{part}") for part in ("", ".sql", ".code"))
+    assert whole.estimate == sql.estimate
+    assert sql.estimate is not None
+    assert sql.estimate.value == 17 / 20
+    # scipy 1.17.1: binomtest(17, 20).proportion_ci(method="wilson")
+    assert (sql.estimate.low, sql.estimate.high) == (
+        pytest.approx(0.6395811352592430),
+        pytest.approx(0.9476312541037834),
+    )
+    assert sql.note == "17 of 20 are the original's; of its 4 wrong ones 2"
+    assert (code.estimate, code.note) == (None, "the original could not write its wrong answers")
+    few = retention_found(compared[:9], text_of, seed=0)
+    assert (figure(few, "agreement").estimate, figure(few, "agreement").note) == (
+        None,
+        "9 compared, too few to say anything",
+    )
+    assert next(samples.values for samples in found.samples if samples.figure == "agreement").count(0.0) == 3
+    assert found.tables[0].rows[0][-1] == "17 of 20"
+    assert found.tables[0].rows[1][-1] == "–"
 
 
 def test_exact_matches_count_all_items(found: Measurement) -> None:

@@ -65,10 +65,10 @@ def test_bits_are_drawn_where_all_are_equal_and_where_all_stay_in_16():
         assert ">up<" in draw_bits_per_weight([linear(f"model.layers.{block}.up", bits=bits) for block in range(2)])
 
 
-def test_linear_left_in_16_bits_is_black():
+def test_linear_left_in_16_bits_is_orange():
     drawing = draw_bits_per_weight([linear("model.layers.0.up"), linear("model.layers.1.up", bits=16)])
-    assert "fill: #1c1d21" in drawing
-    assert "fill: #1c1d21" not in draw_bits_per_weight([linear("model.layers.0.up")])
+    assert "fill: #d9822b" in drawing
+    assert "fill: #d9822b" not in draw_bits_per_weight([linear("model.layers.0.up")])
 
 
 def test_names_of_linears_are_escaped_in_plots():

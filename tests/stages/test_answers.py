@@ -17,8 +17,16 @@ from accullm_cli.measure.measurement import Measurement
 from accullm_cli.pipeline import convert, dry_run, validate_artifact
 from accullm_cli.progress import Event
 from accullm_cli.run import Reason
-from accullm_cli.stages import answers, meaning
-from accullm_cli.stages.answers import JUDGED, artifact_answers, load_answers, original_answers, questions_of
+from accullm_cli.stages import answers
+from accullm_cli.stages import asking as module
+from accullm_cli.stages.answers import (
+    JUDGED,
+    artifact_answers,
+    load_agreement,
+    load_answers,
+    original_answers,
+    questions_of,
+)
 from accullm_cli.stages.measures import found
 from accullm_cli.stages.stage import finished, walk
 from accullm_cli.tasks import FAMILIES
@@ -158,10 +166,10 @@ class Stop(Exception):  # noqa: N818
 def test_an_interrupted_call_goes_on_behind_the_last_portion(
     copier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "PORTION", 200)
+    monkeypatch.setattr(module, "PORTION", 200)
     config = asking(copier, tmp_path / "out")
     ran: list[int] = []
-    by_blocks = answers._by_blocks
+    by_blocks = answers.by_blocks
 
     def counted(decoder):  # type: ignore[no-untyped-def]
         logits_of = by_blocks(decoder)
@@ -172,7 +180,7 @@ def test_an_interrupted_call_goes_on_behind_the_last_portion(
 
         return wrapped
 
-    monkeypatch.setattr(answers, "_by_blocks", counted)
+    monkeypatch.setattr(answers, "by_blocks", counted)
 
     def stop(event: Event) -> None:
         if len(ran) == 3 and event.kind == "step":
@@ -184,8 +192,8 @@ def test_an_interrupted_call_goes_on_behind_the_last_portion(
         run_alone(job, original_answers(JUDGED))
         resumed = load_answers(job, JUDGED, None)
     assert sum(ran) == ITEMS
-    assert not list((tmp_path / "out.run/tasks").glob("*portions*"))
-    monkeypatch.setattr(answers, "PORTION", 8192)
+    assert not list((tmp_path / "out.run/tasks").glob("*step*"))
+    monkeypatch.setattr(module, "PORTION", 8192)
     with opened(asking(copier, tmp_path / "whole")) as job:
         run_alone(job, original_answers(JUDGED))
         assert load_answers(job, JUDGED, None) == resumed
@@ -300,12 +308,107 @@ def test_an_answer_that_means_the_same_is_right_and_becomes_one_of_the_known(
             return load_answers(job, JUDGED, None), load_answers(job, JUDGED, "accullm")
 
     assert not any(answer.is_right for answers in answered("strict") for answer in answers)
-    monkeypatch.setattr(meaning, "family_of", lambda item: FAMILIES["sql"])
-    monkeypatch.setattr(meaning, "is_right", lambda item, text: text.strip().lower() == item.answer.lower())
+    monkeypatch.setattr(answers, "family_of", lambda item: FAMILIES["sql"])
+    monkeypatch.setattr(answers, "is_right", lambda item, text: text.strip().lower() == item.answer.lower())
     original, artifact = answered("lenient")
     assert all(answer.is_right for answer in (*original, *artifact))
     assert [answer.path for answer in original] == [answer.path for answer in artifact]
-    monkeypatch.setattr(meaning, "available_memory", lambda: 1000)
+    monkeypatch.setattr(module, "available_memory", lambda: 1000)
     with opened(config) as job:
         (sentence,) = run_alone(job, original_answers(JUDGED)).record.records
-    assert sentence.startswith("6 wrong answers may be right by meaning, which was not looked for: the model takes ")
+    assert sentence == (
+        "6 wrong answers were not written out by the model, as it takes 413 kB of memory, of which 1 kB are free; "
+        "whether other words mean the same, and whether artifacts give the same wrong answers, is not known"
+    )
+
+
+def mixed_items(path: Path, copier: Path) -> Path:
+    """Items that the copier gets right, ones that it gets wrong, and ones of which it says more than would be right."""
+    rows = [json.loads(line) for line in copier.with_name("copy.jsonl").read_text().splitlines()[:18]]
+    for number, row in enumerate(rows):
+        row["answer"] = (row["answer"], row["answer"][::-1], row["answer"][1:4])[number % 3]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_whole_answers_agree_where_greedy_decoding_of_both_says_the_same(
+    copier: Path, faithful: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    broken = tmp_path / "broken"
+    shutil.copytree(faithful, broken)
+    swap_heads(broken, "model.layers.1.self_attn.q_proj")
+    tasks = mixed_items(tmp_path / "mixed.jsonl", copier)
+    original = reference_model(copier)
+    outcomes = set()
+    for artifact in (faithful, broken):
+        model = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32)
+        with opened(asking(copier, tmp_path / f"{artifact.name}-out", validation__tasks=tasks)) as job:
+            done = run_alone(job, original_answers(JUDGED))
+            list(walk(job, [artifact_answers("accullm", artifact, JUDGED)], finished([done])))
+            prompter, questions = questions_of(job, JUDGED)
+            agreement = load_agreement(job, JUDGED, "accullm")
+            right = [answer.is_right for answer in load_answers(job, JUDGED, None)]
+        for question, agrees, is_right in zip(questions, agreement, right, strict=True):
+            # Where the original is wrong it writes one token more than the right answer has.
+            limit = 40 if is_right else max(map(len, question.rows)) + 1
+            with torch.no_grad():
+                said, others = (greedy(m, question.prompt, prompter.ends, limit) for m in (original, model))
+            assert agrees == (said == others)
+            outcomes.add((is_right, agrees))
+    assert outcomes == {(True, True), (True, False), (False, True), (False, False)}
+
+
+def test_only_the_first_items_of_each_task_are_compared(
+    copier: Path, faithful: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "COMPARED", 12)
+    tasks = f"{mixed_items(tmp_path / 'mixed.jsonl', copier)},{copier.with_name('copy.jsonl')}"
+    config = asking(copier, tmp_path / "out", validation__tasks=tasks, validation__require="[agreement.mixed>=50%]")
+    report = validate_artifact(faithful, config)
+    figures = {figure.name: figure for figure in tasks_of(report).figures}
+    assert figures["agreement"].estimate is not None
+    assert figures["agreement"].note.startswith("24 of 24 are the original's; of its ")
+    assert report.contract_met
+    (agreement,) = (samples for samples in tasks_of(report).samples if samples.figure == "agreement")
+    assert agreement.values == (1.0,) * 24
+
+
+def test_what_the_original_wrote_is_not_written_again(
+    copier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = asking(copier, tmp_path / "out", validation__tasks=mixed_items(tmp_path / "mixed.jsonl", copier))
+    wrote: list[tuple[int, ...]] = []
+    written = module._written
+
+    def counted(decoder, question, *arguments):  # type: ignore[no-untyped-def]
+        wrote.append(question.prompt)
+        return written(decoder, question, *arguments)
+
+    monkeypatch.setattr(module, "_written", counted)
+
+    def stop(event: Event) -> None:
+        if len(wrote) == 5 and event.kind == "step":
+            raise Stop
+
+    with pytest.raises(Stop), opened(config, stop) as job:
+        run_alone(job, original_answers(JUDGED))
+    with opened(config) as job:
+        run_alone(job, original_answers(JUDGED))
+        wrong = sum(not answer.is_right for answer in load_answers(job, JUDGED, None))
+    assert len(wrote) == len(set(wrote)) == wrong == 12
+    assert [path.name for path in (tmp_path / "out.run/tasks").iterdir()] == ["original.json"]
+
+
+def test_without_room_to_write_no_agreement_is_told(
+    copier: Path, faithful: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    tasks = mixed_items(tmp_path / "mixed.jsonl", copier)
+    config = asking(copier, tmp_path / "out", validation__tasks=tasks, validation__require="[agreement>=1%]")
+    report = validate_artifact(faithful, config)
+    (figure,) = (figure for figure in tasks_of(report).figures if figure.name == "agreement")
+    assert (figure.estimate, figure.note) == (None, "the original could not write its wrong answers")
+    assert not report.contract_met
+    assert any(sentence.startswith("12 wrong answers were not written out") for sentence in report.records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from accullm_cli.stages.estimate import Estimated, estimate
 from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.profile import make_plan
 from tests.streaming import opened, run_to, short_config
-from tests.tiny import make_checkpoint, make_tokenizer
+from tests.tiny import edit_config, make_checkpoint, make_tokenizer
 
 
 def estimated(model: Path, out: Path, **settings: object) -> Estimated:
@@ -120,6 +121,42 @@ def test_nearest_rounding_runs_no_block_in_quantize(tmp_path: Path, monkeypatch:
     original = estimated(source, tmp_path / "out", rounding__target="original", **much).seconds
     corrected = estimated(source, tmp_path / "out", **much).seconds
     assert 2 * nearest < original < corrected < 1.9 * original
+
+
+def test_tasks_take_their_tokens_twice_and_what_the_original_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "_operations_per_second", lambda: 1e9)
+    source = wide_model(tmp_path / "model")
+    items = tmp_path / "mine.jsonl"
+    items.write_text("\n".join(json.dumps({"prompt": "a" * 100, "answer": "b" * 9}) for _ in range(30)))
+    memory: list[int | None] = [None]
+    monkeypatch.setattr(stage, "available_memory", lambda: memory[0])
+    without = estimated(source, tmp_path / "out")
+    with_tasks = estimated(source, tmp_path / "out", validation__tasks=items)
+    memory[0] = 1000
+    unwritten = estimated(source, tmp_path / "out", validation__tasks=items)
+    # A byte is a token here; a space stands in front of the answer.
+    row, blocks, head = 100 + 1 + 9, 4 * 512**2 + 3 * 512 * 1024, 512 * 260
+    asked = 2 * 30 * (2 * blocks * row + 2 * 512 * row**2 + 2 * head * 11)
+    assert unwritten.seconds - without.seconds == pytest.approx(asked / 0.5e9, abs=0.11)
+    # Of 20 of them half, 11 tokens each.
+    written = 20 / 2 * 11 * 20 * (blocks + head)
+    assert with_tasks.seconds - unwritten.seconds == pytest.approx(written / 0.5e9, abs=0.11)
+    # 8,192 tokens on their way instead of the calibration text, and to write the whole model at once.
+    assert unwritten.peak_bytes > without.peak_bytes
+    assert with_tasks.peak_bytes >= unwritten.peak_bytes
+
+
+def test_a_long_document_takes_memory_for_all_of_its_tokens(tmp_path: Path) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    edit_config(source, max_position_embeddings=100_000)
+    short, long = (
+        estimated(source, tmp_path / "out", validation__tasks=f"retrieval:{tokens}", validation__task_items=3)
+        for tokens in (400, 8000)
+    )
+    assert long.peak_bytes > short.peak_bytes
+    assert long.seconds > short.seconds
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak of a part of a process here")
