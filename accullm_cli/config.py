@@ -61,7 +61,7 @@ class Section(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
         # pydantic reads true as 1, and YAML 1.1 reads yes and on as true.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, bool | None):
             raise ValueError("true and false are not values of this key (YAML reads yes, no, on and off as these)")
         return value
 
@@ -123,7 +123,12 @@ class PlanOptions(Section):
         ge=4,
         le=16,
     )
-    symmetric: bool = option(False, "Fix the zero point in the middle of the grid, so none is stored.")
+    symmetric: bool | None = option(
+        None,
+        "Fix the zero point in the middle of the grid, so none is stored. Default: no; yes where a format's readers "
+        "take no zero points, or none where linears are stored in several ways.",
+        example="true",
+    )
     outliers: Fraction | None = option(
         None,
         "Fraction of each linear's input features that stay in the source's dtype: 0.005 or 0.5%. With an average for "

@@ -158,13 +158,33 @@ def make_parts(
         config=config,
         companions=companions or {},
         plan=Plan(plans, scale_dtype, embedding_plans),
-        shape=ModelShape(model.config.model_type, model.dtype, kinds),
+        shape=_shape(model, kinds, embeddings, prefix),
         blocks=tuple(shards),
         outside=iter(outside),
         provenance={"source": {"name": "tiny", "sha256": "0" * 64}, "records": ["nothing to report"]},
         embeddings=tuple(embedding_shards),
     )
     return Made(parts, linears, reference, embeddings)
+
+
+def _shape(model: nn.Module, kinds: dict[str, str], embeddings: Mapping[str, object], prefix: str) -> ModelShape:
+    """With names of experts as in the checkpoints of Mixtral, which alone has any here."""
+    named = {}
+    for name in (name for name, kind in kinds.items() if kind == "expert"):
+        owner, number = name.split(".mlp.experts.")[0] + ".block_sparse_moe.experts", name.rpartition(".")[2]
+        last = ("w1", "w3") if ".gate_up_proj." in name else ("w2",)
+        named[name] = tuple(f"{owner}.{number}.{part}" for part in last)
+    renamed = {
+        name: (name.replace(".mlp.", ".block_sparse_moe."),)
+        for name in model.state_dict()
+        if name.endswith("mlp.gate.weight")
+    }
+    renamed |= {name.removesuffix(".weight"): (other.removesuffix(".weight"),) for name, (other,) in renamed.items()}
+    tied = model.config.tie_word_embeddings
+    of_embeddings = {name: "head" if name == "lm_head" else "tied" if tied else "embedding" for name in embeddings}
+    others = [name.removesuffix(".weight") for name in renamed if name.endswith(".weight")]
+    others += [] if "lm_head" in embeddings or (tied and embeddings) else ["lm_head"]
+    return ModelShape(model.config.model_type, model.dtype, kinds | of_embeddings, {}, named | renamed, tuple(others))
 
 
 def _weights(block: nn.Module, prefix: str) -> list[tuple[str, str]]:

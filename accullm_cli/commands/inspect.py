@@ -11,6 +11,7 @@ from typing import Any
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import artifact_format, open_artifact
 from accullm_cli.formats.manifest import flat_facts
+from accullm_cli.formats.readers import readings
 from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.quant.plan import LinearPlan
@@ -44,7 +45,7 @@ class FileRow:
 
 @dataclass(frozen=True)
 class Fact:
-    """One line of provenance or of recorded fidelity."""
+    """One line of provenance, of recorded fidelity, or about a program that reads the format."""
 
     name: str
     value: str
@@ -59,6 +60,7 @@ class Inspection:
     bits_per_weight: of the linears, everything stored for them counted; None where there are none.
     linear_bytes, other_bytes: what is stored for the linears, and for everything else (embeddings, norms, biases).
     embeddings: token embedding and output head, where they are quantized.
+    runs: for each program that is known to read the format, whether it takes this artifact; what it does not.
     validated: whether fidelity was measured and recorded.
     """
 
@@ -74,6 +76,7 @@ class Inspection:
     validated: bool
     linears: tuple[LinearRow, ...]
     embeddings: tuple[LinearRow, ...]
+    runs: tuple[Fact, ...]
     files: tuple[FileRow, ...]
     provenance: tuple[Fact, ...]
     fidelity: tuple[Fact, ...]
@@ -113,6 +116,7 @@ def _inspect_artifact(artifact: StoredArtifact) -> Inspection:
         validated=fidelity is not None,
         linears=rows,
         embeddings=tuple(_linear_rows(artifact, plan.embeddings)),
+        runs=tuple(Fact(found.reader, found.verdict) for found in readings(artifact.format, plan, artifact.kinds)),
         files=tuple(_file_rows(artifact.path)),
         provenance=tuple(Fact(*fact) for fact in flat_facts(manifest.provenance)) if manifest else (),
         fidelity=tuple(_fidelity_facts(fidelity or {})),
@@ -179,6 +183,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
         validated=False,
         linears=tuple(rows),
         embeddings=(),
+        runs=(),
         files=tuple(_file_rows(path)),
         provenance=(),
         fidelity=(),

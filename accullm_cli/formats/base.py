@@ -34,15 +34,21 @@ class ModelShape:
     """What a format may ask about a model before any weight is read.
 
     kinds: for each linear of the plan, "linear" (torch.nn.Linear), "conv1d" (transformers' Conv1D, whose weight is
-    stored [K, N]) or "expert" (one slice of a parameter that stacks experts).
+    stored [K, N]) or "expert" (one slice of a parameter that stacks experts); for each embedding of the plan
+    "embedding", "head", or "tied" where one matrix is both.
     dtype: the dtype of the source's weights.
     stacks: by its name, how a parameter with experts holds them, where that is not [E, N, K].
+    stored_as: of linears and other tensors that are called otherwise in checkpoints, the names there: an expert's
+        weight may be several, one behind the other, all of as many rows. An expert that is not in here has none.
+    others: names of modules with a matrix of their own that is no linear of the plan: routers, vision towers, a head.
     """
 
     model_type: str
     dtype: torch.dtype
     kinds: Mapping[str, str]
     stacks: Mapping[str, Stack] = field(default_factory=dict)
+    stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,10 @@ class Artifact(Protocol):
 
     def linear(self, name: str) -> StoredLinear:
         """One quantized linear or embedding of the plan."""
+        ...
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The same in float32, [N, K], as the format's stock reader has it."""
         ...
 
 

@@ -7,7 +7,7 @@ artifact is loaded, and the table in docs/formats.md. Nothing here needs torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -45,19 +45,54 @@ class Storable:
     def holds_scales(self, row: LinearPlan) -> bool:
         return row.scale_bits in self.scale_bits and row.symmetric in self.symmetric
 
+    def holds(self, row: LinearPlan) -> bool:
+        """Whether a row is one of these."""
+        return (
+            (row.encoding, row.bits) in {(self.encoding, bits) for bits in self.bits}
+            and self.holds_group_size(row.group_size, row.in_features)
+            and self.holds_scales(row)
+        )
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A program that reads a format, and how much of it; `formats.readers` says so of an artifact.
+
+    name: and where it runs, with the version that was looked at.
+    linears, experts, embeddings: what it takes of each. head: of an output head with a matrix of its own.
+    tied: whether a quantized embedding may be the output head, too.
+    alike: what it takes only where all that is quantized, but for experts, is stored in one way.
+    multiple: of which the sizes of linears must be.
+    is_transformers: what an artifact is held against after it was written.
+    """
+
+    name: str
+    linears: tuple[Storable, ...]
+    experts: tuple[Storable, ...] = ()
+    embeddings: tuple[Storable, ...] = ()
+    head: tuple[Storable, ...] = ()
+    tied: bool = False
+    alike: tuple[Literal["zero points", "embeddings"], ...] = ()
+    multiple: int = 1
+    is_transformers: bool = False
+
 
 @dataclass(frozen=True)
 class Capabilities:
     """What a format can hold.
 
-    linears: how it stores linears; the first is what a plan begins with. embeddings: the same of token embedding and
-        output head; empty where both are kept as they are.
+    linears: how it stores linears; the first is what a plan begins with. experts: the same of experts in a stacked
+        parameter, where these are stored otherwise. embeddings: of token embedding and output head; empty where both
+        are kept as they are.
     kinds: of linears that it stores, see `ModelShape.kinds`.
     outliers: "in the file", "as an adapter" beside it, or "not at all".
     scale_dtype: what its scales of 16 bits are: "float16", or "of the model".
     fused: the linears of one module that a runtime multiplies by at once, by the last part of their names: they need
-        one scheme. fused_experts: the same of the experts of a layer: of all, of those in one parameter, or of none.
+        one scheme. fused_experts: the same of experts: of all in the model or a layer, of those in one parameter, or of
+        none.
     runtime: who fuses, for people.
+    names: what tensors are called: as in the module tree, or as in checkpoints, where experts are one by one.
+    readers: who reads it, and how much of it.
     module: what teaches transformers the format when it is imported. package: what transformers needs for it. With
         neither, transformers does not read it.
     unpacks: its weights may be unpacked while they are loaded.
@@ -67,11 +102,14 @@ class Capabilities:
     linears: tuple[Storable, ...]
     kinds: tuple[str, ...]
     outliers: Literal["in the file", "as an adapter", "not at all"]
+    experts: tuple[Storable, ...] = ()
     embeddings: tuple[Storable, ...] = ()
     scale_dtype: Literal["float16", "of the model"] = "float16"
     fused: tuple[tuple[str, ...], ...] = ()
-    fused_experts: Literal["of a layer", "of a parameter", "none"] = "none"
+    fused_experts: Literal["of the model", "of a layer", "of a parameter", "none"] = "none"
     runtime: str = ""
+    names: Literal["of the module tree", "of the checkpoint"] = "of the module tree"
+    readers: tuple[Reader, ...] = ()
     module: str = ""
     package: str = ""
     unpacks: bool = False
@@ -82,9 +120,23 @@ class Capabilities:
         """All widths of its linears, ascending."""
         return tuple(sorted({bits for storable in self.linears for bits in storable.bits}))
 
-    def storable(self, row: LinearPlan, of_embedding: bool = False) -> Storable | None:
-        """What is said of the encoding that a row has, with its width if possible; None where it has not that one."""
-        own = [entry for entry in (self.embeddings if of_embedding else self.linears) if entry.encoding == row.encoding]
+    @property
+    def prefers_one_way(self) -> bool:
+        """Whether some reader takes zero points only where everything is stored in one way."""
+        return any("zero points" in reader.alike for reader in self.readers)
+
+    def storables(self, kind: str) -> tuple[Storable, ...]:
+        """How it stores linears of a kind, see `ModelShape.kinds`."""
+        return (self.experts if kind == "expert" else ()) or self.linears
+
+    def storable(self, row: LinearPlan, kind: str) -> Storable | None:
+        """What is said of the encoding that a row has, with its width if possible; None where it has not that one.
+
+        Args:
+            kind: of a linear, or "embedding".
+        """
+        entries = self.embeddings if kind == "embedding" else self.storables(kind)
+        own = [entry for entry in entries if entry.encoding == row.encoding]
         return next((entry for entry in own if row.bits in entry.bits), own[0] if own else None)
 
     def partners(self, kinds: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
@@ -98,7 +150,7 @@ class Capabilities:
             parameter, _, last = name.rpartition(".")
             if kind == "expert":
                 # An expert's name is that of the parameter, and its number.
-                owner = {"of a layer": parameter.rpartition(".")[0], "of a parameter": parameter}
+                owner = {"of the model": "", "of a layer": parameter.rpartition(".")[0], "of a parameter": parameter}
                 if self.fused_experts in owner:
                     found.setdefault((owner[self.fused_experts],), []).append(name)
                 continue
@@ -107,6 +159,10 @@ class Capabilities:
                     found.setdefault((parameter, *names), []).append(name)
         return tuple(tuple(names) for names in found.values() if len(names) > 1)
 
+
+_ALL_WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+_WORDS = Storable("integer", bits=_ALL_WIDTHS)
+_SYMMETRIC_WORDS = Storable("integer", bits=_ALL_WIDTHS, symmetric=(True,))
 
 CAPABILITIES: Mapping[str, Capabilities] = {
     "accullm": Capabilities(
@@ -125,13 +181,44 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         kernels=True,
     ),
     "compressed-tensors": Capabilities(
-        linears=(Storable("integer", bits=(4, 8)),),
-        kinds=("linear",),
+        linears=(_WORDS,),
+        # transformers knows no zero points of experts, and takes all experts of a model for one scheme.
+        experts=(_SYMMETRIC_WORDS,),
+        embeddings=(_SYMMETRIC_WORDS,),
+        kinds=("linear", "expert"),
         outliers="not at all",
         scale_dtype="of the model",
         fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
-        fused_experts="of a layer",
+        fused_experts="of the model",
         runtime="vLLM",
+        names="of the checkpoint",
+        readers=(
+            Reader(
+                "transformers 5.24 with compressed-tensors 0.20",
+                linears=(_WORDS,),
+                experts=(_SYMMETRIC_WORDS,),
+                embeddings=(_SYMMETRIC_WORDS,),
+                head=(_SYMMETRIC_WORDS,),
+                tied=True,
+                alike=("zero points", "embeddings"),
+                is_transformers=True,
+            ),
+            Reader(
+                "vLLM 0.32 on GPUs of compute capability 7.5 or more",
+                linears=(_WORDS,),
+                experts=(_WORDS,),
+                # Its kernel for embeddings fills words with whole codes, so that other widths lie elsewhere.
+                embeddings=(replace(_SYMMETRIC_WORDS, bits=(2, 4, 8)),),
+                head=(_WORDS,),
+            ),
+            Reader(
+                "vLLM 0.32 on CPUs",
+                linears=(replace(_WORDS, bits=(4,)),),
+                experts=(replace(_WORDS, bits=(4,), group_sizes=(32, 64, 128)),),
+                head=(replace(_WORDS, bits=(4,)),),
+                multiple=32,
+            ),
+        ),
         package="compressed-tensors",
         unpacks=True,
     ),

@@ -1,32 +1,53 @@
-"""The format `pack-quantized` of compressed-tensors: weight-only 4 or 8 bits, read by transformers, vLLM and SGLang.
+"""The format `pack-quantized` of compressed-tensors: weight-only 2 to 8 bits, read by transformers, vLLM and SGLang.
 
-For a linear P with weight [N, K] and group size g (https://github.com/vllm-project/compressed-tensors):
-
-- P.weight_packed int32 [N, ceil(K*bits/32)]: the code q in [-2**(bits-1), 2**(bits-1)) is stored as
-  q + 2**(bits-1), which is our unsigned code, least significant bits first along K.
-- P.weight_scale [N, G] in the model's dtype; P.weight_shape int64 [2].
-- P.weight_zero_point int32 [ceil(N*bits/32), G], only where asymmetric: packed along N, with the same offset.
+What a linear's tensors are stands in `formats.pack_quantized`, what config.json says of them in
+`formats.config_groups`. Tensors have the names that checkpoints of the model have, and experts in a stacked parameter
+are stored one by one, gate and up apart.
 """
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.assemble import assemble, read_shard, refuse
-from accullm_cli.formats.base import Parts
+from accullm_cli.formats.base import ModelShape, Parts
+from accullm_cli.formats.config_groups import EMBEDDING, EXPERTS, LINEAR, Scheme, Schemes, groups_of
+from accullm_cli.formats.config_groups import FORMAT as PACKING
 from accullm_cli.formats.manifest import MANIFEST_NAME, Manifest, read_manifest
 from accullm_cli.formats.objections import SCALE_DTYPES
+from accullm_cli.formats.pack_quantized import (
+    PACKED,
+    SCALE,
+    SHAPE,
+    decode,
+    encode,
+    joined,
+    linear_schema,
+    packed,
+    split,
+    stored_bytes,
+)
 from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, write_shard
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
 from accullm_cli.quant.linear import QuantizedLinear
-from accullm_cli.quant.packing import pack, packed_length, unpack
-from accullm_cli.quant.plan import LinearPlan, Plan
+from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from accullm_cli.model.structure import Structure
+
+# Of a linear, the names that it is stored by; without an entry its own.
+StoredAs = Mapping[str, tuple[str, ...]]
+# In the name of an expert, what stands before its number, as readers look for it.
+_EXPERT = re.compile(r"\.experts\.\d+\.|\.experts\.\w+\.\d+$")
 
 
 class CompressedTensorsFormat:
@@ -36,9 +57,7 @@ class CompressedTensorsFormat:
 
     def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
         """Bytes that are stored for a linear: codes and zero points are padded to words of 32 bits."""
-        if linear.bits == 16:
-            return linear.stored_bytes
-        return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in linear_schema(linear, dtype).values())
+        return linear.stored_bytes if linear.bits == KEPT_BITS else stored_bytes(linear, dtype)
 
     def write(self, directory: Path, parts: Parts) -> None:
         """Write an artifact: codes are packed anew, never rounded anew.
@@ -49,9 +68,13 @@ class CompressedTensorsFormat:
         refuse(self.name, parts, directory)
 
         def place(source: Path, target: Path) -> None:
-            write_shard(target, dict(_convert_block(source, parts.plan, parts.shape.dtype)))
+            write_shard(target, dict(_convert_block(source, parts.plan, parts.shape)))
 
-        assemble(directory, parts, self.name, {"quantization_config": quantization_config(parts.plan)}, place)
+        outside = (
+            (name if name in parts.kept else _stored_name(name, parts.shape), tensor) for name, tensor in parts.outside
+        )
+        config = {"quantization_config": quantization_config(parts.plan, parts.shape)}
+        assemble(directory, replace(parts, outside=outside), self.name, config, place)
         self.open(directory)
 
     def open(self, directory: Path) -> CompressedTensorsArtifact:
@@ -61,11 +84,14 @@ class CompressedTensorsFormat:
             AccullmError: a file is missing, truncated or not as its schema says, or the scheme is not supported.
         """
         files = TensorFiles.open(directory)
-        manifest = read_manifest(directory) if (directory / MANIFEST_NAME).exists() else None
-        if manifest is not None and manifest.format != self.name:
+        config = read_json(directory / "config.json")
+        if not (directory / MANIFEST_NAME).exists():
+            return CompressedTensorsArtifact(directory, derived_plan(directory, files, config), files, None, {}, config)
+        manifest = read_manifest(directory)
+        if manifest.format != self.name:
             raise AccullmError(f"describes an artifact of format {manifest.format}", directory / MANIFEST_NAME)
-        plan = derived_plan(directory, files) if manifest is None else manifest.plan
-        return CompressedTensorsArtifact(directory, plan, files, manifest)
+        check_config(directory, manifest, config)
+        return CompressedTensorsArtifact(directory, manifest.plan, files, manifest, manifest.stored_as, config)
 
 
 FORMAT = CompressedTensorsFormat()
@@ -76,209 +102,234 @@ class CompressedTensorsArtifact(StoredArtifact):
 
     format = "compressed-tensors"
 
-    def __init__(self, path: Path, plan: Plan, files: TensorFiles, manifest: Manifest | None) -> None:
-        schema = {
-            name: linear_schema(linear, scale_dtype(path, files, name))
-            for name, linear in plan.linears.items()
-            if linear.bits != 16
-        }
-        super().__init__(path, plan, files, schema, manifest)
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        files: TensorFiles,
+        manifest: Manifest | None,
+        stored_as: StoredAs,
+        config: Mapping[str, Any],
+    ) -> None:
+        self._config = config
+        self._stored_as = {name: stored_as.get(name, (name,)) for name in plan.quantized}
+        schema: dict[str, dict[str, TensorSchema]] = {}
+        for name, row in plan.quantized.items():
+            schema[name] = {}
+            for part in self._parts(name, row):
+                schema[name] |= linear_schema(part, scale_dtype(path, files, part.name))
+        tensors = {name: names[0] for name, names in stored_as.items() if len(names) == 1}
+        super().__init__(path, plan, files.renamed(tensors), schema, manifest)
 
     @property
-    def reader_dtype(self) -> torch.dtype:
-        """Weights are rounded to the dtype of their scales."""
-        name = next(iter(self.schema), None)
-        return torch.float32 if name is None else self.files.infos[f"{name}.weight_scale"].torch_dtype
+    def kinds(self) -> Mapping[str, str]:
+        """See `StoredArtifact.kinds`."""
+        if self.manifest is not None:
+            return self.manifest.kinds
+        text = self._config.get("text_config", {})
+        is_tied = bool(self._config.get("tie_word_embeddings", text.get("tie_word_embeddings")))
+        found = dict.fromkeys(self.plan.embeddings, "tied" if is_tied else "embedding")
+        found |= {name: "head" for name in self.plan.embeddings if _is_head(name)}
+        return found | {name: "expert" for name in self.plan.linears if _EXPERT.search(name)}
+
+    def weight(self, name: str) -> torch.Tensor:
+        """See `StoredArtifact.weight`. What transformers dequantizes while it loads is rounded to the scales' dtype."""
+        is_expert = self.kinds.get(name) == "expert"
+        if not (is_expert or self._config["quantization_config"].get("dequantize")):
+            return super().weight(name)
+        dtype = self.files.infos[f"{self._stored_as[name][0]}.{SCALE}"].torch_dtype
+        return self.linear(name).dequantize(dtype).float()
+
+    def placed(self, model: PreTrainedModel, structure: Structure) -> StoredArtifact:
+        """See `StoredArtifact.placed`: what another tool wrote has the names of checkpoints."""
+        if self.manifest is not None:
+            return self
+        from accullm_cli.model.embeddings import find_embeddings
+        from accullm_cli.model.names import checkpoint_modules, destinations, expert_names
+
+        slots = [slot.name for own in structure.slots for slot in own]
+        outer = [slot.name for slot in find_embeddings(model)] if self.plan.embeddings else []
+        renamed = checkpoint_modules(model, [*slots, *outer])
+        names: dict[str, tuple[str, ...]] = {name: (other,) for name, other in renamed.items()}
+        for block, own in zip(structure.blocks, structure.slots, strict=True):
+            names |= expert_names(model, block, own)
+        stored_as: dict[str, tuple[str, ...]] = {}
+        for name in (*slots, *outer):
+            ways = ((name,), names.get(name, (name,)))
+            if (
+                way := next((way for way in ways if all(part in self.plan.quantized for part in way)), None)
+            ) is not None:
+                stored_as[name] = way
+        rows = {name: self._row(name, parts) for name, parts in stored_as.items()}
+        for name in sorted(self.plan.quantized.keys() - {part for parts in stored_as.values() for part in parts}):
+            raise AccullmError(f"{name}, which is stored as codes, has no place in this model", self.path)
+        codes = {tensor for tensors in self.schema.values() for tensor in tensors}
+        for stored, place in destinations(model, [name for name in self.files.infos if name not in codes]).items():
+            if place.is_converted:
+                raise AccullmError(f"tensor {stored} is part of {place.name}, which has no codes", self.path)
+            stored_as[place.name] = (stored,)
+        linears = {name: row for name, row in rows.items() if name not in outer}
+        plan = Plan(linears, self.plan.scale_dtype, {name: row for name, row in rows.items() if name in outer})
+        return CompressedTensorsArtifact(self.path, plan, self.files, None, stored_as, self._config)
+
+    def _row(self, name: str, parts: tuple[str, ...]) -> LinearPlan:
+        """The row of a linear whose rows are those of several, one below the other."""
+        rows = [replace(self.plan.quantized[part], name=name) for part in parts]
+        if any(row != rows[0] for row in rows):
+            raise AccullmError(f"{', '.join(parts)} are one linear, and stored in several ways", self.path)
+        return replace(rows[0], out_features=sum(row.out_features for row in rows))
+
+    def _parts(self, name: str, row: LinearPlan | None = None) -> list[LinearPlan]:
+        """The rows of a linear as they are stored."""
+        row = row or self.plan.quantized[name]
+        names = self._stored_as[name]
+        return [replace(row, name=part, out_features=row.out_features // len(names)) for part in names]
+
+    def _stored(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a quantized linear by their full names: they may be those of several."""
+        if name not in self.schema:
+            return super()._stored(name)
+        return self.files.tensors(self.schema[name])
 
     def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> QuantizedLinear:
-        return decode(stored, self.plan.linears[name])
+        return joined([decode(_of(part.name, stored), part) for part in self._parts(name)])
 
     def _linear_problems(self, name: str, stored: Mapping[str, torch.Tensor]) -> Iterator[str]:
-        plan = self.plan.linears[name]
-        if stored["weight_shape"].tolist() != [plan.out_features, plan.in_features]:
-            yield f"weight_shape is {stored['weight_shape'].tolist()}"
-        for suffix, tensor in _packed(decode(stored, plan)).items():
-            if not torch.equal(tensor, stored[suffix]):
-                yield f"padding bits of {suffix} are not zero"
-        yield from not_finite("weight_scale", stored["weight_scale"])
+        for part in self._parts(name):
+            tensors = _of(part.name, stored)
+            if tensors[SHAPE].tolist() != [part.out_features, part.in_features]:
+                yield f"{SHAPE} is {tensors[SHAPE].tolist()}"
+            for suffix, tensor in packed(decode(tensors, part)).items():
+                if not torch.equal(tensor, tensors[suffix]):
+                    yield f"padding bits of {suffix} are not zero"
+            yield from not_finite(SCALE, tensors[SCALE])
+
+
+def _of(name: str, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those tensors that belong to a stored linear, by suffix."""
+    return {full.removeprefix(f"{name}."): tensor for full, tensor in stored.items() if full.startswith(f"{name}.")}
 
 
 # -- writing -----------------------------------------------------------------------------------------------
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
-    """The config that readers match modules with: exact names, one group per scheme, so that none matches twice."""
-    schemes: dict[tuple[int, int, bool], list[str]] = {}
-    for name, linear in plan.linears.items():
-        if linear.bits != 16:
-            schemes.setdefault((linear.bits, linear.group_size, linear.symmetric), []).append(name)
-    # transformers with compressed-tensors 0.18 to 0.20 builds packed zero points in their unpacked shape and then
-    # refuses the file. Told to dequantize while loading it reads them, but takes every linear for the first scheme, so
-    # with several schemes the refusal is the better end. Other readers do not look at this key.
-    dequantize_while_loading = [symmetric for _, _, symmetric in schemes] == [False]
+def quantization_config(plan: Plan, shape: ModelShape) -> dict[str, Any]:
+    """What readers match modules with: exact names, one group per scheme, so that none matches twice.
+
+    Experts in stacked parameters are no modules: one expression stands for all of them. Where a module has another name
+    in checkpoints, both are there, as some readers look for the one and some for the other.
+    """
+    targets: dict[Scheme, dict[str, None]] = {}
+    for name, row in plan.quantized.items():
+        names = (EXPERTS,) if shape.kinds.get(name) == "expert" else (name, *shape.stored_as.get(name, ()))
+        targets.setdefault(Scheme.of(row), {}).update(dict.fromkeys(names))
+    ignored = [name for name in shape.others if name not in plan.quantized]
+    ignored += [name for name, row in plan.linears.items() if row.bits == KEPT_BITS]
+    ignored = [other for name in ignored for other in (name, *shape.stored_as.get(name, ()))]
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        **({"dequantize": True} if dequantize_while_loading else {}),
+        "format": PACKING,
+        **({"dequantize": True} if _needs_dequantizing(plan, shape) else {}),
         "quantization_status": "compressed",
-        "ignore": ["lm_head", *(name for name, linear in plan.linears.items() if linear.bits == 16)],
-        "config_groups": {
-            f"group_{number}": {
-                "targets": names,
-                "weights": {
-                    "num_bits": bits,
-                    "type": "int",
-                    "symmetric": symmetric,
-                    "strategy": "channel" if group_size == -1 else "group",
-                    "group_size": None if group_size == -1 else group_size,
-                    "dynamic": False,
-                    "actorder": None,
-                },
-                "input_activations": None,
-                "output_activations": None,
-            }
-            for number, ((bits, group_size, symmetric), names) in enumerate(schemes.items())
-        },
+        "ignore": [*dict.fromkeys(ignored)],
+        "config_groups": groups_of(targets),
     }
 
 
-def _convert_block(source: Path, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _needs_dequantizing(plan: Plan, shape: ModelShape) -> bool:
+    """Whether transformers is to dequantize while it loads.
+
+    With compressed-tensors 0.18 to 0.20 it builds packed zero points in their unpacked shape, and quantized embeddings
+    without what it initializes them by, and then refuses the file. Told to dequantize while loading it reads both, but
+    takes every linear that is no expert for the first scheme, so with several schemes the refusal is the better end.
+    Other readers do not look at this key.
+    """
+    dense = {Scheme.of(row) for name, row in plan.quantized.items() if shape.kinds.get(name) != "expert"}
+    looked_up = any(shape.kinds.get(name) != "head" for name in plan.embeddings)
+    return len(dense) == 1 and (looked_up or not dense.pop().symmetric)
+
+
+def _convert_block(source: Path, plan: Plan, shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a block: quantized linears in this format, the rest as it is."""
     for name, stored in read_shard(source, plan):
         if isinstance(stored, torch.Tensor):
-            yield name, stored
+            yield _stored_name(name, shape), stored
             continue
         assert isinstance(stored, QuantizedLinear)
-        for suffix, tensor in encode(stored, dtype, name).items():
-            yield f"{name}.{suffix}", tensor
+        names = shape.stored_as.get(name, (name,))
+        for part, linear in zip(names, split(stored, len(names)), strict=True):
+            for suffix, tensor in encode(linear, shape.dtype, name).items():
+                yield f"{part}.{suffix}", tensor
 
 
-def encode(linear: QuantizedLinear, dtype: torch.dtype, where: object) -> dict[str, torch.Tensor]:
-    """The format's tensors, by suffix, of a linear without outliers.
-
-    Raises:
-        AccullmError: a scale is not exactly representable in `dtype`.
-    """
-    scales = linear.scales.to(dtype)
-    if not torch.equal(scales.double(), linear.scales.double()):
-        raise AccullmError(
-            f"a scale is not exactly representable in {dtype_name(dtype)}",
-            where,
-            "run profile again with --format compressed-tensors",
-        )
-    shape = torch.tensor(linear.codes.shape, dtype=torch.int64)
-    return {**_packed(linear), "weight_scale": scales, "weight_shape": shape}
-
-
-def _packed(linear: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """Codes packed along the inputs, zero points along the outputs."""
-    tensors = {"weight_packed": _words(pack(linear.codes, linear.bits))}
-    if linear.zeros is not None:
-        tensors["weight_zero_point"] = _words(pack(linear.zeros.T, linear.bits)).T.contiguous()
-    return tensors
-
-
-def _words(octets: torch.Tensor) -> torch.Tensor:
-    """uint8 [R, B] to int32 [R, ceil(B/4)], the first byte lowest, filled up with zeros."""
-    padded = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 4))
-    shifts = torch.arange(4) * 8
-    words = (padded.view(len(octets), -1, 4).to(torch.int64) << shifts).sum(-1)
-    # The topmost bit is int32's sign.
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+def _stored_name(name: str, shape: ModelShape) -> str:
+    """What a tensor that is stored as it is is called."""
+    (stored,) = shape.stored_as.get(name, (name,))
+    return stored
 
 
 # -- reading -----------------------------------------------------------------------------------------------
 
 
-def decode(tensors: Mapping[str, torch.Tensor], plan: LinearPlan) -> QuantizedLinear:
-    """The inverse of `encode`. Scales stay in their stored dtype where float16 cannot hold them."""
-    codes = unpack(_octets(tensors["weight_packed"]), plan.bits, plan.in_features)
-    zeros = None
-    if not plan.symmetric:
-        zeros = unpack(_octets(tensors["weight_zero_point"].T), plan.bits, plan.out_features).T.contiguous()
-    scales = tensors["weight_scale"]
-    half = scales.half()
-    return QuantizedLinear(
-        codes=codes,
-        scales=half if torch.equal(half.double(), scales.double()) else scales,
-        zeros=zeros,
-        outlier_index=torch.zeros(0, dtype=torch.int32),
-        outlier_weight=scales.new_zeros(plan.out_features, 0),
-        bits=plan.bits,
-        group_size=plan.group_size,
-    )
-
-
-def _octets(words: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_words`: int32 [R, W] to uint8 [R, 4*W]."""
-    octets = (words.to(torch.int64)[..., None] >> (torch.arange(4) * 8)) & 0xFF
-    return octets.to(torch.uint8).reshape(len(words), -1)
-
-
-def linear_schema(linear: LinearPlan, dtype: torch.dtype) -> dict[str, TensorSchema]:
-    """The tensors of one quantized linear by full name."""
-    rows, bits, name = linear.out_features, linear.bits, linear.name
-    schema = {
-        f"{name}.weight_packed": TensorSchema(torch.int32, (rows, _word_count(linear.in_features, bits))),
-        f"{name}.weight_scale": TensorSchema(dtype, (rows, linear.groups)),
-        f"{name}.weight_shape": TensorSchema(torch.int64, (2,)),
-    }
-    if not linear.symmetric:
-        schema[f"{name}.weight_zero_point"] = TensorSchema(torch.int32, (_word_count(rows, bits), linear.groups))
-    return schema
-
-
-def _word_count(count: int, bits: int) -> int:
-    return (packed_length(count, bits) + 3) // 4
-
-
 def scale_dtype(path: Path, files: TensorFiles, name: str) -> torch.dtype:
     """The dtype of a linear's scales: any that weights come in."""
-    info = files.infos.get(f"{name}.weight_scale")
+    info = files.infos.get(f"{name}.{SCALE}")
     if info is None:
-        raise AccullmError(f"tensor {name}.weight_scale is missing", path, "copy the artifact again")
+        raise AccullmError(f"tensor {name}.{SCALE} is missing", path, "copy the artifact again")
     if info.torch_dtype not in SCALE_DTYPES:
-        raise AccullmError(f"tensor {name}.weight_scale is {dtype_name(info.torch_dtype)}", info.file)
+        raise AccullmError(f"tensor {name}.{SCALE} is {dtype_name(info.torch_dtype)}", info.file)
     return info.torch_dtype
 
 
-def derived_plan(path: Path, files: TensorFiles) -> Plan:
-    """The plan of an artifact that another tool wrote, from its tensors; one group per row is group size -1.
+def check_config(directory: Path, manifest: Manifest, config: Mapping[str, Any]) -> None:
+    """Hold config.json, which readers go by, against the manifest.
 
     Raises:
-        AccullmError: it is not pack-quantized with integers of 4 or 8 bits, or its inputs are reordered.
+        AccullmError: it gives a linear another scheme, or none.
     """
-    config = read_json(path / "config.json").get("quantization_config", {})
-    if config.get("format") != "pack-quantized":
-        raise AccullmError(
-            f"is compressed-tensors in format {config.get('format')}, of which only pack-quantized is supported",
-            path / "config.json",
-        )
-    linears = {}
-    for name, info in files.infos.items():
-        owner, _, suffix = name.rpartition(".")
+    path = directory / "config.json"
+    schemes = Schemes(config.get("quantization_config", {}), path)
+    for name, row in manifest.plan.quantized.items():
+        looked_up = manifest.kinds.get(name) in ("embedding", "tied")
+        for stored in manifest.stored_as.get(name, (name,)):
+            if schemes.find(stored, EMBEDDING if looked_up else LINEAR) != Scheme.of(row):
+                raise AccullmError(
+                    f"describes {stored} otherwise than {MANIFEST_NAME}", path, "copy the artifact again"
+                )
+
+
+def derived_plan(path: Path, files: TensorFiles, config: Mapping[str, Any]) -> Plan:
+    """The plan of an artifact that another tool wrote, from its config.json and the shapes of its tensors.
+
+    A matrix with a row for each token is one of the embeddings.
+
+    Raises:
+        AccullmError: something in it is not supported; a tensor is missing.
+    """
+    schemes = Schemes(config.get("quantization_config", {}), path / "config.json")
+    text = config.get("text_config")
+    vocabulary = {part.get("vocab_size") for part in (config, text if isinstance(text, dict) else {})}
+    linears: dict[str, LinearPlan] = {}
+    embeddings: dict[str, LinearPlan] = {}
+    for tensor, info in files.infos.items():
+        name, _, suffix = tensor.rpartition(".")
         if suffix == "weight_g_idx":
-            raise AccullmError(f"tensor {name}: reordered inputs (actorder group) are not supported", info.file)
-        if suffix == "weight_packed":
-            linears[owner] = _derived_linear(path, files, owner, info.shape[-1])
-    return Plan(linears)
+            raise AccullmError(f"tensor {tensor}: reordered inputs (actorder group) are not supported", info.file)
+        if suffix != PACKED:
+            continue
+        if f"{name}.{SHAPE}" not in files.infos:
+            raise AccullmError(f"tensor {name}.{SHAPE} is missing", path, "copy the artifact again")
+        dtype = scale_dtype(path, files, name)  # the model's
+        rows, columns = map(int, files.tensor(f"{name}.{SHAPE}").tolist())
+        is_embedding = rows in vocabulary and ".layers." not in name
+        scheme = schemes.find(name, EMBEDDING if is_embedding and not _is_head(name) else LINEAR)
+        size = scheme.group_size
+        if size > 0 and columns % size:
+            raise AccullmError(f"tensor {tensor} has {columns} inputs, which groups of {size} do not divide", info.file)
+        row = LinearPlan(name, rows, columns, scheme.bits, size, scheme.symmetric, source_itemsize=dtype.itemsize)
+        (embeddings if is_embedding else linears)[name] = row
+    return Plan(linears, embeddings=embeddings)
 
 
-def _derived_linear(path: Path, files: TensorFiles, name: str, words: int) -> LinearPlan:
-    dtype = scale_dtype(path, files, name)  # the model's
-    if f"{name}.weight_shape" not in files.infos:
-        raise AccullmError(f"tensor {name}.weight_shape is missing", path, "copy the artifact again")
-    rows, columns = files.tensor(f"{name}.weight_shape").tolist()
-    groups = files.infos[f"{name}.weight_scale"].shape[-1]
-    bits = next((bits for bits in (4, 8) if _word_count(columns, bits) == words), None)
-    if bits is None:
-        raise AccullmError(f"tensor {name}.weight_packed has {words} words for {columns} inputs", path)
-    return LinearPlan(
-        name=name,
-        out_features=rows,
-        in_features=columns,
-        bits=bits,
-        group_size=-1 if groups == 1 else columns // groups,
-        symmetric=f"{name}.weight_zero_point" not in files.infos,
-        source_itemsize=dtype.itemsize,
-    )
+def _is_head(name: str) -> bool:
+    return name.rpartition(".")[2] in ("lm_head", "embed_out", "output")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import Parts
 from accullm_cli.formats.capabilities import CAPABILITIES
+from accullm_cli.formats.readers import readings
 from accullm_cli.formats.shards import dtype_name, read_json
 from accullm_cli.measure.measurement import recorded_name
 from accullm_cli.progress import SHOWN, grouped
@@ -49,7 +50,7 @@ class Manifest:
 
     plan: as the artifact was made, but without outlier features: these are tensors of the artifact.
     outliers: number of outlier features by linear.
-    kinds: as in `ModelShape`.
+    kinds, stored_as: as in `ModelShape`.
     dtype: of the source's weights.
     provenance: facts about where the artifact comes from.
     files: every file of the artifact but `accullm.json`.
@@ -66,6 +67,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     fidelity: Mapping[str, Any] | None
     kept: tuple[str, ...] = ()
+    stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 # -- reading -----------------------------------------------------------------------------------------------
@@ -91,12 +93,17 @@ def read_manifest(directory: Path) -> Manifest:
             format=content["format"],
             plan=Plan(linears, content["scale_dtype"], embeddings),
             outliers={name: entry["outliers"] for name, entry in content["linears"].items()},
-            kinds={name: entry["kind"] for name, entry in content["linears"].items()},
+            kinds={
+                name: entry["kind"]
+                for name, entry in (*content["linears"].items(), *described.items())
+                if "kind" in entry
+            },
             dtype=dtype,
             provenance=content["provenance"],
             files={name: FileEntry(**entry) for name, entry in content["files"].items()},
             fidelity=content["fidelity"],
             kept=tuple(str(name) for name in content.get("kept", [])),
+            stored_as={name: tuple(names) for name, names in content.get("stored_as", {}).items()},
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AccullmError(
@@ -149,6 +156,7 @@ def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
     """Write `accullm.json` over all files that are there: the last file of an artifact to appear."""
     embeddings = {
         name: {
+            **({"kind": parts.shape.kinds[name]} if name in parts.shape.kinds else {}),
             "shape": [embedding.out_features, embedding.in_features],
             "bits": embedding.bits,
             "group_size": embedding.group_size,
@@ -178,6 +186,7 @@ def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
         },
         **({"embeddings": embeddings} if embeddings else {}),
         **({"kept": [*parts.kept]} if parts.kept else {}),
+        **({"stored_as": parts.shape.stored_as} if parts.shape.stored_as else {}),
         # The linears keep the model's order; the order of these facts is nobody's promise.
         "provenance": json.loads(json.dumps(parts.provenance, sort_keys=True)),
         "files": {name: asdict(_entry(directory / name)) for name in artifact_files(directory)},
@@ -257,7 +266,9 @@ def _card(parts: Parts, format_name: str, artifact_bytes: int) -> Iterator[str]:
     yield from ("# Quantized model", "")
     yield f"A {parts.shape.model_type} model whose linear layers are quantized, in the format `{format_name}`, made"
     yield from ("with AccuLLM. `accullm inspect` shows what is in it, `accullm verify` checks every file.", "")
-    yield from _loading_lines(format_name)
+    found = readings(format_name, plan, parts.shape.kinds)
+    if not any(reading.is_transformers and reading.obstacle for reading in found):
+        yield from _loading_lines(format_name)
     yield from ("| | |", "| --- | --- |")
     yield f"| bits per weight of the linear layers, everything counted | {_bits_per_weight(parts, format_name):.3f} |"
     yield f"| linear layers quantized | {len(plan.linears) - len(kept)} |"
@@ -266,6 +277,9 @@ def _card(parts: Parts, format_name: str, artifact_bytes: int) -> Iterator[str]:
     for name, embedding in plan.embeddings.items():
         yield f"| bits of {name}, not counted above | {embedding.bits} |"
     yield f"| size of the tensors | {artifact_bytes / 1e6:.1f} MB |"
+    if found:
+        yield from ("", "## Where it runs", "", "| | |", "| --- | --- |")
+        yield from (f"| {reading.reader} | {reading.verdict} |" for reading in found)
     yield from ("", "## Fidelity", "", _FIDELITY_START, "Not validated yet.", _FIDELITY_END, "")
     yield from ("## Where it comes from", "")
     provenance = {**parts.provenance, "records": _shortened(parts.provenance.get("records", ()))}

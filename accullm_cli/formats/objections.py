@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -30,8 +30,9 @@ def objections(name: str, plan: Plan, shape: ModelShape) -> list[Objection]:
     return [
         *_embedding_objections(name, format, embeddings),
         *_kind_objections(name, format, linears, shape),
-        *_row_objections(name, linears, of_embeddings=False),
-        *(_row_objections(name, embeddings, of_embeddings=True) if format.embeddings else ()),
+        *_row_objections(name, linears, shape.kinds),
+        *(_row_objections(name, embeddings, dict.fromkeys(plan.embeddings, "embedding")) if format.embeddings else ()),
+        *_name_objections(name, format, linears, shape),
         *_outlier_objections(name, format, linears),
         *_scale_objections(name, format, plan, shape),
         *_fused_objections(name, format, plan, shape),
@@ -62,12 +63,16 @@ def _kind_objections(
         )
 
 
-def _row_objections(name: str, rows: list[LinearPlan], of_embeddings: bool) -> Iterator[Objection]:
-    """To the encoding of linears, or of embeddings, and to what it is to have."""
+def _row_objections(name: str, rows: list[LinearPlan], kinds: Mapping[str, str]) -> Iterator[Objection]:
+    """To the encoding of linears, or of embeddings, and to what it is to have.
+
+    Args:
+        kinds: of linears, or "embedding".
+    """
     format = CAPABILITIES[name]
     storable: dict[str, Storable] = {}
     for row in rows:
-        own = format.storable(row, of_embeddings)
+        own = format.storable(row, kinds[row.name])
         if own is None:
             yield Objection(
                 f"{name} does not store the encoding {row.encoding}, which {row.name} is to have",
@@ -78,7 +83,8 @@ def _row_objections(name: str, rows: list[LinearPlan], of_embeddings: bool) -> I
     found = [row for row in rows if row.bits not in storable[row.name].bits]
     if found:
         first = found[0]
-        flag, bits = "--embedding-bits" if of_embeddings else "--bits", storable[first.name].bits
+        flag = "--embedding-bits" if kinds[first.name] == "embedding" else "--bits"
+        bits = storable[first.name].bits
         another = _or_another(name, lambda other: first.bits in other.bits)
         yield Objection(
             f"{name} holds {_widths(bits)} bits, and {first.name} has {first.bits}{_more(found)}",
@@ -104,8 +110,9 @@ def _row_objections(name: str, rows: list[LinearPlan], of_embeddings: bool) -> I
     found = [row for row in rows if row.symmetric not in storable[row.name].symmetric]
     if found:
         only, flag = ("asymmetric", "--no-symmetric") if found[0].symmetric else ("symmetric", "--symmetric")
+        of = {"embedding": " of embedding and head", "expert": " of experts"}.get(kinds[found[0].name], "")
         yield Objection(
-            f"{name} holds {only} grids only, and that of {found[0].name} is not{_more(found)}", f"use {flag}"
+            f"{name} holds {only} grids{of} only, and that of {found[0].name} is not{_more(found)}", f"use {flag}"
         )
 
 
@@ -127,6 +134,23 @@ def _group_objection(name: str, found: list[LinearPlan], rows: list[LinearPlan],
     )
     hint = f"use --group-size {_words(usable, 'or')}{another}" if usable else another.removeprefix(", or ")
     return Objection(what + _more(found), hint)
+
+
+def _name_objections(
+    name: str, format: Capabilities, linears: list[LinearPlan], shape: ModelShape
+) -> Iterator[Objection]:
+    """Where experts are stored one by one, each needs names that checkpoints of its model have."""
+    if format.names == "of the module tree":
+        return
+    found = [row for row in linears if shape.kinds[row.name] == "expert" and row.name not in shape.stored_as]
+    if found:
+        parameter = found[0].name.rpartition(".")[0]
+        another = _or_another(name, lambda other: "expert" in other.kinds and other.names == "of the module tree")
+        yield Objection(
+            f"{name} stores experts one by one, and transformers has no names of that kind for {parameter} of a "
+            f"{shape.model_type} model",
+            f"keep them (--keep '*.{parameter.rpartition('.')[2]}.*'){another}",
+        )
 
 
 def _outlier_objections(name: str, format: Capabilities, linears: list[LinearPlan]) -> Iterator[Objection]:
@@ -163,20 +187,20 @@ def _fused_objections(name: str, format: Capabilities, plan: Plan, shape: ModelS
             continue
         experts = shape.kinds.get(names[0]) == "expert"
         lasts = [partner.rpartition(".")[2] for partner in names]
-        together = "all experts of a layer" if experts else ", ".join(lasts)
+        alike = f"{format.runtime}, which reads {name}, multiplies by {', '.join(lasts)} at once"
+        if experts:
+            alike = f"readers of {name} take all experts {format.fused_experts} to be stored alike"
         another = _or_another(name, lambda other: not other.fused)
         kept = next((row.name for row in rows if row.bits == KEPT_BITS), None)
         if kept is None:
             yield Objection(
-                f"{format.runtime}, which reads {name}, multiplies by {together} at once, and {rows[0].name} and its "
-                "partners are stored in several ways",
+                f"{alike}, and {rows[0].name} and its partners are stored in several ways",
                 f"give them one number of bits and one group size{another}",
             )
             return
         patterns = "--keep '*.experts.*'" if experts else " ".join(f"--keep '*.{other}'" for other in lasts)
         yield Objection(
-            f"{format.runtime}, which reads {name}, multiplies by {together} at once, and of these {kept} stays in 16 "
-            "bits and another does not",
+            f"{alike}, and of these {kept} stays in 16 bits and another does not",
             f"keep all of them ({patterns}) or none{another}",
         )
         return

@@ -40,9 +40,13 @@ def tensors_of(path: Path) -> dict[str, TensorInfo]:
 class TensorFiles:
     """All tensors of a directory's safetensors files, by name. A tensor is read when asked for and not kept."""
 
-    def __init__(self, directory: Path, infos: Mapping[str, TensorInfo]) -> None:
+    def __init__(
+        self, directory: Path, infos: Mapping[str, TensorInfo], stored: Mapping[str, str] | None = None
+    ) -> None:
+        """stored: of tensors that have another name in their file, that name."""
         self.directory = directory
         self.infos = infos
+        self._stored = stored or {}
 
     @classmethod
     def open(cls, directory: Path, of_artifact: bool = True) -> TensorFiles:
@@ -76,6 +80,13 @@ class TensorFiles:
                 raise AccullmError(f"tensor {name} is missing, which the index promises", directory / file)
         return cls(directory, infos)
 
+    def renamed(self, stored: Mapping[str, str]) -> TensorFiles:
+        """The same tensors under other names, each of them given with the one that it has now."""
+        renaming = {old: new for new, old in stored.items() if old in self.infos}
+        infos = {renaming.get(name, name): info for name, info in self.infos.items()}
+        before = {renaming.get(name, name): old for name, old in self._stored.items()}
+        return TensorFiles(self.directory, infos, {new: old for old, new in renaming.items()} | before)
+
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype."""
         return self.tensors((name,))[name]
@@ -90,7 +101,7 @@ class TensorFiles:
         found: dict[str, torch.Tensor] = {}
         for file, wanted in by_file.items():
             with safe_open(file, framework="pt") as handle:
-                found |= {name: handle.get_tensor(name) for name in wanted}
+                found |= {name: handle.get_tensor(self._stored.get(name, name)) for name in wanted}
         return found
 
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,11 @@ from accullm_cli.formats.shards import TensorFiles, dtype_name
 from accullm_cli.model.integrity import TensorInfo
 from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from accullm_cli.model.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,9 @@ class StoredArtifact(ABC):
         return self.manifest.kept if self.manifest is not None else ()
 
     @property
-    def reader_dtype(self) -> torch.dtype:
-        """What the format's stock reader rounds weights to while it loads them in float32."""
-        return torch.float32
+    def kinds(self) -> Mapping[str, str]:
+        """Of linears and embeddings, see `ModelShape.kinds`; of an artifact of another tool those that show."""
+        return self.manifest.kinds if self.manifest is not None else {}
 
     def names(self) -> tuple[str, ...]:
         others = {name for tensors in self.schema.values() for name in tensors} | set(self.kept)
@@ -77,6 +83,22 @@ class StoredArtifact(ABC):
             AccullmError: the plan has none of that name, or leaves it in 16 bits.
         """
         return self._linear(name, self._stored(name))
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A quantized linear or embedding [N, K] in float32, as the format's stock reader has it that loads in float32.
+
+        Raises:
+            AccullmError: as for `linear`.
+        """
+        return self.linear(name).dequantize(torch.float32)
+
+    def placed(self, model: PreTrainedModel, structure: Structure) -> StoredArtifact:
+        """The same by the names of a model's module tree. Those of accullm's own artifacts are these.
+
+        Raises:
+            AccullmError: it does not fit the model.
+        """
+        return self
 
     def _stored(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a quantized linear, without its name in front."""

@@ -18,17 +18,11 @@ from accullm_cli.model.structure import Structure, read_structure
 
 
 class ArtifactWeights:
-    """Fills `model` from an artifact, linears and embeddings dequantized (see model.blocks.Weights).
+    """Fills `model` from an artifact, linears and embeddings dequantized (see model.blocks.Weights)."""
 
-    dtype: that dequantized weights are rounded to; they are float32 in any case.
-    """
-
-    def __init__(
-        self, artifact: Artifact, model: PreTrainedModel, structure: Structure, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, artifact: Artifact, model: PreTrainedModel, structure: Structure) -> None:
         self.artifact = artifact
         self.model = model
-        self._dtype = dtype
         self._meta = dict(model.named_parameters(remove_duplicate=False))
         self._slots = dict(zip(structure.blocks, structure.slots, strict=True))
 
@@ -52,7 +46,7 @@ class ArtifactWeights:
         prefixes = tuple(f"{block}." for block in blocks)
         self._place([name for name in self.artifact.names() if not name.startswith(prefixes) and name not in without])
         for name in self.artifact.plan.embeddings:
-            self._set(f"{name}.weight", self.artifact.linear(name).dequantize(torch.float32))
+            self._set(f"{name}.weight", self.artifact.weight(name))
         self.model.tie_weights()
         outside = [
             name for name, _ in self.model.named_parameters() if not name.startswith(prefixes) and name not in without
@@ -75,7 +69,7 @@ class ArtifactWeights:
         plan = self.artifact.plan.linears.get(name)
         if plan is None or plan.bits == 16:
             return self.artifact.tensor(f"{name}.weight").float()
-        return self.artifact.linear(name).dequantize(self._dtype).float()
+        return self.artifact.weight(name)
 
     def _place(self, names: list[str]) -> None:
         for name in names:
@@ -102,4 +96,5 @@ def open_artifact_decoder(directory: Path) -> Decoder:
     """A finished artifact as a decoder whose blocks are in memory one at a time, dequantized."""
     model = build_skeleton(directory)
     structure = read_structure(model)
-    return Decoder(model, ArtifactWeights(open_artifact(directory), model, structure), structure)
+    artifact = open_artifact(directory).placed(model, structure)
+    return Decoder(model, ArtifactWeights(artifact, model, structure), structure)

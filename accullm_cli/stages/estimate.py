@@ -15,8 +15,8 @@ from accullm_cli.stages.answers import JUDGED, SEARCHED, most_written, questions
 from accullm_cli.stages.asking import PORTION, bytes_of, fits
 from accullm_cli.stages.calibrate import measured_windows
 from accullm_cli.stages.job import Job
+from accullm_cli.stages.model_shape import source_dtype
 from accullm_cli.stages.precision import products
-from accullm_cli.stages.profile import source_dtype
 from accullm_cli.stages.texts import other_window_count, texts_of, windows_of
 
 FLOAT = 4
@@ -83,7 +83,8 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     bits_per_weight = 8 * linear_bytes / linear_weights
     if (most := _largest_average(job)) is not None:
         bits_per_weight, linear_bytes = most, int(most * linear_weights / 8)
-    stored = unquantized + linear_bytes + sum(embedding.stored_bytes for embedding in plan.embeddings.values())
+    stored = unquantized + linear_bytes
+    stored += sum(format.linear_bytes(embedding, source_dtype(job)) for embedding in plan.embeddings.values())
     stored += sum(path.stat().st_size for path in job.source.companions.values())
     stored += sum(job.source.tensors[name].end - job.source.tensors[name].begin for name in job.source.kept)
     widest = max(linear.in_features for linear in plan.linears.values())

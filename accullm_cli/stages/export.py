@@ -16,7 +16,8 @@ from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.progress import Event
 from accullm_cli.run import existing_parent, file_sha256, machine_errors, sync_directory
 from accullm_cli.stages.job import Job, open_decoder, versions
-from accullm_cli.stages.profile import load_plan, model_shape
+from accullm_cli.stages.model_shape import model_shape
+from accullm_cli.stages.profile import load_plan
 from accullm_cli.stages.stage import Before, Decision, Stage, Work, named
 from accullm_cli.stages.units import load_record, shard_path, units_of
 
@@ -149,7 +150,7 @@ def _parts(job: Job, decoder: Decoder) -> Parts:
         config={key: value for key, value in job.source.config.items() if key != "quantization_config"},
         companions=job.source.companions,
         plan=plan,
-        shape=model_shape(job, decoder),
+        shape=model_shape(job, decoder, plan),
         blocks=tuple(shards[unit.name] for unit in units if unit.block is not None),
         outside=checkpoint.outside(decoder.block_names, {f"{name}.weight" for name in plan.embeddings}),
         provenance=_provenance(job, decoder, [unit.name for unit in units]),

@@ -18,7 +18,6 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
-from accullm_cli.formats.base import ModelShape, Stack
 from accullm_cli.formats.capabilities import CAPABILITIES, WHOLE_ROWS, Storable
 from accullm_cli.formats.objections import nearest_group_sizes, objections
 from accullm_cli.formats.shards import dtype_name
@@ -34,6 +33,7 @@ from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, s
 from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.job import Job, open_decoder, place_of, section_inputs
 from accullm_cli.stages.kept import FLAG, kept_names, kept_sentence
+from accullm_cli.stages.model_shape import model_shape, source_dtype
 from accullm_cli.stages.stage import Before, Decision, Stage, Work, named
 
 VERSION = 3
@@ -175,7 +175,8 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
     linears = _uniform_linears(job, decoder)
     fraction = LARGEST_OUTLIER_FRACTION if outlier_fraction(job) else 0.0
     partners = _partners(job, decoder)
-    rows = {name: _ways(job, plan, _shared_features(plan, linears, partners)) for name, plan in linears.items()}
+    shared, kinds = _shared_features(linears, partners), _kinds(decoder)
+    rows = {name: _ways(job, plan, shared[name], kinds[name]) for name, plan in linears.items()}
     chosen = [name for name, plan in linears.items() if plan.bits != KEPT_BITS and rows[name]]
     sizes = {name: tuple(dict.fromkeys(row.group_size for row in rows[name])) for name in chosen}
     if stats is None:
@@ -217,8 +218,11 @@ def _losses(
 
 def _uniform_linears(job: Job, decoder: Decoder, bits: int = MEASURED_BITS) -> dict[str, LinearPlan]:
     """Every linear with the same bits, without outliers; or at KEPT_BITS."""
-    kept, format = _kept(job, decoder), CAPABILITIES[job.format]
-    storable = next((entry for entry in format.linears if bits in entry.bits), format.linears[0])
+    kept, format, kinds = _kept(job, decoder), CAPABILITIES[job.format], _kinds(decoder)
+    storable = {
+        kind: next((entry for entry in format.storables(kind) if bits in entry.bits), format.storables(kind)[0])
+        for kind in set(kinds.values())
+    }
     linears = {
         slot.name: LinearPlan(
             name=slot.name,
@@ -227,21 +231,39 @@ def _uniform_linears(job: Job, decoder: Decoder, bits: int = MEASURED_BITS) -> d
             bits=KEPT_BITS if slot.name in kept else bits,
             group_size=job.config.plan.uniform_group_size,
             scale_bits=scale_bits(job),
-            symmetric=_symmetric(job, storable),
+            symmetric=_symmetric(job, storable[slot.kind]),
             source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
-            encoding=storable.encoding,
+            encoding=storable[slot.kind].encoding,
         )
         for block, slots in zip(decoder.block_names, decoder.slots, strict=True)
         for slot in slots
     }
-    partners = _partners(job, decoder)
-    return {
-        name: replace(plan, group_size=_group_size(job, storable, _shared_features(plan, linears, partners)))
-        for name, plan in linears.items()
-    }
+    shared = _shared_features(linears, _partners(job, decoder))
+    return _alike(
+        job,
+        {
+            name: replace(plan, group_size=_group_size(job, storable[kinds[name]], shared[name]))
+            for name, plan in linears.items()
+        },
+        kinds,
+    )
 
 
-def _ways(job: Job, plan: LinearPlan, features: int) -> list[LinearPlan]:
+def _alike(job: Job, linears: dict[str, LinearPlan], kinds: Mapping[str, str]) -> dict[str, LinearPlan]:
+    """The same, without zero points where a reader takes them only of linears that are all stored alike."""
+    format = CAPABILITIES[job.format]
+    dense = [plan for name, plan in linears.items() if plan.bits != KEPT_BITS and kinds[name] != "expert"]
+    several = len({plan.group_size for plan in dense}) > 1
+    if job.config.plan.symmetric is not None or not (several and format.prefers_one_way):
+        return linears
+    return {name: replace(plan, symmetric=True) for name, plan in linears.items()}
+
+
+def _kinds(decoder: Decoder) -> dict[str, str]:
+    return {slot.name: slot.kind for slots in decoder.slots for slot in slots}
+
+
+def _ways(job: Job, plan: LinearPlan, features: int, kind: str) -> list[LinearPlan]:
     """All rows by which the format can store a linear, of the widths and group sizes that are to choose from.
 
     Args:
@@ -250,7 +272,7 @@ def _ways(job: Job, plan: LinearPlan, features: int) -> list[LinearPlan]:
     options, format = job.config.plan, CAPABILITIES[job.format]
     widths = [bits for bits in WIDTHS[options.spend] if bits in format.bits] or format.bits
     found = []
-    for storable in format.linears:
+    for storable in format.storables(kind):
         sizes = [size for size in options.group_sizes if storable.holds_group_size(size, features)]
         if not sizes and options.group_size is None:
             sizes = [_group_size(job, storable, features)]
@@ -266,13 +288,15 @@ def _ways(job: Job, plan: LinearPlan, features: int) -> list[LinearPlan]:
 
 def _partners(job: Job, decoder: Decoder) -> tuple[tuple[str, ...], ...]:
     """The linears that the format's runtime needs alike."""
-    return CAPABILITIES[job.format].partners({slot.name: slot.kind for slots in decoder.slots for slot in slots})
+    return CAPABILITIES[job.format].partners(_kinds(decoder))
 
 
-def _shared_features(plan: LinearPlan, linears: Mapping[str, LinearPlan], partners: tuple[tuple[str, ...], ...]) -> int:
-    """What divides the input features of a linear and of its partners."""
-    own = next((names for names in partners if plan.name in names), (plan.name,))
-    return math.gcd(*(linears[name].in_features for name in own))
+def _shared_features(linears: Mapping[str, LinearPlan], partners: tuple[tuple[str, ...], ...]) -> dict[str, int]:
+    """What divides the input features of a linear and of its partners, by its name."""
+    shared = {name: plan.in_features for name, plan in linears.items()}
+    for names in partners:
+        shared |= dict.fromkeys(names, math.gcd(*(shared[name] for name in names)))
+    return shared
 
 
 def _group_size(job: Job, storable: Storable, features: int) -> int:
@@ -293,8 +317,15 @@ def _may_choose_groups(job: Job) -> bool:
 
 
 def _symmetric(job: Job, storable: Storable) -> bool:
-    """As asked for; where nobody asked, symmetric if there is nothing else."""
-    return job.config.plan.symmetric or False not in storable.symmetric
+    """As asked for; where nobody asked, symmetric if there is nothing else, or if a reader takes nothing else.
+
+    Rows of several widths, or embeddings beside linears, are stored in several ways.
+    """
+    options = job.config.plan
+    if options.symmetric is not None:
+        return options.symmetric
+    several = options.is_average or options.embedding_bits != KEPT_BITS
+    return False not in storable.symmetric or (several and CAPABILITIES[job.format].prefers_one_way)
 
 
 def load_plan(path: Path) -> Plan:
@@ -329,26 +360,6 @@ def outlier_fraction(job: Job) -> float:
     return USUAL_OUTLIERS if CAPABILITIES[job.format].outliers == "in the file" else 0.0
 
 
-def source_dtype(job: Job) -> torch.dtype:
-    """The dtype of most of the source's weights."""
-    count: dict[torch.dtype, int] = {}
-    for info in job.source.tensors.values():
-        count[info.torch_dtype] = count.get(info.torch_dtype, 0) + int(torch.tensor(info.shape).prod())
-    return max(count, key=lambda dtype: count[dtype])
-
-
-def model_shape(job: Job, decoder: Decoder) -> ModelShape:
-    """What formats ask about the model before any weight is read."""
-    kinds = {slot.name: slot.kind for slots in decoder.slots for slot in slots}
-    stacks = {
-        f"{block}.{slot.parameter}": Stack(slot.experts, slot.transposed)
-        for block, slots in zip(decoder.block_names, decoder.slots, strict=True)
-        for slot in slots
-        if slot.expert == 0 and (slot.transposed or decoder.model.get_parameter(f"{block}.{slot.parameter}").dim() == 2)
-    }
-    return ModelShape(str(job.source.config.get("model_type", "")), source_dtype(job), kinds, stacks)
-
-
 def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:
     """Ask the format whether it can hold the plan.
 
@@ -356,7 +367,7 @@ def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:
         AccullmError: with the first objection and the nearest plan that fits; or outliers in several dtypes; or nothing
             is quantized.
     """
-    shape = model_shape(job, decoder)
+    shape = model_shape(job, decoder, plan)
     if not plan.quantized:
         raise AccullmError("keeps every linear, so that nothing is left to round", FLAG, "keep fewer")
     for block, slots in zip(decoder.block_names, decoder.slots, strict=True):

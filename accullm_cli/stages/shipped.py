@@ -16,6 +16,7 @@ import torch
 
 from accullm_cli.errors import NotSoError, is_out_of_memory
 from accullm_cli.formats.capabilities import CAPABILITIES
+from accullm_cli.formats.readers import readings
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.kernels.packed import PACKED_TOKENS
 from accullm_cli.measure.agreement import largest_difference
@@ -71,15 +72,14 @@ def check_shipped(artifact: StoredArtifact, ids: torch.Tensor, measured: torch.T
 
 
 def _run_alone(artifact: StoredArtifact, ids: torch.Tensor) -> torch.Tensor:
-    """By blocks, from these tokens alone, and from weights as the format's readers round them; [T, vocabulary].
+    """By blocks, from these tokens alone; [T, vocabulary].
 
     A window's length may choose its rotary frequencies (longrope, dynamic NTK), and where attention looks ahead, as
     over PaliGemma's prompts, the tokens behind count.
     """
     model = build_skeleton(artifact.path)
     structure = read_structure(model)
-    weights = ArtifactWeights(artifact, model, structure, artifact.reader_dtype)
-    return logits_by_blocks(Decoder(model, weights, structure), ids[None])[0]
+    return logits_by_blocks(Decoder(model, ArtifactWeights(artifact, model, structure), structure), ids[None])[0]
 
 
 def _logits(artifact: StoredArtifact, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -97,6 +97,9 @@ def _obstacle(artifact: StoredArtifact) -> str:
     format = CAPABILITIES[artifact.format]
     if not format.module and not format.package:
         return "transformers does not read this format"
+    for reading in readings(artifact.format, artifact.plan, artifact.kinds):
+        if reading.is_transformers and reading.obstacle:
+            return f"{reading.reader} cannot, as {reading.obstacle}"
     if format.package and importlib.util.find_spec(format.package.replace("-", "_")) is None:
         return f"it needs the package {format.package}"
     # Linears as they are packed, or (readers may unpack them while loading) in float32; the rest in float32.

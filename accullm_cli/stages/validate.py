@@ -111,9 +111,9 @@ def hash_of_files(files: Mapping[str, str]) -> str:
 
 def _measure(job: Job, decision: Decision, directory: Path, text: Text) -> tuple[Fidelity, tuple[str, ...]]:
     """The figures, and sentences about what could not be checked."""
-    artifact = open_artifact(directory)
     model = build_skeleton(directory)
     structure = read_structure(model)
+    artifact = open_artifact(directory).placed(model, structure)
     decoder = Decoder(model, ArtifactWeights(artifact, model, structure), structure)
     reference = load_reference(job, text)
     ids = reference["ids"]

@@ -61,7 +61,8 @@ def test_quantized_embeddings_are_described_beside_the_linears(artifact: Path, t
     config, manifest = described(other)
     scheme = {"bits": 8, "group_size": 32, "symmetric": False}
     assert config["embeddings"] == {EMBEDDING: scheme, "lm_head": scheme}
-    assert manifest["embeddings"] == {name: {"shape": [96, 64], **scheme} for name in (EMBEDDING, "lm_head")}
+    kinds = {EMBEDDING: "embedding", "lm_head": "head"}
+    assert manifest["embeddings"] == {name: {"kind": kind, "shape": [96, 64], **scheme} for name, kind in kinds.items()}
     assert not {EMBEDDING, "lm_head"} & (config["linears"].keys() | manifest["linears"].keys())
 
 
