@@ -47,6 +47,27 @@ class Storable:
 
 
 @dataclass(frozen=True)
+class AdapterKind:
+    """Files beside an artifact that hold outlier features as a low-rank adapter, and what the runtimes take of them.
+
+    ranks: of its matrices, ascending: a runtime makes room for the first of these that is enough for every linear, and
+        all linears take the time of that one. Up to it a linear may have any rank.
+    one_rank: all linears that have one must have the same.
+    package: what transformers needs to load it; "" where that does not.
+    loading: lines of Python that load artifact and adapter; {folder} is the adapter's, {rank} the one of `ranks`.
+    """
+
+    ranks: tuple[int, ...]
+    one_rank: bool = False
+    package: str = ""
+    loading: tuple[str, ...] = ()
+
+    def room(self, rank: int) -> int:
+        """The first of `ranks` that is enough."""
+        return next(size for size in self.ranks if size >= rank)
+
+
+@dataclass(frozen=True)
 class Capabilities:
     """What a format can hold.
 
@@ -54,6 +75,7 @@ class Capabilities:
         output head; empty where both are kept as they are.
     kinds: of linears that it stores, see `ModelShape.kinds`.
     outliers: "in the file", "as an adapter" beside it, or "not at all".
+    adapter: which one of ADAPTERS, where it is an adapter.
     scale_dtype: what its scales of 16 bits are: "float16", or "of the model".
     fused: the linears of one module that a runtime multiplies by at once, by the last part of their names: they need
         one scheme. fused_experts: the same of the experts of a layer: of all, of those in one parameter, or of none.
@@ -67,6 +89,7 @@ class Capabilities:
     linears: tuple[Storable, ...]
     kinds: tuple[str, ...]
     outliers: Literal["in the file", "as an adapter", "not at all"]
+    adapter: Literal["", "peft", "mlx_lm"] = ""
     embeddings: tuple[Storable, ...] = ()
     scale_dtype: Literal["float16", "of the model"] = "float16"
     fused: tuple[tuple[str, ...], ...] = ()
@@ -108,6 +131,33 @@ class Capabilities:
         return tuple(tuple(names) for names in found.values() if len(names) > 1)
 
 
+# vLLM has room for ranks of these sizes (vllm/config/lora.py, 0.32), and the last one is the largest; peft takes any.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+ADAPTERS: Mapping[str, AdapterKind] = {
+    "peft": AdapterKind(
+        ranks=_RANKS,
+        package="peft",
+        loading=(
+            "from peft import PeftModel",
+            "",
+            'model = PeftModel.from_pretrained(model, "path/of/this/directory/{folder}")',
+            "",
+            "# vLLM; ask for the model `exact`:",
+            "# vllm serve DIRECTORY --enable-lora --max-lora-rank {rank} --lora-modules exact=DIRECTORY/{folder}",
+        ),
+    ),
+    "mlx_lm": AdapterKind(
+        ranks=_RANKS,
+        one_rank=True,
+        loading=(
+            "import mlx_lm",
+            "",
+            'directory = "path/of/this/directory"',
+            'model, tokenizer = mlx_lm.load(directory, adapter_path=directory + "/{folder}")',
+        ),
+    ),
+}
+
 CAPABILITIES: Mapping[str, Capabilities] = {
     "accullm": Capabilities(
         linears=(
@@ -127,7 +177,8 @@ CAPABILITIES: Mapping[str, Capabilities] = {
     "compressed-tensors": Capabilities(
         linears=(Storable("integer", bits=(4, 8)),),
         kinds=("linear",),
-        outliers="not at all",
+        outliers="as an adapter",
+        adapter="peft",
         scale_dtype="of the model",
         fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
         fused_experts="of a layer",

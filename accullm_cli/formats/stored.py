@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats.adapters import Adapter, open_adapter
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.manifest import Manifest
 from accullm_cli.formats.shards import TensorFiles, dtype_name
 from accullm_cli.model.integrity import TensorInfo
+from accullm_cli.quant.correction import CorrectedLinear
 from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import Plan
 
@@ -29,7 +33,8 @@ class StoredArtifact(ABC):
     """A finished artifact, opened for reading (see `formats.base.Artifact`).
 
     `schema` gives the tensors of each quantized linear and embedding by their full names; all that is stored beside
-    them is `names()` and `kept`.
+    them is `names()` and `kept`. `adapter` holds outlier features, where there is one; all that is read of linears
+    contains them.
     """
 
     format: str
@@ -48,6 +53,10 @@ class StoredArtifact(ABC):
         self.schema = schema
         self.manifest = manifest
         check_schema(path, files, schema)
+        recorded = None if manifest is None else manifest.adapter_files
+        self.adapter = open_adapter(path, plan, CAPABILITIES[self.format].adapter, recorded)
+        if self.adapter is not None:
+            self.plan = _with_adapter(plan, self.adapter)
         for name in plan.linears.keys() - schema.keys():
             self._kept(name)
         for name in self.kept:
@@ -76,7 +85,16 @@ class StoredArtifact(ABC):
         Raises:
             AccullmError: the plan has none of that name, or leaves it in 16 bits.
         """
-        return self._linear(name, self._stored(name))
+        linear = self._linear(name, self._stored(name))
+        if self.adapter is None or name not in self.adapter.index:
+            return linear
+        return CorrectedLinear(linear, self.adapter.index[name], self.adapter.correction(name))
+
+    def without_adapter(self) -> StoredArtifact:
+        """The same artifact as who does not load its adapter has it."""
+        alone = copy(self)
+        alone.adapter = None
+        return alone
 
     def _stored(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a quantized linear, without its name in front."""
@@ -89,7 +107,14 @@ class StoredArtifact(ABC):
         """Bytes that are stored for the weight of a linear or a quantized embedding."""
         if name not in self.schema:
             return self.plan.linears[name].weights * self._kept(name).torch_dtype.itemsize
-        return sum(self.files.infos[tensor].bytes for tensor in self.schema[name])
+        beside = 0 if self.adapter is None else self.adapter.bytes_of(name)
+        return beside + sum(self.files.infos[tensor].bytes for tensor in self.schema[name])
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of all tensors, those of an adapter included."""
+        beside = 0 if self.adapter is None else self.adapter.bytes
+        return beside + sum(info.bytes for info in self.files.infos.values())
 
     @property
     def bits_per_weight(self) -> float:
@@ -121,12 +146,23 @@ class StoredArtifact(ABC):
         for name in self.names():
             if self.files.infos[name].torch_dtype.is_floating_point:
                 yield from not_finite(name, self.tensor(name))
+        for name in () if self.adapter is None else self.adapter.index:
+            yield from not_finite(f"{name}: the adapter", self.adapter.correction(name))  # type: ignore[union-attr]
 
     @abstractmethod
     def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> StoredLinear: ...
 
     @abstractmethod
     def _linear_problems(self, name: str, stored: Mapping[str, torch.Tensor]) -> Iterator[str]: ...
+
+
+def _with_adapter(plan: Plan, adapter: Adapter) -> Plan:
+    """The plan with the outlier features that an adapter holds."""
+    rows = {
+        name: replace(plan.linears[name], outlier_index=tuple(index.tolist()), adapter=adapter.kind)
+        for name, index in adapter.index.items()
+    }
+    return replace(plan, linears={**plan.linears, **rows})
 
 
 def check_schema(path: Path, files: TensorFiles, schema: Mapping[str, Mapping[str, TensorSchema]]) -> None:

@@ -35,6 +35,8 @@ class Choices:
         the grid's step.
     widths: the bits that a linear may get.
     largest_fraction: of a linear's input features that may be outliers.
+    most_outliers: of a linear, where that is less than its fraction.
+    all_or_none: whether a linear has just as many as it may have, or none.
     rows: for each linear the ways in which it may be stored, without outliers; of one that is not in here, every width
         with every group size that it has losses for.
     partners: linears that must be stored alike, but for their outliers. One without losses follows the others.
@@ -48,6 +50,8 @@ class Choices:
     rows: Mapping[str, Sequence[LinearPlan]] = field(default_factory=dict)
     partners: Sequence[tuple[str, ...]] = ()
     stored_bytes: Callable[[LinearPlan], int] = lambda plan: plan.stored_bytes
+    most_outliers: Mapping[str, int] = field(default_factory=dict)
+    all_or_none: bool = False
 
     def within(self, bits_per_weight: float) -> Plan:
         """The plan of least expected loss that takes no more: that of the lowest price at which it fits.
@@ -173,14 +177,21 @@ class Choices:
                 found = sorted_losses.get((name, plan.group_size))
                 if found is not None:
                     sorted_loss, order = found
-                    of_an_outlier = price * 8 * (plan.source_itemsize * plan.out_features + 4)
                     left = sorted_loss * _growth(plan.bits)
-                    count = min(int((left > of_an_outlier).sum()), int(self.largest_fraction * plan.in_features))
+                    count = self._outlier_count(plan, left, price * 8 * plan.outlier_bytes)
                     way[name] = replace(plan, outlier_index=tuple(sorted(order[:count].tolist())))
                     cost += float(left[count:].sum())
                 cost += price * 8 * self.stored_bytes(way[name])
             choices.append((cost, way))
         return min(choices, key=lambda choice: choice[0])[1]
+
+    def _outlier_count(self, plan: LinearPlan, losses: torch.Tensor, price: float) -> int:
+        """How many outlier features are worth their price, of a linear's losses in descending order."""
+        largest = int(self.largest_fraction * plan.in_features)
+        most = self.most_outliers.get(plan.name, largest)
+        if self.all_or_none:
+            return most if most <= largest and float(losses[:most].sum()) > price * most else 0
+        return min(int((losses > price).sum()), largest, most)
 
 
 def _scheme(row: LinearPlan) -> tuple[object, ...]:

@@ -15,6 +15,7 @@ from accullm_cli.formats.base import Artifact
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import Structure, read_structure
+from accullm_cli.quant.correction import CorrectedLinear
 
 
 class ArtifactWeights:
@@ -75,7 +76,10 @@ class ArtifactWeights:
         plan = self.artifact.plan.linears.get(name)
         if plan is None or plan.bits == 16:
             return self.artifact.tensor(f"{name}.weight").float()
-        return self.artifact.linear(name).dequantize(self._dtype).float()
+        linear = self.artifact.linear(name)
+        if isinstance(linear, CorrectedLinear):  # its adapter is added to products, whatever the weights' dtype
+            return linear.added_to(linear.base.dequantize(self._dtype))
+        return linear.dequantize(self._dtype).float()
 
     def _place(self, names: list[str]) -> None:
         for name in names:

@@ -14,8 +14,10 @@ from pathlib import Path
 from accullm_cli.measure.fidelity import (
     DIVERGENCE,
     DIVERGENCE_ON_OTHER_TEXT,
+    DIVERGENCE_WITHOUT_ADAPTER,
     SPEED,
     divergence_found,
+    divergence_found_alone,
     divergence_found_elsewhere,
     speed_found,
 )
@@ -79,6 +81,13 @@ MEASURES: tuple[Measure, ...] = (
         needs=lambda job: (reference(OTHER),),
         run=lambda job, format_name, artifact: validation(format_name, artifact, OTHER),
         found=lambda job, format_name: divergence_found_elsewhere(load_fidelity(job, format_name, OTHER)),
+    ),
+    Measure(
+        DIVERGENCE_WITHOUT_ADAPTER,
+        wanted=lambda job: job.config.plan.outlier_adapter,
+        needs=lambda job: (),
+        run=lambda job, format_name, artifact: validation(format_name, artifact, VALIDATION, alone=True),
+        found=lambda job, format_name: divergence_found_alone(load_fidelity(job, format_name, alone=True)),
     ),
     Measure(
         TASKS,
