@@ -41,6 +41,7 @@ CONFIG_NAME = "adapter_config.json"
 # What the adapter belongs to. No name that a loader could find: on the original it would be wrong.
 BASE = "the directory above this one"
 _HINT = "copy the artifact again"
+_MISSING = "file is missing, which holds the artifact's outlier features"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class PeftFiles(AdapterFiles):
             "lora_alpha": largest,
             "rank_pattern": others,
             "alpha_pattern": others,
-            "target_modules": list(ranks),
+            "target_modules": sorted(ranks),
             "lora_dropout": 0.0,
             "bias": "none",
             "use_rslora": False,
@@ -133,7 +134,7 @@ class MlxLmFiles(AdapterFiles):
 
     def config(self, ranks: Mapping[str, int]) -> dict[str, Any]:
         # `keys` are looked up in the layers and in the model as a whole, where these full names are found.
-        parameters = {"rank": max(ranks.values()), "scale": 1.0, "dropout": 0.0, "keys": list(ranks)}
+        parameters = {"rank": max(ranks.values()), "scale": 1.0, "dropout": 0.0, "keys": sorted(ranks)}
         return {"model": BASE, "fine_tune_type": "lora", "num_layers": 0, "lora_parameters": parameters}
 
 
@@ -266,13 +267,13 @@ def open_adapter(directory: Path, plan: Plan, kind: str, recorded: Mapping[str, 
         raise AccullmError("is no part of this artifact", folder, "remove it")
     for name, digest in (recorded or {}).items():
         if not (folder / name).is_file():
-            raise AccullmError("file is missing, which holds the artifact's outlier features", folder / name, _HINT)
+            raise AccullmError(_MISSING, folder / name, _HINT)
         if file_sha256(folder / name) != digest:
             what = "is not what the artifact was made with: it is damaged, or another artifact's"
             raise AccullmError(what, folder / name, _HINT)
     files = FILES[kind]
     if not (folder / files.tensors_name).is_file():
-        raise AccullmError("file is missing, which holds the artifact's outlier features", folder / files.tensors_name)
+        raise AccullmError(_MISSING, folder / files.tensors_name, _HINT)
     tensors = TensorFiles(folder, tensors_of(folder / files.tensors_name))
     index = _read_index(folder / files.tensors_name, files, tensors, plan)
     adapter = Adapter(kind, tensors, index)

@@ -119,7 +119,8 @@ def make_plan(
     options = job.config.plan
     embeddings = _embedding_plans(job, decoder)
     if options.is_average:
-        plan_within = plan_average(job, choices or average_choices(job, decoder, stats))
+        choices = choices or average_choices(job, decoder, stats)
+        plan_within = choices.within(options.bits) if stats is None else plan_average(job, choices)
         return replace(plan_within, scale_dtype=scale_dtype(job), embeddings=embeddings)
     sensitivity_of = load_sensitivities(job, len(decoder.block_names)) if stats is not None else {}
     losses = _losses(stats, options.uniform_group_size, sensitivity_of)
