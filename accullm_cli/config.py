@@ -133,10 +133,15 @@ class PlanOptions(Section):
         None,
         "Fraction of each linear's input features that stay in the source's dtype: 0.005 or 0.5%. With an average for "
         "--bits, the plan chooses them, up to 3% in any linear; 0 still means none. Default: 0.5%; none in a format "
-        "that holds none.",
+        "that holds none, but for --outlier-adapter.",
         example="0.5%",
         ge=0,
         le=0.5,
+    )
+    outlier_adapter: bool = option(
+        False,
+        "Keep outlier features in a low-rank adapter (LoRA) beside the artifact, for a format that holds none in its "
+        "own files. Its bits count in --bits; an average spends them only where that saves more loss than bits do.",
     )
     embedding_bits: EmbeddingBits = option(
         16,

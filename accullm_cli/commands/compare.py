@@ -150,6 +150,12 @@ class _Weights:
             return self._converted.bits_per_weight(name) if self._converted else None
         return 8.0 * self.files.infos[stored].torch_dtype.itemsize
 
+    @property
+    def tensor_bytes(self) -> int:
+        if self.artifact is not None:
+            return self.artifact.tensor_bytes
+        return sum(info.bytes for info in self.files.infos.values())
+
     @cached_property
     def _converted(self) -> _Converted | None:
         """The checkpoint by the model's names; None for an artifact, and for weights without a configuration."""
@@ -230,7 +236,7 @@ def _side(path: Path, weights: _Weights, sizes: Mapping[str, int]) -> Side:
         path=str(path),
         format=weights.artifact.format if weights.artifact else "checkpoint",
         bits_per_weight=bits / count if count else None,
-        tensor_bytes=sum(info.bytes for info in weights.files.infos.values()),
+        tensor_bytes=weights.tensor_bytes,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import artifact_format, open_artifact
+from accullm_cli.formats.adapters import FOLDER
 from accullm_cli.formats.manifest import flat_facts
 from accullm_cli.formats.readers import readings
 from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json
@@ -36,6 +37,21 @@ class LinearRow:
 
 
 @dataclass(frozen=True)
+class AdapterRow:
+    """The adapter that holds outlier features.
+
+    kind: of its files. rank: the largest. bytes: of its tensors; they count in the bits per weight, as part of which
+    they are `bits_per_weight`.
+    """
+
+    kind: str
+    linears: int
+    rank: int
+    bytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
 class FileRow:
     """One file of the directory."""
 
@@ -59,6 +75,7 @@ class Inspection:
     parameters: weights of the model, quantized or not; tied ones once.
     bits_per_weight: of the linears, everything stored for them counted; None where there are none.
     linear_bytes, other_bytes: what is stored for the linears, and for everything else (embeddings, norms, biases).
+    adapter: None where the artifact's own files hold everything.
     embeddings: token embedding and output head, where they are quantized.
     runs: for each program that is known to read the format, whether it takes this artifact; what it does not.
     validated: whether fidelity was measured and recorded.
@@ -73,6 +90,7 @@ class Inspection:
     linear_bytes: int
     other_bytes: int
     outlier_features: int
+    adapter: AdapterRow | None
     validated: bool
     linears: tuple[LinearRow, ...]
     embeddings: tuple[LinearRow, ...]
@@ -98,7 +116,7 @@ def _inspect_artifact(artifact: StoredArtifact) -> Inspection:
     rows = tuple(_linear_rows(artifact, plan.linears))
     linear_bytes = sum(artifact.linear_bytes(name) for name in plan.linears)
     linear_weights = sum(linear.weights for linear in plan.linears.values())
-    stored_bytes = sum(info.bytes for info in artifact.files.infos.values())
+    stored_bytes = artifact.tensor_bytes
     quantized_weights = sum(linear.weights for linear in plan.quantized.values())
     manifest = artifact.manifest
     fidelity = None if manifest is None else manifest.fidelity
@@ -113,6 +131,7 @@ def _inspect_artifact(artifact: StoredArtifact) -> Inspection:
         linear_bytes=linear_bytes,
         other_bytes=stored_bytes - linear_bytes,
         outlier_features=sum(row.outliers for row in rows),
+        adapter=_adapter_row(artifact, linear_weights),
         validated=fidelity is not None,
         linears=rows,
         embeddings=tuple(_linear_rows(artifact, plan.embeddings)),
@@ -121,6 +140,13 @@ def _inspect_artifact(artifact: StoredArtifact) -> Inspection:
         provenance=tuple(Fact(*fact) for fact in flat_facts(manifest.provenance)) if manifest else (),
         fidelity=tuple(_fidelity_facts(fidelity or {})),
     )
+
+
+def _adapter_row(artifact: StoredArtifact, linear_weights: int) -> AdapterRow | None:
+    adapter = artifact.adapter
+    if adapter is None:
+        return None
+    return AdapterRow(adapter.kind, len(adapter.index), adapter.rank, adapter.bytes, 8 * adapter.bytes / linear_weights)
 
 
 def _linear_rows(artifact: StoredArtifact, linears: Mapping[str, LinearPlan]) -> Iterator[LinearRow]:
@@ -180,6 +206,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
         linear_bytes=linear_bytes,
         other_bytes=sum(info.bytes for info in infos.values()) - linear_bytes,
         outlier_features=0,
+        adapter=None,
         validated=False,
         linears=tuple(rows),
         embeddings=(),
@@ -191,6 +218,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
 
 
 def _file_rows(path: Path) -> Iterator[FileRow]:
-    for file in sorted(path.iterdir()):
-        if file.is_file():
-            yield FileRow(file.name, file.stat().st_size)
+    for folder in (path, path / FOLDER):
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if file.is_file():
+                yield FileRow(file.relative_to(path).as_posix(), file.stat().st_size)

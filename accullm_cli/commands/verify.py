@@ -49,7 +49,8 @@ def verify(path: Path) -> Verification:
         # The reason why it does not open is the finding; what is behind it cannot be looked at.
         return Verification(str(path), files_checked, 0, (*problems, error.line()))
     problems += artifact.problems()
-    return Verification(str(path), files_checked, len(artifact.files.infos), tuple(problems))
+    beside = 0 if artifact.adapter is None else len(artifact.adapter.tensors.infos)
+    return Verification(str(path), files_checked, len(artifact.files.infos) + beside, tuple(problems))
 
 
 def _file_problems(path: Path, manifest: Manifest) -> Iterator[str]:

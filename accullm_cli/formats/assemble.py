@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats.adapters import write_adapter
 from accullm_cli.formats.base import Parts
 from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, write_card, write_manifest
 from accullm_cli.formats.objections import objections
@@ -24,6 +25,7 @@ from accullm_cli.formats.shards import (
     write_index,
     write_shard,
 )
+from accullm_cli.quant.correction import SUFFIXES, read_linear, without_correction
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import Plan
@@ -63,16 +65,19 @@ def assemble(
     for source, shard in zip(outside, shards[len(quantized) :], strict=True):
         rename(source, shard)
     write_index(directory, shards)
+    tensor_bytes = sum(shard.stat().st_size for shard in shards) + write_adapter(directory, parts)
     for name, companion in parts.companions.items():
         copy_companion(companion, directory / _free_name(name, parts.companions))
     write_text(directory / "config.json", json.dumps({**parts.config, **config}, indent=2) + "\n")
-    write_card(directory, parts, format_name, sum(shard.stat().st_size for shard in shards))
+    write_card(directory, parts, format_name, tensor_bytes)
     write_manifest(directory, parts, format_name)
     sync_directory(directory)
 
 
 def read_shard(path: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor | StoredLinear]]:
     """What quantize wrote into a shard: each quantized linear or embedding as a whole, all other tensors as they are.
+
+    Of a linear whose outlier features go into an adapter, what the artifact's own files store of it.
 
     Args:
         plan: that the shard was made for.
@@ -82,13 +87,13 @@ def read_shard(path: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor | Sto
     of_linear: dict[str, list[str]] = {}
     for name in files.infos:
         owner, _, suffix = name.rpartition(".")
-        if owner in quantized and suffix in ENCODINGS[quantized[owner].encoding].suffixes:
+        if owner in quantized and suffix in (*ENCODINGS[quantized[owner].encoding].suffixes, *SUFFIXES):
             of_linear.setdefault(owner, []).append(name)
         else:
             yield name, files.tensor(name)
     for owner, names in of_linear.items():
         tensors = {name.removeprefix(f"{owner}."): tensor for name, tensor in files.tensors(names).items()}
-        yield owner, ENCODINGS[quantized[owner].encoding].from_tensors(tensors, quantized[owner])
+        yield owner, without_correction(read_linear(tensors, quantized[owner]))
 
 
 def _free_name(name: str, companions: Container[str]) -> str:

@@ -78,6 +78,27 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class AdapterKind:
+    """Files beside an artifact that hold outlier features as a low-rank adapter, and what the runtimes take of them.
+
+    ranks: of its matrices, ascending: a runtime makes room for the first of these that is enough for every linear, and
+        all linears take the time of that one. Up to it a linear may have any rank.
+    one_rank: all linears that have one must have the same.
+    package: what transformers needs to load it; "" where that does not.
+    loading: lines of Python that load artifact and adapter; {folder} is the adapter's, {rank} the one of `ranks`.
+    """
+
+    ranks: tuple[int, ...]
+    one_rank: bool = False
+    package: str = ""
+    loading: tuple[str, ...] = ()
+
+    def room(self, rank: int) -> int:
+        """The first of `ranks` that is enough."""
+        return next(size for size in self.ranks if size >= rank)
+
+
+@dataclass(frozen=True)
 class Capabilities:
     """What a format can hold.
 
@@ -86,6 +107,7 @@ class Capabilities:
         are kept as they are.
     kinds: of linears that it stores, see `ModelShape.kinds`.
     outliers: "in the file", "as an adapter" beside it, or "not at all".
+    adapter: which one of ADAPTERS, where it is an adapter.
     scale_dtype: what its scales of 16 bits are: "float16", or "of the model".
     fused: the linears of one module that a runtime multiplies by at once, by the last part of their names: they need
         one scheme. fused_experts: the same of experts: of all in the model or a layer, of those in one parameter, or of
@@ -103,6 +125,7 @@ class Capabilities:
     kinds: tuple[str, ...]
     outliers: Literal["in the file", "as an adapter", "not at all"]
     experts: tuple[Storable, ...] = ()
+    adapter: Literal["", "peft", "mlx_lm"] = ""
     embeddings: tuple[Storable, ...] = ()
     scale_dtype: Literal["float16", "of the model"] = "float16"
     fused: tuple[tuple[str, ...], ...] = ()
@@ -163,6 +186,32 @@ class Capabilities:
 _ALL_WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 _WORDS = Storable("integer", bits=_ALL_WIDTHS)
 _SYMMETRIC_WORDS = Storable("integer", bits=_ALL_WIDTHS, symmetric=(True,))
+# vLLM has room for ranks of these sizes (vllm/config/lora.py, 0.32), and the last one is the largest; peft takes any.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+ADAPTERS: Mapping[str, AdapterKind] = {
+    "peft": AdapterKind(
+        ranks=_RANKS,
+        package="peft",
+        loading=(
+            "from peft import PeftModel",
+            "",
+            'model = PeftModel.from_pretrained(model, "path/of/this/directory/{folder}")',
+            "",
+            "# vLLM; ask for the model `exact`:",
+            "# vllm serve DIRECTORY --enable-lora --max-lora-rank {rank} --lora-modules exact=DIRECTORY/{folder}",
+        ),
+    ),
+    "mlx_lm": AdapterKind(
+        ranks=_RANKS,
+        one_rank=True,
+        loading=(
+            "import mlx_lm",
+            "",
+            'directory = "path/of/this/directory"',
+            'model, tokenizer = mlx_lm.load(directory, adapter_path=directory + "/{folder}")',
+        ),
+    ),
+}
 
 CAPABILITIES: Mapping[str, Capabilities] = {
     "accullm": Capabilities(

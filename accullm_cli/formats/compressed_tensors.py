@@ -132,13 +132,12 @@ class CompressedTensorsArtifact(StoredArtifact):
         found |= {name: "head" for name in self.plan.embeddings if _is_head(name)}
         return found | {name: "expert" for name in self.plan.linears if _EXPERT.search(name)}
 
-    def weight(self, name: str) -> torch.Tensor:
-        """See `StoredArtifact.weight`. What transformers dequantizes while it loads is rounded to the scales' dtype."""
+    def reader_dtype(self, name: str) -> torch.dtype:
+        """What transformers dequantizes while it loads is rounded to the scales' dtype."""
         is_expert = self.kinds.get(name) == "expert"
         if not (is_expert or self._config["quantization_config"].get("dequantize")):
-            return super().weight(name)
-        dtype = self.files.infos[f"{self._stored_as[name][0]}.{SCALE}"].torch_dtype
-        return self.linear(name).dequantize(dtype).float()
+            return torch.float32
+        return self.files.infos[f"{self._stored_as[name][0]}.{SCALE}"].torch_dtype
 
     def placed(self, model: PreTrainedModel, structure: Structure) -> StoredArtifact:
         """See `StoredArtifact.placed`: what another tool wrote has the names of checkpoints."""

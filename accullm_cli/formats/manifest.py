@@ -15,8 +15,9 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
+from accullm_cli.formats.adapters import FOLDER, adapter_of, largest_rank, linear_bytes
 from accullm_cli.formats.base import Parts
-from accullm_cli.formats.capabilities import CAPABILITIES
+from accullm_cli.formats.capabilities import ADAPTERS, CAPABILITIES
 from accullm_cli.formats.readers import readings
 from accullm_cli.formats.shards import dtype_name, read_json
 from accullm_cli.measure.measurement import recorded_name
@@ -68,6 +69,14 @@ class Manifest:
     fidelity: Mapping[str, Any] | None
     kept: tuple[str, ...] = ()
     stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def adapter_files(self) -> dict[str, str]:
+        """SHA-256 of the files of the adapter that holds the artifact's outlier features, by their names there."""
+        folder = f"{FOLDER}/"
+        return {
+            name.removeprefix(folder): entry.sha256 for name, entry in self.files.items() if name.startswith(folder)
+        }
 
 
 # -- reading -----------------------------------------------------------------------------------------------
@@ -202,7 +211,7 @@ def _encoding(linear: LinearPlan) -> dict[str, str]:
 def _bits_per_weight(parts: Parts, format_name: str) -> float:
     """Everything that the format stores for the linears, in bits, over their weights."""
     linears, format = parts.plan.linears.values(), FORMATS[format_name]
-    stored = sum(format.linear_bytes(linear, parts.shape.dtype) for linear in linears)
+    stored = sum(linear_bytes(format, linear, parts.shape.dtype) for linear in linears)
     return 8 * stored / sum(linear.weights for linear in linears)
 
 
@@ -269,11 +278,19 @@ def _card(parts: Parts, format_name: str, artifact_bytes: int) -> Iterator[str]:
     found = readings(format_name, plan, parts.shape.kinds)
     if not any(reading.is_transformers and reading.obstacle for reading in found):
         yield from _loading_lines(format_name)
+        yield from _adapter_lines(parts.plan)
     yield from ("| | |", "| --- | --- |")
     yield f"| bits per weight of the linear layers, everything counted | {_bits_per_weight(parts, format_name):.3f} |"
     yield f"| linear layers quantized | {len(plan.linears) - len(kept)} |"
     yield f"| linear layers left in 16 bits | {len(kept)} |"
-    yield f"| outlier input features kept in {dtype_name(parts.shape.dtype)} | {outliers} |"
+    adapter = adapter_of(plan)
+    place = f"in the adapter `{FOLDER}`" if adapter else f"kept in {dtype_name(parts.shape.dtype)}"
+    yield f"| outlier input features {place} | {outliers} |"
+    if adapter:
+        held = sum(linear.outlier_bytes * len(linear.outlier_index) for linear in plan.linears.values())
+        weights = sum(linear.weights for linear in plan.linears.values())
+        yield f"| of the bits per weight, the adapter's | {8 * held / weights:.3f} |"
+        yield f"| largest rank of the adapter | {largest_rank(plan)} |"
     for name, embedding in plan.embeddings.items():
         yield f"| bits of {name}, not counted above | {embedding.bits} |"
     yield f"| size of the tensors | {artifact_bytes / 1e6:.1f} MB |"
@@ -306,6 +323,18 @@ def _loading_lines(format_name: str) -> Iterator[str]:
         return
     yield from ("from transformers import AutoModelForCausalLM", "")
     yield from ('model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")', "```", "")
+
+
+def _adapter_lines(plan: Plan) -> Iterator[str]:
+    """How to load artifact and adapter together."""
+    kind = adapter_of(plan)
+    if not kind:
+        return
+    yield f"Outlier features are in the folder `{FOLDER}`: a low-rank adapter (LoRA) that belongs to these"
+    yield from ("weights. What was measured is both together.", "", "```python")
+    room = ADAPTERS[kind].room(largest_rank(plan))
+    yield from (line.format(folder=FOLDER, rank=room) for line in ADAPTERS[kind].loading)
+    yield from ("```", "")
 
 
 def _fidelity_lines(report: Report) -> list[str]:

@@ -155,10 +155,25 @@ def _name_objections(
 
 def _outlier_objections(name: str, format: Capabilities, linears: list[LinearPlan]) -> Iterator[Objection]:
     found = [linear for linear in linears if linear.outlier_index]
+    another = _or_another(name, lambda other: other.outliers == "in the file")
     if found and format.outliers == "not at all":
         yield Objection(
             f"{name} holds no outlier features, and {found[0].name} has {len(found[0].outlier_index)}{_more(found)}",
-            f"use --outliers 0{_or_another(name, lambda other: other.outliers == 'in the file')}",
+            f"use --outliers 0{another}",
+        )
+        return
+    found = [linear for linear in found if linear.adapter != format.adapter]
+    if found:
+        held, asked = "in an adapter", "in its own files"
+        if not format.adapter:
+            held, asked = asked, held
+        yield Objection(
+            f"{name} holds outlier features {held}, and those of {found[0].name} are to be {asked}{_more(found)}",
+            (
+                f"add --outlier-adapter, or use --outliers 0{another}"
+                if format.adapter
+                else "leave out --outlier-adapter"
+            ),
         )
 
 

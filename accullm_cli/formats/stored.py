@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats.adapters import Adapter, open_adapter
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.manifest import Manifest
 from accullm_cli.formats.shards import TensorFiles, dtype_name
 from accullm_cli.model.integrity import TensorInfo
+from accullm_cli.quant.correction import CorrectedLinear
 from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import Plan
 
@@ -35,7 +39,8 @@ class StoredArtifact(ABC):
     """A finished artifact, opened for reading (see `formats.base.Artifact`).
 
     `schema` gives the tensors of each quantized linear and embedding by their full names; all that is stored beside
-    them is `names()` and `kept`.
+    them is `names()` and `kept`. `adapter` holds outlier features, where there is one; all that is read of linears
+    contains them.
     """
 
     format: str
@@ -54,6 +59,10 @@ class StoredArtifact(ABC):
         self.schema = schema
         self.manifest = manifest
         check_schema(path, files, schema)
+        recorded = None if manifest is None else manifest.adapter_files
+        self.adapter = open_adapter(path, plan, CAPABILITIES[self.format].adapter, recorded)
+        if self.adapter is not None:
+            self.plan = _with_adapter(plan, self.adapter)
         for name in plan.linears.keys() - schema.keys():
             self._kept(name)
         for name in self.kept:
@@ -82,7 +91,16 @@ class StoredArtifact(ABC):
         Raises:
             AccullmError: the plan has none of that name, or leaves it in 16 bits.
         """
-        return self._linear(name, self._stored(name))
+        linear = self._linear(name, self._stored(name))
+        if self.adapter is None or name not in self.adapter.index:
+            return linear
+        return CorrectedLinear(linear, self.adapter.index[name], self.adapter.correction(name))
+
+    def without_adapter(self) -> StoredArtifact:
+        """The same artifact as who does not load its adapter has it."""
+        alone = copy(self)
+        alone.adapter = None
+        return alone
 
     def weight(self, name: str) -> torch.Tensor:
         """A quantized linear or embedding [N, K] in float32, as the format's stock reader has it that loads in float32.
@@ -90,7 +108,14 @@ class StoredArtifact(ABC):
         Raises:
             AccullmError: as for `linear`.
         """
-        return self.linear(name).dequantize(torch.float32)
+        linear, dtype = self.linear(name), self.reader_dtype(name)
+        if isinstance(linear, CorrectedLinear):  # its adapter is added to products, whatever the weights' dtype
+            return linear.added_to(linear.base.dequantize(dtype))
+        return linear.dequantize(dtype).float()
+
+    def reader_dtype(self, name: str) -> torch.dtype:
+        """What that reader rounds a dequantized weight to."""
+        return torch.float32
 
     def placed(self, model: PreTrainedModel, structure: Structure) -> StoredArtifact:
         """The same by the names of a model's module tree. Those of accullm's own artifacts are these.
@@ -111,7 +136,14 @@ class StoredArtifact(ABC):
         """Bytes that are stored for the weight of a linear or a quantized embedding."""
         if name not in self.schema:
             return self.plan.linears[name].weights * self._kept(name).torch_dtype.itemsize
-        return sum(self.files.infos[tensor].bytes for tensor in self.schema[name])
+        beside = 0 if self.adapter is None else self.adapter.bytes_of(name)
+        return beside + sum(self.files.infos[tensor].bytes for tensor in self.schema[name])
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of all tensors, those of an adapter included."""
+        beside = 0 if self.adapter is None else self.adapter.bytes
+        return beside + sum(info.bytes for info in self.files.infos.values())
 
     @property
     def bits_per_weight(self) -> float:
@@ -143,12 +175,23 @@ class StoredArtifact(ABC):
         for name in self.names():
             if self.files.infos[name].torch_dtype.is_floating_point:
                 yield from not_finite(name, self.tensor(name))
+        for name in () if self.adapter is None else self.adapter.index:
+            yield from not_finite(f"{name}: the adapter", self.adapter.correction(name))  # type: ignore[union-attr]
 
     @abstractmethod
     def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> StoredLinear: ...
 
     @abstractmethod
     def _linear_problems(self, name: str, stored: Mapping[str, torch.Tensor]) -> Iterator[str]: ...
+
+
+def _with_adapter(plan: Plan, adapter: Adapter) -> Plan:
+    """The plan with the outlier features that an adapter holds."""
+    rows = {
+        name: replace(plan.linears[name], outlier_index=tuple(index.tolist()), adapter=adapter.kind)
+        for name, index in adapter.index.items()
+    }
+    return replace(plan, linears={**plan.linears, **rows})
 
 
 def check_schema(path: Path, files: TensorFiles, schema: Mapping[str, Mapping[str, TensorSchema]]) -> None:

@@ -19,6 +19,7 @@ from accullm_cli.measure.result import Fidelity, Speed
 
 DIVERGENCE = "kl"
 DIVERGENCE_ON_OTHER_TEXT = "other text"
+DIVERGENCE_WITHOUT_ADAPTER = "without adapter"
 SPEED = "speed"
 # Below this, 95% intervals hold the truth less often than they say (docs/measures.md).
 _FEW_WINDOWS = 6
@@ -60,6 +61,21 @@ def divergence_found_elsewhere(found: Fidelity) -> Measurement:
         judged=False,
         counts=_counts(found),
         facts=(("the other text", f"{found.tokens} tokens: {found.text}"),),
+        note=_note(found),
+        samples=(_samples(found),),
+    )
+
+
+def divergence_found_alone(found: Fidelity) -> Measurement:
+    """Of the artifact's own weights, for a runtime that does not load its adapter; no condition names a figure."""
+    labels = {"mean_kl": "mean KL, no adapter"}
+    return Measurement(
+        measure=DIVERGENCE_WITHOUT_ADAPTER,
+        heading="Fidelity without the outlier adapter",
+        about="Without the adapter. " + _about(found, "held-out text"),
+        figures=_figures(found, labels, aside=False),
+        judged=False,
+        counts=_counts(found),
         note=_note(found),
         samples=(_samples(found),),
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -35,10 +37,12 @@ class Choices:
         the grid's step.
     widths: the bits that a linear may get.
     largest_fraction: of a linear's input features that may be outliers.
+    most_outliers: of a linear, where that is less than its fraction.
+    all_or_none: whether a linear has just as many as it may have, or none.
     rows: for each linear the ways in which it may be stored, without outliers; of one that is not in here, every width
         with every group size that it has losses for.
     partners: linears that must be stored alike, but for their outliers. One without losses follows the others.
-    stored_bytes: of a linear.
+    stored_bytes: of a linear without outliers; each of these takes `LinearPlan.outlier_bytes` more.
     """
 
     plans: Mapping[str, LinearPlan]
@@ -48,6 +52,8 @@ class Choices:
     rows: Mapping[str, Sequence[LinearPlan]] = field(default_factory=dict)
     partners: Sequence[tuple[str, ...]] = ()
     stored_bytes: Callable[[LinearPlan], int] = lambda plan: plan.stored_bytes
+    most_outliers: Mapping[str, int] = field(default_factory=dict)
+    all_or_none: bool = False
 
     def within(self, bits_per_weight: float) -> Plan:
         """The plan of least expected loss that takes no more: that of the lowest price at which it fits.
@@ -161,26 +167,90 @@ class Choices:
 
     def _best(self, names: tuple[str, ...], price: float) -> dict[str, LinearPlan]:
         """The cheapest choice for some linears that are stored alike: loss + price * bits."""
-        sorted_losses = {
-            (name, size): torch.sort(loss.double(), descending=True, stable=True)
-            for name in names
-            for size, loss in self.losses.get(name, {}).items()
+        least, chosen = math.inf, []
+        for way in self._options[names]:
+            counts = [option.count(price, self.all_or_none) for option in way]
+            cost = sum(option.cost(count, price) for option, count in zip(way, counts, strict=True))
+            if cost < least:
+                least, chosen = cost, list(zip(way, counts, strict=True))
+        return {option.row.name: option.with_outliers(count) for option, count in chosen}
+
+    @cached_property
+    def _options(self) -> dict[tuple[str, ...], list[list[_Option]]]:
+        """For linears that are stored alike each way to store them, with what it takes to judge it at a price."""
+        ranked = {
+            (name, size): _Ranked.of(loss, self._largest_count(name))
+            for name, by_size in self.losses.items()
+            for size, loss in by_size.items()
         }
-        choices: list[tuple[float, dict[str, LinearPlan]]] = []
-        for way in self._ways(names):
-            cost = 0.0
-            for name, plan in way.items():
-                found = sorted_losses.get((name, plan.group_size))
-                if found is not None:
-                    sorted_loss, order = found
-                    of_an_outlier = price * 8 * (plan.source_itemsize * plan.out_features + 4)
-                    left = sorted_loss * _growth(plan.bits)
-                    count = min(int((left > of_an_outlier).sum()), int(self.largest_fraction * plan.in_features))
-                    way[name] = replace(plan, outlier_index=tuple(sorted(order[:count].tolist())))
-                    cost += float(left[count:].sum())
-                cost += price * 8 * self.stored_bytes(way[name])
-            choices.append((cost, way))
-        return min(choices, key=lambda choice: choice[0])[1]
+        nothing = _Ranked((), (), (0.0,))
+        return {
+            names: [
+                [
+                    _Option(row, self.stored_bytes(row), _growth(row.bits), ranked.get((name, row.group_size), nothing))
+                    for name, row in way.items()
+                ]
+                for way in self._ways(names)
+            ]
+            for names in self._together()
+        }
+
+    def _largest_count(self, name: str) -> int:
+        """How many outlier features a linear may have."""
+        largest = int(self.largest_fraction * self.plans[name].in_features)
+        most = self.most_outliers.get(name, largest)
+        if self.all_or_none:
+            return most if most <= largest else 0
+        return min(most, largest)
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """The features of a linear that may be outliers, by descending loss.
+
+    order: the features. falling: their losses, negated. rest: the loss of all other features, with none of these an
+    outlier, with the first, with the first two, ...
+    """
+
+    order: tuple[int, ...]
+    falling: tuple[float, ...]
+    rest: tuple[float, ...]
+
+    @classmethod
+    def of(cls, loss: torch.Tensor, count: int) -> _Ranked:
+        """Of losses [K], at most `count` of which may be outliers."""
+        losses, order = torch.sort(loss.double(), descending=True, stable=True)
+        rest = torch.cat([losses.flip(0).cumsum(0).flip(0), losses.new_zeros(1)])
+        return cls(tuple(order[:count].tolist()), tuple((-losses[:count]).tolist()), tuple(rest[: count + 1].tolist()))
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One way to store a linear.
+
+    row: without outliers. stored_bytes: of the row. growth: of its losses at its width.
+    """
+
+    row: LinearPlan
+    stored_bytes: int
+    growth: float
+    ranked: _Ranked
+
+    def count(self, price: float, all_or_none: bool) -> int:
+        """How many outlier features save more than their bits cost."""
+        most, of_one = len(self.ranked.order), 8 * price * self.row.outlier_bytes
+        if all_or_none:
+            saved = (self.ranked.rest[0] - self.ranked.rest[most]) * self.growth
+            return most if saved > of_one * most else 0
+        return bisect_left(self.ranked.falling, -of_one / self.growth)
+
+    def cost(self, count: int, price: float) -> float:
+        """Loss and price of the bits, with so many outlier features."""
+        bits = 8 * (self.stored_bytes + self.row.outlier_bytes * count)
+        return self.ranked.rest[count] * self.growth + price * bits
+
+    def with_outliers(self, count: int) -> LinearPlan:
+        return replace(self.row, outlier_index=tuple(sorted(self.ranked.order[:count])))
 
 
 def _scheme(row: LinearPlan) -> tuple[object, ...]:

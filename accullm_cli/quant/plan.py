@@ -20,6 +20,7 @@ class LinearPlan:
     scale_bits: 16 for a float16 per scale; else the bits of its place in a table of 2**scale_bits scales.
     symmetric: the zero point is 2**(bits-1) and is not stored.
     outlier_index: ascending input features that stay in the source's dtype.
+    adapter: what holds them beside the artifact's files, see `Capabilities.adapter`; "" where the files do.
     source_itemsize: bytes of one weight in the source's dtype.
     encoding: the name of the way in which codes and grid are stored; see `quant.encodings`.
     """
@@ -34,6 +35,7 @@ class LinearPlan:
     source_itemsize: int = 2
     scale_bits: int = 16
     encoding: str = "integer"
+    adapter: str = ""
 
     @property
     def groups(self) -> int:
@@ -49,8 +51,17 @@ class LinearPlan:
         """Bytes of everything that is stored: what the encoding has, outlier features and their index."""
         if self.bits == KEPT_BITS:
             return self.source_itemsize * self.weights
-        outliers = (self.source_itemsize * self.out_features + 4) * len(self.outlier_index)
-        return ENCODINGS[self.encoding].stored_bytes(self) + outliers
+        return ENCODINGS[self.encoding].stored_bytes(self) + self.outlier_bytes * len(self.outlier_index)
+
+    @property
+    def outlier_bytes(self) -> int:
+        """Bytes that are stored for an outlier feature: its weights and where it is.
+
+        An adapter has a row of ones and zeros for that, 8 bits each, and 16 bits a weight.
+        """
+        if self.adapter:
+            return self.in_features + 2 * self.out_features
+        return self.source_itemsize * self.out_features + 4
 
 
 @dataclass(frozen=True)

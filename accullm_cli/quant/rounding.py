@@ -44,6 +44,7 @@ from typing import Literal
 
 import torch
 
+from accullm_cli.quant.correction import store_linear
 from accullm_cli.quant.descent import Draft
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import StoredLinear
@@ -179,7 +180,7 @@ def round_linears(
                 sentences.append(f"Hessian not positive definite: damping raised to {factor.damping:g}")
             if clamped:
                 sentences.append(f"{clamped} weights lie outside the grid of stochastic rounding and were clamped")
-        linears[name] = ENCODINGS[plan.encoding].store(grid, codes, plan, outliers, kept)
+        linears[name] = store_linear(grid, codes, plan, outliers, kept)
         records[name] = tuple(sentences)
         del factor  # before the next one is made, and before errors are measured, which takes room for whole weights
     return {

@@ -54,19 +54,35 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
 
 
 def _refuse_outliers(config: Config, name: str) -> None:
-    """Refuse outliers that were asked for in a format that has none."""
-    if CAPABILITIES[name].outliers != "not at all":
+    """Refuse outliers that were asked for in a format that has none, or elsewhere than it has them."""
+    held, adapter = CAPABILITIES[name].outliers, config.plan.outlier_adapter
+    if adapter and held != "as an adapter":
+        where = "in its own files" if held == "in the file" else "not at all"
+        hint = "leave out --outlier-adapter"
+        if held != "in the file" and (other := _with_outliers("as an adapter")):
+            hint += f", or export to the format {other}"
+        raise AccullmError(f"{name} holds outlier features {where}, and not in an adapter", f"--format {name}", hint)
+    if adapter and config.plan.outliers == 0:
+        what = "--outliers 0 leaves nothing for an adapter to hold"
+        raise AccullmError(what, "--outlier-adapter", "leave out one of the two")
+    if adapter or held == "in the file":
         return
     asked = "--outliers" if config.plan.outliers else ""
     if config.plan.is_average and config.plan.spend == "outliers":
         asked = "--spend outliers"
     if asked:
         hint = "use --outliers 0" if asked == "--outliers" else "leave it out"
-        others = (other for other, format in CAPABILITIES.items() if format.outliers == "in the file")
-        another = next((f", or export to the format {other}" for other in others), "")
-        raise AccullmError(
-            f"{name} holds no outlier features, which {asked} asks for", f"--format {name}", hint + another
-        )
+        another = f", or export to the format {_with_outliers('in the file')}"
+        what = f"{name} holds no outlier features, which {asked} asks for"
+        if held == "as an adapter":
+            what = f"{name} holds outlier features in an adapter only, which {asked} does not ask for"
+            hint = f"add --outlier-adapter, or {hint}"
+        raise AccullmError(what, f"--format {name}", hint + another)
+
+
+def _with_outliers(held: str) -> str:
+    """The first format that holds outliers so; "" where there is none."""
+    return next((other for other, format in CAPABILITIES.items() if format.outliers == held), "")
 
 
 def refuse_golden(config: Config, stage: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from accullm_cli.formats import FORMATS
+from accullm_cli.formats.adapters import linear_bytes
 from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
 from accullm_cli.quant.plan import Plan
 from accullm_cli.run import available_memory
@@ -78,7 +79,7 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     planned = [*plan.linears.values(), *plan.embeddings.values()]
     unquantized = source_bytes - sum(linear.weights * linear.source_itemsize for linear in planned)
     format = FORMATS[job.format]
-    linear_bytes = sum(format.linear_bytes(linear, source_dtype(job)) for linear in plan.linears.values())
+    linear_bytes = sum(linear_bytes(format, linear, source_dtype(job)) for linear in plan.linears.values())
     linear_weights = sum(linear.weights for linear in plan.linears.values())
     bits_per_weight = 8 * linear_bytes / linear_weights
     if (most := _largest_average(job)) is not None:

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from accullm_cli.model.blocks import Decoder, batches
 from accullm_cli.model.slots import LinearSlot

@@ -14,8 +14,10 @@ from pathlib import Path
 from accullm_cli.measure.fidelity import (
     DIVERGENCE,
     DIVERGENCE_ON_OTHER_TEXT,
+    DIVERGENCE_WITHOUT_ADAPTER,
     SPEED,
     divergence_found,
+    divergence_found_alone,
     divergence_found_elsewhere,
     speed_found,
 )
@@ -73,14 +75,19 @@ def _on_text(
     text: Text,
     found: Callable[[Fidelity], Measurement],
     is_wanted: Callable[[Job], bool] = lambda job: True,
+    alone: bool = False,
 ) -> Measure:
-    """How far next-token distributions on a text are from the original's."""
+    """How far next-token distributions on a text are from the original's.
+
+    Args:
+        alone: those of an artifact without its adapter.
+    """
     return Measure(
         name,
         wanted=is_wanted,
         needs=lambda job: (reference(text),),
-        run=lambda job, format_name, artifact: validation(format_name, artifact, text),
-        found=lambda job, format_name: found(load_fidelity(job, format_name, text)),
+        run=lambda job, format_name, artifact: validation(format_name, artifact, text, alone),
+        found=lambda job, format_name: found(load_fidelity(job, format_name, text, alone)),
     )
 
 
@@ -98,6 +105,13 @@ def _on_tasks(purpose: Purpose) -> Measure:
 MEASURES: tuple[Measure, ...] = (
     _on_text(DIVERGENCE, VALIDATION, divergence_found),
     _on_text(DIVERGENCE_ON_OTHER_TEXT, OTHER, divergence_found_elsewhere, lambda job: OTHER in texts_of(job)),
+    _on_text(
+        DIVERGENCE_WITHOUT_ADAPTER,
+        VALIDATION,
+        divergence_found_alone,
+        lambda job: job.config.plan.outlier_adapter,
+        alone=True,
+    ),
     _on_tasks(JUDGED),
     Measure(
         SPEED,

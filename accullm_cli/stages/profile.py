@@ -18,6 +18,7 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
+from accullm_cli.formats.adapters import linear_bytes
 from accullm_cli.formats.capabilities import CAPABILITIES, WHOLE_ROWS, Storable
 from accullm_cli.formats.objections import nearest_group_sizes, objections
 from accullm_cli.formats.shards import dtype_name
@@ -34,6 +35,13 @@ from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.job import Job, open_decoder, place_of, section_inputs
 from accullm_cli.stages.kept import FLAG, kept_names, kept_sentence
 from accullm_cli.stages.model_shape import model_shape, source_dtype
+from accullm_cli.stages.outlier_adapter import (
+    adapter_kind,
+    adapter_sentences,
+    feature_counts,
+    largest_ranks,
+    plan_average,
+)
 from accullm_cli.stages.stage import Before, Decision, Stage, Work, named
 
 VERSION = 3
@@ -51,13 +59,15 @@ def profile(job: Job, decision: Decision) -> Work:
     """Choose outlier features by the loss they are expected to save, and write the plan."""
     decoder = open_decoder(job)
     stats = load_stats(job, decoder)
-    plan = make_plan(job, decoder, stats)
+    choices = average_choices(job, decoder, stats) if job.config.plan.is_average else None
+    plan = make_plan(job, decoder, stats, choices)
     refuse_impossible(job, plan, decoder)
     plan_path, picture = job.own("plan.json"), job.own("outliers.html")
     write_text(plan_path, json.dumps(asdict(plan), indent=1))
     draw_outlier_map(stats, plan, picture)
     kept = starmap(kept_sentence, kept_linears(job, decoder).items())
-    return Work((plan_path, picture), (*kept, *decoder.structure.records))
+    records = (*kept, *adapter_sentences(job, choices, plan), *decoder.structure.records)
+    return Work((plan_path, picture), records)
 
 
 def load_stats(job: Job, decoder: Decoder) -> list[InputStats]:
@@ -74,7 +84,7 @@ def profile_inputs(job: Job, before: Before) -> dict[str, str]:
         "version:profile": str(VERSION),
         "version:capabilities": key_of({job.format: repr(CAPABILITIES[job.format])}),
         "config:export.scale_dtype": scale_dtype(job),
-        **section_inputs("plan", options, "bits", "symmetric", "embedding_bits", "keep"),
+        **section_inputs("plan", options, "bits", "symmetric", "embedding_bits", "keep", "outlier_adapter"),
         **spend,
         "config:plan.outliers": repr(outlier_fraction(job)),
         "config:plan.group_size": repr(options.group_sizes) + (" or near" if _may_choose_groups(job) else ""),
@@ -96,24 +106,30 @@ def planning(format: str) -> Stage:
     )
 
 
-def make_plan(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Plan:
+def make_plan(
+    job: Job, decoder: Decoder, stats: list[InputStats] | None = None, choices: Choices | None = None
+) -> Plan:
     """The plan of the configuration; without statistics (before calibration) what it chooses is a placeholder.
 
     What the user asked for stands in it, also where the format cannot hold it: see `refuse_impossible`.
+
+    Args:
+        choices: for an average of bits, where they are known already.
     """
     options = job.config.plan
     embeddings = _embedding_plans(job, decoder)
     if options.is_average:
-        plan_within = average_choices(job, decoder, stats).within(options.bits)
+        choices = choices or average_choices(job, decoder, stats)
+        plan_within = choices.within(options.bits) if stats is None else plan_average(job, choices)
         return replace(plan_within, scale_dtype=scale_dtype(job), embeddings=embeddings)
     sensitivity_of = load_sensitivities(job, len(decoder.block_names)) if stats is not None else {}
     losses = _losses(stats, options.uniform_group_size, sensitivity_of)
     linears = _uniform_linears(job, decoder, int(options.bits))
-    fraction = outlier_fraction(job)
+    counts = feature_counts(job, decoder, linears, outlier_fraction(job))
     for name, plan in linears.items():
         if plan.bits != KEPT_BITS:
             loss = losses.get(name, torch.zeros(plan.in_features))
-            linears[name] = replace(plan, outlier_index=choose_outliers(loss, fraction))
+            linears[name] = replace(plan, outlier_index=choose_outliers(loss, counts[name] / plan.in_features))
     return Plan(linears, scale_dtype(job), embeddings)
 
 
@@ -193,7 +209,14 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
     format, dtype = FORMATS[job.format], source_dtype(job)
     together = [names for names in partners if all(name in rows and rows[name] for name in names)]
     return Choices(
-        linears, losses, WIDTHS[options.spend], fraction, rows, together, lambda plan: format.linear_bytes(plan, dtype)
+        linears,
+        losses,
+        WIDTHS[options.spend],
+        fraction,
+        rows,
+        together,
+        lambda plan: linear_bytes(format, plan, dtype),
+        largest_ranks(job, decoder),
     )
 
 
@@ -234,6 +257,7 @@ def _uniform_linears(job: Job, decoder: Decoder, bits: int = MEASURED_BITS) -> d
             symmetric=_symmetric(job, storable[slot.kind]),
             source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
             encoding=storable[slot.kind].encoding,
+            adapter=format.adapter if job.config.plan.outlier_adapter else "",
         )
         for block, slots in zip(decoder.block_names, decoder.slots, strict=True)
         for slot in slots
@@ -357,7 +381,8 @@ def outlier_fraction(job: Job) -> float:
     """As asked for; else the usual share, where the format holds outliers in the file."""
     if job.config.plan.outliers is not None:
         return job.config.plan.outliers
-    return USUAL_OUTLIERS if CAPABILITIES[job.format].outliers == "in the file" else 0.0
+    held = CAPABILITIES[job.format].outliers == "in the file" or adapter_kind(job) is not None
+    return USUAL_OUTLIERS if held else 0.0
 
 
 def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:
@@ -373,7 +398,8 @@ def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:
     for block, slots in zip(decoder.block_names, decoder.slots, strict=True):
         for slot in slots:
             dtype = decoder.weights.dtype(f"{block}.{slot.parameter}")
-            if dtype != shape.dtype and plan.linears[slot.name].outlier_index:
+            row = plan.linears[slot.name]
+            if dtype != shape.dtype and row.outlier_index and not row.adapter:
                 raise AccullmError(
                     f"{slot.name} is stored in {dtype_name(dtype)} and most weights in {dtype_name(shape.dtype)}, "
                     "but an artifact keeps all outliers in one dtype",

@@ -13,9 +13,10 @@ from contextlib import redirect_stderr
 from io import StringIO
 
 import torch
+from torch import nn
 
 from accullm_cli.errors import NotSoError, is_out_of_memory
-from accullm_cli.formats.capabilities import CAPABILITIES
+from accullm_cli.formats.capabilities import ADAPTERS, CAPABILITIES
 from accullm_cli.formats.readers import readings
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.kernels.packed import PACKED_TOKENS
@@ -43,13 +44,18 @@ def check_shipped(artifact: StoredArtifact, ids: torch.Tensor, measured: torch.T
         ids: int64 [T], the beginning of a window.
         measured: what validate's blocks make of them, logits [T, vocabulary].
 
-    Returns: a sentence where it could not be done here.
+    Returns: a sentence where it could not be done here, or not with its adapter.
 
     Raises:
         NotSoError: transformers cannot load or run it, or its logits are others.
     """
     if obstacle := _obstacle(artifact):
         return (f"the {artifact.format} artifact was not run as users load it: {obstacle}",)
+    records: tuple[str, ...] = ()
+    comparable: torch.Tensor | None = measured
+    if artifact.adapter is not None and (missing := _missing(ADAPTERS[artifact.adapter.kind].package)):
+        what = f"the {artifact.format} artifact was run as users load it without its adapter, for which {missing}"
+        records, artifact, comparable = (what,), artifact.without_adapter(), None
     try:
         shipped = _logits(artifact, ids)
     except Exception as error:
@@ -57,8 +63,10 @@ def check_shipped(artifact: StoredArtifact, ids: torch.Tensor, measured: torch.T
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise NotSoError(f"transformers cannot run the artifact ({reason})", artifact.path, _HINT) from error
-    differences = [largest_difference(measured[: len(logits)], logits) for logits in shipped]
-    if not all(difference.is_arithmetic for difference in differences):
+    differences = []
+    if comparable is not None:
+        differences = [largest_difference(comparable[: len(logits)], logits) for logits in shipped]
+    if comparable is None or not all(difference.is_arithmetic for difference in differences):
         differences = [largest_difference(_run_alone(artifact, ids[: len(logits)]), logits) for logits in shipped]
     for logits, difference in zip(shipped, differences, strict=True):
         if not difference.is_arithmetic:
@@ -68,7 +76,7 @@ def check_shipped(artifact: StoredArtifact, ids: torch.Tensor, measured: torch.T
                 artifact.path,
                 _HINT,
             )
-    return ()
+    return records
 
 
 def _run_alone(artifact: StoredArtifact, ids: torch.Tensor) -> torch.Tensor:
@@ -88,8 +96,12 @@ def _logits(artifact: StoredArtifact, ids: torch.Tensor) -> list[torch.Tensor]:
         importlib.import_module(module)
     # Some readers draw bars, also while the model runs.
     with redirect_stderr(StringIO()), plain_model(artifact.path) as plain, torch.no_grad():
+        model: nn.Module = plain.model
+        if artifact.adapter is not None:
+            peft = importlib.import_module(ADAPTERS[artifact.adapter.kind].package)
+            model = peft.PeftModel.from_pretrained(model, artifact.adapter.folder)
         prompts = (ids[None], ids[None, :PACKED_TOKENS])
-        return [plain.model(input_ids=prompt, use_cache=False).logits[0].float() for prompt in prompts]
+        return [model(input_ids=prompt, use_cache=False).logits[0].float() for prompt in prompts]
 
 
 def _obstacle(artifact: StoredArtifact) -> str:
@@ -100,8 +112,8 @@ def _obstacle(artifact: StoredArtifact) -> str:
     for reading in readings(artifact.format, artifact.plan, artifact.kinds):
         if reading.is_transformers and reading.obstacle:
             return f"{reading.reader} cannot, as {reading.obstacle}"
-    if format.package and importlib.util.find_spec(format.package.replace("-", "_")) is None:
-        return f"it needs the package {format.package}"
+    if missing := _missing(format.package):
+        return missing
     # Linears as they are packed, or (readers may unpack them while loading) in float32; the rest in float32.
     linears = artifact.plan.quantized.values()
     weights = sum(linear.weights for linear in linears)
@@ -111,4 +123,11 @@ def _obstacle(artifact: StoredArtifact) -> str:
     free = available_memory()
     if free is not None and needed > SHARE_OF_MEMORY * free:
         return f"it takes {size(needed)} of memory, of which {size(free)} are free"
+    return ""
+
+
+def _missing(package: str) -> str:
+    """What it needs that is not here; "" where nothing is missing."""
+    if package and importlib.util.find_spec(package.replace("-", "_")) is None:
+        return f"it needs the package {package}"
     return ""

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.embeddings import EmbeddingSlot, find_embeddings
-from accullm_cli.quant.encodings import ENCODINGS
+from accullm_cli.quant.correction import read_linear
 from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
 from accullm_cli.run import file_sha256, key_of, write_file, write_text
@@ -111,4 +111,4 @@ def linear_of(tensors: dict[str, torch.Tensor], plan: LinearPlan) -> StoredLinea
         for name, tensor in tensors.items()
         if name.startswith(f"{plan.name}.")
     }
-    return ENCODINGS[plan.encoding].from_tensors(own, plan)
+    return read_linear(own, plan)

@@ -43,13 +43,19 @@ from accullm_cli.stages.texts import VALIDATION, Text, windows_of
 from accullm_cli.stages.whole_model import load_artifact
 
 VERSION = 3
+# What the name of the stage ends with that leaves out an artifact's adapter.
+ALONE = " without adapter"
 # Float32 sums in another order change a token's negative log-likelihood by some 1e-5; another head changes it by more.
 HEAD_TOLERANCE = 1e-3
 
 
-def validation(format_name: str, artifact: Path, text: Text) -> Stage:
-    """The stage that measures how far an artifact's next-token distributions are from the original's on a text."""
-    name = text.measuring.format(format_name)
+def validation(format_name: str, artifact: Path, text: Text, alone: bool = False) -> Stage:
+    """The stage that measures how far an artifact's next-token distributions are from the original's on a text.
+
+    Args:
+        alone: leave out the adapter that holds its outlier features.
+    """
+    name = text.measuring.format(format_name) + (ALONE if alone else "")
 
     def inputs(job: Job, before: Before) -> dict[str, str]:
         return {
@@ -62,22 +68,26 @@ def validation(format_name: str, artifact: Path, text: Text) -> Stage:
 
     def work(job: Job, decision: Decision) -> Work:
         with products("float32"):
-            fidelity, records = _measure(job, decision, artifact, text)
-        path = fidelity_path(job, format_name, text)
+            fidelity, records = _measure(job, decision, artifact, text, alone)
+        path = fidelity_path(job, format_name, text, alone)
         write_text(path, json.dumps(asdict(fidelity), indent=1))
         return Work((path,), records)
 
-    files = (f"{text.place}validate-{format_name}.json", _streams_name(name))
+    files = (_fidelity_name(format_name, text, alone), _streams_name(name))
     return Stage(name, inputs, work, ("export", text.reference), ("validate",), files, format_name)
 
 
-def fidelity_path(job: Job, format_name: str, text: Text = VALIDATION) -> Path:
-    return job.run.file(f"{text.place}validate-{format_name}.json")
+def fidelity_path(job: Job, format_name: str, text: Text = VALIDATION, alone: bool = False) -> Path:
+    return job.run.file(_fidelity_name(format_name, text, alone))
 
 
-def load_fidelity(job: Job, format_name: str, text: Text = VALIDATION) -> Fidelity:
+def _fidelity_name(format_name: str, text: Text, alone: bool) -> str:
+    return f"{text.place}validate-{format_name}{ALONE.replace(' ', '-') if alone else ''}.json"
+
+
+def load_fidelity(job: Job, format_name: str, text: Text = VALIDATION, alone: bool = False) -> Fidelity:
     """What `validate` measured."""
-    return fidelity_from_json(json.loads(fidelity_path(job, format_name, text).read_text()))
+    return fidelity_from_json(json.loads(fidelity_path(job, format_name, text, alone).read_text()))
 
 
 def fidelity_from_json(content: dict[str, Any]) -> Fidelity:
@@ -109,7 +119,9 @@ def hash_of_files(files: Mapping[str, str]) -> str:
     return key_of({name: digest for name, digest in files.items() if name not in (CARD_NAME, MANIFEST_NAME)})
 
 
-def _measure(job: Job, decision: Decision, directory: Path, text: Text) -> tuple[Fidelity, tuple[str, ...]]:
+def _measure(
+    job: Job, decision: Decision, directory: Path, text: Text, alone: bool
+) -> tuple[Fidelity, tuple[str, ...]]:
     """The figures, and sentences about what could not be checked."""
     model = build_skeleton(directory)
     structure = read_structure(model)
@@ -123,7 +135,7 @@ def _measure(job: Job, decision: Decision, directory: Path, text: Text) -> tuple
     decoder.load_outside()
     decoder.learn_calls(ids[:1])  # on a GPU nothing was embedded, and what a stream consists of is not known
     records: tuple[str, ...] = ()
-    if device.type == "cpu" and text is VALIDATION:  # on a GPU, what is measured is what users load
+    if device.type == "cpu" and text is VALIDATION and not alone:  # on a GPU, what is measured is what users load
         records = check_shipped(artifact, ids[0, :TOKENS], logits_of(0, ids[0])[:TOKENS])
     originals_head = _head_weight(job) if artifact.plan.embeddings else None
     divergence = Divergence()

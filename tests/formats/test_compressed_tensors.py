@@ -353,8 +353,8 @@ def test_a_group_size_that_does_not_divide() -> None:
 def test_outliers() -> None:
     assert objections(linear("a", outliers=(1, 2)), linear("b")) == [
         Objection(
-            "compressed-tensors holds no outlier features, and a has 2",
-            "use --outliers 0, or export to the format accullm",
+            "compressed-tensors holds outlier features in an adapter, and those of a are to be in its own files",
+            "add --outlier-adapter, or use --outliers 0, or export to the format accullm",
         )
     ]
 
@@ -467,7 +467,7 @@ def test_partners_that_a_runtime_fuses_need_one_scheme() -> None:
 
 def test_writing_an_impossible_plan_is_refused(tmp_path: Path) -> None:
     made = make_parts(tiny_llama(), tmp_path / "run", outliers=(3,))
-    with pytest.raises(AccullmError, match="compressed-tensors holds no outlier features"):
+    with pytest.raises(AccullmError, match="compressed-tensors holds outlier features in an adapter"):
         FORMATS["compressed-tensors"].write(empty(tmp_path / "artifact"), made.parts)
     assert list((tmp_path / "artifact").iterdir()) == []
 

@@ -227,3 +227,54 @@ def test_bytes_are_those_of_the_format_that_is_planned_for() -> None:
     found = whole.within(7.5)
     assert found.linears["a"].bits == 5
     assert whole.bits_per_weight(found) == 8 * (found.linears["a"].stored_bytes + 128) / 2048
+
+
+# -- outliers in an adapter --------------------------------------------------------------------------------
+
+
+def in_adapter(name: str, **changes: object) -> LinearPlan:
+    return linear(name, adapter="peft", **changes)
+
+
+def test_an_outlier_is_weighed_against_what_it_takes() -> None:
+    """A feature takes 8 * (2 * 32 + 4) = 544 bits in the file and 8 * (64 + 2 * 32) = 1024 in an adapter."""
+    loss = torch.full((64,), 0.01)
+    loss[:6] = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.5, 0.3])
+    counts = {}
+    for plan in (linear("a"), in_adapter("a")):
+        choices = Choices({"a": plan}, {"a": {16: loss}}, (4,), 0.1)
+        bits = choices.bits_per_weight(choices.smallest()) + 2112 / (32 * 64)
+        found = choices.within(bits)
+        counts[plan.adapter] = len(found.linears["a"].outlier_index)
+        assert choices.bits_per_weight(found) <= bits
+    assert counts == {"": 3, "peft": 2}
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 999), st.floats(4.6, 8), st.integers(0, 6), st.booleans())
+def test_no_plan_with_limited_outliers_is_much_better(seed: int, budget: float, most: int, all_or_none: bool) -> None:
+    """As above, with at most so many features in "a" and "b", or just as many or none, and none in "c"."""
+    names = ("a", "b", "c")
+    plans = {name: in_adapter(name) for name in names}
+    losses = random_losses(names, 64, seed)
+    limits = {"a": most, "b": most, "c": 0}
+    choices = Choices(
+        plans, {name: {16: losses[name]} for name in names}, WIDTHS, 0.1, most_outliers=limits, all_or_none=all_or_none
+    )
+    found = choices.within(budget).linears
+    reached, used = sum(loss_of(found[name], losses[name]) for name in names), Plan(found).bits_per_weight
+    assert used <= budget
+    options: dict[str, list[LinearPlan]] = {}
+    for name in names:
+        order = torch.sort(losses[name].double(), descending=True, stable=True).indices.tolist()
+        counts = {0, limits[name]} if all_or_none else range(limits[name] + 1)
+        assert len(found[name].outlier_index) in counts
+        options[name] = [
+            replace(plans[name], bits=bits, outlier_index=tuple(sorted(order[:count])))
+            for bits in WIDTHS
+            for count in counts
+        ]
+    for chosen in itertools.product(*options.values()):
+        plan = Plan({row.name: row for row in chosen})
+        if plan.bits_per_weight <= used:
+            assert sum(loss_of(row, losses[row.name]) for row in chosen) >= reached * (1 - 1e-9)
