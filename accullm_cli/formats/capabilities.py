@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from accullm_cli.quant.plan import LinearPlan
@@ -58,6 +58,9 @@ class Capabilities:
     fused: the linears of one module that a runtime multiplies by at once, by the last part of their names: they need
         one scheme. fused_experts: the same of the experts of a layer: of all, of those in one parameter, or of none.
     runtime: who fuses, for people.
+    config_key: what only its artifacts have in config.json; where it is empty, the quant_method of quantization_config
+        is the format's name.
+    other_kinds: its runtimes also read kinds of linears that it does not store, as they are in the source.
     module: what teaches transformers the format when it is imported. package: what transformers needs for it. With
         neither, transformers does not read it.
     unpacks: its weights may be unpacked while they are loaded.
@@ -72,10 +75,19 @@ class Capabilities:
     fused: tuple[tuple[str, ...], ...] = ()
     fused_experts: Literal["of a layer", "of a parameter", "none"] = "none"
     runtime: str = ""
+    config_key: str = ""
+    other_kinds: bool = True
     module: str = ""
     package: str = ""
     unpacks: bool = False
     kernels: bool = False
+
+    def wrote(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is that of an artifact of this format, whose name is given."""
+        if self.config_key:
+            return isinstance(config.get(self.config_key), dict)
+        described = config.get("quantization_config")
+        return isinstance(described, dict) and described.get("quant_method") == name
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -134,5 +146,14 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         runtime="vLLM",
         package="compressed-tensors",
         unpacks=True,
+    ),
+    "mlx": Capabilities(
+        linears=(Storable("affine", bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128), symmetric=(False,)),),
+        embeddings=(Storable("affine", bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128), symmetric=(False,)),),
+        kinds=("linear",),
+        outliers="not at all",
+        scale_dtype="of the model",
+        config_key="quantization",
+        other_kinds=False,
     ),
 }

@@ -17,7 +17,7 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.encodings.base import OUTLIER_SUFFIXES, Encoding
 from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, best_grid, row_chunks
-from accullm_cli.quant.linear import spread
+from accullm_cli.quant.linear import ELEMENTS_TOGETHER, spread
 from accullm_cli.quant.packing import pack, packed_length, unpack
 from accullm_cli.quant.scales import StorableScales, round_offset
 
@@ -110,8 +110,13 @@ class AffineLinear:
         """What a reader makes of the codes, that knows nothing of outliers: [N, K] in `dtype`."""
         count = self.codes.shape[1]
         size = count if self.group_size == -1 else self.group_size
-        scale, offset = (spread(part.float(), size, count) for part in (self.scales, self.offsets))
-        return (self.codes.float().mul_(scale).add_(offset)).to(dtype)
+        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        together = max(1, ELEMENTS_TOGETHER // count)
+        for start in range(0, len(weight), together):
+            rows = slice(start, start + together)
+            scale, offset = (spread(part[rows].float(), size, count) for part in (self.scales, self.offsets))
+            weight[rows] = self.codes[rows].float().mul_(scale).add_(offset)
+        return weight
 
     def to(self, device: torch.device) -> AffineLinear:
         """The same linear on a device."""
