@@ -318,7 +318,7 @@ def test_a_mistake_in_a_flag_names_the_flag():
     assert line_of(flags={"plan.embedding_bits": "6"}) == "--embedding-bits: '6' is not allowed; give 16, 8 or 4"
     assert line_of(flags={"plan.bits": "9"}) == "--bits: 9 is above 8; give 2 to 8"
     assert line_of(flags={"export.format": ["accullm", "x"]}) == (
-        "--format: 'x' is not allowed; give accullm or compressed-tensors"
+        f"--format: 'x' is not allowed; give {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
     )
 
 
