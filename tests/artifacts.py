@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from accullm_cli.formats.base import ModelShape, Parts
+from accullm_cli.quant.encodings.affine import AffineLinear
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
 
@@ -71,14 +73,33 @@ def quantize_nearest(
     )
 
 
+def quantize_affine(weight: torch.Tensor, bits: int, group_size: int) -> AffineLinear:
+    """Round [N, K] to the nearest value of grids with real offsets. Both numbers hold in float16 and bfloat16."""
+    rows, columns = weight.shape
+    size = columns if group_size == -1 else group_size
+    groups = weight.detach().float().view(rows, -1, size)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale, offset = ((high - low) / (2**bits - 1)).clamp(min=1e-4).bfloat16().half(), low.bfloat16().half()
+    codes = ((groups - offset.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 2**bits - 1)
+    return AffineLinear(
+        codes=codes.byte().view(rows, columns),
+        scales=scale,
+        offsets=offset,
+        outlier_index=torch.zeros(0, dtype=torch.int32),
+        outlier_weight=scale.new_zeros(rows, 0),
+        bits=bits,
+        group_size=group_size,
+    )
+
+
 @dataclass(frozen=True)
 class Made:
     """Parts of an artifact, what they hold, and the model with the weights that the artifact stands for."""
 
     parts: Parts
-    linears: dict[str, QuantizedLinear]
+    linears: dict[str, Any]
     reference: nn.Module
-    embeddings: dict[str, QuantizedLinear]
+    embeddings: dict[str, Any]
 
 
 def make_parts(
@@ -93,11 +114,20 @@ def make_parts(
     companions: Mapping[str, Path] | None = None,
     scale_bits: int = 16,
     embedding_bits: int = 16,
+    encoding: str = "integer",
+    others: Mapping[str, tuple[int, int]] | None = None,
 ) -> Made:
     """Quantize every linear in the model's blocks; `keep` names (by their ends) those that stay as they are.
 
-    With `embedding_bits` below 16 embedding and head are quantized, too; tied ones as one matrix.
+    With `embedding_bits` below 16 embedding and head are quantized, too; tied ones as one matrix. `others` gives
+    linears (by the ends of their names) other bits and group sizes.
     """
+
+    def quantize(weight: torch.Tensor, bits: int, group_size: int, *rest: Any) -> Any:
+        if encoding == "affine":
+            return quantize_affine(weight, bits, group_size)
+        return quantize_nearest(weight, bits, group_size, *rest)
+
     run.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "model"):
         prefix, blocks = "model.layers", model.model.layers
@@ -106,7 +136,7 @@ def make_parts(
     reference = copy.deepcopy(model)
     plans: dict[str, LinearPlan] = {}
     kinds: dict[str, str] = {}
-    linears: dict[str, QuantizedLinear] = {}
+    linears: dict[str, Any] = {}
     shards = []
     for number, block in enumerate(blocks):
         tensors = {f"{prefix}.{number}.{name}": tensor for name, tensor in block.state_dict().items()}
@@ -121,24 +151,25 @@ def make_parts(
                     plans[name] = LinearPlan(name, *weight.shape, 16, -1, False, (), itemsize)
                     tensors[f"{name}.weight"] = weight.T.contiguous() if kind == "conv1d" else weight.clone()
                     continue
-                scheme = (bits, group_size, symmetric, outliers)
-                plans[name] = LinearPlan(name, *weight.shape, *scheme, itemsize, scale_bits)
-                linears[name] = quantize_nearest(weight, *scheme, scale_bits)
+                own = next((scheme for end, scheme in (others or {}).items() if name.endswith(end)), (bits, group_size))
+                scheme = (*own, symmetric, outliers)
+                plans[name] = LinearPlan(name, *weight.shape, *scheme, itemsize, scale_bits, encoding)
+                linears[name] = quantize(weight, *scheme, scale_bits)
                 slot.copy_(linears[name].dequantize(weight.dtype))
                 tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in linears[name].to_tensors().items()}
         shards.append(run / f"block-{number:05d}.safetensors")
         save_file(tensors, shards[-1])
     tied = model.config.tie_word_embeddings
-    embeddings: dict[str, QuantizedLinear] = {}
+    embeddings: dict[str, Any] = {}
     embedding_plans: dict[str, LinearPlan] = {}
     embedding_shards = []
     if embedding_bits < 16:
         for name in (EMBEDDING_OF[prefix],) if tied else (EMBEDDING_OF[prefix], "lm_head"):
             weight = model.get_parameter(f"{name}.weight")
-            embeddings[name] = quantize_nearest(weight, embedding_bits, group_size, symmetric)
+            embeddings[name] = quantize(weight, embedding_bits, group_size, symmetric)
             itemsize = weight.element_size()
             embedding_plans[name] = LinearPlan(
-                name, *weight.shape, embedding_bits, group_size, symmetric, source_itemsize=itemsize
+                name, *weight.shape, embedding_bits, group_size, symmetric, source_itemsize=itemsize, encoding=encoding
             )
             reference.get_parameter(f"{name}.weight").data.copy_(embeddings[name].dequantize(weight.dtype))
             embedding_shards.append(run / f"{name}.safetensors")

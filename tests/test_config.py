@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
@@ -10,9 +11,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accullm_cli.config import Config, config_schema, options, sections
+from accullm_cli.config import Config, FormatName, config_schema, options, sections
 from accullm_cli.config_file import load_config, presets
 from accullm_cli.errors import AccullmError
+
+FORMATS = get_args(FormatName)
 
 
 @pytest.fixture
@@ -221,8 +224,8 @@ def test_an_infinite_average_is_refused():
         ("export:\n  format: accullm\n", "conf.yaml:2: export.format: 'accullm' is not a list; write it as [accullm]"),
         ("export:\n  format: []\n", "conf.yaml:2: export.format: the list is empty; give at least one"),
         (
-            "export:\n  format:\n  - accullm\n  - awq\n",
-            "conf.yaml:4: export.format: 'awq' is not allowed; give accullm or compressed-tensors",
+            "export:\n  format:\n  - accullm\n  - zip\n",
+            f"conf.yaml:4: export.format: 'zip' is not allowed; give {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
         ),
         (
             "export:\n  format: [accullm, accullm]\n",
@@ -315,7 +318,7 @@ def test_a_mistake_in_a_flag_names_the_flag():
     assert line_of(flags={"plan.embedding_bits": "6"}) == "--embedding-bits: '6' is not allowed; give 16, 8 or 4"
     assert line_of(flags={"plan.bits": "9"}) == "--bits: 9 is above 8; give 2 to 8"
     assert line_of(flags={"export.format": ["accullm", "x"]}) == (
-        "--format: 'x' is not allowed; give accullm or compressed-tensors"
+        f"--format: 'x' is not allowed; give {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
     )
 
 

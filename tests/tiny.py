@@ -123,7 +123,8 @@ def tiny_mixtral() -> PreTrainedModel:
 
 def tiny_gemma3() -> PreTrainedModel:
     """Its embedding multiplies each row it looks up by a number, which is no part of the weights."""
-    return _in_memory(Gemma3TextConfig(**_SHAPE | _SMALL, head_dim=16))
+    layer_types = ["sliding_attention", "full_attention"]
+    return _in_memory(Gemma3TextConfig(**_SHAPE | _SMALL, head_dim=16, layer_types=layer_types))
 
 
 def _in_memory(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

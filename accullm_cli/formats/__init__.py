@@ -52,9 +52,8 @@ def artifact_format(path: Path) -> str | None:
         return fallback
     from accullm_cli.formats.shards import read_json
 
-    config = read_json(path / "config.json").get("quantization_config")
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    return method if method in CAPABILITIES else fallback
+    config = read_json(path / "config.json")
+    return next((name for name, format in CAPABILITIES.items() if format.wrote(name, config)), fallback)
 
 
 def open_artifact(path: Path) -> StoredArtifact:

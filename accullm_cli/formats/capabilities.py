@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from accullm_cli.quant.plan import LinearPlan
@@ -115,6 +115,9 @@ class Capabilities:
     runtime: who fuses, for people.
     names: what tensors are called: as in the module tree, or as in checkpoints, where experts are one by one.
     readers: who reads it, and how much of it.
+    config_key: what only its artifacts have in config.json; where it is empty, the quant_method of quantization_config
+        is the format's name.
+    other_kinds: its runtimes also read kinds of linears that it does not store, as they are in the source.
     module: what teaches transformers the format when it is imported. package: what transformers needs for it. With
         neither, transformers does not read it.
     unpacks: its weights may be unpacked while they are loaded.
@@ -133,10 +136,19 @@ class Capabilities:
     runtime: str = ""
     names: Literal["of the module tree", "of the checkpoint"] = "of the module tree"
     readers: tuple[Reader, ...] = ()
+    config_key: str = ""
+    other_kinds: bool = True
     module: str = ""
     package: str = ""
     unpacks: bool = False
     kernels: bool = False
+
+    def wrote(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is that of an artifact of this format, whose name is given."""
+        if self.config_key:
+            return isinstance(config.get(self.config_key), dict)
+        described = config.get("quantization_config")
+        return isinstance(described, dict) and described.get("quant_method") == name
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -270,5 +282,14 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         ),
         package="compressed-tensors",
         unpacks=True,
+    ),
+    "mlx": Capabilities(
+        linears=(Storable("affine", bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128), symmetric=(False,)),),
+        embeddings=(Storable("affine", bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128), symmetric=(False,)),),
+        kinds=("linear",),
+        outliers="not at all",
+        scale_dtype="of the model",
+        config_key="quantization",
+        other_kinds=False,
     ),
 }

@@ -29,7 +29,7 @@ def objections(name: str, plan: Plan, shape: ModelShape) -> list[Objection]:
     embeddings = list(plan.embeddings.values())
     return [
         *_embedding_objections(name, format, embeddings),
-        *_kind_objections(name, format, linears, shape),
+        *_kind_objections(name, format, linears if format.other_kinds else list(plan.linears.values()), shape),
         *_row_objections(name, linears, shape.kinds),
         *(_row_objections(name, embeddings, dict.fromkeys(plan.embeddings, "embedding")) if format.embeddings else ()),
         *_name_objections(name, format, linears, shape),
@@ -90,7 +90,8 @@ def _row_objections(name: str, rows: list[LinearPlan], kinds: Mapping[str, str])
             f"{name} holds {_widths(bits)} bits, and {first.name} has {first.bits}{_more(found)}",
             f"use {_flags(flag, bits)}{another}",
         )
-    reasons = [(row, reason) for row in rows if row not in found and (reason := ENCODINGS[row.encoding].problem(row))]
+    others = [row for row in rows if row not in found and storable[row.name].holds_scales(row)]
+    reasons = [(row, reason) for row in others if (reason := ENCODINGS[row.encoding].problem(row))]
     for row, reason in reasons[:1]:
         yield Objection(f"{row.name} {reason}{_more(reasons)}", "use another --group-size")
     if reasons:

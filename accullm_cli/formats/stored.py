@@ -207,7 +207,7 @@ def check_schema(path: Path, files: TensorFiles, schema: Mapping[str, Mapping[st
                 raise AccullmError(f"tensor {name} is missing", path, "copy the artifact again")
             _check_tensor(name, info, wanted)
         # Programs that do not know the format would take it for the model's weight.
-        if f"{linear}.weight" in files.infos:
+        if f"{linear}.weight" in files.infos.keys() - tensors.keys():
             raise AccullmError(f"tensor {linear}.weight is stored beside the codes of {linear}", path)
 
 

@@ -182,7 +182,7 @@ def best_grid(weight: torch.Tensor, column_weight: torch.Tensor, candidates: Ite
     best: AnyGrid | None = None
     for candidate in candidates:
         error = weight - candidate.values(candidate.round_to_nearest(weight))
-        error = _sum_groups(error.square_().mul_(column_weight), candidate.columns_per_group, weight.shape[1])
+        error = sum_groups(error.square_().mul_(column_weight), candidate.columns_per_group, weight.shape[1])
         if best is None:
             best, best_error = candidate, error
             continue
@@ -275,6 +275,6 @@ def _group_range(
     return padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0), size
 
 
-def _sum_groups(values: torch.Tensor, size: int, count: int) -> torch.Tensor:
+def sum_groups(values: torch.Tensor, size: int, count: int) -> torch.Tensor:
     """Sum [N, K] over groups: [N, G]."""
     return torch.nn.functional.pad(values, (0, -count % size)).view(len(values), -1, size).sum(-1)

@@ -89,6 +89,41 @@ def test_a_search_is_no_worse_than_the_whole_range_and_does_not_look_at_outliers
     assert error(None).max() < 1  # a range with outliers would have steps of 20
 
 
+def weighted_error(grid: AffineGrid, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    left = (weight - grid.values(grid.round_to_nearest(weight))).square() * importance
+    padded = torch.nn.functional.pad(left, (0, -left.shape[1] % grid.columns_per_group))
+    return padded.view(len(left), -1, grid.columns_per_group).sum(-1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 8), st.sampled_from([5, 8, -1]), st.integers(0, 999))
+def test_a_search_leaves_no_group_worse_than_its_whole_range_does(bits: int, group_size: int, seed: int) -> None:
+    weight, importance = draw(4, 19, seed=seed) + 0.5, draw(19, seed=seed + 1).square()
+    searched, _ = AFFINE.grid(weight, row(4, 19, bits, group_size), "bfloat16", importance)
+    spanning, _ = AFFINE.grid(weight, row(4, 19, bits, group_size), "bfloat16")
+    found, whole = (weighted_error(grid, weight, importance) for grid in (searched, spanning))
+    assert (found <= whole * (1 + 1e-12)).all()
+    assert found.sum() < whole.sum()
+
+
+def test_a_search_comes_near_to_the_best_of_all_codes() -> None:
+    """All 4^5 codes of one group, each with its best real scale and offset."""
+    ratios = []
+    for seed in range(12):
+        weight, importance = draw(1, 5, seed=seed) + 0.7, draw(5, seed=seed + 50).square()
+        grid, _ = AFFINE.grid(weight, row(1, 5, 2, -1), "float16", importance)
+        root, best = importance.sqrt().numpy(), float("inf")
+        for codes in itertools.product(range(4), repeat=5):
+            matrix = np.stack([root * np.array(codes), root], 1)
+            wanted = root * weight[0].numpy()
+            left = wanted - matrix @ np.linalg.lstsq(matrix, wanted, rcond=None)[0]
+            best = min(best, float(left @ left))
+        found = float(weighted_error(grid, weight, importance))
+        assert found >= best * (1 - 1e-9)
+        ratios.append(found / best)
+    assert np.median(ratios) < 1.2
+
+
 def test_weights_that_no_offset_can_hold_are_clamped_and_on_record() -> None:
     weight = torch.full((1, 4), 1e6, dtype=torch.float64)
     grid, sentences = AFFINE.grid(weight, row(1, 4, 4, 4), "float16")

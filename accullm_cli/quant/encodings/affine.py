@@ -16,8 +16,8 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.encodings.base import OUTLIER_SUFFIXES, Encoding
-from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, best_grid, row_chunks
-from accullm_cli.quant.linear import spread
+from accullm_cli.quant.grid import Grid, row_chunks, sum_groups
+from accullm_cli.quant.linear import ELEMENTS_TOGETHER, spread
 from accullm_cli.quant.packing import pack, packed_length, unpack
 from accullm_cli.quant.scales import StorableScales, round_offset
 
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 WIDTHS = range(2, 9)
 # Of a group's largest magnitude, the least scale: below that, a step is smaller than the offset's last bit in bfloat16.
 SMALLEST_STEP = 2.0**-9
+# Of a group's range, where the search starts, and how often codes and numbers are fitted to each other from there. On
+# matrices of two models at 3 and 4 bits, the 81 ranges that were tried before took three times as long, for 3% more of
+# the error that is searched for and the same (0.2% more) of that which is left after rounding with feedback.
+STARTING_RANGES = (1.0, 0.9, 0.8)
+TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -66,15 +71,9 @@ class AffineGrid(Grid):
             of_offset = ones @ hessian[columns, columns] @ ones + ridge * ones.sum()
             if not float(of_offset) > 0:  # no column of the group is on the grid
                 continue
-            free = of_scale - of_both.square() / of_offset
-            tiny = torch.finfo(error.dtype).tiny
-            # Where all codes are alike, scale and offset do the same, and the scale stays.
-            wanted = (by_scale - of_both * by_offset / of_offset) / free.clamp(min=tiny)
-            wanted = torch.where(free > of_scale * 1e-5, wanted, 0)
-            least = offset[:, group].abs() * SMALLEST_STEP
-            more = self.storable.round((scale[:, group] + wanted).clamp(min=least)) - scale[:, group]
-            shift = round_offset(offset[:, group] + (by_offset - of_both * more) / of_offset, self.storable.dtype)
-            shift -= offset[:, group]
+            curvatures = of_scale, of_both, of_offset
+            better = _least_squares(scale[:, group], offset[:, group], by_scale, by_offset, *curvatures, self.storable)
+            more, shift = better[0] - scale[:, group], better[1] - offset[:, group]
             change = more * (more * of_scale - 2 * by_scale) + shift * (shift * of_offset - 2 * by_offset)
             gains = change + 2 * more * shift * of_both < 0
             more, shift = torch.where(gains, more, 0), torch.where(gains, shift, 0)
@@ -110,8 +109,13 @@ class AffineLinear:
         """What a reader makes of the codes, that knows nothing of outliers: [N, K] in `dtype`."""
         count = self.codes.shape[1]
         size = count if self.group_size == -1 else self.group_size
-        scale, offset = (spread(part.float(), size, count) for part in (self.scales, self.offsets))
-        return (self.codes.float().mul_(scale).add_(offset)).to(dtype)
+        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        together = max(1, ELEMENTS_TOGETHER // count)
+        for start in range(0, len(weight), together):
+            rows = slice(start, start + together)
+            scale, offset = (spread(part[rows].float(), size, count) for part in (self.scales, self.offsets))
+            weight[rows] = self.codes[rows].float().mul_(scale).add_(offset)
+        return weight
 
     def to(self, device: torch.device) -> AffineLinear:
         """The same linear on a device."""
@@ -165,8 +169,7 @@ class AffineGroups(Encoding):
             if column_weight is None:
                 parts.append(_spanning(low, high, row.bits, size, storable, margin))
                 continue
-            candidates = (_spanning(start, end, row.bits, size, storable) for start, end in _searched(low, high))
-            parts.append(best_grid(part, column_weight, candidates))
+            parts.append(_searched(part, column_weight, low, high, row.bits, size, storable))
         sentences = []
         if clamped:
             of = f"{clamped} of {row.out_features * row.groups} groups"
@@ -225,14 +228,79 @@ def _range(weight: torch.Tensor, size: int, ignored: torch.Tensor | None) -> tup
     return ends[0], ends[1]
 
 
-def _searched(low: torch.Tensor, high: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Ranges that a search tries: the whole one shrunk towards 0, and at either end alone."""
-    width = high - low
-    ranges = [(low * fraction, high * fraction) for fraction in SEARCHED_RANGES]
-    for fraction in SEARCHED_RANGES[1:]:
-        cut = width * (1 - fraction)
-        ranges += [(low + cut, high), (low, high - cut), (low + cut / 2, high - cut / 2)]
-    return ranges
+def _searched(
+    weight: torch.Tensor,
+    column_weight: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    bits: int,
+    columns_per_group: int,
+    storable: StorableScales,
+) -> AffineGrid:
+    """In each group the grid of least error, weighted by columns, of those that alternating least squares comes to.
+
+    Codes are those of the nearest value, scale and offset the best for the codes, and so on, from several ranges.
+
+    Args:
+        low, high: of each group, [N, G].
+    """
+
+    def summed(values: torch.Tensor) -> torch.Tensor:
+        return sum_groups(values, columns_per_group, weight.shape[1])
+
+    of_offset = summed(column_weight.expand_as(weight))
+    best: AffineGrid | None = None
+    for fraction in STARTING_RANGES:
+        cut = (high - low) * (1 - fraction) / 2
+        grid = _spanning(low + cut, high - cut, bits, columns_per_group, storable)
+        for turn in range(TURNS + 1):
+            codes = grid.round_to_nearest(weight)
+            error = weight - grid.values(codes)
+            pull = error * column_weight
+            loss = summed(error.mul_(pull))
+            if best is None:
+                best, least_loss = grid, loss
+            else:
+                better = loss < least_loss
+                least_loss = torch.where(better, loss, least_loss)
+                best = grid.where(better, best)
+            if turn == TURNS:
+                break
+            by_offset, by_scale = summed(pull), summed(pull.mul_(codes))
+            of_both, of_scale = summed(torch.mul(codes, column_weight, out=pull)), summed(pull.mul_(codes))
+            curvatures = of_scale, of_both, of_offset
+            found = _least_squares(grid.scale, grid.offset, by_scale, by_offset, *curvatures, storable)
+            grid = AffineGrid.of(*found, bits, columns_per_group, storable)
+    assert best is not None
+    return best
+
+
+def _least_squares(
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    by_scale: torch.Tensor,
+    by_offset: torch.Tensor,
+    of_scale: torch.Tensor,
+    of_both: torch.Tensor,
+    of_offset: torch.Tensor,
+    storable: StorableScales,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and offset of least squared error for given codes, as they are stored; all of one shape.
+
+    The offset is that for the scale as it was rounded. Where all codes are alike, both do the same: the scale stays.
+
+    Args:
+        by_scale, by_offset: half of what the squared error loses for a unit of either.
+        of_scale, of_both, of_offset: half of its second derivatives.
+    """
+    tiny = torch.finfo(scale.dtype).tiny
+    of_offset = of_offset.clamp(min=tiny)
+    free = of_scale - of_both.square() / of_offset
+    wanted = (by_scale - of_both * by_offset / of_offset) / free.clamp(min=tiny)
+    wanted = torch.where(free > of_scale * 1e-5, wanted, 0)
+    rounded = storable.round((scale + wanted).clamp(min=offset.abs() * SMALLEST_STEP))
+    shift = (by_offset - of_both * (rounded - scale)) / of_offset
+    return rounded, round_offset(offset + shift, storable.dtype)
 
 
 def _spanning(
