@@ -63,8 +63,7 @@ def assemble(
     for source, shard in zip(outside, shards[len(quantized) :], strict=True):
         rename(source, shard)
     write_index(directory, shards)
-    for name, companion in parts.companions.items():
-        copy_companion(companion, directory / _free_name(name, parts.companions))
+    copy_companions(directory, parts)
     write_text(directory / "config.json", json.dumps({**parts.config, **config}, indent=2) + "\n")
     write_card(directory, parts, format_name, sum(shard.stat().st_size for shard in shards))
     write_manifest(directory, parts, format_name)
@@ -99,6 +98,12 @@ def _free_name(name: str, companions: Container[str]) -> str:
     while (name := f"{(stem := f'{stem}.original')}{suffix}") in companions:
         pass
     return name
+
+
+def copy_companions(directory: Path, parts: Parts) -> None:
+    """Copy all that the artifact takes from the source as it is."""
+    for name, companion in parts.companions.items():
+        copy_companion(companion, directory / _free_name(name, parts.companions))
 
 
 def copy_companion(source: Path, target: Path) -> None:

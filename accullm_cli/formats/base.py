@@ -37,12 +37,18 @@ class ModelShape:
     stored [K, N]) or "expert" (one slice of a parameter that stacks experts).
     dtype: the dtype of the source's weights.
     stacks: by its name, how a parameter with experts holds them, where that is not [E, N, K].
+    config: the source's config.json. companions: the files beside the weights, by name. parameters: the shapes of all
+        that the model has, tied ones once. kept: names of tensors that it has no place for.
     """
 
     model_type: str
     dtype: torch.dtype
     kinds: Mapping[str, str]
     stacks: Mapping[str, Stack] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    companions: Mapping[str, Path] = field(default_factory=dict)
+    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ class Capabilities:
         neither, transformers does not read it.
     unpacks: its weights may be unpacked while they are loaded.
     kernels: accullm's own kernels multiply by its linears.
+    names_models: the module whose `model_objections` say why a model cannot be stored whatever its plan; "" where the
+        format holds any.
     """
 
     linears: tuple[Storable, ...]
@@ -76,6 +78,7 @@ class Capabilities:
     package: str = ""
     unpacks: bool = False
     kernels: bool = False
+    names_models: str = ""
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -134,5 +137,13 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         runtime="vLLM",
         package="compressed-tensors",
         unpacks=True,
+    ),
+    "gguf": Capabilities(
+        linears=(),
+        kinds=("linear", "expert"),
+        outliers="not at all",
+        fused_experts="of a parameter",
+        runtime="llama.cpp",
+        names_models="accullm_cli.formats.gguf",
     ),
 }

@@ -346,7 +346,18 @@ def model_shape(job: Job, decoder: Decoder) -> ModelShape:
         for slot in slots
         if slot.expert == 0 and (slot.transposed or decoder.model.get_parameter(f"{block}.{slot.parameter}").dim() == 2)
     }
-    return ModelShape(str(job.source.config.get("model_type", "")), source_dtype(job), kinds, stacks)
+    tied = decoder.model.all_tied_weights_keys
+    shapes = {name: tuple(value.shape) for name, value in decoder.model.named_parameters() if name not in tied}
+    return ModelShape(
+        str(job.source.config.get("model_type", "")),
+        source_dtype(job),
+        kinds,
+        stacks,
+        config={key: value for key, value in job.source.config.items() if key != "quantization_config"},
+        companions=job.source.companions,
+        parameters=shapes,
+        kept=job.source.kept,
+    )
 
 
 def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:

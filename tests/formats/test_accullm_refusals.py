@@ -222,7 +222,7 @@ def test_a_directory_that_is_no_artifact(tmp_path: Path) -> None:
     with pytest.raises(AccullmError) as error:
         open_artifact(tmp_path)
     assert error.value.line() == (
-        f"{tmp_path}: not an artifact of a known format (accullm, compressed-tensors); "
+        f"{tmp_path}: not an artifact of a known format (accullm, compressed-tensors, gguf); "
         "make one with: accullm convert MODEL"
     )
 
