@@ -44,7 +44,7 @@ class Encoding(ABC):
     whether it is symmetric.
     """
 
-    name: ClassVar[str]
+    name: str
     # Of the tensors that a shard holds of a linear, those of outlier features included.
     suffixes: ClassVar[tuple[str, ...]]
 
