@@ -133,10 +133,11 @@ class PlanOptions(Section):
         ge=0,
         le=0.5,
     )
-    embedding_bits: EmbeddingBits = option(
-        16,
+    embedding_bits: EmbeddingBits | None = option(
+        None,
         "Bits of a weight of the token embedding and the output head, in groups as the linears; 16 keeps both as in "
-        "the source. They count in the artifact's size, not in --bits.",
+        "the source. They count in the artifact's size, not in --bits. Default: 16; in a format whose users count the "
+        "whole file they are planned with the linears, or have 8.",
         example="8",
     )
     keep: Annotated[list[str], Distinct] = option(

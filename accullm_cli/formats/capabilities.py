@@ -52,6 +52,7 @@ class Capabilities:
 
     linears: how it stores linears; the first is what a plan begins with. embeddings: the same of token embedding and
         output head; empty where both are kept as they are.
+    counts_embeddings: who uses it counts the whole file, so that an average of bits goes over embedding and head, too.
     kinds: of linears that it stores, see `ModelShape.kinds`.
     outliers: "in the file", "as an adapter" beside it, or "not at all".
     scale_dtype: what its scales of 16 bits are: "float16", or "of the model".
@@ -70,6 +71,7 @@ class Capabilities:
     kinds: tuple[str, ...]
     outliers: Literal["in the file", "as an adapter", "not at all"]
     embeddings: tuple[Storable, ...] = ()
+    counts_embeddings: bool = False
     scale_dtype: Literal["float16", "of the model"] = "float16"
     fused: tuple[tuple[str, ...], ...] = ()
     fused_experts: Literal["of a layer", "of a parameter", "none"] = "none"
@@ -111,6 +113,20 @@ class Capabilities:
         return tuple(tuple(names) for names in found.values() if len(names) > 1)
 
 
+def _blocks(name: str, bits: int, group_size: int, symmetric: bool) -> Storable:
+    """One of ggml's types."""
+    return Storable(name, bits=(bits,), group_sizes=(group_size,), symmetric=(symmetric,))
+
+
+# Of each width the first that a linear can have is what it gets where widths are not chosen one by one.
+_GGML = (
+    _blocks("Q4_0", 4, 32, symmetric=True),
+    _blocks("Q4_1", 4, 32, symmetric=False),
+    _blocks("Q5_0", 5, 32, symmetric=True),
+    _blocks("Q5_1", 5, 32, symmetric=False),
+    _blocks("Q8_0", 8, 32, symmetric=True),
+)
+
 CAPABILITIES: Mapping[str, Capabilities] = {
     "accullm": Capabilities(
         linears=(
@@ -139,7 +155,9 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         unpacks=True,
     ),
     "gguf": Capabilities(
-        linears=(),
+        linears=_GGML,
+        embeddings=_GGML,
+        counts_embeddings=True,
         kinds=("linear", "expert"),
         outliers="not at all",
         fused_experts="of a parameter",

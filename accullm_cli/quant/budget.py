@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 
-# The width that losses are given for.
-MEASURED_BITS = 4
 # log2 of the prices per bit, over what the dearest feature can save: from one that no bit is worth to one that all are.
 PRICES = (-200.0, 0.0)
 # Halvings of that interval.
@@ -115,7 +114,7 @@ class Choices:
             linear = plan.linears[name]
             rest = by_size[linear.group_size].double().clone()
             rest[list(linear.outlier_index)] = 0
-            found[name] = float(rest.sum()) * _growth(linear.bits)
+            found[name] = float(rest.sum()) * _growth(linear)
         return found
 
     def _at_price(self, exponent: float) -> Plan:
@@ -174,7 +173,7 @@ class Choices:
                 if found is not None:
                     sorted_loss, order = found
                     of_an_outlier = price * 8 * (plan.source_itemsize * plan.out_features + 4)
-                    left = sorted_loss * _growth(plan.bits)
+                    left = sorted_loss * _growth(plan)
                     count = min(int((left > of_an_outlier).sum()), int(self.largest_fraction * plan.in_features))
                     way[name] = replace(plan, outlier_index=tuple(sorted(order[:count].tolist())))
                     cost += float(left[count:].sum())
@@ -188,6 +187,6 @@ def _scheme(row: LinearPlan) -> tuple[object, ...]:
     return row.encoding, row.bits, row.group_size, row.scale_bits, row.symmetric
 
 
-def _growth(bits: int) -> float:
-    """What a loss measured at MEASURED_BITS is multiplied by at another width: the square of the step's growth."""
-    return float(((2**MEASURED_BITS - 1) / (2**bits - 1)) ** 2)
+def _growth(row: LinearPlan) -> float:
+    """What a loss measured at MEASURED_BITS is multiplied by for another way to store a linear."""
+    return ENCODINGS[row.encoding].relative_damage(row)
