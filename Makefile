@@ -13,7 +13,7 @@ DEMO_OUT := work/smollm2-135m-int4
 DEMO_ARGS := --samples 64
 TEST_ARGS :=
 
-.PHONY: setup demo test lint bench docs mutants mutants-quick clean
+.PHONY: setup demo test lint bench docs llama-cpp mutants mutants-quick clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -37,7 +37,17 @@ demo: $(STAMP) $(DEMO_MODEL)/config.json
 # One thread for each of two workers: rounding is exact only for a fixed thread count, and cores are few. Whole files go
 # to a worker, so that what the tests of a file share is made once; in their order, as the longest comes early.
 test: $(STAMP) $(DEMO_MODEL)/config.json
+	-$(MAKE) --no-print-directory llama-cpp
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+
+# Stock llama.cpp as a library, 11 MB from npm; without it the tests that need it are skipped and say so.
+LLAMA_CPP := work/llama.cpp
+llama-cpp: $(LLAMA_CPP)/libllama.so
+$(LLAMA_CPP)/libllama.so:
+	mkdir -p $(LLAMA_CPP)
+	cd $(LLAMA_CPP) && npm pack --silent @node-llama-cpp/linux-x64@3.22.1 && tar -xzf *.tgz --strip-components=3 package/bins
+	ln -sf libggml.v0.5.0.so $(LLAMA_CPP)/libggml.so
+	ln -sf libllama.v0.5.0.so $@
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -49,7 +49,7 @@ def option(
 # Windows with gradients where a plan needs some, and nobody said how many.
 DEFAULT_GRADIENT_SAMPLES = 64
 
-FormatName = Literal["accullm", "compressed-tensors", "mlx"]
+FormatName = Literal["accullm", "compressed-tensors", "mlx", "gguf"]
 
 
 class Section(BaseModel):
@@ -143,10 +143,11 @@ class PlanOptions(Section):
         "Keep outlier features in a low-rank adapter (LoRA) beside the artifact, for a format that holds none in its "
         "own files. Its bits count in --bits; an average spends them only where that saves more loss than bits do.",
     )
-    embedding_bits: EmbeddingBits = option(
-        16,
+    embedding_bits: EmbeddingBits | None = option(
+        None,
         "Bits of a weight of the token embedding and the output head, in groups as the linears; 16 keeps both as in "
-        "the source. They count in the artifact's size, not in --bits.",
+        "the source. They count in the artifact's size, not in --bits. Default: 16; in a format whose users count the "
+        "whole file they are planned with the linears, or have 8.",
         example="8",
     )
     keep: Annotated[list[str], Distinct] = option(

@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) descend(Descent de
             if (k < descent.columns) {
                 const real step = descent.scale[row * descent.groups + k / descent.columns_per_group];
                 const real curvature = descent.curvature[k] * step;
-                if (curvature > 0) {
+                if (curvature > 0 || curvature < 0) {  // as the scale is
                     const real before = descent.codes[first + k];
                     code = between(before + rint(slope[k] / curvature), 0, descent.largest_code);
                     moved = (code - before) * step;

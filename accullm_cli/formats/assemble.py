@@ -66,8 +66,7 @@ def assemble(
         rename(source, shard)
     write_index(directory, shards)
     tensor_bytes = sum(shard.stat().st_size for shard in shards) + write_adapter(directory, parts)
-    for name, companion in parts.companions.items():
-        copy_companion(companion, directory / _free_name(name, parts.companions))
+    copy_companions(directory, parts)
     write_text(directory / "config.json", json.dumps({**parts.config, **config}, indent=2) + "\n")
     write_card(directory, parts, format_name, tensor_bytes)
     write_manifest(directory, parts, format_name)
@@ -104,6 +103,12 @@ def _free_name(name: str, companions: Container[str]) -> str:
     while (name := f"{(stem := f'{stem}.original')}{suffix}") in companions:
         pass
     return name
+
+
+def copy_companions(directory: Path, parts: Parts) -> None:
+    """Copy all that the artifact takes from the source as it is."""
+    for name, companion in parts.companions.items():
+        copy_companion(companion, directory / _free_name(name, parts.companions))
 
 
 def copy_companion(source: Path, target: Path) -> None:

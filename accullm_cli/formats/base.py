@@ -41,6 +41,8 @@ class ModelShape:
     stored_as: of linears and other tensors that are called otherwise in checkpoints, the names there: an expert's
         weight may be several, one behind the other, all of as many rows. An expert that is not in here has none.
     others: names of modules with a matrix of their own that is no linear of the plan: routers, vision towers, a head.
+    config: the source's config.json. companions: the files beside the weights, by name. parameters: the shapes of all
+        that the model has, tied ones once. kept: names of tensors that it has no place for.
     """
 
     model_type: str
@@ -49,6 +51,10 @@ class ModelShape:
     stacks: Mapping[str, Stack] = field(default_factory=dict)
     stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    companions: Mapping[str, Path] = field(default_factory=dict)
+    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

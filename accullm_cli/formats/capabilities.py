@@ -105,6 +105,7 @@ class Capabilities:
     linears: how it stores linears; the first is what a plan begins with. experts: the same of experts in a stacked
         parameter, where these are stored otherwise. embeddings: of token embedding and output head; empty where both
         are kept as they are.
+    counts_embeddings: who uses it counts the whole file, so that an average of bits goes over embedding and head, too.
     kinds: of linears that it stores, see `ModelShape.kinds`.
     outliers: "in the file", "as an adapter" beside it, or "not at all".
     adapter: which one of ADAPTERS, where it is an adapter.
@@ -122,6 +123,8 @@ class Capabilities:
         neither, transformers does not read it.
     unpacks: its weights may be unpacked while they are loaded.
     kernels: accullm's own kernels multiply by its linears.
+    names_models: the module whose `model_objections` say why a model cannot be stored whatever its plan; "" where the
+        format holds any.
     """
 
     linears: tuple[Storable, ...]
@@ -130,6 +133,7 @@ class Capabilities:
     experts: tuple[Storable, ...] = ()
     adapter: Literal["", "peft", "mlx_lm"] = ""
     embeddings: tuple[Storable, ...] = ()
+    counts_embeddings: bool = False
     scale_dtype: Literal["float16", "of the model"] = "float16"
     fused: tuple[tuple[str, ...], ...] = ()
     fused_experts: Literal["of the model", "of a layer", "of a parameter", "none"] = "none"
@@ -142,6 +146,7 @@ class Capabilities:
     package: str = ""
     unpacks: bool = False
     kernels: bool = False
+    names_models: str = ""
 
     def wrote(self, name: str, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is that of an artifact of this format, whose name is given."""
@@ -161,7 +166,9 @@ class Capabilities:
         return any("zero points" in reader.alike for reader in self.readers)
 
     def storables(self, kind: str) -> tuple[Storable, ...]:
-        """How it stores linears of a kind, see `ModelShape.kinds`."""
+        """How it stores linears of a kind, see `ModelShape.kinds`, or with "embedding" those."""
+        if kind == "embedding":
+            return self.embeddings
         return (self.experts if kind == "expert" else ()) or self.linears
 
     def storable(self, row: LinearPlan, kind: str) -> Storable | None:
@@ -170,8 +177,7 @@ class Capabilities:
         Args:
             kind: of a linear, or "embedding".
         """
-        entries = self.embeddings if kind == "embedding" else self.storables(kind)
-        own = [entry for entry in entries if entry.encoding == row.encoding]
+        own = [entry for entry in self.storables(kind) if entry.encoding == row.encoding]
         return next((entry for entry in own if row.bits in entry.bits), own[0] if own else None)
 
     def partners(self, kinds: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
@@ -224,6 +230,21 @@ ADAPTERS: Mapping[str, AdapterKind] = {
         ),
     ),
 }
+
+
+def _blocks(name: str, bits: int, group_size: int, symmetric: bool) -> Storable:
+    """One of ggml's types."""
+    return Storable(name, bits=(bits,), group_sizes=(group_size,), symmetric=(symmetric,))
+
+
+# Of each width the first that a linear can have is what it gets where widths are not chosen one by one.
+_GGML = (
+    _blocks("Q4_0", 4, 32, symmetric=True),
+    _blocks("Q4_1", 4, 32, symmetric=False),
+    _blocks("Q5_0", 5, 32, symmetric=True),
+    _blocks("Q5_1", 5, 32, symmetric=False),
+    _blocks("Q8_0", 8, 32, symmetric=True),
+)
 
 CAPABILITIES: Mapping[str, Capabilities] = {
     "accullm": Capabilities(
@@ -291,5 +312,15 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         scale_dtype="of the model",
         config_key="quantization",
         other_kinds=False,
+    ),
+    "gguf": Capabilities(
+        linears=_GGML,
+        embeddings=_GGML,
+        counts_embeddings=True,
+        kinds=("linear", "expert"),
+        outliers="not at all",
+        fused_experts="of a parameter",
+        runtime="llama.cpp",
+        names_models="accullm_cli.formats.gguf",
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -28,6 +29,7 @@ def objections(name: str, plan: Plan, shape: ModelShape) -> list[Objection]:
     linears = [linear for linear in plan.linears.values() if linear.bits != KEPT_BITS]
     embeddings = list(plan.embeddings.values())
     return [
+        *(importlib.import_module(format.names_models).model_objections(shape) if format.names_models else ()),
         *_embedding_objections(name, format, embeddings),
         *_kind_objections(name, format, linears if format.other_kinds else list(plan.linears.values()), shape),
         *_row_objections(name, linears, shape.kinds),

@@ -11,10 +11,9 @@ from functools import cached_property
 import torch
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 
-# The width that losses are given for.
-MEASURED_BITS = 4
 # log2 of the prices per bit, over what the dearest feature can save: from one that no bit is worth to one that all are.
 PRICES = (-200.0, 0.0)
 # Halvings of that interval.
@@ -121,7 +120,7 @@ class Choices:
             linear = plan.linears[name]
             rest = by_size[linear.group_size].double().clone()
             rest[list(linear.outlier_index)] = 0
-            found[name] = float(rest.sum()) * _growth(linear.bits)
+            found[name] = float(rest.sum()) * _growth(linear)
         return found
 
     def _at_price(self, exponent: float) -> Plan:
@@ -187,7 +186,7 @@ class Choices:
         return {
             names: [
                 [
-                    _Option(row, self.stored_bytes(row), _growth(row.bits), ranked.get((name, row.group_size), nothing))
+                    _Option(row, self.stored_bytes(row), _growth(row), ranked.get((name, row.group_size), nothing))
                     for name, row in way.items()
                 ]
                 for way in self._ways(names)
@@ -258,6 +257,6 @@ def _scheme(row: LinearPlan) -> tuple[object, ...]:
     return row.encoding, row.bits, row.group_size, row.scale_bits, row.symmetric
 
 
-def _growth(bits: int) -> float:
-    """What a loss measured at MEASURED_BITS is multiplied by at another width: the square of the step's growth."""
-    return float(((2**MEASURED_BITS - 1) / (2**bits - 1)) ** 2)
+def _growth(row: LinearPlan) -> float:
+    """What a loss measured at MEASURED_BITS is multiplied by for another way to store a linear."""
+    return ENCODINGS[row.encoding].relative_damage(row)

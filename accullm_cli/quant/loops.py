@@ -186,7 +186,8 @@ def _descend_rows(  # type: ignore[no-untyped-def]
                 curvature = (hessian[k, k] + ridge) * step
                 if rows_feed:
                     curvature *= fisher[n, n]
-                if not movable[k] or not curvature > lowest:
+                # Of a scale's sign; not a number, or 0, is none to divide by.
+                if not movable[k] or not abs(curvature) > lowest:
                     continue
                 steps = np.rint(slope[n, k] / curvature)
                 if steps == lowest:

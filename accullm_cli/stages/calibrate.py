@@ -16,11 +16,13 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.model.tokenizer import tokenizer_records
 from accullm_cli.quant.grid import minmax_grid, row_chunks
 from accullm_cli.quant.stats import FeatureMoments, InputStats
+from accullm_cli.stages.embedding_loss import measure_embedding_losses
 from accullm_cli.stages.gradients import keep_input, run_backward
 from accullm_cli.stages.job import Job, machine_inputs, open_decoder
 from accullm_cli.stages.keyed import is_made_for, write_keyed
@@ -71,9 +73,16 @@ def calibrate_inputs(job: Job, before: Before) -> dict[str, str]:
         "config:calibration.gradient_samples": str(gradient_samples),
         **seed,
         **calibration_inputs(job),
+        **({"config:embeddings": "measured"} if _counts_embeddings(job) else {}),
         **machine_inputs(),
         "machine:precision": precision_of(job),
     }
+
+
+def _counts_embeddings(job: Job) -> bool:
+    """Whether a plan may choose how embedding and head are stored."""
+    formats = (CAPABILITIES[name] for name in job.config.export.format)
+    return bool(job.config.gradient_samples) and any(format.counts_embeddings for format in formats)
 
 
 CALIBRATE = Stage(
@@ -126,7 +135,7 @@ class Statistics(Passenger):
 
     def __init__(self, job: Job, decoder: Decoder, ids: torch.Tensor, key: str) -> None:
         self._job, self._key = job, key
-        ids = ids[: measured_windows(job, decoder)]
+        self._ids = ids = ids[: measured_windows(job, decoder)]
         self._with_gradient = min(job.config.gradient_samples, len(ids))
         decoder.learn_calls(ids[:1, :PROBE_TOKENS])
         decoder.learn_calls(ids[: self._with_gradient])
@@ -152,6 +161,11 @@ class Statistics(Passenger):
             last = self.streams["hidden"][: self._with_gradient]
             with products(precision_of(self._job)):
                 gradients = run_backward(self._job, self.decoder, "calibrate", self._key, last)
+            if _counts_embeddings(self._job):
+                ids = self._ids[: self._with_gradient]
+                sizes = DAMAGE_GROUP_SIZES
+                measured = measure_embedding_losses(self._job, self.decoder, self._key, ids, sizes)
+                gradients = (*gradients, measured)
         self.arrived()
         return (*(stats_path(self._job, index) for index in range(len(self.keys))), *gradients)
 

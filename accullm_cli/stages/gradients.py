@@ -11,6 +11,8 @@ It leaves for every block
         sensitivity NAME        float32 [K]
         edges NAME              float32 [B - 1]
         weights NAME            float32 [B]; both of dense linears only
+    calibrate/head-gradient.safetensors         of the output head: "rows" [N] and "columns" [K]
+    calibrate/embedding-gradient.safetensors    of what is looked up: "columns" [K], and its mean square "energy" []
 While it is under way, calibrate/input-00000.safetensors holds what went into each block.
 """
 
@@ -49,6 +51,21 @@ def load_gradient(job: Job, index: int) -> torch.Tensor | None:
     if not job.config.gradient_samples:
         return None
     return load_file(gradient_path(job, index))["gradient"]
+
+
+def load_head_gradient(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much the loss depends on the rows [N] and columns [K] of the output head, as sums over the other.
+
+    Of a weight it is the squared gradient with respect to its output times its squared input, the mean over tokens.
+    """
+    tensors = load_file(_head_path(job))
+    return tensors["rows"], tensors["columns"]
+
+
+def load_embedding_gradient(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean squared gradient [K] with respect to what goes into the first block, and the mean square of that []."""
+    tensors = load_file(_embedding_path(job))
+    return tensors["columns"], tensors["energy"]
 
 
 def keep_input(job: Job, decoder: Decoder, index: int, hidden: torch.Tensor) -> None:
@@ -100,38 +117,64 @@ def run_backward(job: Job, decoder: Decoder, stage: str, key: str, last: torch.T
     """
     total = len(decoder.block_names)
     keys = [key_of({"stage": key, "gradient": str(index)}) for index in range(total)]
-    if not is_made_for(gradient_path(job, total - 1), keys[-1]):
-        gradient = _of_the_loss(decoder, last, job.config.machine.seed)
+    if not (is_made_for(gradient_path(job, total - 1), keys[-1]) and is_made_for(_head_path(job), keys[-1])):
+        gradient, of_head = _of_the_loss(decoder, last, job.config.machine.seed)
+        write_keyed(_head_path(job), keys[-1], of_head)
         write_keyed(gradient_path(job, total - 1), keys[-1], {"gradient": gradient.to(torch.bfloat16)})
     for index in reversed(range(total)):
         reason = UP_TO_DATE
         passed = is_made_for(sensitivity_path(job, index), keys[index])
+        passed = passed and (bool(index) or is_made_for(_embedding_path(job), keys[0]))
         if not passed or (index and not is_made_for(gradient_path(job, index - 1), keys[index - 1])):
             reason = Reason("new")
             gradient, sensitivities = _through_block(job, decoder, index)
-            if index:
+            if not index:
+                write_keyed(_embedding_path(job), keys[0], _of_the_input(job, gradient))
+            else:
                 before = {"gradient": gradient.to(torch.bfloat16)}
                 write_keyed(gradient_path(job, index - 1), keys[index - 1], before)
             write_keyed(sensitivity_path(job, index), keys[index], sensitivities)
         job.progress(Event(stage, "step", f"gradient {total - index}/{total}", reason, total - index, total))
     for index in range(total):
         _input_path(job, index).unlink(missing_ok=True)
-    return tuple(path(job, index) for index in range(total) for path in (gradient_path, sensitivity_path))
+    of_blocks = [path(job, index) for index in range(total) for path in (gradient_path, sensitivity_path)]
+    return (*of_blocks, _head_path(job), _embedding_path(job))
 
 
-def _of_the_loss(decoder: Decoder, hidden: torch.Tensor, seed: int) -> torch.Tensor:
-    """The gradient with respect to the last block's output."""
+def _of_the_loss(decoder: Decoder, hidden: torch.Tensor, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The gradient with respect to the last block's output, and what it says of the output head."""
     decoder.load_outside()
+    head = decoder.model.get_output_embeddings()
+    passed: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = head.register_forward_hook(lambda module, args, output: passed.append((args[0], output)))
+    rows, columns = torch.zeros(head.weight.shape[0]), torch.zeros(head.weight.shape[1])
     gradients = []
-    for number, window in enumerate(hidden):
-        inputs = window[None].clone().requires_grad_()
-        logits = decoder.logits(inputs)
-        # Of the negative log-likelihood with respect to the logits: the probabilities, less 1 at the token.
-        of_logits = torch.softmax(logits[0].detach().float(), -1)
-        of_logits[torch.arange(len(of_logits)), draw_tokens(of_logits, seed, number)] -= 1
-        gradients.append(torch.autograd.grad(logits, inputs, of_logits[None].to(logits.dtype))[0])
+    try:
+        for number, window in enumerate(hidden):
+            inputs = window[None].clone().requires_grad_()
+            passed.clear()
+            logits = decoder.logits(inputs)
+            ((read, given),) = passed
+            # Of the negative log-likelihood with respect to the logits: the probabilities, less 1 at the token.
+            of_logits = torch.softmax(logits[0].detach().float(), -1)
+            of_logits[torch.arange(len(of_logits)), draw_tokens(of_logits, seed, number)] -= 1
+            gradient, of_head = torch.autograd.grad(logits, (inputs, given), of_logits[None].to(logits.dtype))
+            gradients.append(gradient)
+            squares = of_head[0].float().square()
+            rows += (squares * read[0].detach().float().square().sum(1, keepdim=True)).sum(0)
+            columns += squares.sum(1) @ read[0].detach().float().square()
+    finally:
+        handle.remove()
     decoder.release_outside()
-    return torch.cat(gradients)
+    tokens = hidden.shape[0] * hidden.shape[1]
+    return torch.cat(gradients), {"rows": rows / tokens, "columns": columns / tokens}
+
+
+def _of_the_input(job: Job, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the gradient with respect to the first block's input says of what is looked up."""
+    hidden = load_file(_input_path(job, 0))["hidden"]
+    energy = hidden[..., : gradient.shape[-1]].float().square().mean()
+    return {"columns": gradient.float().square().flatten(0, -2).mean(0), "energy": energy}
 
 
 def draw_tokens(probabilities: torch.Tensor, seed: int, window: int) -> torch.Tensor:
@@ -203,6 +246,14 @@ class _OfLinear:
         if not self._squares or not any(bool(squares.any()) for squares in self._squares):
             return None
         return TokenWeights.fitted(torch.cat(self._norms), torch.cat(self._squares))
+
+
+def _head_path(job: Job) -> Path:
+    return job.run.file("calibrate/head-gradient.safetensors")
+
+
+def _embedding_path(job: Job) -> Path:
+    return job.run.file("calibrate/embedding-gradient.safetensors")
 
 
 def _input_path(job: Job, index: int) -> Path:

@@ -33,7 +33,20 @@ def model_shape(job: Job, decoder: Decoder, plan: Plan) -> ModelShape:
     ]
     stored_as = _stored_as(decoder, [*kinds, *others]) if CAPABILITIES[job.format].names == "of the checkpoint" else {}
     model_type = str(job.source.config.get("model_type", ""))
-    return ModelShape(model_type, source_dtype(job), kinds, stacks, stored_as, tuple(others))
+    all_tied = decoder.model.all_tied_weights_keys
+    shapes = {name: tuple(value.shape) for name, value in decoder.model.named_parameters() if name not in all_tied}
+    return ModelShape(
+        model_type,
+        source_dtype(job),
+        kinds,
+        stacks,
+        stored_as,
+        tuple(others),
+        config={key: value for key, value in job.source.config.items() if key != "quantization_config"},
+        companions=job.source.companions,
+        parameters=shapes,
+        kept=job.source.kept,
+    )
 
 
 def _has_matrix(module: torch.nn.Module) -> bool:

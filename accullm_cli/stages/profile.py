@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain, starmap
 from pathlib import Path
@@ -23,14 +23,17 @@ from accullm_cli.formats.capabilities import CAPABILITIES, WHOLE_ROWS, Storable
 from accullm_cli.formats.objections import nearest_group_sizes, objections
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.model.embeddings import find_embeddings
-from accullm_cli.quant.budget import MEASURED_BITS, Choices
+from accullm_cli.model.embeddings import EmbeddingSlot, find_embeddings
+from accullm_cli.quant.budget import Choices
+from accullm_cli.quant.encodings import ENCODINGS
+from accullm_cli.quant.encodings.base import MEASURED_BITS
 from accullm_cli.quant.outliers import choose_outliers, expected_loss
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 from accullm_cli.quant.stats import InputStats
 from accullm_cli.report.outlier_map import draw_outlier_map
 from accullm_cli.run import key_of, write_text
 from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, stats_path
+from accullm_cli.stages.embedding_loss import load_embedding_losses
 from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.job import Job, open_decoder, place_of, section_inputs
 from accullm_cli.stages.kept import FLAG, kept_names, kept_sentence
@@ -51,6 +54,7 @@ WIDTHS = {"widths": (3, 4, 5, 6, 8), "outliers": (4,)}
 # Where nobody says otherwise.
 USUAL_OUTLIERS = 0.005
 USUAL_SCALE_BITS = 6
+USUAL_EMBEDDING_BITS = 8
 # What the kernels are made for.
 LARGEST_OUTLIER_FRACTION = 0.03
 
@@ -121,7 +125,9 @@ def make_plan(
     if options.is_average:
         choices = choices or average_choices(job, decoder, stats)
         plan_within = choices.within(options.bits) if stats is None else plan_average(job, choices)
-        return replace(plan_within, scale_dtype=scale_dtype(job), embeddings=embeddings)
+        chosen = dict(plan_within.linears)
+        embeddings |= {name: chosen.pop(name) for name in _counted_embeddings(job, decoder)}
+        return Plan(chosen, scale_dtype(job), embeddings)
     sensitivity_of = load_sensitivities(job, len(decoder.block_names)) if stats is not None else {}
     losses = _losses(stats, options.uniform_group_size, sensitivity_of)
     linears = _uniform_linears(job, decoder, int(options.bits))
@@ -162,37 +168,73 @@ def _embedding_plans(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
 
     They are rounded in parts, and each would have a table of its own: their scales are float16.
     """
-    options = job.config.plan
-    if options.embedding_bits == KEPT_BITS:
+    asked, format = job.config.plan.embedding_bits, CAPABILITIES[job.format]
+    bits = asked or (USUAL_EMBEDDING_BITS if format.counts_embeddings else KEPT_BITS)
+    if bits == KEPT_BITS or _counted_embeddings(job, decoder):
         return {}
-    format = CAPABILITIES[job.format]
     # One that holds none objects to what was asked for, whatever it is.
-    storable = (format.embeddings or format.linears)[0]
+    ways = format.embeddings or format.linears
+    return {slot.name: _embedding_row(job, decoder, slot, ways, bits) for slot in _rounded_embeddings(job, decoder)}
+
+
+def _rounded_embeddings(job: Job, decoder: Decoder) -> list[EmbeddingSlot]:
+    """Those that no --keep leaves as they are."""
     kept, outer = _kept(job, decoder), _outer_names(decoder)
-    return {
-        slot.name: LinearPlan(
-            name=slot.name,
-            out_features=slot.out_features,
-            in_features=slot.in_features,
-            bits=options.embedding_bits,
-            group_size=_group_size(job, storable, slot.in_features),
-            symmetric=_symmetric(job, storable),
-            source_itemsize=decoder.weights.dtype(slot.parameter).itemsize,
-            encoding=storable.encoding,
-        )
+    return [
+        slot
         for slot in find_embeddings(decoder.model)
         if not ((slot.is_looked_up and outer["looked up"] in kept) or (slot.is_head and outer["head"] in kept))
-    }
+    ]
+
+
+def _counted_embeddings(job: Job, decoder: Decoder) -> tuple[str, ...]:
+    """The embeddings that are planned with the linears: where bits are an average over all that a format stores."""
+    options = job.config.plan
+    if not (options.is_average and options.embedding_bits is None and CAPABILITIES[job.format].counts_embeddings):
+        return ()
+    return tuple(slot.name for slot in _rounded_embeddings(job, decoder))
+
+
+def _embedding_row(job: Job, decoder: Decoder, slot: EmbeddingSlot, ways: Sequence[Storable], bits: int) -> LinearPlan:
+    row = LinearPlan(
+        name=slot.name,
+        out_features=slot.out_features,
+        in_features=slot.in_features,
+        bits=bits,
+        group_size=job.config.plan.uniform_group_size,
+        symmetric=False,
+        source_itemsize=decoder.weights.dtype(slot.parameter).itemsize,
+    )
+    return _stored_like(job, row, ways)
+
+
+def _stored_like(job: Job, row: LinearPlan, ways: Sequence[Storable]) -> LinearPlan:
+    """A row by the first way of its width that it can be stored in; where there is none, by one that is objected to."""
+    found = [
+        replace(
+            row,
+            encoding=way.encoding,
+            group_size=_group_size(job, way, row.in_features),
+            symmetric=_symmetric(job, way),
+        )
+        for way in [way for way in ways if row.bits in way.bits] or ways[:1]
+    ]
+    return next((own for own in found if not ENCODINGS[own.encoding].problem(own)), found[0])
 
 
 def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Choices:
     """What a plan chooses from where bits are an average; without statistics all features count alike."""
     options = job.config.plan
     linears = _uniform_linears(job, decoder)
+    counted = _counted_embeddings(job, decoder)
+    ways = CAPABILITIES[job.format].embeddings
+    for slot in find_embeddings(decoder.model) if counted else ():
+        if slot.name in counted:
+            linears[slot.name] = _embedding_row(job, decoder, slot, ways, MEASURED_BITS)
     fraction = LARGEST_OUTLIER_FRACTION if outlier_fraction(job) else 0.0
     partners = _partners(job, decoder)
     shared, kinds = _shared_features(linears, partners), _kinds(decoder)
-    rows = {name: _ways(job, plan, shared[name], kinds[name]) for name, plan in linears.items()}
+    rows = {name: _ways(job, plan, shared[name], kinds.get(name, "embedding")) for name, plan in linears.items()}
     chosen = [name for name, plan in linears.items() if plan.bits != KEPT_BITS and rows[name]]
     sizes = {name: tuple(dict.fromkeys(row.group_size for row in rows[name])) for name in chosen}
     if stats is None:
@@ -206,6 +248,7 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
             for size in sorted({size for own in sizes.values() for size in own})
         }
         losses = {name: {size: by_size[size][name] for size in sizes[name]} for name in chosen if name in reached}
+        losses |= {name: _of_embedding(job, name, sizes[name]) for name in counted}
     format, dtype = FORMATS[job.format], source_dtype(job)
     together = [names for names in partners if all(name in rows and rows[name] for name in names)]
     return Choices(
@@ -218,6 +261,12 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
         lambda plan: linear_bytes(format, plan, dtype),
         largest_ranks(job, decoder),
     )
+
+
+def _of_embedding(job: Job, name: str, sizes: Sequence[int]) -> dict[int, torch.Tensor]:
+    """The losses of an embedding for groups of these sizes; see `_losses`."""
+    measured = load_embedding_losses(job)[name]
+    return {size: measured[_nearest_group_size(size)] for size in sizes}
 
 
 def _losses(
@@ -242,31 +291,35 @@ def _losses(
 def _uniform_linears(job: Job, decoder: Decoder, bits: int = MEASURED_BITS) -> dict[str, LinearPlan]:
     """Every linear with the same bits, without outliers; or at KEPT_BITS."""
     kept, format, kinds = _kept(job, decoder), CAPABILITIES[job.format], _kinds(decoder)
-    storable = {
-        kind: next((entry for entry in format.storables(kind) if bits in entry.bits), format.storables(kind)[0])
-        for kind in set(kinds.values())
-    }
     linears = {
-        slot.name: LinearPlan(
-            name=slot.name,
-            out_features=slot.out_features,
-            in_features=slot.in_features,
-            bits=KEPT_BITS if slot.name in kept else bits,
-            group_size=job.config.plan.uniform_group_size,
-            scale_bits=scale_bits(job),
-            symmetric=_symmetric(job, storable[slot.kind]),
-            source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
-            encoding=storable[slot.kind].encoding,
-            adapter=format.adapter if job.config.plan.outlier_adapter else "",
+        slot.name: _stored_like(
+            job,
+            LinearPlan(
+                name=slot.name,
+                out_features=slot.out_features,
+                in_features=slot.in_features,
+                bits=bits,
+                group_size=job.config.plan.uniform_group_size,
+                scale_bits=scale_bits(job),
+                symmetric=False,
+                source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
+                adapter=format.adapter if job.config.plan.outlier_adapter else "",
+            ),
+            format.storables(slot.kind),
         )
         for block, slots in zip(decoder.block_names, decoder.slots, strict=True)
         for slot in slots
     }
     shared = _shared_features(linears, _partners(job, decoder))
+    storable = {name: format.storable(plan, kinds[name]) or format.linears[0] for name, plan in linears.items()}
     return _alike(
         job,
         {
-            name: replace(plan, group_size=_group_size(job, storable[kinds[name]], shared[name]))
+            name: replace(
+                plan,
+                bits=KEPT_BITS if name in kept else bits,
+                group_size=_group_size(job, storable[name], shared[name]),
+            )
             for name, plan in linears.items()
         },
         kinds,
@@ -307,7 +360,7 @@ def _ways(job: Job, plan: LinearPlan, features: int, kind: str) -> list[LinearPl
             for bits in widths
             if bits in storable.bits and storable.holds_group_size(size, features) and storable.holds_scales(row)
         ]
-    return found
+    return [row for row in found if not ENCODINGS[row.encoding].problem(row)]
 
 
 def _partners(job: Job, decoder: Decoder) -> tuple[tuple[str, ...], ...]:

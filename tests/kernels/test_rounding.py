@@ -52,6 +52,8 @@ def random_tile(
     else:
         upper = matrix(columns, columns) / 8
         scale = torch.rand(rows, groups, generator=draw, dtype=torch.float64).half().to(dtype) / 4 + 0.125
+    if not stochastic:
+        scale *= sign_of(draw, rows, groups)
     feature = torch.randperm(features, generator=draw)[:columns]
     share = torch.rand(rows, columns, generator=draw, dtype=torch.float64).to(dtype)
     return Tile(
@@ -64,6 +66,11 @@ def random_tile(
         largest_code=15,
         chance=Chance(guarded(share), 0x123456789ABCDEF, 0x89ABCDEF, guarded(feature)) if stochastic else None,
     )
+
+
+def sign_of(draw: torch.Generator, rows: int, groups: int) -> torch.Tensor:
+    """1 and -1: scales may be negative."""
+    return torch.randint(0, 2, (rows, groups), generator=draw) * 2 - 1
 
 
 def tensors_of(*values: object) -> list[torch.Tensor]:
@@ -187,6 +194,7 @@ def random_descent(rows: int, columns: int, dtype: torch.dtype, seed: int, exact
         hessian = (inputs.T @ inputs / len(inputs)).to(dtype)
         scale = torch.rand(rows, groups, generator=draw, dtype=torch.float64).half().to(dtype) / 4 + 0.125
         error, ridge = torch.randn(rows, columns, generator=draw, dtype=torch.float64).to(dtype) / 8, 0.03
+    scale *= sign_of(draw, rows, groups)
     dead = torch.rand(columns, generator=draw) < 0.1  # nothing reads these, so that nothing is gained there
     hessian[dead] = 0
     hessian[:, dead] = 0

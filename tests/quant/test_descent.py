@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -22,12 +24,16 @@ def positive(size: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def problem(
-    seed: int, rows: int = 5, columns: int = 12, bits: int = 3
+    seed: int, rows: int = 5, columns: int = 12, bits: int = 3, signed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, Grid, torch.Tensor]:
-    """Target, codes of nearest rounding, grid, Hessian, in float64."""
+    """Target, codes of nearest rounding, grid (`signed`: with scales of both signs), Hessian, in float64."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     grid = minmax_grid(target, bits, 4, False)
+    if signed:
+        down = torch.rand(grid.scale.shape, generator=generator) < 0.5
+        mirrored = replace(grid, scale=-grid.scale, zero=grid.largest_code - grid.zero)
+        grid = mirrored.where(down, grid)
     return target, grid.round_to_nearest(target).to(torch.uint8), grid, positive(columns, generator)
 
 
@@ -57,12 +63,15 @@ def loss(
 
 @pytest.mark.parametrize("with_rows", [False, True])
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 10**6), rows=st.integers(1, 40), columns=st.integers(1, 20), bits=st.integers(2, 4))
-@example(seed=87997, rows=39, columns=10, bits=4)  # 30 rounds are not enough
+@given(
+    seed=st.integers(0, 10**6), rows=st.integers(1, 40), columns=st.integers(1, 20), bits=st.integers(2, 4),
+    signed=st.booleans(),
+)  # fmt: skip
+@example(seed=87997, rows=39, columns=10, bits=4, signed=False)  # 30 rounds are not enough
 def test_no_single_code_can_be_improved_at_the_end(
-    with_rows: bool, seed: int, rows: int, columns: int, bits: int
+    with_rows: bool, seed: int, rows: int, columns: int, bits: int, signed: bool
 ) -> None:
-    target, codes, grid, hessian = problem(seed, rows, columns, bits)
+    target, codes, grid, hessian = problem(seed, rows, columns, bits, signed)
     fisher = positive(rows, torch.Generator().manual_seed(seed + 1)) if with_rows else None
     movable = torch.rand(columns, generator=torch.Generator().manual_seed(seed)) < 0.8
     before, kept = loss(target, codes, grid, hessian, fisher), codes.clone()

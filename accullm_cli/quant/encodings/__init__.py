@@ -6,6 +6,10 @@ from collections.abc import Mapping
 
 from accullm_cli.quant.encodings.affine import AffineGroups
 from accullm_cli.quant.encodings.base import Encoding
+from accullm_cli.quant.encodings.ggml import GgmlBlocks
+from accullm_cli.quant.encodings.ggml_layout import BLOCK_TYPES
 from accullm_cli.quant.encodings.integer import IntegerZero
 
-ENCODINGS: Mapping[str, Encoding] = {encoding.name: encoding for encoding in (IntegerZero(), AffineGroups())}
+ENCODINGS: Mapping[str, Encoding] = {
+    encoding.name: encoding for encoding in (IntegerZero(), AffineGroups(), *map(GgmlBlocks, BLOCK_TYPES.values()))
+}

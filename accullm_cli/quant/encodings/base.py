@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from accullm_cli.quant.plan import LinearPlan
 
 
+# The width that losses are measured for.
+MEASURED_BITS = 4
 OUTLIER_SUFFIXES = ("outlier_index", "outlier_weight")
 
 
@@ -44,13 +46,20 @@ class Encoding(ABC):
     whether it is symmetric.
     """
 
-    name: ClassVar[str]
+    name: str
     # Of the tensors that a shard holds of a linear, those of outlier features included.
     suffixes: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def problem(self, row: LinearPlan) -> str:
         """Why a linear cannot be stored like this, as the end of a sentence that begins with its name; "" if it can."""
+
+    def relative_damage(self, row: LinearPlan) -> float:
+        """The squared error of rounding to a row's grid, over that of MEASURED_BITS with a scale and a zero point.
+
+        Here by the square of the step's size.
+        """
+        return float(((2**MEASURED_BITS - 1) / (2**row.bits - 1)) ** 2)
 
     @abstractmethod
     def stored_bytes(self, row: LinearPlan) -> int:

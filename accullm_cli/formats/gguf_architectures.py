@@ -1,0 +1,368 @@
+"""What llama.cpp calls an architecture, and what it wants to know of one: names, metadata, and what tensors become.
+
+llama.cpp has a program for each architecture, which finds tensors by name and hyperparameters by key. Here stand those
+whose tensors are ours under other names, with rows in another order, with a constant added, or cut and stacked. What a
+key means is said by https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and what a file of llama.cpp's own
+convert_hf_to_gguf.py has under it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gguf import MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType, get_tensor_name_map
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from accullm_cli.errors import AccullmError
+
+_ARCHITECTURES = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+# Scaling of rotary positions that is stored as factors of the frequencies, under this name.
+ROPE_FACTORS = "rope_freqs.weight"
+# transformers' name of experts' gate and up projection in one parameter, and what GGUF's table calls the two.
+_FUSED = ("gate_up_proj", ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a GGUF file as rows of a parameter.
+
+    rows: the first row and the one behind the last, in a stack those of each expert; None for all.
+    heads: rows belong to so many heads, and those of each head come in pairs of its halves; 0 leaves them in order.
+    shift: added to each value.
+    """
+
+    name: str
+    rows: tuple[int, int] | None = None
+    heads: int = 0
+    shift: float = 0.0
+
+
+Parameters = Callable[[GGUFWriter, Any], None]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of llama.cpp's programs, for one model type of transformers.
+
+    name: that llama.cpp has for it.
+    in_pairs: it rotates neighbouring values of a head, where transformers rotates one of its halves with the other, so
+        that the rows of q and k come in another order.
+    norm_shift: added to the weights of norms, where transformers' norms multiply by one plus their weight.
+    parameters: writes what only this architecture has. obstacle: why a configuration is none that the program follows,
+        as the end of a sentence; "" where it is one.
+    """
+
+    name: str
+    in_pairs: bool = False
+    norm_shift: float = 0.0
+    parameters: Parameters = lambda writer, config: None
+    obstacle: Callable[[Any], str] = lambda config: ""
+
+    def pieces(self, config: PreTrainedConfig, parameter: str, out_features: int) -> tuple[Piece, ...]:
+        """What a parameter becomes.
+
+        Args:
+            parameter: its name in the module tree. out_features: its rows, in a stack those of an expert.
+
+        Raises:
+            AccullmError: llama.cpp has no name for it.
+        """
+        base, _, last = parameter.rpartition(".")
+        if last == _FUSED[0]:
+            half = out_features // 2
+            rows = ((0, half), (half, out_features))
+            return tuple(
+                Piece(self._name(f"{base}.{part}.weight", parameter), own)
+                for part, own in zip(_FUSED[1], rows, strict=True)
+            )
+        shift = self.norm_shift if parameter.endswith("norm.weight") else 0.0
+        heads = 0
+        if self.in_pairs and base.endswith(("q_proj", "k_proj")):
+            heads = config.num_key_value_heads if base.endswith("k_proj") else config.num_attention_heads
+        stacked = last not in ("weight", "bias")
+        return (Piece(self._name(f"{parameter}.weight" if stacked else parameter, parameter), None, heads, shift),)
+
+    def _name(self, wanted: str, parameter: str) -> str:
+        # Names do not depend on how many blocks there are.
+        blocks = 1 + max((int(part) for part in wanted.split(".") if part.isdecimal()), default=0)
+        found = get_tensor_name_map(_ARCHITECTURES[self.name], blocks).get_name(
+            wanted, try_suffixes=(".weight", ".bias")
+        )
+        if found is None:
+            raise AccullmError(f"llama.cpp's architecture {self.name} has no tensor for {parameter}")
+        return str(found)
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """The architecture of a model.
+
+    Raises:
+        AccullmError: none that can be written, or the configuration asks for what llama.cpp's program does not do.
+    """
+    found = ARCHITECTURES.get(config.model_type)
+    if found is None:
+        raise AccullmError(f"models of type {config.model_type} cannot be written for llama.cpp")
+    if obstacle := found.obstacle(config) or _rope_obstacle(config):
+        raise AccullmError(f"llama.cpp's architecture {found.name} {obstacle}")
+    return found
+
+
+# -- metadata ----------------------------------------------------------------------------------------------
+
+
+def write_parameters(writer: GGUFWriter, architecture: Architecture, config: Any) -> None:
+    """Write the hyperparameters that llama.cpp's program reads."""
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(_context_length(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    _write_rope(writer, config)
+    for name in ("rms_norm_eps", "norm_eps"):
+        if (epsilon := getattr(config, name, None)) is not None:
+            writer.add_layer_norm_rms_eps(epsilon)
+            break
+    for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
+        if (epsilon := getattr(config, name, None)) is not None:
+            writer.add_layer_norm_eps(epsilon)
+            break
+    if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
+    writer.add_rope_dimension_count(_rotated(config))
+    architecture.parameters(writer, config)
+
+
+def head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _rotated(config: Any) -> int:
+    """The values of a head that are rotated."""
+    share = rope_parameters(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    return int(head_size(config) * (1.0 if share is None else share))
+
+
+def _context_length(config: Any) -> int:
+    """Up to where llama.cpp does what the model does: an architecture without a sliding window has it in full."""
+    window = getattr(config, "sliding_window", None)
+    if window and config.model_type in _WITHOUT_WINDOWS and getattr(config, "use_sliding_window", True):
+        return int(min(window, config.max_position_embeddings))
+    return int(config.max_position_embeddings)
+
+
+def rope_parameters(config: Any) -> Mapping[str, Any]:
+    """Those of blocks with full attention."""
+    found = getattr(config, "rope_parameters", None) or {}
+    own: Mapping[str, Any] = found.get("full_attention", found)
+    return own
+
+
+def _rope_obstacle(config: Any) -> str:
+    rope = rope_parameters(config)
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "yarn", "llama3"):
+        return f"scales rotary positions otherwise than the model ({kind})"
+    if kind == "yarn":
+        own = rope.get("attention_factor"), rope.get("beta_slow")
+        usual = 0.1 * math.log(rope["factor"]) + 1.0, 1.0
+        if any(value is not None and not math.isclose(value, other) for value, other in zip(own, usual, strict=True)):
+            return "has an attention_factor and a beta_slow of its own for YaRN, and the model has others"
+    window = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
+    if window.get("rope_type", "default") != "default":
+        return f"does not scale rotary positions in its windows ({window['rope_type']})"
+    return ""
+
+
+def _write_rope(writer: GGUFWriter, config: Any) -> None:
+    rope = rope_parameters(config)
+    if (theta := rope.get("rope_theta")) is not None:
+        writer.add_rope_freq_base(theta)
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if (fast := rope.get("beta_fast")) is not None:
+            writer.add_rope_scaling_yarn_beta_fast(fast)
+
+
+def rope_factors(config: PreTrainedConfig) -> torch.Tensor | None:
+    """What the rotary frequencies are divided by, float32 [values rotated / 2]; None where they are as their base says.
+
+    Llama 3's scaling has no keys in a GGUF file, only its result.
+    """
+    rope = rope_parameters(config)
+    if rope.get("rope_type") != "llama3":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = rope["rope_theta"] ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
+    return plain / scaled
+
+
+# -- what single architectures have ------------------------------------------------------------------------
+
+
+def _gemma2(writer: GGUFWriter, config: Any) -> None:
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_sliding_window(config.sliding_window)
+
+
+def _gemma3(writer: GGUFWriter, config: Any) -> None:
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+
+
+def _scales_by(blocks: int) -> Callable[[Any], str]:
+    """Gemma's attention: llama.cpp scales by a head's size, with so many blocks by its share of the width."""
+
+    def obstacle(config: Any) -> str:
+        large = config.num_hidden_layers == blocks
+        expected = config.hidden_size / config.num_attention_heads if large else head_size(config)
+        if config.query_pre_attn_scalar != expected:
+            return f"scales attention by {expected:g}, and the model by {config.query_pre_attn_scalar:g}"
+        return ""
+
+    return obstacle
+
+
+def _gemma2_obstacle(config: Any) -> str:
+    pattern = ["sliding_attention", "full_attention"]
+    return _scales_by(46)(config) or _pattern_obstacle(config, pattern)
+
+
+def _gemma3_obstacle(config: Any) -> str:
+    if getattr(config, "attn_logit_softcapping", None):
+        return "has no soft-capped attention, and the model has"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "does not look ahead, and the model does"
+    return _scales_by(62)(config) or _pattern_obstacle(config, [*["sliding_attention"] * 5, "full_attention"])
+
+
+def _pattern_obstacle(config: Any, pattern: list[str]) -> str:
+    for number, kind in enumerate(config.layer_types):
+        if kind != pattern[number % len(pattern)]:
+            return f"has {pattern[number % len(pattern)]} in block {number}, and the model {kind}"
+    return ""
+
+
+def _granite(writer: GGUFWriter, config: Any) -> None:
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
+def _phi3(writer: GGUFWriter, config: Any) -> None:
+    writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    writer.add_sliding_window(config.sliding_window or 0)  # 0 tells Phi 4 from others
+
+
+def _qwen2_moe(writer: GGUFWriter, config: Any) -> None:
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def _qwen3_moe(writer: GGUFWriter, config: Any) -> None:
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+def _experts_obstacle(normalized: bool) -> Callable[[Any], str]:
+    def obstacle(config: Any) -> str:
+        if config.mlp_only_layers or config.decoder_sparse_step != 1:
+            return "has experts in every block, and the model has not"
+        if config.norm_topk_prob != normalized:
+            does = "makes the weights of a token's experts add up to one" if normalized else "leaves them as they are"
+            return f"{does}, and the model does otherwise (norm_topk_prob)"
+        return ""
+
+    return obstacle
+
+
+def _olmo(writer: GGUFWriter, config: Any) -> None:
+    writer.add_layer_norm_eps(1e-5)
+    if config.clip_qkv is not None:
+        writer.add_clamp_kqv(config.clip_qkv)
+
+
+def _olmoe_obstacle(config: Any) -> str:
+    if config.norm_topk_prob or config.clip_qkv:
+        return "neither normalizes the weights of a token's experts nor clips its values, and the model does"
+    if config.num_key_value_heads != config.num_attention_heads:
+        return "has as many heads of keys as of queries, and the model has fewer"
+    return ""
+
+
+def _nemotron(writer: GGUFWriter, config: Any) -> None:
+    writer.add_layer_norm_eps(config.norm_eps)
+
+
+def _windows(writer: GGUFWriter, config: Any) -> None:
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+
+
+def _stablelm(writer: GGUFWriter, config: Any) -> None:
+    writer.add_parallel_residual(config.use_parallel_residual)
+
+
+def _stablelm_obstacle(config: Any) -> str:
+    return "takes norms of queries and keys in one tensor" if config.qk_layernorm else ""
+
+
+def _cohere(writer: GGUFWriter, config: Any) -> None:
+    writer.add_logit_scale(config.logit_scale)
+    writer.add_rope_scaling_type(RopeScalingType.NONE)
+
+
+def _smollm3_obstacle(config: Any) -> str:
+    for number, rotates in enumerate(config.no_rope_layers):
+        if bool(rotates) != ((number + 1) % 4 != 0):
+            return "leaves out rotary positions in every fourth block, and the model does otherwise"
+    return ""
+
+
+# Those whose programs look at all tokens before one, also where transformers' class may have a window.
+_WITHOUT_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "smollm3")
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("llama", in_pairs=True),
+    "mistral": Architecture("llama", in_pairs=True),
+    "mixtral": Architecture("llama", in_pairs=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "qwen2_moe": Architecture("qwen2moe", parameters=_qwen2_moe, obstacle=_experts_obstacle(normalized=False)),
+    "qwen3_moe": Architecture("qwen3moe", parameters=_qwen3_moe, obstacle=_experts_obstacle(normalized=True)),
+    "gemma": Architecture("gemma", norm_shift=1.0),
+    "gemma2": Architecture("gemma2", norm_shift=1.0, parameters=_gemma2, obstacle=_gemma2_obstacle),
+    "gemma3_text": Architecture("gemma3", norm_shift=1.0, parameters=_gemma3, obstacle=_gemma3_obstacle),
+    "phi3": Architecture("phi3", parameters=_phi3),
+    "olmo": Architecture("olmo", in_pairs=True, parameters=_olmo),
+    "olmo2": Architecture("olmo2"),
+    "olmo3": Architecture("olmo2", parameters=_windows),
+    "olmoe": Architecture("olmoe", obstacle=_olmoe_obstacle),
+    "granite": Architecture("granite", in_pairs=True, parameters=_granite),
+    "starcoder2": Architecture("starcoder2"),
+    "stablelm": Architecture("stablelm", parameters=_stablelm, obstacle=_stablelm_obstacle),
+    "cohere": Architecture("command-r", parameters=_cohere),
+    "smollm3": Architecture("smollm3", in_pairs=True, obstacle=_smollm3_obstacle),
+    "seed_oss": Architecture("seed_oss"),
+    "arcee": Architecture("arcee", in_pairs=True),
+    "ernie4_5": Architecture("ernie4_5"),
+    "nemotron": Architecture("nemotron", norm_shift=1.0, parameters=_nemotron),
+}

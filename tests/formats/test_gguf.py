@@ -1,0 +1,301 @@
+"""GGUF: held against llama.cpp's own library, for every architecture that is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats import FORMATS, open_artifact
+from accullm_cli.formats.base import ModelShape, Parts
+from accullm_cli.formats.gguf import model_objections
+from accullm_cli.formats.gguf_architectures import ARCHITECTURES
+from accullm_cli.quant.plan import LinearPlan, Plan
+from tests.artifacts import empty
+from tests.llama_cpp import byte_tokenizer, llama_cpp
+
+TEXT = "Hello wörld, 12 tests\n  it's the best"
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 264,
+    "max_position_embeddings": 256,
+    "bos_token_id": 259,
+    "eos_token_id": 260,
+    "pad_token_id": 261,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+_LOCAL = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+# What a configuration needs beside the shape, to be one that llama.cpp runs and to show each number that it may lose.
+FIELDS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "head_dim": 24},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3": {"head_dim": 24},
+    "qwen2_moe": {**_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "head_dim": 16, "norm_topk_prob": True},
+    "gemma": {"head_dim": 24},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, **_LOCAL},
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 16,
+        "num_hidden_layers": 6,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "olmo": {"clip_qkv": 1.0},
+    "olmo3": _LOCAL,
+    "olmoe": {**_EXPERTS, "num_key_value_heads": 4},
+    "granite": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 3.0,
+    },
+    "cohere": {"logit_scale": 0.5},
+    "smollm3": {"num_hidden_layers": 4},
+    "seed_oss": {"head_dim": 16},
+}
+# GELU is a table of float16 in llama.cpp.
+WITH_GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2")
+
+
+def build(model_type: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
+    """A random model whose every parameter matters."""
+    torch.manual_seed(sum(map(ord, model_type)))
+    config = CONFIG_MAPPING[model_type](**{**_SHAPE, **FIELDS.get(model_type, {}), **fields})
+    config.dtype = dtype
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.tie_weights()
+    return model.to(dtype).eval()
+
+
+def parts_of(model: PreTrainedModel, run: Path, kept: tuple[str, ...] = ()) -> Parts:
+    """What quantize leaves of a model whose linears all stay as they are."""
+    run.mkdir(parents=True)
+    plans: dict[str, LinearPlan] = {}
+    kinds: dict[str, str] = {}
+    tied = set(model.all_tied_weights_keys)
+    tensors = {name: value.clone() for name, value in model.state_dict().items() if name not in tied}
+    blocks = []
+    for number in range(model.config.num_hidden_layers):
+        own = {name: value for name, value in tensors.items() if name.startswith(f"model.layers.{number}.")}
+        blocks.append(run / f"block-{number}.safetensors")
+        save_file(own, blocks[-1])
+        for name, value in own.items():
+            linears = (
+                {name.removesuffix(".weight"): value} if value.dim() == 2 and not name.endswith("gate.weight") else {}
+            )
+            if value.dim() == 3:
+                linears = {f"{name}.{expert}": weight for expert, weight in enumerate(value)}
+            for linear, weight in linears.items():
+                plans[linear] = LinearPlan(linear, *weight.shape, 16, -1, False, (), weight.itemsize)
+                kinds[linear] = "expert" if value.dim() == 3 else "linear"
+    byte_tokenizer().save_pretrained(run / "tokenizer")
+    config = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
+    companions = {file.name: file for file in (run / "tokenizer").iterdir()}
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    shape = ModelShape(model.config.model_type, model.dtype, kinds, {}, config, companions, shapes, kept)
+    outside = ((name, value) for name, value in tensors.items() if not name.startswith("model.layers."))
+    provenance = {"source": "owner/Tiny Model@abc", "source_sha256": "12ab", "config": {}, "records": []}
+    return Parts(config, companions, Plan(plans), shape, tuple(blocks), outside, provenance)
+
+
+def written(model: PreTrainedModel, tmp_path: Path) -> Path:
+    FORMATS["gguf"].write(empty(tmp_path / "artifact"), parts_of(model, tmp_path / "run"))
+    return tmp_path / "artifact"
+
+
+def logits_of(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    with llama_cpp().model(path, len(ids), exact=True) as loaded:
+        return torch.from_numpy(loaded.logits(ids.tolist()))
+
+
+def ids(count: int = 40) -> torch.Tensor:
+    """More tokens than a window of the models with windows."""
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(1))
+
+
+# -- llama.cpp ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_llama_cpp_computes_what_transformers_computes(model_type: str, tmp_path: Path) -> None:
+    model = build(model_type)
+    path = written(model, tmp_path) / "Tiny-Model.gguf"
+    with torch.no_grad():
+        expected = model(ids()[None]).logits[0]
+    difference = (logits_of(path, ids()) - expected).abs().max()
+    assert difference < (1e-2 if model_type in WITH_GELU else 2e-4)
+    assert expected.std() > 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_keep_the_dtype_of_the_source(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build("llama", dtype)
+    path = written(model, tmp_path) / "Tiny-Model.gguf"
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    assert kinds["blk.0.attn_q.weight"] == kinds["token_embd.weight"] == {torch.float16: "F16"}.get(dtype, "BF16")
+    assert kinds["blk.0.attn_q.bias"] == kinds["output_norm.weight"] == "F32"
+    with torch.no_grad():
+        expected = model.float()(ids()[None]).logits[0]
+    # llama.cpp rounds what it multiplies by such weights to their dtype.
+    assert (logits_of(path, ids()) - expected).abs().mean() < (0.003 if dtype == torch.float16 else 0.03)
+
+
+SCALED: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "rope_theta": 1e4,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4},
+    "yarn within other bounds": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 1e4,
+        "beta_fast": 16.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_rotary_positions_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    model = build("llama", head_dim=16, rope_parameters=SCALED[name])
+    path = written(model, tmp_path) / "Tiny-Model.gguf"
+    with torch.no_grad():
+        expected = model(ids()[None]).logits[0]
+    assert (logits_of(path, ids()) - expected).abs().max() < 2e-4
+
+
+def test_llama_cpp_cuts_text_into_the_same_tokens(tmp_path: Path) -> None:
+    path = written(build("llama"), tmp_path) / "Tiny-Model.gguf"
+    with llama_cpp().model(path) as loaded:
+        assert loaded.tokenize(TEXT) == byte_tokenizer()(TEXT).input_ids
+        assert loaded.tokenize("<s>test", special=True) == byte_tokenizer()("<s>test").input_ids
+        assert len(loaded.tokenize("<s>", special=False)) == 3
+
+
+# -- the file itself ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral"])
+def test_what_was_written_is_read_back(model_type: str, tmp_path: Path) -> None:
+    model = build(model_type, torch.bfloat16)
+    artifact = open_artifact(written(model, tmp_path))
+    weights = model.state_dict()
+    assert set(artifact.names()) == {name for name in weights if name not in model.all_tied_weights_keys}
+    for name in artifact.names():
+        # A norm of Gemma is stored with one added, in float32.
+        tolerance = 2.0**-24 if weights[name].dim() == 1 and model_type == "gemma3_text" else 0.0
+        difference = (artifact.tensor(name).double() - weights[name].double()).abs().max()
+        assert difference <= tolerance
+    assert not list(artifact.problems())
+
+
+def test_the_file_says_what_it_is_and_how_it_was_made(tmp_path: Path) -> None:
+    fields = GGUFReader(written(build("llama"), tmp_path) / "Tiny-Model.gguf").fields
+    read = {name: field.contents() for name, field in fields.items() if not name.startswith("tokenizer.ggml.t")}
+    expected = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": "owner/Tiny Model@abc",
+        "general.quantized_by": "AccuLLM",
+        "general.quantization_version": 2,
+        "general.file_type": 0,
+        "llama.block_count": 2,
+        "llama.context_length": 256,
+        "llama.attention.key_length": 24,
+        "llama.rope.dimension_count": 24,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.bos_token_id": 259,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.merges": ["t e", "s t", "te st"],
+        "accullm.source_sha256": "12ab",
+    }
+    assert {name: read[name] for name in expected} == expected
+
+
+# -- refusals ----------------------------------------------------------------------------------------------
+
+OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another model": ("gpt_neox", {}, "models of type gpt_neox cannot be written for llama.cpp"),
+    "rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "llama.cpp's architecture llama scales rotary positions otherwise than the model (dynamic)",
+    ),
+    "yarn": (
+        "llama",
+        {"rope_parameters": {**SCALED["yarn"], "attention_factor": 1.5}},
+        "llama.cpp's architecture llama has an attention_factor and a beta_slow of its own for YaRN, and the model has "
+        "others",
+    ),
+    "experts": (
+        "qwen2_moe",
+        {"norm_topk_prob": True},
+        "llama.cpp's architecture qwen2moe leaves them as they are, and the model does otherwise (norm_topk_prob)",
+    ),
+    "pattern": (
+        "gemma2",
+        {"layer_types": ["full_attention", "full_attention"]},
+        "llama.cpp's architecture gemma2 has sliding_attention in block 0, and the model full_attention",
+    ),
+    "head": (
+        "gemma2",
+        {"tie_word_embeddings": False},
+        "llama.cpp's architecture gemma2 has no tensor for lm_head.weight",
+    ),
+    "scale": (
+        "gemma2",
+        {"query_pre_attn_scalar": 144},
+        "llama.cpp's architecture gemma2 scales attention by 16, and the model by 144",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_a_model_that_llama_cpp_does_not_run_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    model_type, fields, message = OBSTACLES[name]
+    shape = parts_of_shape(build(model_type, **fields), tmp_path)
+    assert [objection.what for objection in model_objections(shape)] == [message]
+
+
+def parts_of_shape(model: PreTrainedModel, tmp_path: Path) -> ModelShape:
+    byte_tokenizer().save_pretrained(tmp_path)
+    tied = model.all_tied_weights_keys
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if name not in tied}
+    companions = {file.name: file for file in tmp_path.iterdir()}
+    return ModelShape(
+        model.config.model_type, torch.float32, {}, config=model.config.to_dict(), companions=companions,
+        parameters=shapes,
+    )  # fmt: skip
+
+
+def test_tensors_that_the_model_has_no_place_for_are_refused(tmp_path: Path) -> None:
+    parts = parts_of(build("llama"), tmp_path / "run", kept=("extra.weight",))
+    with pytest.raises(AccullmError, match=r"architecture llama has no tensor for extra\.weight"):
+        FORMATS["gguf"].write(empty(tmp_path / "artifact"), parts)
