@@ -112,7 +112,9 @@ def parts_of(model: PreTrainedModel, run: Path, kept: tuple[str, ...] = ()) -> P
     config = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
     companions = {file.name: file for file in (run / "tokenizer").iterdir()}
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    shape = ModelShape(model.config.model_type, model.dtype, kinds, {}, config, companions, shapes, kept)
+    shape = ModelShape(
+        model.config.model_type, model.dtype, kinds, config=config, companions=companions, parameters=shapes, kept=kept
+    )
     outside = ((name, value) for name, value in tensors.items() if not name.startswith("model.layers."))
     provenance = {"source": "owner/Tiny Model@abc", "source_sha256": "12ab", "config": {}, "records": []}
     return Parts(config, companions, Plan(plans), shape, tuple(blocks), outside, provenance)
