@@ -20,15 +20,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from accullm_cli.model.blocks import Decoder, batches
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.progress import Event
+from accullm_cli.quant.philox import uniform
 from accullm_cli.quant.token_weights import TokenWeights
 from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.keyed import is_made_for, write_keyed
+
+# Positions whose sums of probabilities are held at once: a vocabulary may have a quarter of a million tokens.
+_ROWS = 64
 
 
 def gradient_path(job: Job, index: int) -> Path:
@@ -118,17 +121,35 @@ def run_backward(job: Job, decoder: Decoder, stage: str, key: str, last: torch.T
 
 def _of_the_loss(decoder: Decoder, hidden: torch.Tensor, seed: int) -> torch.Tensor:
     """The gradient with respect to the last block's output."""
-    generator = torch.Generator().manual_seed(seed)
     decoder.load_outside()
     gradients = []
-    for window in hidden:
+    for number, window in enumerate(hidden):
         inputs = window[None].clone().requires_grad_()
-        logits = decoder.logits(inputs)[0].float()
-        drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator).squeeze(1)
-        loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
-        gradients.append(torch.autograd.grad(loss, inputs)[0])
+        logits = decoder.logits(inputs)
+        # Of the negative log-likelihood with respect to the logits: the probabilities, less 1 at the token.
+        of_logits = torch.softmax(logits[0].detach().float(), -1)
+        of_logits[torch.arange(len(of_logits)), draw_tokens(of_logits, seed, number)] -= 1
+        gradients.append(torch.autograd.grad(logits, inputs, of_logits[None].to(logits.dtype))[0])
     decoder.release_outside()
     return torch.cat(gradients)
+
+
+def draw_tokens(probabilities: torch.Tensor, seed: int, window: int) -> torch.Tensor:
+    """A token for each position by its probabilities, from random numbers that no device makes differently.
+
+    Args:
+        probabilities: float32 [T, V], of a window's positions.
+        window: its number.
+
+    Returns:
+        int64 [T].
+    """
+    numbers = uniform(seed, window, torch.arange(len(probabilities)), 1).double()
+    drawn = []
+    for rows, own in zip(probabilities.split(_ROWS), numbers.split(_ROWS), strict=True):
+        reached = rows.cumsum(-1, dtype=torch.float64)
+        drawn.append(torch.searchsorted(reached, own * reached[:, -1:], right=True).squeeze(1))
+    return torch.cat(drawn)
 
 
 def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

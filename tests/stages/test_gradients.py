@@ -14,6 +14,7 @@ from torch import nn
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.progress import Event
+from accullm_cli.quant.philox import uniform
 from accullm_cli.stages import gradients
 from accullm_cli.stages.job import Job
 from tests.stages.quantized import Call
@@ -45,11 +46,12 @@ def whole_backward(source: Path, ids: torch.Tensor, seed: int) -> tuple[list[tor
         )
     embedding = model.get_input_embeddings()
     embedding.register_forward_hook(lambda module, args, result: result.requires_grad_())
-    generator = torch.Generator().manual_seed(seed)
     logits = model(input_ids=ids).logits
-    drawn = torch.stack(
-        [torch.multinomial(torch.softmax(own.detach(), -1), 1, generator=generator).squeeze(1) for own in logits]
-    )
+    probabilities = torch.softmax(logits.detach().double(), -1).numpy()
+    drawn = torch.empty_like(ids)
+    for window, position in np.ndindex(*ids.shape):
+        number = float(uniform(seed, window, torch.arange(ids.shape[1]), 1)[position])
+        drawn[window, position] = int((np.cumsum(probabilities[window, position]) <= number).sum())
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum")
     found = torch.autograd.grad(loss, [*made, *outputs.values()])
     of_linears = zip(outputs, found[len(made) :], strict=True)
@@ -81,6 +83,22 @@ def test_what_goes_into_a_block_is_kept_in_bfloat16_unless_there_are_token_ids_i
         gradients.keep_input(job, Layout(features), 0, hidden)  # type: ignore[arg-type]
     stored = load_file(tmp_path / "out.run/calibrate/input-00000.safetensors")["hidden"]
     assert torch.equal(stored.float(), torch.tensor([[kept]]))
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.375, 0.125, 0.0]).expand(8000, 6)
+    drawn = gradients.draw_tokens(probabilities, 5, 2)
+    expected = 8000 * probabilities[0]
+    count = torch.bincount(drawn, minlength=6)
+    assert count[expected == 0].tolist() == [0, 0, 0]
+    # Five standard deviations of the largest.
+    assert (count - expected).abs().max() < 5 * 2000**0.5
+    assert torch.equal(drawn, gradients.draw_tokens(probabilities, 5, 2))
+    assert not torch.equal(drawn, gradients.draw_tokens(probabilities, 5, 3))
+    assert not torch.equal(drawn, gradients.draw_tokens(probabilities, 6, 2))
+    # Where the probabilities in float32 add up to less than 1, or to more.
+    assert int(gradients.draw_tokens(probabilities * 0.999, 5, 2).max()) == 4
+    assert torch.equal(drawn, gradients.draw_tokens(probabilities * 2, 5, 2))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
