@@ -47,8 +47,8 @@ def sensitivity_path(job: Job, index: int) -> Path:
 
 
 def load_gradient(job: Job, index: int) -> torch.Tensor | None:
-    """The gradient with respect to a block's output, bfloat16 [windows, tokens, hidden]; None if none was asked for."""
-    if not job.config.gradient_samples:
+    """The gradient with respect to a block's output, bfloat16 [windows, tokens, hidden]; None where none is wanted."""
+    if not job.config.carries_across_rows:
         return None
     return load_file(gradient_path(job, index))["gradient"]
 
@@ -175,6 +175,24 @@ def _of_the_input(job: Job, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
     hidden = load_file(_input_path(job, 0))["hidden"]
     energy = hidden[..., : gradient.shape[-1]].float().square().mean()
     return {"columns": gradient.float().square().flatten(0, -2).mean(0), "energy": energy}
+
+
+def draw_tokens(probabilities: torch.Tensor, seed: int, window: int) -> torch.Tensor:
+    """A token for each position by its probabilities, from random numbers that no device makes differently.
+
+    Args:
+        probabilities: float32 [T, V], of a window's positions.
+        window: its number.
+
+    Returns:
+        int64 [T].
+    """
+    numbers = uniform(seed, window, torch.arange(len(probabilities)), 1).double()
+    drawn = []
+    for rows, own in zip(probabilities.split(_ROWS), numbers.split(_ROWS), strict=True):
+        reached = rows.cumsum(-1, dtype=torch.float64)
+        drawn.append(torch.searchsorted(reached, own * reached[:, -1:], right=True).squeeze(1))
+    return torch.cat(drawn)
 
 
 def draw_tokens(probabilities: torch.Tensor, seed: int, window: int) -> torch.Tensor:
