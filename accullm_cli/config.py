@@ -230,9 +230,11 @@ class Validation(Section):
     windows: int = option(16, "Number of validation windows.", flag="--validation-windows", ge=2)
     other_text: str = option(
         "default",
-        "Text of another kind, on which the report gives the figures too: 'default' (C++, the headers that come with "
-        "torch), 'none', or a file. It takes half as many windows, and the contract is not judged on it.",
-        example="letters.txt",
+        "Text of other kinds, on each of which the report gives the figures too: 'default' (C++, the headers that come "
+        "with torch) or a file, and by commas 'chat' (through the model's template), 'tools' (calls as JSON), "
+        "'languages' (letters in ten), 'documents' (long ones); or 'none'. Each takes half as many windows, and the "
+        "contract is not judged on it.",
+        example="default,chat,tools",
     )
     speed: bool = option(
         False,

@@ -69,7 +69,8 @@ class Result:
 
     right: answers that the original gets right; lost, won: those that changed. kept: for each of them, in the order of
     the items, whether the artifact keeps it. tasks: by name, (right, lost, won).
-    retention: with its 95% interval. mean_kl: in nats, None for other tools, whose KL bench_peers.py measures.
+    retention, agreement (of whole answers), margin_change: with their 95% intervals. mean_kl: in nats, None for other
+    tools, whose KL bench_peers.py measures.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Result:
     lost: int
     won: int
     retention: tuple[float, float, float] | None
+    agreement: tuple[float, float, float] | None
     margin_change: tuple[float, float, float] | None
     mean_kl: float | None
     tasks: Mapping[str, tuple[int, int, int]]
@@ -173,6 +175,7 @@ def result_of(
         lost=counts["lost"],
         won=counts["won"],
         retention=bounds(figures.get("retention")),
+        agreement=bounds(figures.get("agreement")),
         margin_change=bounds(figures.get("margin_change")),
         mean_kl=mean_kl,
         tasks=rows,
@@ -286,14 +289,14 @@ def render(results: Sequence[Result], options: argparse.Namespace) -> str:
 
 
 def whole_table(results: Sequence[Result]) -> Iterator[str]:
-    yield "| method | bits/weight | mean KL | retention | lost | won | change of the margin |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield "| method | bits/weight | mean KL | retention | lost | won | change of the margin | whole answers alike |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for result in results:
         kl = "" if result.mean_kl is None else f"{result.mean_kl:.4f}"
         retention = interval(result.retention, ".2%") or f"too few ({result.right} right)"
         yield (
             f"| {result.label} | {result.bits_per_weight:.3f} | {kl} | {retention} | {result.lost} of {result.right} | "
-            f"{result.won} | {interval(result.margin_change, '.3f')} |"
+            f"{result.won} | {interval(result.margin_change, '.3f')} | {interval(result.agreement, '.1%')} |"
         )
 
 

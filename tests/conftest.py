@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
+from matplotlib.figure import Figure
 
 from accullm_cli.model import packaged_text
 from accullm_cli.report import plots
@@ -31,6 +32,17 @@ def _figures_are_not_drawn() -> Iterator[None]:
 
 
 @pytest.fixture
+def filled_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that see whether figures can be drawn: all but writing them as SVG, which is matplotlib's affair."""
+
+    def fill(height: float, draw: Callable[[Figure], None]) -> str:
+        draw(Figure(figsize=(plots.WIDTH, height)))
+        return "<svg></svg>"
+
+    monkeypatch.setattr(plots, "_rendered", fill)
+
+
+@pytest.fixture
 def drawn_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that look at figures, or that see whether they can be drawn."""
+    """For tests that look at figures."""
     monkeypatch.setattr(plots, "_rendered", RENDERED)

@@ -429,7 +429,7 @@ def test_speed_has_lines_of_its_own() -> None:
 
 def test_the_other_text_has_lines_of_its_own() -> None:
     other = replace(FIDELITY, text="C++ headers", tokens=77)
-    text = " ".join(report_text(measuring(a_report(), divergence_found_elsewhere(other))).split())
+    text = " ".join(report_text(measuring(a_report(), divergence_found_elsewhere("other text", other))).split())
     assert "mean KL, other text 0.06640 [0.05000 to 0.08300] nats top-1, other text" in text
     assert "the other text 77 tokens: C++ headers require" in text
     assert "other text" not in report_text(a_report())

@@ -18,7 +18,6 @@ from accullm_cli.measure.measurement import (
 from accullm_cli.measure.result import Fidelity, Speed
 
 DIVERGENCE = "kl"
-DIVERGENCE_ON_OTHER_TEXT = "other text"
 DIVERGENCE_WITHOUT_ADAPTER = "without adapter"
 SPEED = "speed"
 # Below this, 95% intervals hold the truth less often than they say (docs/measures.md).
@@ -50,17 +49,22 @@ def divergence_found(found: Fidelity) -> Measurement:
     )
 
 
-def divergence_found_elsewhere(found: Fidelity) -> Measurement:
-    """On text of another kind: of its figures the console shows two, and no condition names any."""
-    labels = {"mean_kl": "mean KL, other text", "top1_agreement": "top-1, other text"}
+def divergence_found_elsewhere(name: str, found: Fidelity) -> Measurement:
+    """On text of another kind, named "other text" or "other text, chat".
+
+    Of its figures the console shows two, and no condition names any.
+    """
+    kind = name.partition(", ")[2]
+    labels = {"mean_kl": f"mean KL, {kind or name}", "top1_agreement": f"top-1, {kind or name}"}
+    of_kind = f": {kind}" if kind else ""
     return Measurement(
-        measure=DIVERGENCE_ON_OTHER_TEXT,
-        heading="Fidelity on text of another kind",
-        about=_about(found, "text of another kind"),
+        measure=name,
+        heading=f"Fidelity on text of another kind{of_kind}",
+        about=_about(found, f"text of another kind{of_kind}"),
         figures=_figures(found, labels, aside=False),
         judged=False,
         counts=_counts(found),
-        facts=(("the other text", f"{found.tokens} tokens: {found.text}"),),
+        facts=((f"the {name}", f"{found.tokens} tokens: {found.text}"),),
         note=_note(found),
         samples=(_samples(found),),
     )

@@ -19,6 +19,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.model import packaged_text
 from accullm_cli.model.generated_text import generated_document
 from accullm_cli.model.json_lines import JsonLines, parse_json_lines
+from accullm_cli.model.other_text import KINDS, documents_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,17 +127,40 @@ def search_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, 
     return _wrap((found, origin), windows)
 
 
+def other_sources(text: str) -> tuple[str, ...]:
+    """What `--other-text` asks for, in its order; nothing for "none".
+
+    Raises:
+        AccullmError: one comes twice, or there is more than one that is no named kind.
+    """
+    names = [] if text.strip() == "none" else [name for part in text.split(",") if (name := part.strip())]
+    where = "--other-text"
+    if repeated := next((name for place, name in enumerate(names) if name in names[:place]), ""):
+        raise AccullmError(f"{repeated} is given twice", where, "give it once")
+    unnamed = [name for name in names if name not in KINDS]
+    if len(unnamed) > 1:
+        kinds = ", ".join(KINDS)
+        raise AccullmError(f"{unnamed[0]} and {unnamed[1]} are two texts", where, f"give one, beside {kinds}")
+    return tuple(names)
+
+
 def other_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, seed: int) -> Windows:
     """Windows of a text of another kind than calibration's; "default" is C++, the headers that come with torch.
 
+    Args:
+        text: "default", one of `other_text.KINDS`, or a UTF-8 file.
+
     Raises:
-        AccullmError: no such file, not UTF-8, or fewer than two windows.
+        AccullmError: no such file, not UTF-8, fewer than two windows, or turns that do not fit the chat template.
     """
     cutter = _Cutter(tokenizer, seq_len)
     rng = random.Random(f"other {seed}")
     if text == "default":
         pieces = packaged_text.pieces(packaged_text.headers(), cutter.piece, rng)
         found = cutter.cut(pieces, windows), f"C++ headers of torch {importlib.metadata.version('torch')}"
+    elif text in KINDS:
+        turns = ", as plain turns" if text in ("chat", "tools") and tokenizer.chat_template is None else ""
+        found = cutter.cut(documents_of(text, tokenizer, seed), windows), f"generated text: {text}{turns}"
     else:
         found = next(_from_file(cutter, text, windows, rng))
     if len(found[0]) < 2:
@@ -170,7 +194,7 @@ def check_text(text: str) -> None:
     Raises:
         AccullmError: no such file, not UTF-8, JSON other than the JSON Lines that are understood.
     """
-    if text not in ("default", "self", "none") and not text.startswith("hub:"):
+    if text not in ("default", "self", *KINDS) and not text.startswith("hub:"):
         path = Path(text).expanduser()
         parse_json_lines(_read_file(path), path)
 

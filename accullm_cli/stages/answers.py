@@ -82,7 +82,7 @@ def _questions(job: Job, purpose: Purpose, prompter: Prompter) -> list[Question]
         parse_tasks(options.tasks), options.task_items, job.config.machine.seed, purpose.name, job.config.search.golden
     )
     questions = [prompter.question(item) for item in items]
-    positions = _positions(job)
+    positions = job.positions
     for question in questions:
         if positions is not None and question.tokens > positions:
             raise AccullmError(
@@ -95,13 +95,6 @@ def _questions(job: Job, purpose: Purpose, prompter: Prompter) -> list[Question]
     )
     check_ids(ids[None], job.tokenizer, job.source.directory)
     return questions
-
-
-def _positions(job: Job) -> int | None:
-    """How many the model has; None where nothing says so."""
-    text = job.source.config.get("text_config", job.source.config)
-    found: int | None = text.get("max_position_embeddings", text.get("n_positions"))
-    return found
 
 
 def check_items(job: Job) -> None:
@@ -326,7 +319,7 @@ def _means_the_same(prompter: Prompter, question: Question, said: Sequence[int])
 
 def _limits(job: Job, questions: Mapping[int, Question]) -> dict[int, int]:
     """How many tokens a model may say: one more than a right answer takes, in other words twice as many."""
-    positions = _positions(job)
+    positions = job.positions
     limits = {}
     for number, question in questions.items():
         limit = (2 if _may_be_in_other_words(question) else 1) * max(map(len, question.rows)) + 1

@@ -7,7 +7,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.measure.contract import check_needed, parse_requirement, search_demands
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.model.text import check_text
+from accullm_cli.model.text import check_text, other_sources
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages.answers import check_items
 from accullm_cli.stages.calibrate import CALIBRATE
@@ -44,7 +44,7 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
         if not config.gradient_samples:
             what = "a plan needs gradients, which tell how much each linear matters"
             raise AccullmError(what, flag, "leave out --gradient-samples, or give more than 0")
-    for text in (config.calibration.text, config.validation.text, config.validation.other_text):
+    for text in (config.calibration.text, config.validation.text, *other_sources(config.validation.other_text)):
         check_text(text)
     run.check()
     stages = run.stages().keys() - {READING.name}  # with which both begin
@@ -97,8 +97,7 @@ def refuse_golden(config: Config, stage: str) -> None:
 
 def check_positions(job: Job) -> None:
     """Refuse windows that are longer than what the model was made to read."""
-    text = job.source.config.get("text_config", job.source.config)
-    positions = text.get("max_position_embeddings", text.get("n_positions"))
+    positions = job.positions
     if positions is not None and job.config.calibration.seq_len > positions:
         raise AccullmError(
             f"{job.config.calibration.seq_len} is more than the model's {positions} positions",

@@ -18,7 +18,7 @@ from accullm_cli.stages.calibrate import measured_windows
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.model_shape import source_dtype
 from accullm_cli.stages.precision import products
-from accullm_cli.stages.texts import other_window_count, texts_of, windows_of
+from accullm_cli.stages.texts import SEARCH, shape_of, texts_of, windows_of
 
 FLOAT = 4
 # Passes through the blocks in quantize. The original's stream goes through each once. The rounded one comes up to each
@@ -92,7 +92,8 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     stored += sum(job.source.tensors[name].end - job.source.tensors[name].begin for name in job.source.kept)
     widest = max(linear.in_features for linear in plan.linears.values())
     vocabulary, hidden = decoder.model.get_input_embeddings().weight.shape
-    logits = LOGITS_HELD * calibration.seq_len * vocabulary
+    longest = max(shape_of(job, text)[1] for text in texts_of(job))
+    logits = LOGITS_HELD * longest * vocabulary
     if plan.embeddings:  # beside its own head, the artifact has that of the original
         logits += vocabulary * hidden
     # Two of the calibration text in quantize; or in calibrate its measured part, and two of each other text.
@@ -102,12 +103,11 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     # copy and the Hessian that is being factored (three [K, K]; while Gram matrices grow, two and a few activations).
     block = max(in_blocks)
     largest = max(outside + 1.5 * block, outside + logits, 1.5 * block + 3 * widest**2 + _fisher_elements(job, decoder))
-    longest = 0
     operations = _operations(job, decoder, plan, vocabulary * hidden)
     if wants_tasks(job):
         asked = _Asked.of(job)
-        longest = asked.longest
-        streams = max(streams, hidden * max(PORTION, longest))
+        longest = max(longest, asked.longest)
+        streams = max(streams, hidden * max(PORTION, asked.longest))
         if asked.written and _may_write(decoder):
             largest = max(largest, all_weights)
         operations += asked.operations(job, decoder, linear_weights, hidden, vocabulary)
@@ -136,7 +136,8 @@ def _operations(job: Job, decoder: Decoder, plan: Plan, head_weights: int) -> fl
     """Multiplications and additions of all stages."""
     calibration, rounding = job.config.calibration, job.config.rounding
     tokens = calibration.samples * calibration.seq_len
-    held_out = (job.config.validation.windows + other_window_count(job)) * calibration.seq_len
+    shapes = (shape_of(job, text) for text in texts_of(job) if text is not SEARCH)
+    held_out = sum(windows * length for windows, length in shapes)
     weights = sum(linear.weights for linear in plan.linears.values())
     with_gradient = job.config.gradient_samples * calibration.seq_len
     measured = measured_windows(job, decoder) * calibration.seq_len

@@ -195,24 +195,6 @@ def draw_tokens(probabilities: torch.Tensor, seed: int, window: int) -> torch.Te
     return torch.cat(drawn)
 
 
-def draw_tokens(probabilities: torch.Tensor, seed: int, window: int) -> torch.Tensor:
-    """A token for each position by its probabilities, from random numbers that no device makes differently.
-
-    Args:
-        probabilities: float32 [T, V], of a window's positions.
-        window: its number.
-
-    Returns:
-        int64 [T].
-    """
-    numbers = uniform(seed, window, torch.arange(len(probabilities)), 1).double()
-    drawn = []
-    for rows, own in zip(probabilities.split(_ROWS), numbers.split(_ROWS), strict=True):
-        reached = rows.cumsum(-1, dtype=torch.float64)
-        drawn.append(torch.searchsorted(reached, own * reached[:, -1:], right=True).squeeze(1))
-    return torch.cat(drawn)
-
-
 def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """From the gradient with respect to a block's output the one with respect to its input, and sensitivities."""
     hidden = load_file(_input_path(job, index))["hidden"]

@@ -73,6 +73,13 @@ class Job:
         return load_tokenizer(self.source.directory)
 
     @property
+    def positions(self) -> int | None:
+        """How many the model has; None where its configuration does not say."""
+        text = self.source.config.get("text_config", self.source.config)
+        found: int | None = text.get("max_position_embeddings", text.get("n_positions"))
+        return found
+
+    @property
     def device(self) -> torch.device:
         """Where weights are rounded and artifacts run."""
         return device_of(self.config)

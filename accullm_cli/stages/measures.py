@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from accullm_cli.measure.fidelity import (
     DIVERGENCE,
-    DIVERGENCE_ON_OTHER_TEXT,
     DIVERGENCE_WITHOUT_ADAPTER,
     SPEED,
     divergence_found,
@@ -40,7 +40,7 @@ from accullm_cli.stages.job import Job
 from accullm_cli.stages.reference import reference
 from accullm_cli.stages.speed import load_speed, speed
 from accullm_cli.stages.stage import Stage
-from accullm_cli.stages.texts import OTHER, SEARCH, VALIDATION, Text, texts_of
+from accullm_cli.stages.texts import FURTHER, OTHER, SEARCH, VALIDATION, Text, texts_of
 from accullm_cli.stages.validate import load_fidelity, validation
 
 
@@ -91,6 +91,12 @@ def _on_text(
     )
 
 
+def _on_other_text(text: Text) -> Measure:
+    """The same on text of another kind, if that is asked for."""
+    name = f"other text, {text.kind}" if text.kind else "other text"
+    return _on_text(name, text, partial(divergence_found_elsewhere, name), lambda job: text in texts_of(job))
+
+
 def _on_tasks(purpose: Purpose) -> Measure:
     """How many of the original's right answers are kept."""
     return Measure(
@@ -104,7 +110,7 @@ def _on_tasks(purpose: Purpose) -> Measure:
 
 MEASURES: tuple[Measure, ...] = (
     _on_text(DIVERGENCE, VALIDATION, divergence_found),
-    _on_text(DIVERGENCE_ON_OTHER_TEXT, OTHER, divergence_found_elsewhere, lambda job: OTHER in texts_of(job)),
+    *map(_on_other_text, (OTHER, *FURTHER)),
     _on_text(
         DIVERGENCE_WITHOUT_ADAPTER,
         VALIDATION,

@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from accullm_cli.model.text import Windows, calibration_windows, other_windows, search_windows, validation_windows
+from accullm_cli.model.other_text import KINDS
+from accullm_cli.model.text import (
+    Windows,
+    calibration_windows,
+    other_sources,
+    other_windows,
+    search_windows,
+    validation_windows,
+)
 from accullm_cli.model.tokenizer import check_ids
 from accullm_cli.run import key_of
 from accullm_cli.stages.job import Job, machine_inputs, section_inputs
@@ -32,6 +40,7 @@ class Text:
     place: what the names of its files in the run directory begin with.
     reference: the stage that runs the original over it.
     measuring: the stage that runs an artifact over it, with {} for the artifact's format.
+    kind: of text of another kind, one of those that have names.
     """
 
     name: str
@@ -39,24 +48,41 @@ class Text:
     reference: str
     measuring: str
     cut: Callable[..., Windows]
+    kind: str = ""
 
 
-# What the contract is judged on, what a search over plans is measured on, and text of another kind.
+# What the contract is judged on, what a search over plans is measured on, and C++ or a file as text of another kind.
 VALIDATION = Text("validation", "", "reference", "validate {}", validation_windows)
 SEARCH = Text("search", "search/", "search reference", "measure {}", search_windows)
 OTHER = Text("other", "other/", "other reference", "validate {} on other text", other_windows)
+# Text of further kinds.
+FURTHER = tuple(
+    Text(f"other {kind}", f"other/{kind}/", f"{kind} reference", f"validate {{}} on {kind}", other_windows, kind)
+    for kind in KINDS
+)
+# A long document fills windows this many times as long as others, of which there are fewer for that.
+LONG = 4
 
 
 def texts_of(job: Job) -> tuple[Text, ...]:
     """The texts that the configuration asks to be measured on."""
-    wanted = {VALIDATION: True, SEARCH: job.config.search.golden, OTHER: other_window_count(job) > 0}
-    return tuple(text for text in wanted if wanted[text])
+    return (VALIDATION, *((SEARCH,) if job.config.search.golden else ()), *_others(job))
 
 
-def other_window_count(job: Job) -> int:
-    """Windows of the text of another kind; 0 where there is to be none."""
-    validation = job.config.validation
-    return 0 if validation.other_text == "none" else max(2, validation.windows // 2)
+def _others(job: Job) -> dict[Text, str]:
+    """The texts of other kinds, and where each comes from."""
+    of_kind = {text.kind: text for text in FURTHER}
+    return {of_kind.get(source, OTHER): source for source in other_sources(job.config.validation.other_text)}
+
+
+def shape_of(job: Job, text: Text) -> tuple[int, int]:
+    """How many windows a text is to have, and of how many tokens: of other kinds half as many as of the contract's."""
+    windows, seq_len = job.config.validation.windows, job.config.calibration.seq_len
+    if text in (VALIDATION, SEARCH):
+        return windows, seq_len
+    if text.kind != "documents":
+        return max(2, windows // 2), seq_len
+    return max(2, windows // 2 // LONG), min(LONG * seq_len, job.positions or LONG * seq_len)
 
 
 def windows_of(job: Job, text: Text) -> Windows:
@@ -66,12 +92,8 @@ def windows_of(job: Job, text: Text) -> Windows:
         AccullmError: the text cannot be had, or is too short.
     """
     if text.name not in job.windows:
-        validation = job.config.validation
-        source, count = validation.text, validation.windows
-        if text is OTHER:
-            source, count = validation.other_text, other_window_count(job)
-        seq_len, seed = job.config.calibration.seq_len, job.config.machine.seed
-        windows = text.cut(source, job.tokenizer, count, seq_len, seed)
+        source = _others(job).get(text, job.config.validation.text)
+        windows = text.cut(source, job.tokenizer, *shape_of(job, text), job.config.machine.seed)
         check_ids(windows.ids, job.tokenizer, job.source.directory)
         job.windows[text.name] = windows
     return job.windows[text.name]

@@ -31,7 +31,7 @@ def make(rng: random.Random, kind: str, level: str) -> Item:
         first, second = (_number(rng, size) for size in _FACTORS[level])
         return _sum(kind, level, f"{first} * {second}", first * second)
     if kind == "sum":
-        terms = [_number(rng, digits - 1 if level != "easy" else 1) for _ in range(count)]
+        terms = [_number(rng, digits - 1) for _ in range(count)]
         return _sum(kind, level, " + ".join(map(str, terms)), sum(terms))
     if kind == "compare":
         while a == b:

@@ -34,7 +34,8 @@ def make(rng: random.Random, kind: str, level: str) -> Item:
         what = f"Delete the line with the number {lines[place].rpartition(' ')[2]} and change nothing else"
         del edited[place]
     question = f"{fenced(chr(10).join(lines), 'python')}\n{what}. Answer with the code only."
-    return Item(NAME, level, kind, question, fenced("\n".join(edited), "python"))
+    code = "\n".join(edited)
+    return Item(NAME, level, kind, question, fenced(code, "python"), (code, fenced(code, "")))
 
 
 def _function(rng: random.Random, names: list[str], count: int) -> list[str]:

@@ -28,7 +28,7 @@ def own_items(task: str, path: Path) -> list[Item]:
         AccullmError: it cannot be read, or a line is not what it should be; the line is named.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other line ends may stand in a JSON string
     except (OSError, UnicodeDecodeError) as error:
         raise AccullmError(f"cannot be read ({error})", path, "give a file of JSON Lines in UTF-8") from None
     items = [_item(task, path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -30,7 +30,7 @@ def mean_kl(original: torch.Tensor, other: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.usefixtures("drawn_figures")
+@pytest.mark.usefixtures("filled_figures")
 @pytest.mark.parametrize("name", [*CONFIGS, *KINDS])
 def test_report_says_what_transformers_measures(name: str, tmp_path: Path) -> None:
     source = tmp_path / "model"
@@ -71,6 +71,7 @@ def test_feedback_loses_less_than_nearest(name: str, tmp_path: Path) -> None:
     assert kl["feedback"] < 0.9 * kl["nearest"]
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_eight_bits_lose_hardly_anything(tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
     four = convert(tiny_config(source, tmp_path / "four", plan__bits=4)).figure("mean_kl").value

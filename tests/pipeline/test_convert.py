@@ -316,6 +316,20 @@ def test_other_figures_are_those_of_that_text_alone(llama: Path, tmp_path: Path)
     assert one.figure("mean_kl", "other text").value == pytest.approx(float(kl), rel=1e-3)
 
 
+def test_each_further_kind_of_text_has_its_figures_and_a_stage_of_its_own(llama: Path, tmp_path: Path) -> None:
+    config = fast_config(llama, tmp_path / "out", validation__other_text="languages,documents", validation__windows=4)
+    report = convert(config)
+    counts = {found.measure: dict(found.counts) for found in report.measurements}
+    seq_len = config.calibration.seq_len
+    assert counts["other text, languages"] == {"windows": 2, "tokens": 2 * seq_len}
+    assert counts["other text, documents"] == {"windows": 2, "tokens": 2 * 4 * seq_len}
+    more = convert(
+        fast_config(llama, tmp_path / "out", validation__other_text="tools,languages", validation__windows=4)
+    )
+    assert [stage.name for stage in more.stages if stage.ran] == ["tools reference", "validate accullm on tools"]
+    assert [found.measure for found in more.measurements] == ["kl", "other text, tools", "other text, languages"]
+
+
 def test_a_dry_run_knows_of_the_other_text(llama: Path, tmp_path: Path) -> None:
     letters = write_text(tmp_path / "letters.txt", 7)
     config = fast_config(llama, tmp_path / "out", validation__other_text=letters)

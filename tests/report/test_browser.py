@@ -66,7 +66,7 @@ def write_full_report(path: Path) -> None:
     )
     held = [replace(entry, agrees=entry.question.prompt[1] != 3) for entry in SQL]
     found = retention_found([*held, *CODE], text_of, 0)
-    more = (divergence_found_elsewhere(FIDELITY), found, speed_found(SPEED))
+    more = (divergence_found_elsewhere("other text", FIDELITY), found, speed_found(SPEED))
     path.write_text(render(replace(report, linears=linears, measurements=(*report.measurements, *more))), "utf-8")
 
 

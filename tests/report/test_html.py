@@ -235,7 +235,7 @@ def test_speed_stands_beside_the_originals_with_its_engines():
 
 def test_the_figures_on_other_text_stand_below_the_contracts():
     other = replace(FIDELITY, text="C++ headers", windows=2)
-    text = words(measuring(a_report(), divergence_found(FIDELITY), divergence_found_elsewhere(other)))
+    text = words(measuring(a_report(), divergence_found(FIDELITY), divergence_found_elsewhere("other text", other)))
     assert text.index("Fidelity Figure") < text.index("Fidelity on text of another kind")
     assert "Text: C++ headers" in text
     assert "another kind" not in words(a_report())

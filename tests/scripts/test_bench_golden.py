@@ -25,7 +25,8 @@ def options(tmp_path: Path, *arguments: str) -> Any:
 def result(name: str, bits: float, **settings: Any) -> Any:
     told = {
         "label": f"way {name}", "right": 20, "lost": 2, "won": 1, "retention": (0.9, 0.8, 0.95),
-        "margin_change": (-0.5, -0.6, -0.4), "mean_kl": 0.03, "tasks": {"sql": (12, 2, 0), "code": (8, 0, 1)},
+        "agreement": (0.8, 0.7, 0.9), "margin_change": (-0.5, -0.6, -0.4), "mean_kl": 0.03,
+        "tasks": {"sql": (12, 2, 0), "code": (8, 0, 1)},
         "kept": (1.0,), "command": ("accullm", "convert"),
     }  # fmt: skip
     return script.Result(name=name, bits_per_weight=bits, **{**told, **settings})
@@ -57,7 +58,7 @@ def test_tables_are_ordered_by_bits_and_a_row_is_replaced_by_its_name(tmp_path: 
     given = options(tmp_path, "--model", "some/model")
     script.write(given, results)
     text = (tmp_path / "golden.md").read_text()
-    assert "| way a | 4.000 | 0.0300 | 90.00% [80.00%, 95.00%] | 3 of 20 | 1 | -0.500 [-0.600, -0.400] |" in text
+    assert "| way a | 4.000 | 0.0300 | 90.00% [80.00%, 95.00%] | 3 of 20 | 1 | -0.500 [-0.600, -0.400] | 80.0%" in text
     assert "| lost + won | sql (12 right) | code (8 right) |" in text
     assert "| way b | 2 + 0 | 0 + 1 |" in text
     assert script.read(given) == results

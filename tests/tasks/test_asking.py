@@ -59,6 +59,12 @@ def own(tmp_path: Path, *rows: object) -> Path:
     return path
 
 
+def test_a_users_file_may_begin_with_a_byte_order_mark_and_hold_other_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a\u2028b\x85c", "answer": "d"}\r\n{"prompt": "e", "answer": "f"}\r\n'.encode())
+    assert [item.question for item in own_items("mine", path)] == ["a\u2028b\x85c", "e"]
+
+
 def test_a_users_own_items(tmp_path: Path) -> None:
     path = own(
         tmp_path,

@@ -138,6 +138,12 @@ def test_answers_follow_from_the_question(family: str) -> None:
         assert SOLVERS[family](item) == item.answer, item.question
 
 
+def test_code_is_right_without_fences_and_in_fences_that_name_no_language() -> None:
+    for item in items("code"):
+        code = item.answer.removeprefix("```python\n").removesuffix("\n```")
+        assert item.also == (code, f"```\n{code}\n```")
+
+
 def test_arithmetic_has_the_digits_that_it_promises() -> None:
     for level, digits in (("easy", 2), ("medium", 3), ("hard", 5)):
         for item in items("arithmetic", (level,)):
