@@ -70,9 +70,11 @@ def plain_model(
         # The readers of GGUF files and of other formats draw bars of their own, whatever the settings.
         with redirect_stderr(StringIO()):
             model, report = model_class(config).from_pretrained(place, **options)
-        if dtype != torch.float32:  # `model.float()` is refused for what comes from a GGUF file
+        if dtype != torch.float32 or not own_experts:
+            # `model.float()` is refused for what comes from a GGUF file; some readers leave experts in another dtype.
             for parameter in model.parameters():
-                parameter.data = parameter.data.float()
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.float()
         try:
             yield PlainModel(model.eval().requires_grad_(False), _misfits(report))
         finally:
