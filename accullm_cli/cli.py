@@ -210,8 +210,11 @@ def _stage(name: str) -> Callable[[Call], Outcome]:
 
 
 def _validate(call: Call) -> Outcome:
+    from accullm_cli.formats import artifact_format
+
     artifact = Path(call.model or "")
-    if call.model is None or not (artifact / "accullm.json").is_file():
+    # Other tools' artifacts have no manifest, but a format of ours.
+    if call.model is None or not artifact.is_dir() or artifact_format(artifact) is None:
         if call.original is not None:
             raise AccullmError(
                 "is not an artifact", call.model or "MODEL", "--original goes with an artifact's directory"

@@ -16,7 +16,7 @@ import yaml
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
-from accullm_cli.formats.manifest import read_manifest, record_fidelity
+from accullm_cli.formats.manifest import own_files, record_fidelity
 from accullm_cli.measure.contract import judge, parse_requirement
 from accullm_cli.measure.measurement import Figure, exactly, judged_figures
 from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, Report, Trial
@@ -155,33 +155,35 @@ def run_stage(name: str, config: Config, progress: Progress = silent, fresh: boo
 
 
 def validate_artifact(artifact: Path, config: Config, progress: Progress = silent, fresh: bool = False) -> Report:
-    """Measure a finished artifact, wherever it was made, against its original.
+    """Measure a finished artifact, wherever and by whatever tool it was made, against its original.
 
     Args:
         artifact: its directory.
         config: `config.model` names the original, or is `artifact` itself: then the original is the one that its
-            manifest names. `config.validation` and `config.calibration.seq_len` count.
-            Working files go to `config.machine.run`, by default the artifact's directory with .validation behind.
+            manifest names. An artifact of another tool has none, and that it was made from this model is not known.
+            `config.validation` and `config.calibration.seq_len` count. Working files go to `config.machine.run`, by
+            default the artifact's directory with .validation behind.
 
     Raises:
         AccullmError: it is not an artifact, or it was made from another model than the original.
     """
-    manifest = read_manifest(artifact)
-    check_format(config, manifest.format)
+    opened = open_artifact(artifact)
+    provenance = opened.manifest.provenance if opened.manifest is not None else {}
+    check_format(config, opened.format)
     run = config.machine.run or artifact.with_name(f"{artifact.resolve().name}.validation")
     if Path(config.model).resolve() == artifact.resolve():
-        config = config.model_copy(update={"model": named_original(artifact, manifest.provenance)})
+        config = config.model_copy(update={"model": named_original(artifact, provenance)})
     with _open_job(config, progress, fresh, run=run, converts=False) as job:
         # The name alone proves nothing: the content must be the one it was made from.
-        made_from = manifest.provenance.get("source_sha256")
-        if made_from != job.source.sha256:
+        made_from = provenance.get("source_sha256")
+        if opened.manifest is not None and made_from != job.source.sha256:
             raise AccullmError(
                 f"was made from another model than {job.source.origin}", artifact, "name its original with --original"
             )
         check_texts(job, calibrates=False)
         check_items(job)
-        outcomes = list(walk(job, [READING, *measurements(job, {manifest.format: artifact})]))
-        return _written(job, (_finish_report(job, manifest.format, artifact, outcomes),))[0]
+        outcomes = list(walk(job, [READING, *measurements(job, {opened.format: artifact})]))
+        return _written(job, (_finish_report(job, opened.format, artifact, outcomes),))[0]
 
 
 def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, only: str | None = None) -> DryRun:
@@ -325,9 +327,8 @@ def _finish_report(
     destination = destination or report_path(job, format_name)
     artifact = open_artifact(directory)
     found = what_was_found(job, format_name)
-    manifest = read_manifest(directory)
     bits_per_weight = artifact.bits_per_weight
-    size = sum(entry.bytes for entry in manifest.files.values())
+    size = sum((directory / name).stat().st_size for name in own_files(directory))
     own = [outcome for outcome in outcomes if outcome.format in ("", format_name)]
     records = tuple(dict.fromkeys(sentence for outcome in own for sentence in outcome.record.records))
     requirements = [parse_requirement(text) for text in job.config.validation.require]
@@ -359,7 +360,8 @@ def _finish_report(
         directory=str(destination),
     )
     write_report(report, destination)
-    record_fidelity(directory, report)
+    if artifact.manifest is not None:
+        record_fidelity(directory, report)
     return report
 
 

@@ -66,7 +66,7 @@ Bits = Annotated[
     WrapValidator(as_it_is_written),
     PlainSerializer(lambda bits: bits, return_type=int | float),  # pydantic's own would write 5 as 5.0
 ]
-EmbeddingBits = Annotated[Literal[16, 8, 4], BeforeValidator(digits_as_integer)]
+EmbeddingBits = Annotated[Literal[16, 8, 7, 6, 5, 4, 3, 2], BeforeValidator(digits_as_integer)]
 GroupSize = Annotated[int, AfterValidator(check_group_size), Field(json_schema_extra={"not": {"const": 0}})]
 ScaleBits = Annotated[int, AfterValidator(check_scale_bits)]
 Distinct = AfterValidator(check_distinct)

@@ -232,12 +232,12 @@ def test_an_infinite_average_is_refused():
             "conf.yaml:2: rounding.method: 7 is not allowed; give nearest, feedback or stochastic",
         ),
         (
-            "plan:\n  embedding_bits: 6\n",
-            "conf.yaml:2: plan.embedding_bits: 6 is not allowed; give 16, 8 or 4",
+            "plan:\n  embedding_bits: 9\n",
+            "conf.yaml:2: plan.embedding_bits: 9 is not allowed; give 16, 8, 7, 6, 5, 4, 3 or 2",
         ),
         (
             "plan:\n  embedding_bits: many\n",
-            "conf.yaml:2: plan.embedding_bits: 'many' is not allowed; give 16, 8 or 4",
+            "conf.yaml:2: plan.embedding_bits: 'many' is not allowed; give 16, 8, 7, 6, 5, 4, 3 or 2",
         ),
         ("calibration:\n  samples: 0\n", "conf.yaml:2: calibration.samples: 0 is below 1; give 1 or more"),
         ("calibration:\n  text: 7\n", "conf.yaml:2: calibration.text: 7 is not text; put it in quotes"),
@@ -335,7 +335,8 @@ def test_choices_that_are_numbers_come_as_text(given):
 
 
 def test_a_mistake_in_a_flag_names_the_flag():
-    assert line_of(flags={"plan.embedding_bits": "6"}) == "--embedding-bits: '6' is not allowed; give 16, 8 or 4"
+    widths = "16, 8, 7, 6, 5, 4, 3 or 2"
+    assert line_of(flags={"plan.embedding_bits": "9"}) == f"--embedding-bits: '9' is not allowed; give {widths}"
     assert line_of(flags={"plan.bits": "9"}) == "--bits: 9 is above 8; give 2 to 8"
     assert line_of(flags={"export.format": ["accullm", "x"]}) == (
         f"--format: 'x' is not allowed; give {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
@@ -388,7 +389,7 @@ def test_the_json_schema_accepts_what_the_loader_accepts():
         {"plan": {"group_size": 0}},
         {"plan": {"group_sise": 64}},
         {"plan": {"outliers": "lots"}},
-        {"plan": {"embedding_bits": 6}},
+        {"plan": {"embedding_bits": 9}},
         {"rounding": {"method": "best"}},
         {"bits": 4},
         {"machine": {"device": "gpu"}},

@@ -12,7 +12,6 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats import artifact_format, open_artifact
 from accullm_cli.formats.adapters import FOLDER
 from accullm_cli.formats.manifest import flat_facts
-from accullm_cli.formats.readers import readings
 from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.quant.plan import LinearPlan
@@ -135,7 +134,7 @@ def _inspect_artifact(artifact: StoredArtifact) -> Inspection:
         validated=fidelity is not None,
         linears=rows,
         embeddings=tuple(_linear_rows(artifact, plan.embeddings)),
-        runs=tuple(Fact(found.reader, found.verdict) for found in readings(artifact.format, plan, artifact.kinds)),
+        runs=tuple(Fact(found.reader, found.verdict) for found in artifact.readings),
         files=tuple(_file_rows(artifact.path)),
         provenance=tuple(Fact(*fact) for fact in flat_facts(manifest.provenance)) if manifest else (),
         fidelity=tuple(_fidelity_facts(fidelity or {})),

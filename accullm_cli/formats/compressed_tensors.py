@@ -1,5 +1,7 @@
 """The format `pack-quantized` of compressed-tensors: weight-only 2 to 8 bits, read by transformers, vLLM and SGLang.
 
+https://github.com/vllm-project/compressed-tensors is where it comes from.
+
 What a linear's tensors are stands in `formats.pack_quantized`, what config.json says of them in
 `formats.config_groups`. Tensors have the names that checkpoints of the model have, and experts in a stacked parameter
 are stored one by one, gate and up apart.
@@ -34,6 +36,7 @@ from accullm_cli.formats.pack_quantized import (
     split,
     stored_bytes,
 )
+from accullm_cli.formats.readers import Reading
 from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, write_shard
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
 from accullm_cli.quant.linear import QuantizedLinear
@@ -132,10 +135,22 @@ class CompressedTensorsArtifact(StoredArtifact):
         found |= {name: "head" for name in self.plan.embeddings if _is_head(name)}
         return found | {name: "expert" for name in self.plan.linears if _EXPERT.search(name)}
 
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """See `StoredArtifact.readings`. Other tools do not write the key by which transformers reads zero points."""
+        found = super().readings
+        if self._dequantizes or not _needs_dequantizing(self.plan, self.kinds):
+            return found
+        why = 'its config.json does not say "dequantize": true, without which zero points and embeddings are not read'
+        return tuple(replace(each, obstacle=each.obstacle or why) if each.is_transformers else each for each in found)
+
+    @property
+    def _dequantizes(self) -> bool:
+        return bool(self._config["quantization_config"].get("dequantize"))
+
     def reader_dtype(self, name: str) -> torch.dtype:
         """What transformers dequantizes while it loads is rounded to the scales' dtype."""
-        is_expert = self.kinds.get(name) == "expert"
-        if not (is_expert or self._config["quantization_config"].get("dequantize")):
+        if not (self._dequantizes or self.kinds.get(name) == "expert"):
             return torch.float32
         return self.files.infos[f"{self._stored_as[name][0]}.{SCALE}"].torch_dtype
 
@@ -228,14 +243,14 @@ def quantization_config(plan: Plan, shape: ModelShape) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
         "format": PACKING,
-        **({"dequantize": True} if _needs_dequantizing(plan, shape) else {}),
+        **({"dequantize": True} if _needs_dequantizing(plan, shape.kinds) else {}),
         "quantization_status": "compressed",
         "ignore": [*dict.fromkeys(ignored)],
         "config_groups": groups_of(targets),
     }
 
 
-def _needs_dequantizing(plan: Plan, shape: ModelShape) -> bool:
+def _needs_dequantizing(plan: Plan, kinds: Mapping[str, str]) -> bool:
     """Whether transformers is to dequantize while it loads.
 
     With compressed-tensors 0.18 to 0.20 it builds packed zero points in their unpacked shape, and quantized embeddings
@@ -243,8 +258,8 @@ def _needs_dequantizing(plan: Plan, shape: ModelShape) -> bool:
     takes every linear that is no expert for the first scheme, so with several schemes the refusal is the better end.
     Other readers do not look at this key.
     """
-    dense = {Scheme.of(row) for name, row in plan.quantized.items() if shape.kinds.get(name) != "expert"}
-    looked_up = any(shape.kinds.get(name) != "head" for name in plan.embeddings)
+    dense = {Scheme.of(row) for name, row in plan.quantized.items() if kinds.get(name) != "expert"}
+    looked_up = any(kinds.get(name) != "head" for name in plan.embeddings)
     return len(dense) == 1 and (looked_up or not dense.pop().symmetric)
 
 

@@ -256,6 +256,13 @@ def artifact_files(directory: Path) -> Iterator[str]:
             yield name.as_posix()
 
 
+def own_files(directory: Path) -> tuple[str, ...]:
+    """Relative names of the files that make an artifact: those of its manifest; all, where another tool wrote it."""
+    if not (directory / MANIFEST_NAME).exists():
+        return tuple(artifact_files(directory))
+    return tuple(read_manifest(directory).files)
+
+
 def _entry(path: Path) -> FileEntry:
     return FileEntry(path.stat().st_size, file_sha256(path))
 

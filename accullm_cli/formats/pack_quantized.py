@@ -1,6 +1,6 @@
 """The bytes of pack-quantized linears: codes in words of 32 bits without gaps, zero points along the outputs.
 
-For a linear P with weight [N, K] and groups along K, as the library that defines the format packs them:
+For a linear P with weight [N, K] and groups along K:
 
 - P.weight_packed int32 [N, ceil(K*bits/32)]: the code q in [-2**(bits-1), 2**(bits-1)) is stored as
   q + 2**(bits-1), which is our unsigned code, in bits k*bits to k*bits+bits-1 of its row, least significant first; a

@@ -15,6 +15,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats.adapters import Adapter, open_adapter
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.manifest import Manifest
+from accullm_cli.formats.readers import Reading, readings
 from accullm_cli.formats.shards import TensorFiles, dtype_name
 from accullm_cli.model.integrity import TensorInfo
 from accullm_cli.quant.correction import CorrectedLinear
@@ -77,6 +78,11 @@ class StoredArtifact(ABC):
     def kinds(self) -> Mapping[str, str]:
         """Of linears and embeddings, see `ModelShape.kinds`; of an artifact of another tool those that show."""
         return self.manifest.kinds if self.manifest is not None else {}
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """What the format's readers make of it."""
+        return readings(self.format, self.plan, self.kinds)
 
     def names(self) -> tuple[str, ...]:
         others = {name for tensors in self.schema.values() for name in tensors} | set(self.kept)

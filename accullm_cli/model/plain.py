@@ -36,7 +36,11 @@ class PlainModel:
 
 @contextmanager
 def plain_model(
-    directory: Path, scratch: Path | None = None, gguf: Path | None = None, dtype: torch.dtype = torch.float32
+    directory: Path,
+    scratch: Path | None = None,
+    gguf: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    own_experts: bool = False,
 ) -> Iterator[PlainModel]:
     """The model of a directory, by the class that transformers has for it, on the CPU; nothing of it is left behind.
 
@@ -45,6 +49,8 @@ def plain_model(
             (experts that are stored one by one) is written into a folder there for as long as the model lives.
         gguf: take the weights from this file, as transformers dequantizes them, and of `directory` config.json alone.
         dtype: that weights are rounded to; what is computed is float32.
+        own_experts: how experts are run is left to the program that reads the model's format. Otherwise one after
+            another, as blocks run them here: sums in one order, in float32.
     """
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -56,8 +62,7 @@ def plain_model(
             options["gguf_file"] = gguf.name
         else:
             options["use_safetensors"] = True
-        if not hasattr(config, "quantization_config"):
-            # Experts one after another, as blocks run them here: sums in one order.
+        if not own_experts:
             options["experts_implementation"] = "eager"
         if scratch is not None:
             options |= {"device_map": {"": "disk"}, "offload_folder": folder}
@@ -65,9 +70,11 @@ def plain_model(
         # The readers of GGUF files and of other formats draw bars of their own, whatever the settings.
         with redirect_stderr(StringIO()):
             model, report = model_class(config).from_pretrained(place, **options)
-        if dtype != torch.float32:  # `model.float()` is refused for what comes from a GGUF file
+        if dtype != torch.float32 or not own_experts:
+            # `model.float()` is refused for what comes from a GGUF file; some readers leave experts in another dtype.
             for parameter in model.parameters():
-                parameter.data = parameter.data.float()
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.float()
         try:
             yield PlainModel(model.eval().requires_grad_(False), _misfits(report))
         finally:

@@ -17,7 +17,6 @@ from torch import nn
 
 from accullm_cli.errors import NotSoError, is_out_of_memory
 from accullm_cli.formats.capabilities import ADAPTERS, CAPABILITIES
-from accullm_cli.formats.readers import readings
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.kernels.packed import PACKED_TOKENS
 from accullm_cli.measure.agreement import largest_difference
@@ -95,7 +94,11 @@ def _logits(artifact: StoredArtifact, ids: torch.Tensor) -> list[torch.Tensor]:
     if module := CAPABILITIES[artifact.format].module:
         importlib.import_module(module)
     # Some readers draw bars, also while the model runs.
-    with redirect_stderr(StringIO()), plain_model(artifact.path) as plain, torch.no_grad():
+    with (
+        redirect_stderr(StringIO()),
+        plain_model(artifact.path, own_experts=bool(module)) as plain,
+        torch.no_grad(),
+    ):
         model: nn.Module = plain.model
         if artifact.adapter is not None:
             peft = importlib.import_module(ADAPTERS[artifact.adapter.kind].package)
@@ -109,7 +112,7 @@ def _obstacle(artifact: StoredArtifact) -> str:
     format = CAPABILITIES[artifact.format]
     if not format.module and not format.package:
         return "transformers does not read this format"
-    for reading in readings(artifact.format, artifact.plan, artifact.kinds):
+    for reading in artifact.readings:
         if reading.is_transformers and reading.obstacle:
             return f"{reading.reader} cannot, as {reading.obstacle}"
     if missing := _missing(format.package):

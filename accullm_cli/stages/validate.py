@@ -20,7 +20,7 @@ from torch import nn
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
-from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
+from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, own_files
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.measure.divergence import Divergence
 from accullm_cli.measure.result import Estimate, Fidelity
@@ -102,7 +102,7 @@ def fidelity_from_json(content: dict[str, Any]) -> Fidelity:
 
 def artifact_sha256(directory: Path) -> str:
     """One hash over every file of an artifact but its model card and manifest, which validation writes to."""
-    return hash_of_files({name: file_sha256(directory / name) for name in read_manifest(directory).files})
+    return hash_of_files({name: file_sha256(directory / name) for name in own_files(directory)})
 
 
 def foreseen_sha256(job: Job, before: Before, format_name: str, directory: Path) -> str:

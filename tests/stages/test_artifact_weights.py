@@ -14,7 +14,6 @@ from accullm_cli.formats.base import Artifact
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import read_structure
-from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.stages.artifact_weights import ArtifactWeights
 from tests.stages.quantized import edit_plan
 from tests.stages.references import set_weight
@@ -125,8 +124,8 @@ class Altered:
     def tensor(self, name: str) -> torch.Tensor:
         return self._artifact.tensor(self._name if name == self._other else name)
 
-    def linear(self, name: str) -> QuantizedLinear:
-        return self._artifact.linear(name)
+    def weight(self, name: str) -> torch.Tensor:
+        return self._artifact.weight(name)
 
 
 @pytest.mark.parametrize(

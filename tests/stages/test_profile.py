@@ -28,6 +28,7 @@ from accullm_cli.stages.profile import (
     refuse_impossible,
     scale_dtype,
 )
+from tests.kinds import KINDS
 from tests.stages.references import inputs_of, rounding_damage, weight_of
 from tests.streaming import opened, reference_model, run_alone, run_to, short_config
 from tests.tiny import make_checkpoint
@@ -305,7 +306,9 @@ def test_an_average_is_planned_for_what_the_format_holds(llama: Path, tmp_path: 
         decoder = open_decoder(job)
         refuse_impossible(job, plan, decoder)
         choices = average_choices(job, decoder, load_stats(job, decoder))
-    assert {linear.bits for linear in plan.linears.values()} == {4, 8}
+    assert {linear.bits for linear in plan.linears.values()} == {4, 5, 6}
+    # Of several schemes, one of the format's readers takes none with zero points.
+    assert all(linear.symmetric for linear in plan.linears.values())
     assert not any(linear.outlier_index for linear in plan.linears.values())
     assert 5.0 < choices.bits_per_weight(plan) <= 5.5
     for index in range(2):
@@ -340,3 +343,68 @@ def test_what_was_asked_for_is_not_replaced(
         with pytest.raises(AccullmError) as refusal:
             refuse_impossible(job, make_plan(job, decoder), decoder)
     assert refusal.value.line() == line
+
+
+COMPRESSED = {"export__format": "[compressed-tensors]", "plan__outliers": 0}
+
+
+def planned(source: Path, out: Path, **settings: object):
+    """The plan before calibration, and what the format objects to first ("" for nothing)."""
+    with opened(short_config(source, out, **COMPRESSED, **settings)) as job:
+        decoder = open_decoder(job)
+        plan = make_plan(job, decoder)
+        try:
+            refuse_impossible(job, plan, decoder)
+        except AccullmError as error:
+            return plan, error.line()
+    return plan, ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "symmetric"),
+    [
+        ({}, False),
+        ({"plan__group_size": "null"}, True),  # groups of 64 and of 32
+        ({"plan__embedding_bits": 8}, True),
+        ({"plan__bits": "5.0", "calibration__gradient_samples": 2}, True),
+        ({"plan__bits": "5.0", "calibration__gradient_samples": 2, "plan__symmetric": False}, False),
+        ({"plan__group_size": "null", "plan__symmetric": False}, False),
+        ({"plan__symmetric": True}, True),
+    ],
+)
+def test_zero_points_go_where_a_reader_takes_none_of_several_ways(
+    settings: dict[str, object], symmetric: bool, llama: Path, tmp_path: Path
+) -> None:
+    plan, objection = planned(llama, tmp_path / "out", **settings)
+    assert {row.symmetric for row in plan.linears.values()} == {symmetric}
+    assert not objection
+
+
+def test_embeddings_have_no_zero_points_and_are_not_given_any_that_were_asked_for(llama: Path, tmp_path: Path) -> None:
+    plan, objection = planned(llama, tmp_path / "out", plan__embedding_bits=6, plan__symmetric=False)
+    assert objection == (
+        "--format compressed-tensors: compressed-tensors holds symmetric grids of embedding and head only, and that of "
+        "model.embed_tokens is not (and 1 more); use --symmetric"
+    )
+    plan, objection = planned(llama, tmp_path / "out", plan__embedding_bits=6)
+    assert not objection
+    assert {(row.bits, row.symmetric) for row in plan.embeddings.values()} == {(6, True)}
+
+
+def test_all_experts_are_planned_alike_and_without_zero_points(tmp_path: Path) -> None:
+    source = make_checkpoint("qwen2-moe", tmp_path / "model")
+    plan, objection = planned(source, tmp_path / "out", plan__group_size="null")
+    assert not objection
+    experts = {name: row for name, row in plan.linears.items() if ".experts." in name}
+    # Of 64 and 32 input features.
+    assert {(row.bits, row.group_size, row.symmetric) for row in experts.values()} == {(4, 32, True)}
+
+
+def test_experts_that_no_checkpoint_has_one_by_one_are_refused_by_name(tmp_path: Path) -> None:
+    source = KINDS["experts [E, K, N]"].save(tmp_path / "model")
+    _, objection = planned(source, tmp_path / "out", plan__symmetric=True)
+    assert objection == (
+        "--format compressed-tensors: compressed-tensors stores experts one by one, and transformers has no names of "
+        "that kind for model.layers.0.mlp.experts.gate_up_proj of a gpt_oss model; "
+        "keep them (--keep '*.gate_up_proj.*'), or export to the format accullm"
+    )
