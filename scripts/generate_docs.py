@@ -18,7 +18,7 @@ from typer.main import get_command
 from accullm_cli.cli import HELP, app
 from accullm_cli.config import Option, config_schema, options, sections
 from accullm_cli.flags import COMMON
-from accullm_cli.formats.capabilities import CAPABILITIES, WHOLE_ROWS, Capabilities, Storable
+from accullm_cli.formats.capabilities import ADAPTERS, CAPABILITIES, WHOLE_ROWS, Capabilities, Storable
 from accullm_cli.measure.result import Report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,7 +219,7 @@ def formats_page() -> str:
             [_storables(format.embeddings) or "as in the source" for format in CAPABILITIES.values()],
         ),
         ("kinds of linears", [", ".join(format.kinds) for format in formats]),
-        ("outlier features", [format.outliers for format in formats]),
+        ("outlier features", [_outliers(format) for format in formats]),
         ("scales of 16 bits", [_scale_dtype(format) for format in formats]),
         ("stored alike", [_fused(format) for format in formats]),
         ("loading", [_loading(format) for format in formats]),
@@ -250,6 +250,13 @@ def _numbers(numbers: Sequence[int]) -> str:
     if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]} to {numbers[-1]}"
     return ", ".join(map(str, numbers))
+
+
+def _outliers(format: Capabilities) -> str:
+    if not format.adapter:
+        return format.outliers
+    one_rank = ", of one rank" if ADAPTERS[format.adapter].one_rank else ""
+    return f"{format.outliers} ([`--outlier-adapter`](outliers.md), for {format.adapter}{one_rank})"
 
 
 def _scale_dtype(format: Capabilities) -> str:

@@ -213,6 +213,7 @@ ADAPTERS: Mapping[str, AdapterKind] = {
         loading=(
             "from peft import PeftModel",
             "",
+            'model(model.dummy_inputs["input_ids"])  # some readers unpack weights only now, and peft looks for them',
             'model = PeftModel.from_pretrained(model, "path/of/this/directory/{folder}")',
             "",
             "# vLLM; ask for the model `exact`:",

@@ -57,11 +57,12 @@ def _refuse_outliers(config: Config, name: str) -> None:
     """Refuse outliers that were asked for in a format that has none, or elsewhere than it has them."""
     held, adapter = CAPABILITIES[name].outliers, config.plan.outlier_adapter
     if adapter and held != "as an adapter":
-        where = "in its own files" if held == "in the file" else "not at all"
+        what = f"{name} holds outlier features in its own files, and not in an adapter"
         hint = "leave out --outlier-adapter"
-        if held != "in the file" and (other := _with_outliers("as an adapter")):
-            hint += f", or export to the format {other}"
-        raise AccullmError(f"{name} holds outlier features {where}, and not in an adapter", f"--format {name}", hint)
+        if held == "not at all":
+            what = f"{name} holds no outlier features, in an adapter neither"
+            hint += f", or export to the format {_with_outliers('as an adapter')}"
+        raise AccullmError(what, f"--format {name}", hint)
     if adapter and config.plan.outliers == 0:
         what = "--outliers 0 leaves nothing for an adapter to hold"
         raise AccullmError(what, "--outlier-adapter", "leave out one of the two")

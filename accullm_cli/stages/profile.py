@@ -47,7 +47,7 @@ from accullm_cli.stages.outlier_adapter import (
 )
 from accullm_cli.stages.stage import Before, Decision, Stage, Work, named
 
-VERSION = 3
+VERSION = 4
 # What a linear may get where --bits is an average. On a grid of 2 bits rounding is no longer the small change that
 # losses are measured for.
 WIDTHS = {"widths": (3, 4, 5, 6, 8), "outliers": (4,)}

@@ -101,6 +101,7 @@ def _logits(artifact: StoredArtifact, ids: torch.Tensor) -> list[torch.Tensor]:
     ):
         model: nn.Module = plain.model
         if artifact.adapter is not None:
+            plain.model(input_ids=ids[None, :1])  # some readers unpack weights only now, and peft looks for them
             peft = importlib.import_module(ADAPTERS[artifact.adapter.kind].package)
             model = peft.PeftModel.from_pretrained(model, artifact.adapter.folder)
         prompts = (ids[None], ids[None, :PACKED_TOKENS])

@@ -227,8 +227,8 @@ def test_text_that_cannot_be_used(
         ),
         (
             ["--bits", "4.4", "--gradient-samples", "1", "--format", "compressed-tensors", "--spend", "outliers"],
-            "--format compressed-tensors: compressed-tensors holds no outlier features, which --spend outliers asks "
-            "for; leave it out, or export to the format accullm",
+            "--format compressed-tensors: compressed-tensors holds outlier features in an adapter only, which --spend "
+            "outliers does not ask for; add --outlier-adapter, or leave it out, or export to the format accullm",
         ),
         (
             ["--bits", "3.5", "--gradient-samples", "1", "--group-size", "16"],
