@@ -49,7 +49,7 @@ def option(
 # Windows with gradients where a plan needs some, and nobody said how many.
 DEFAULT_GRADIENT_SAMPLES = 64
 
-FormatName = Literal["accullm", "compressed-tensors", "mlx"]
+FormatName = Literal["accullm", "compressed-tensors", "mlx", "gptq", "awq"]
 
 
 class Section(BaseModel):

@@ -265,8 +265,12 @@ def _ways(job: Job, plan: LinearPlan, features: int) -> list[LinearPlan]:
 
 
 def _partners(job: Job, decoder: Decoder) -> tuple[tuple[str, ...], ...]:
-    """The linears that the format's runtime needs alike."""
-    return CAPABILITIES[job.format].partners({slot.name: slot.kind for slots in decoder.slots for slot in slots})
+    """The linears that the format's runtime needs alike, or the format itself."""
+    format, kinds = CAPABILITIES[job.format], {slot.name: slot.kind for slots in decoder.slots for slot in slots}
+    if format.all_alike:
+        kept = _kept(job, decoder)
+        return (tuple(name for name in kinds if name not in kept),)
+    return format.partners(kinds)
 
 
 def _shared_features(plan: LinearPlan, linears: Mapping[str, LinearPlan], partners: tuple[tuple[str, ...], ...]) -> int:

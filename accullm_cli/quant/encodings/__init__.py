@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from accullm_cli.quant.encodings.affine import AffineGroups
 from accullm_cli.quant.encodings.base import Encoding
-from accullm_cli.quant.encodings.integer import IntegerZero
+from accullm_cli.quant.encodings.integer import IntegerZero, PositiveZero
 
-ENCODINGS: Mapping[str, Encoding] = {encoding.name: encoding for encoding in (IntegerZero(), AffineGroups())}
+ENCODINGS: Mapping[str, Encoding] = {
+    encoding.name: encoding for encoding in (IntegerZero(), PositiveZero(), AffineGroups())
+}
