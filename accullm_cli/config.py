@@ -50,7 +50,7 @@ def option(
 DEFAULT_GRADIENT_SAMPLES = 64
 FEW_GRADIENT_SAMPLES = 16
 
-FormatName = Literal["accullm", "compressed-tensors", "mlx", "gguf"]
+FormatName = Literal["accullm", "compressed-tensors", "mlx", "gguf", "gptq", "awq"]
 
 
 class Section(BaseModel):

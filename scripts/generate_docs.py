@@ -221,6 +221,7 @@ def formats_page() -> str:
         ("kinds of linears", [", ".join(format.kinds) for format in formats]),
         ("outlier features", [_outliers(format) for format in formats]),
         ("scales of 16 bits", [_scale_dtype(format) for format in formats]),
+        ("features of a linear", [_multiples(format) for format in formats]),
         ("stored alike", [_fused(format) for format in formats]),
         ("loading", [_loading(format) for format in formats]),
     ]
@@ -263,7 +264,14 @@ def _scale_dtype(format: Capabilities) -> str:
     return "of the model's dtype" if format.scale_dtype == "of the model" else format.scale_dtype
 
 
+def _multiples(format: Capabilities) -> str:
+    wanted = {(entry.in_multiple, entry.out_multiple) for entry in format.linears} - {(1, 1)}
+    return "; ".join(f"inputs multiples of {ins}, outputs of {outs}" for ins, outs in sorted(wanted)) or "any"
+
+
 def _fused(format: Capabilities) -> str:
+    if format.all_alike:
+        return "all linears"
     parts = [", ".join(names) for names in format.fused]
     if format.fused_experts != "none":
         parts.append(f"all experts {format.fused_experts}")

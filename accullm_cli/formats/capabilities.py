@@ -27,6 +27,7 @@ class Storable:
     whole_groups: group sizes must divide a linear's input features.
     scale_bits: of a scale: 16, or of its place in a table.
     symmetric: whether zero points may be left out, or must be.
+    in_multiple, out_multiple: what a linear's features must be multiples of.
     """
 
     encoding: str
@@ -35,12 +36,18 @@ class Storable:
     whole_groups: bool = True
     scale_bits: tuple[int, ...] = (16,)
     symmetric: tuple[bool, ...] = (False, True)
+    in_multiple: int = 1
+    out_multiple: int = 1
 
     def holds_group_size(self, size: int, in_features: int) -> bool:
         """Whether groups of that size may be formed of so many input features."""
         if self.group_sizes and size not in self.group_sizes:
             return False
         return size == WHOLE_ROWS or not self.whole_groups or in_features % size == 0
+
+    def holds_shape(self, out_features: int, in_features: int) -> bool:
+        """Whether a linear has as many features as its runtimes ask for."""
+        return in_features % self.in_multiple == 0 and out_features % self.out_multiple == 0
 
     def holds_scales(self, row: LinearPlan) -> bool:
         return row.scale_bits in self.scale_bits and row.symmetric in self.symmetric
@@ -116,6 +123,7 @@ class Capabilities:
     runtime: who fuses, for people.
     names: what tensors are called: as in the module tree, or as in checkpoints, where experts are one by one.
     readers: who reads it, and how much of it.
+    all_alike: all linears that are quantized have one scheme, since there is room for one alone.
     config_key: what only its artifacts have in config.json; where it is empty, the quant_method of quantization_config
         is the format's name.
     other_kinds: its runtimes also read kinds of linears that it does not store, as they are in the source.
@@ -140,6 +148,7 @@ class Capabilities:
     runtime: str = ""
     names: Literal["of the module tree", "of the checkpoint"] = "of the module tree"
     readers: tuple[Reader, ...] = ()
+    all_alike: bool = False
     config_key: str = ""
     other_kinds: bool = True
     module: str = ""
@@ -324,5 +333,36 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         fused_experts="of a parameter",
         runtime="llama.cpp",
         names_models="accullm_cli.formats.gguf",
+    ),
+    "gptq": Capabilities(
+        linears=(
+            Storable(
+                "integer from 1",
+                bits=(2, 3, 4, 8),
+                group_sizes=(32, 64, 128, WHOLE_ROWS),
+                in_multiple=32,
+                out_multiple=32,
+            ),
+        ),
+        kinds=("linear",),
+        outliers="not at all",
+        fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+        runtime="vLLM",
+        other_kinds=False,
+        package="gptqmodel",
+    ),
+    "awq": Capabilities(
+        linears=(
+            Storable(
+                "integer", bits=(4,), group_sizes=(32, 64, 128), symmetric=(False,), in_multiple=32, out_multiple=8
+            ),
+        ),
+        kinds=("linear",),
+        outliers="not at all",
+        fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+        runtime="vLLM",
+        all_alike=True,
+        other_kinds=False,
+        package="gptqmodel",
     ),
 }

@@ -38,6 +38,7 @@ def objections(name: str, plan: Plan, shape: ModelShape) -> list[Objection]:
         *_outlier_objections(name, format, linears),
         *_scale_objections(name, format, plan, shape),
         *_fused_objections(name, format, plan, shape),
+        *(_unlike_objections(name, linears) if format.all_alike else ()),
     ]
 
 
@@ -98,6 +99,9 @@ def _row_objections(name: str, rows: list[LinearPlan], kinds: Mapping[str, str])
         yield Objection(f"{row.name} {reason}{_more(reasons)}", "use another --group-size")
     if reasons:
         return
+    found = [row for row in rows if not storable[row.name].holds_shape(row.out_features, row.in_features)]
+    if found:
+        yield _shape_objection(name, found, storable[found[0].name])
     found = [row for row in rows if not storable[row.name].holds_group_size(row.group_size, row.in_features)]
     if found:
         yield _group_objection(name, found, rows, storable[found[0].name])
@@ -117,6 +121,19 @@ def _row_objections(name: str, rows: list[LinearPlan], kinds: Mapping[str, str])
         yield Objection(
             f"{name} holds {only} grids{of} only, and that of {found[0].name} is not{_more(found)}", f"use {flag}"
         )
+
+
+def _shape_objection(name: str, found: list[LinearPlan], storable: Storable) -> Objection:
+    first = found[0]
+    another = _or_another(
+        name, lambda other: any(entry.holds_shape(first.out_features, first.in_features) for entry in other.linears)
+    )
+    return Objection(
+        f"{name} holds linears whose input features are a multiple of {storable.in_multiple} and whose output features "
+        f"one of {storable.out_multiple}, and {first.name} has {first.in_features} and {first.out_features}"
+        f"{_more(found)}",
+        f"keep it in 16 bits (--keep '{first.name}'){another}",
+    )
 
 
 def _group_objection(name: str, found: list[LinearPlan], rows: list[LinearPlan], storable: Storable) -> Objection:
@@ -222,6 +239,19 @@ def _fused_objections(name: str, format: Capabilities, plan: Plan, shape: ModelS
             f"keep all of them ({patterns}) or none{another}",
         )
         return
+
+
+def _unlike_objections(name: str, linears: list[LinearPlan]) -> Iterator[Objection]:
+    """To linears in several schemes, where there is room for one."""
+    found = [row for row in linears if (row.bits, row.group_size) != (linears[0].bits, linears[0].group_size)]
+    if found:
+        first, other = linears[0], found[0]
+        another = _or_another(name, lambda format: not format.all_alike)
+        yield Objection(
+            f"{name} has one scheme for all linears, and {first.name} has {first.bits} bits in groups of "
+            f"{first.group_size}, {other.name} {other.bits} in groups of {other.group_size}",
+            f"give a width for --bits, and --group-size{another}",
+        )
 
 
 # -- words -------------------------------------------------------------------------------------------------

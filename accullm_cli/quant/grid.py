@@ -114,6 +114,7 @@ def minmax_grid(
     storable: StorableScales = ANY_SCALE,
     ignored: torch.Tensor | None = None,
     margin: float = 0,
+    first_zero: int = 0,
 ) -> Grid:
     """The grid that spans each group's range.
 
@@ -126,9 +127,10 @@ def minmax_grid(
         ignored: bool [K], columns that the grid need not hold (outlier features).
         margin: codes kept free at either end. With 0.5 no weight lies outside the first and last code, however zero
             point and scale are rounded; stochastic rounding needs that.
+        first_zero: the least zero point that may be stored; the range grows downwards where it takes that.
     """
     low, high, size = _group_range(weight, group_size, ignored)
-    return _grid_of_range(low, high, bits, size, symmetric, storable, margin)
+    return _grid_of_range(low, high, bits, size, symmetric, storable, margin, first_zero)
 
 
 def spanning_scales(
@@ -156,6 +158,7 @@ def searched_grid(
     symmetric: bool,
     storable: StorableScales = ANY_SCALE,
     ignored: torch.Tensor | None = None,
+    first_zero: int = 0,
 ) -> Grid:
     """For each group the range, a fraction of the full one, with the least importance-weighted rounding error.
 
@@ -170,7 +173,7 @@ def searched_grid(
     for part in row_chunks(weight):
         low, high, size = _group_range(part, group_size, ignored)
         candidates = (
-            _grid_of_range(low * fraction, high * fraction, bits, size, symmetric, storable)
+            _grid_of_range(low * fraction, high * fraction, bits, size, symmetric, storable, first_zero=first_zero)
             for fraction in SEARCHED_RANGES
         )
         parts.append(best_grid(part, column_weight, candidates))
@@ -243,8 +246,11 @@ def _grid_of_range(
     symmetric: bool,
     storable: StorableScales,
     margin: float = 0,
+    first_zero: int = 0,
 ) -> Grid:
     """The grid that spans [low, high] in each group; both [N, G]."""
+    if first_zero and not symmetric:
+        low = torch.minimum(low, -high * first_zero / (2**bits - 1 - first_zero))
     scale = _spanning(low, high, bits, symmetric, margin)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     # With a margin never below what was asked for.
@@ -252,7 +258,7 @@ def _grid_of_range(
     if symmetric:
         zero = torch.full_like(scale, 2 ** (bits - 1))
     else:
-        zero = (-low / scale + margin).round_().clamp_(0, 2**bits - 1)
+        zero = (-low / scale + margin).round_().clamp_(first_zero, 2**bits - 1)
     return Grid(scale, zero, bits, columns_per_group, symmetric, storable)
 
 

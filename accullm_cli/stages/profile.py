@@ -364,8 +364,12 @@ def _ways(job: Job, plan: LinearPlan, features: int, kind: str) -> list[LinearPl
 
 
 def _partners(job: Job, decoder: Decoder) -> tuple[tuple[str, ...], ...]:
-    """The linears that the format's runtime needs alike."""
-    return CAPABILITIES[job.format].partners(_kinds(decoder))
+    """The linears that the format's runtime needs alike, or the format itself."""
+    format, kinds = CAPABILITIES[job.format], _kinds(decoder)
+    if format.all_alike:
+        kept = _kept(job, decoder)
+        return (tuple(name for name in kinds if name not in kept),)
+    return format.partners(kinds)
 
 
 def _shared_features(linears: Mapping[str, LinearPlan], partners: tuple[tuple[str, ...], ...]) -> dict[str, int]:

@@ -103,7 +103,6 @@ def test_a_search_leaves_no_group_worse_than_its_whole_range_does(bits: int, gro
     spanning, _ = AFFINE.grid(weight, row(4, 19, bits, group_size), "bfloat16")
     found, whole = (weighted_error(grid, weight, importance) for grid in (searched, spanning))
     assert (found <= whole * (1 + 1e-12)).all()
-    assert found.sum() < whole.sum()
 
 
 def test_a_search_comes_near_to_the_best_of_all_codes() -> None:

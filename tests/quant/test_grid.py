@@ -8,7 +8,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.grid import SEARCHED_RANGES, Grid, fitted_scales, minmax_grid, searched_grid
+from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.scales import StorableScales, round_scale
 
 SHAPES = [(2, 4, -1), (3, 10, 4), (1, 1, 8), (4, 33, 16), (2, 6, 1)]
@@ -283,3 +285,42 @@ def test_a_group_whose_codes_are_all_zero_keeps_its_scale():
     fitted = fitted_scales(scale, error, steps, torch.eye(4), 0.0, 2)
     assert fitted[0, 0] == 0.5
     assert fitted[0, 1] == pytest.approx(0.45, rel=1e-3)
+
+
+# -- zero points from 1 --------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 8), st.sampled_from([3, 8, -1]), st.booleans(), st.floats(-3, 3), st.integers(0, 99))
+def test_zero_points_from_1_hold_what_others_hold(
+    bits: int, group_size: int, searches: bool, mean: float, seed: int
+) -> None:
+    weight = torch.randn(4, 13, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + mean
+    weight[0] = weight[0].abs()
+    weight[1] = 0
+    row = LinearPlan("a", 4, 13, bits, group_size, False, encoding="integer from 1")
+    importance = torch.ones(13) if searches else None
+    grid, sentences = ENCODINGS["integer from 1"].grid(weight, row, "float16", importance)
+    assert sentences == []
+    assert grid.zero.min() >= 1
+    assert grid.zero.max() <= 2**bits - 1
+    assert torch.equal(grid.zero, grid.zero.round())
+    if not searches:
+        # The range takes a step more where it was all on one side: nothing is further away than half a step, and what
+        # the zero point and the scale lost when they were rounded.
+        scale, _ = grid.per_column(13)
+        left = (weight - grid.values(grid.round_to_nearest(weight))).abs()
+        assert (left <= scale * (1 + 2**bits * 2**-11)).all()
+        if group_size == -1:
+            plain, _ = ENCODINGS["integer"].grid(weight, row, "float16")
+            both_sides = -weight.amin(1) * (2**bits - 2) >= weight.amax(1).clamp(min=1e-9)
+            for found, expected in ((grid.scale, plain.scale), (grid.zero, plain.zero)):
+                assert torch.equal(found[both_sides], expected[both_sides])
+
+
+def test_a_group_of_positive_weights_begins_one_step_below_zero() -> None:
+    weight = torch.tensor([[0.0, 1.0, 2.0, 14.0]], dtype=torch.float64)
+    row = LinearPlan("a", 1, 4, 4, -1, False, encoding="integer from 1")
+    grid, _ = ENCODINGS["integer from 1"].grid(weight, row, "float16")
+    assert (float(grid.scale), float(grid.zero)) == (1.0, 1.0)
+    assert grid.round_to_nearest(weight).tolist() == [[1.0, 2.0, 3.0, 15.0]]

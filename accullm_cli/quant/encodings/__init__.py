@@ -8,8 +8,9 @@ from accullm_cli.quant.encodings.affine import AffineGroups
 from accullm_cli.quant.encodings.base import Encoding
 from accullm_cli.quant.encodings.ggml import GgmlBlocks
 from accullm_cli.quant.encodings.ggml_layout import BLOCK_TYPES
-from accullm_cli.quant.encodings.integer import IntegerZero
+from accullm_cli.quant.encodings.integer import IntegerZero, PositiveZero
 
+_BLOCKS = tuple(map(GgmlBlocks, BLOCK_TYPES.values()))
 ENCODINGS: Mapping[str, Encoding] = {
-    encoding.name: encoding for encoding in (IntegerZero(), AffineGroups(), *map(GgmlBlocks, BLOCK_TYPES.values()))
+    encoding.name: encoding for encoding in (IntegerZero(), PositiveZero(), AffineGroups(), *_BLOCKS)
 }

@@ -7,7 +7,7 @@ is one of the codes, and not stored where it is the middle one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -28,6 +28,7 @@ class IntegerZero(Encoding):
 
     name = "integer"
     suffixes = ("qweight", "scales", "qscales", "scale_table", "qzeros", *OUTLIER_SUFFIXES)
+    first_zero: ClassVar[int] = 0
 
     def problem(self, row: LinearPlan) -> str:
         if row.bits not in WIDTHS:
@@ -63,8 +64,8 @@ class IntegerZero(Encoding):
             of = f"{clamped} of {scale.numel()} scales"
             sentences.append(f"{of} lie outside of what can be stored, {low:.3g} to {high:.3g}, and were clamped")
         if importance is None:
-            return minmax_grid(weight, *scheme, storable, ignored, margin), sentences
-        return searched_grid(weight, importance, *scheme, storable, ignored), sentences
+            return minmax_grid(weight, *scheme, storable, ignored, margin, self.first_zero), sentences
+        return searched_grid(weight, importance, *scheme, storable, ignored, self.first_zero), sentences
 
     def store(
         self, grid: Grid, codes: torch.Tensor, row: LinearPlan, outliers: torch.Tensor, kept: torch.Tensor
@@ -84,3 +85,10 @@ class IntegerZero(Encoding):
 
     def from_tensors(self, tensors: Mapping[str, torch.Tensor], row: LinearPlan) -> QuantizedLinear:
         return QuantizedLinear.from_tensors(tensors, row.in_features, row.bits, row.group_size)
+
+
+class PositiveZero(IntegerZero):
+    """The same with zero points from 1, for readers that store them less one: of 0 they would make something else."""
+
+    name = "integer from 1"
+    first_zero = 1
