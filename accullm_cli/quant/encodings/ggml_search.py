@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from accullm_cli.quant.encodings.ggml_grid import BlockGrid, nonzero, stored_scale
+from accullm_cli.quant.encodings.ggml_grid import NEXT_TO_NOTHING, BlockGrid, nonzero, stored_scale
 from accullm_cli.quant.encodings.ggml_layout import BlockType
 from accullm_cli.quant.linear import spread
 from accullm_cli.quant.scales import LARGEST_SCALE, round_offset
@@ -141,7 +141,7 @@ class BlockSearch:
         curvature = sums.curvature
         best = (sums.product - sums.point * sums.weight / nonzero(sums.one)) / nonzero(curvature)
         # Where all codes are alike, or a sub-block has no weights to hold, there is none.
-        usable = curvature > sums.square * 1e-6
+        usable = curvature > sums.square * NEXT_TO_NOTHING
         best = torch.where(usable & ((best > 0) | (not self.kind.has_offset)), best, scale)
         lift = sums.offset(best)
         if self.kind.has_offset and self.kind.is_super:
@@ -155,9 +155,9 @@ class BlockSearch:
     def _stored(self, numbers: Numbers, sums: _Sums) -> BlockGrid:
         """The storable numbers that are nearest in what they cost."""
         kind, (scale, offset) = self.kind, numbers
-        curvature = sums.curvature
-        # A sub-block of zeros has any scale; 0 asks for nothing.
-        wanted = torch.where((curvature > 0) | (not kind.is_super), scale, 0)
+        # A sub-block of zeros asks for no scale. One of equal weights hardly does: its offset, too, could hold them.
+        wanted = torch.where((sums.square > 0) | (not kind.is_super), scale, 0)
+        curvature = torch.maximum(sums.curvature, sums.square * NEXT_TO_NOTHING)
         half = _common(wanted, curvature, kind.integers, kind.groups_of_block, stored_scale)
         integers = kind.integer(wanted / nonzero(self._spread(half)))
         lifted = offset - sums.point / nonzero(sums.one) * (integers * self._spread(half) - wanted)
@@ -200,7 +200,9 @@ class BlockSearch:
         one, product = of_blocks(grid.lifts.square() * sums.one), of_blocks(grid.integers * sums.product)
         weight = of_blocks(grid.lifts * sums.weight)
         free = square - both.square() / nonzero(one)
-        half = torch.where(free > square * 1e-6, (product - both * weight / nonzero(one)) / nonzero(free), grid.half)
+        half = torch.where(
+            free > square * NEXT_TO_NOTHING, (product - both * weight / nonzero(one)) / nonzero(free), grid.half
+        )
         half = stored_scale(half)
         half_offset = _stored_offset(torch.where(one > 0, (weight - half * both) / nonzero(one), grid.half_offset))
         other = BlockGrid.of(kind, half, grid.integers, half_offset, grid.lifts)
