@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import replace
 
 import gguf
@@ -127,7 +128,8 @@ def test_what_is_rounded_is_what_is_stored(name: str, searches: bool, what: str)
         assert not values[weight == 0].any()
     # No weight is further away than half a step of the worst grid, or what a float16 is missing.
     step = weight.abs().amax() * 2 ** (2.0 - BLOCK_TYPES[name].bits)
-    assert ((weight - values).abs() <= step + 2.0**-23).all()
+    gaps = [high - low for low, high in itertools.pairwise(levels_of(BLOCK_TYPES[name]))]
+    assert ((weight - values).abs() <= step + 2.0**-24 * max(2, *gaps)).all()
 
 
 # -- the grid ----------------------------------------------------------------------------------------------
@@ -164,21 +166,20 @@ def test_codes_are_those_of_the_nearest_value(
     torch.testing.assert_close((grid.values(codes) - weight).abs(), nearest, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not BLOCK_TYPES[name].has_offset])
 def test_scales_of_either_sign_are_tried(name: str) -> None:
     """The end of the grid that reaches further goes to where the largest weight is."""
     kind = BLOCK_TYPES[name]
-    if kind.has_offset:
-        pytest.skip("an offset leaves nothing to choose")
     weight = draw(1, kind.block).clamp(-1, 1)
     weight[0, 5] = 8
     up, down = (
         encoding(name).grid(own, row(name, 1, kind.block), "float16", torch.ones(kind.block))[0]
         for own in (weight, -weight)
     )
-    assert torch.equal(up.scale, -down.scale)
     group = 5 // kind.group
-    assert (float(up.scale[0, group]) < 0) == (kind.levels is None or abs(kind.levels[0]) > kind.levels[-1])
+    assert float(up.scale[0, group]) == -float(down.scale[0, group])
+    if kind.bits < 6 and kind.levels is None:  # else both ends are nearly as good
+        assert float(up.scale[0, group]) < 0
 
 
 # -- the search --------------------------------------------------------------------------------------------
@@ -242,7 +243,8 @@ def test_no_single_integer_and_no_float16_next_to_it_would_do_much_better(name: 
             lifts = grid.lifts if lift is None else torch.full_like(grid.lifts, lift)
             other = BlockGrid.of(kind, grid.half, integers, grid.half_offset, lifts)
             best = torch.minimum(best, error_of(other, weight, importance))
-    assert best.sum() > 0.97 * found.sum()
+    # With more bits there are more integers by which all weights happen to lie near to values.
+    assert best.sum() > (0.97 if kind.bits < 5 else 0.9) * found.sum()
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
@@ -341,8 +343,8 @@ def test_a_fit_loses_nothing_and_says_what_is_left(name: str, seed: int, outlier
 
     error = (target - grid.values(codes)).masked_fill(~on_grid, 0)
     fitted = grid.fitted(error, codes, on_grid, hessian, ridge)
-    # Next to scales of 8 bits there may be no better float16.
-    assert (loss(fitted) < loss(grid) if kind.bits < 8 else loss(fitted) <= loss(grid)).all()
+    assert (loss(fitted) <= loss(grid)).all()
+    assert kind.bits == 8 or (loss(fitted) < loss(grid)).any(), "next to a scale of 8 bits there may be no better one"
     left = (target - fitted.values(codes)).masked_fill(~on_grid, 0)
     torch.testing.assert_close(error, left, rtol=0, atol=1e-11)
     for number, (least, most) in ((fitted.integers, kind.integers), (fitted.lifts, kind.lifts)):
@@ -424,34 +426,40 @@ def test_rows_in_parts_are_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.equal(whole, parts)
 
 
-# The blocks of a problem whose sums are exact, in float32 and float64. Other bytes need another VERSION of quantize.
+# Of the blocks that rounding in float64 writes. Other bytes need another VERSION of quantize.
 PINNED = {
-    "Q4_0": "a004b11d449ea35a",
-    "Q4_1": "8d1e6e64f275cee3",
-    "Q5_0": "1e6e37f1a8cb43ec",
-    "Q5_1": "ce5799a87e7e5819",
-    "Q8_0": "2f96080e65b61540",
+    "Q4_0": "650a287a501aa3cd",
+    "Q4_1": "1e4d4f8a01b5002d",
+    "Q5_0": "b0c1c00448645cd3",
+    "Q5_1": "177057c9c0708d70",
+    "Q8_0": "31fc797b6b80ac3a",
+    "Q3_K": "d8c4bbb538c6efeb",
+    "Q4_K": "89e58a4c7d7f9197",
+    "Q5_K": "617067fdf181eabe",
+    "Q6_K": "7c9ed1bbe4e71266",
+    "IQ4_NL": "b9766cfe3cfc5080",
+    "IQ4_XS": "56844fe2eecedcc4",
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rounding_writes_the_pinned_bytes(name: str) -> None:
+    """No decision is near to a tie, so that a last bit, which another CPU may have otherwise, changes nothing."""
     state, numbers = 7, []
     for _ in range(2 * 256):
         state = (state * 1103515245 + 12345) % 2**31
-        numbers.append(((state >> 16) % 63 - 31) / 64)
+        numbers.append(((state >> 8) % 65537 - 32768) / 65536)
     weight = torch.tensor(numbers, dtype=torch.float64).view(2, 256)
-    hessian = torch.diag(2.0 ** (torch.arange(256) % 4)).double()
-    hessian += torch.diag(torch.full((255,), 0.25), 1).double() + torch.diag(torch.full((255,), 0.25), -1).double()
+    neighbours = torch.full((255,), 0.3, dtype=torch.float64)
+    hessian = (1.1 ** (torch.arange(256) % 7)).double().diag() + neighbours.diag(1) + neighbours.diag(-1)
     found = []
-    for dtype in (torch.float32, torch.float64):
-        options = RoundingOptions(damping=0.0, target="original", grid="search")
-        linear = round_linears(
-            {"a": weight.to(dtype)}, {"a": row(name, 2, 256)}, options, torch.float32, hessian.to(dtype)
-        )["a"].linear
-        assert isinstance(linear, BlockLinear)
-        found.append(hashlib.sha256(bytes(linear.blocks.flatten().tolist())).hexdigest()[:16])
-    assert found == [PINNED.get(name)] * 2
+    for noise in (0.0, 1e-13):
+        shaken = weight * (1 + noise * draw(2, 256))
+        options = RoundingOptions(target="original")
+        rounded = round_linears({"a": shaken}, {"a": row(name, 2, 256)}, options, torch.float32, hessian)["a"].linear
+        assert isinstance(rounded, BlockLinear)
+        found.append(hashlib.sha256(bytes(rounded.blocks.flatten().tolist())).hexdigest()[:16])
+    assert found == [PINNED[name]] * 2
 
 
 # -- refusals ----------------------------------------------------------------------------------------------
@@ -492,11 +500,12 @@ def test_damaged_tensors_are_refused(tensors: dict[str, torch.Tensor], line: str
         ("Q4_0", {"symmetric": False}, "is to have other scales or offsets than Q4_0 has"),
         ("Q4_1", {"symmetric": True}, "is to have other scales or offsets than Q4_1 has"),
         ("Q8_0", {"scale_bits": 6}, "is to have other scales or offsets than Q8_0 has"),
+        ("Q4_K", {"in_features": 576}, "has 576 input features, which are no multiple of Q4_K's blocks of 256"),
         ("Q5_1", {"in_features": 80}, "has 80 input features, which are no multiple of Q5_1's blocks of 32"),
     ],
 )
 def test_what_cannot_be_stored_like_this(name: str, changes: dict[str, object], problem: str) -> None:
-    assert encoding(name).problem(replace(row(name, 2, 64), **changes)) == problem  # type: ignore[arg-type]
+    assert encoding(name).problem(replace(row(name, 2, 256), **changes)) == problem  # type: ignore[arg-type]
 
 
 def test_stochastic_rounding_is_refused() -> None:

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from accullm_cli.quant.encodings.ggml_grid import BlockGrid, nonzero, stored_scale
+from accullm_cli.quant.encodings.ggml_grid import NEXT_TO_NOTHING, BlockGrid, nonzero, stored_scale
 from accullm_cli.quant.encodings.ggml_layout import BlockType
 from accullm_cli.quant.linear import spread
 from accullm_cli.quant.scales import LARGEST_SCALE, round_offset
 
 # How often codes, integers and float16s are fitted to each other.
 ROUNDS = 2
-# Ranges that are tried: from a little more than the whole one down to half of it, in steps of a third of a code.
-RANGE_STEP = 0.32
-LARGEST_RANGE, SMALLEST_RANGE = 1.05, 0.5
-RANGES = 20
+# Ranges that are tried: the whole one, and shorter (or longer) ones by so many codes. Near to the whole one, every fifth
+# of a code has other weights lie near to values.
+SHORTER = (0.0, *(0.2 * count for count in range(-5, 9) if count), *(1.9 + 0.5 * count for count in range(11)))
+SHORTEST = 0.45
 # A float16 is tried at which the largest number that it has to give has the largest integer, or up to so much less.
 SPARED_INTEGERS = 12
 
@@ -73,6 +74,12 @@ class BlockSearch:
         self.high = high if kind.has_offset else high.clamp(min=0)
         levels = kind.levels or [code - kind.zero for code in range(2**kind.bits)]
         self.levels = torch.tensor(levels, dtype=weight.dtype, device=weight.device)
+        if kind.levels is not None:
+            # Levels are whole numbers, so that between two halves all places have one nearest level.
+            self.halves = (2 * int(levels[0]), 2 * int(levels[-1]))
+            places = torch.arange(self.halves[0], self.halves[1] + 1, dtype=weight.dtype, device=weight.device) / 2
+            middles = (self.levels[1:] + self.levels[:-1]) / 2
+            self.nearest = self.levels[torch.bucketize(places, middles)]
 
     def beyond(self) -> int:
         """How many blocks hold weights that no float16 reaches."""
@@ -103,10 +110,9 @@ class BlockSearch:
 
     def _best_of_any(self) -> Numbers:
         """The best scale and offset of each sub-block, storable or not."""
-        step = RANGE_STEP / 2**self.kind.bits
-        fractions = [1 + step * count for count in range(2, -RANGES, -1)]
+        fractions = [1 - codes / (2**self.kind.bits - 1) for codes in SHORTER]
         best: tuple[torch.Tensor, ...] | None = None
-        for numbers in self._ranges([own for own in fractions if SMALLEST_RANGE <= own <= LARGEST_RANGE]):
+        for numbers in self._ranges([fraction for fraction in fractions if fraction > SHORTEST]):
             found = self._refitted(*numbers)
             best = found if best is None else _better(found, best)
         assert best is not None
@@ -121,7 +127,7 @@ class BlockSearch:
             for fraction in fractions:
                 cut = (self.high - self.low) * (1 - fraction)
                 ends = [(self.low * fraction, self.high * fraction)]
-                if fraction < 1:
+                if fraction != 1:
                     ends += [(self.low + cut, self.high), (self.low, self.high - cut)]
                 for low, high in ends:
                     scale = (high - low) / largest
@@ -130,7 +136,8 @@ class BlockSearch:
         first, last = float(self.levels[0]), float(self.levels[-1])
         for sign, one, other in ((1, first, last), (-1, -last, -first)):
             scale = torch.maximum(self.low / one, self.high / other)
-            scale = torch.where(scale > 0, scale, 1)
+            if self.kind.levels is None:  # whose zero code holds zeros at any scale; a table's levels need one of 0
+                scale = torch.where(scale > 0, scale, 1)
             for fraction in fractions:
                 yield sign * fraction * scale, torch.zeros_like(scale)
 
@@ -141,7 +148,7 @@ class BlockSearch:
         curvature = sums.curvature
         best = (sums.product - sums.point * sums.weight / nonzero(sums.one)) / nonzero(curvature)
         # Where all codes are alike, or a sub-block has no weights to hold, there is none.
-        usable = curvature > sums.square * 1e-6
+        usable = curvature > sums.square * NEXT_TO_NOTHING
         best = torch.where(usable & ((best > 0) | (not self.kind.has_offset)), best, scale)
         lift = sums.offset(best)
         if self.kind.has_offset and self.kind.is_super:
@@ -155,10 +162,10 @@ class BlockSearch:
     def _stored(self, numbers: Numbers, sums: _Sums) -> BlockGrid:
         """The storable numbers that are nearest in what they cost."""
         kind, (scale, offset) = self.kind, numbers
-        curvature = sums.curvature
-        # A sub-block of zeros has any scale; 0 asks for nothing.
-        wanted = torch.where((curvature > 0) | (not kind.is_super), scale, 0)
-        half = _common(wanted, curvature, kind.integers, kind.groups_of_block, stored_scale)
+        # A sub-block of zeros asks for no scale. One of equal weights hardly does: its offset, too, could hold them.
+        wanted = torch.where((sums.square > 0) | (not kind.is_super), scale, 0)
+        curvature = torch.maximum(sums.curvature, sums.square * NEXT_TO_NOTHING)
+        half = _common(wanted, curvature, kind.integers, kind.groups_of_block, partial(stored_scale, kind=kind))
         integers = kind.integer(wanted / nonzero(self._spread(half)))
         lifted = offset - sums.point / nonzero(sums.one) * (integers * self._spread(half) - wanted)
         lifted = lifted.clamp(max=0) if kind.is_super else lifted
@@ -200,8 +207,10 @@ class BlockSearch:
         one, product = of_blocks(grid.lifts.square() * sums.one), of_blocks(grid.integers * sums.product)
         weight = of_blocks(grid.lifts * sums.weight)
         free = square - both.square() / nonzero(one)
-        half = torch.where(free > square * 1e-6, (product - both * weight / nonzero(one)) / nonzero(free), grid.half)
-        half = stored_scale(half)
+        half = torch.where(
+            free > square * NEXT_TO_NOTHING, (product - both * weight / nonzero(one)) / nonzero(free), grid.half
+        )
+        half = stored_scale(half, kind)
         half_offset = _stored_offset(torch.where(one > 0, (weight - half * both) / nonzero(one), grid.half_offset))
         other = BlockGrid.of(kind, half, grid.integers, half_offset, grid.lifts)
         before = of_blocks(self._error(points, grid.scale, grid.offset))
@@ -216,9 +225,10 @@ class BlockSearch:
     def _points(self, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """What the nearest codes stand for, in steps of the scale: [N, G, group]."""
         place = self.weight - offset[..., None] if self.kind.has_offset else self.weight
-        place = place / scale[..., None]
+        place = place / nonzero(scale[..., None])
         if self.kind.levels is not None:
-            return self.levels[torch.bucketize(place, (self.levels[1:] + self.levels[:-1]) / 2)]
+            index = (place * 2).ceil_().clamp_(*self.halves).sub_(self.halves[0]).to(torch.int32)
+            return self.nearest.index_select(0, index.flatten()).view_as(place)
         return place.round_().clamp_(self.levels[0], self.levels[-1])
 
     def _error(self, points: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
@@ -242,8 +252,11 @@ class BlockSearch:
 
 
 def _better(new: tuple[torch.Tensor, ...], old: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """In every sub-block that of less error, which comes last."""
-    better = new[-1] < old[-1]
+    """In every sub-block that of less error, which comes last; the old one where only a last bit makes a difference.
+
+    Codes that are all one more, with an offset that is one step less, stand for the same values.
+    """
+    better = new[-1] < old[-1] * (1 - NEXT_TO_NOTHING)
     return tuple(torch.where(better, *pair) for pair in zip(new, old, strict=True))
 
 
