@@ -1,7 +1,7 @@
 // Coordinate descent over the codes of rows that do not feed each other (accullm_cli/quant/descent.py).
 //
 // Moving the code of column k by d steps of size s changes a row's loss by -2 d s slope_k + d^2 s^2 (H_kk + ridge), so
-// it moves to the whole number next to slope_k / (s (H_kk + ridge)), and then
+// it moves to the whole number (or the level of a table) next to slope_k / (s (H_kk + ridge)), and then
 //
 //     slope_j -= d s H_kj  for all j,      slope_k -= d s ridge.
 //
@@ -30,6 +30,7 @@ struct Descent {
     const real* hessian;    // H [K, K]
     const real* curvature;  // [K], the diagonal of H + ridge; 0 in columns that stay as they are
     const real* scale;      // [N, G]
+    const real* levels;     // [largest code + 1], what codes stand for; null where they are steps
     double ridge;
     int columns;
     int groups;
@@ -68,9 +69,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) descend(Descent de
                 const real step = descent.scale[row * descent.groups + k / descent.columns_per_group];
                 const real curvature = descent.curvature[k] * step;
                 if (curvature > 0 || curvature < 0) {  // as the scale is
-                    const real before = descent.codes[first + k];
-                    code = between(before + rint(slope[k] / curvature), 0, descent.largest_code);
-                    moved = (code - before) * step;
+                    if (descent.levels != nullptr) {
+                        const real before = descent.levels[descent.codes[first + k]];
+                        const int place =
+                            level_code(before + slope[k] / curvature, descent.levels, descent.largest_code);
+                        code = place;
+                        moved = (descent.levels[place] - before) * step;
+                    } else {
+                        const real before = descent.codes[first + k];
+                        code = between(before + rint(slope[k] / curvature), 0, descent.largest_code);
+                        moved = (code - before) * step;
+                    }
                 }
             }
             if (moved != 0) atomicMin(&turn->mover, k);

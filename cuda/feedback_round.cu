@@ -31,6 +31,7 @@ struct Tile {
     const real* scale;    // [N, G]
     const real* zero;     // [N, G]
     const i64* group;     // [C], of each column
+    const real* levels;   // [largest code + 1], what codes stand for; null where they are steps from the zero point
     const real* share;    // [N, C], of the feedback that stochastic rounding lets through; null for nearest rounding
     const i64* features;  // [C], the input feature that each column is; for stochastic rounding
     u8* codes;            // [N, C]
@@ -77,15 +78,20 @@ extern "C" __global__ void __launch_bounds__(ROWS* LANES) feedback_round(Tile ti
         for (int owner = 0; owner < LANES && LANES * j + owner < tile.columns; owner++) {
             const int k = LANES * j + owner;
             // Every lane rounds; what its owner makes of column k counts.
-            real code;
+            real code, point;
             if (stochastic) {
                 const real received = between(fed[j] / scale[j] * share[j], -limit[j], limit[j]);
-                code = floor(position[j] + received + noise[j]);
+                code = between(floor(position[j] + received + noise[j]), 0, most);
+                point = code - zero[j];
+            } else if (tile.levels != nullptr) {
+                const int place = level_code((target[j] + fed[j]) / scale[j], tile.levels, tile.largest_code);
+                code = place;
+                point = tile.levels[place];
             } else {
-                code = rint((target[j] + fed[j]) / scale[j] + zero[j]);
+                code = between(rint((target[j] + fed[j]) / scale[j] + zero[j]), 0, most);
+                point = code - zero[j];
             }
-            code = between(code, 0, most);
-            real error = target[j] - (code - zero[j]) * scale[j];
+            real error = target[j] - point * scale[j];
             if (lane == owner) own_error = error, own_code = static_cast<u8>(code);
             error = __shfl_sync(0xFFFFFFFF, error, owner);
             const real* const row_of_upper = tile.upper + static_cast<u64>(k) * tile.columns;

@@ -29,8 +29,8 @@ class TileStruct(ctypes.Structure):
     """`Tile` of cuda/feedback_round.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("wanted", "fed", "upper", "scale", "zero", "group", "share")),
-        *((name, ctypes.c_void_p) for name in ("features", "codes", "error")),
+        *((name, ctypes.c_void_p) for name in ("wanted", "fed", "upper", "scale", "zero", "group", "levels")),
+        *((name, ctypes.c_void_p) for name in ("share", "features", "codes", "error")),
         ("seed", ctypes.c_uint64),
         ("stream", ctypes.c_uint32),
         *((name, ctypes.c_int) for name in ("rows", "columns", "groups", "largest_code")),
@@ -41,7 +41,7 @@ class DescentStruct(ctypes.Structure):
     """`Descent` of cuda/descend.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "error", "slope", "hessian", "curvature", "scale")),
+        *((name, ctypes.c_void_p) for name in ("codes", "error", "slope", "hessian", "curvature", "scale", "levels")),
         ("ridge", ctypes.c_double),
         *((name, ctypes.c_int) for name in ("columns", "groups", "columns_per_group", "largest_code")),
         *((name, ctypes.c_int) for name in ("sweeps", "slope_is_shared")),
@@ -93,6 +93,7 @@ def tile_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
     chance = tile.chance
     arguments = TileStruct(
         *(tensor.data_ptr() for tensor in (tile.wanted, tile.fed, tile.upper, tile.scale, tile.zero, tile.group)),
+        None if tile.levels is None else tile.levels.data_ptr(),
         None if chance is None else chance.share.data_ptr(),
         None if chance is None else chance.features.data_ptr(),
         codes.data_ptr(),
@@ -138,6 +139,7 @@ def descent_launch(descent: Descent, curvature: torch.Tensor, shared_bytes: int)
     tensors = (descent.codes, descent.error, descent.slope, descent.hessian, curvature, grid.scale)
     arguments = DescentStruct(
         *(tensor.data_ptr() for tensor in tensors),
+        None if descent.levels is None else descent.levels.data_ptr(),
         descent.ridge,
         columns,
         grid.scale.shape[1],

@@ -15,6 +15,7 @@ from accullm_cli.quant.grid import Grid
 from accullm_cli.quant.loops import COMPILED, Chance, Descent, Loops, Tile
 
 ROWS, GROUP_SIZE = 70, 48  # no multiple of a block's rows; a last short group
+LEVELS = torch.tensor([-9.0, -7.0, -5.5, -4.0, -3.0, -2.0, -1.5, -1.0, 0.5, 1.0, 1.5, 2.0, 4.0, 5.0, 6.0, 7.0])
 
 
 @cache
@@ -46,7 +47,7 @@ def loops_of(device: torch.device) -> Loops:
 
 
 def rounding_disagreement(loops: Loops) -> str | None:
-    """Round a tile, at random and not, and descend over some rows, by these loops and by the CPU's.
+    """Round tiles, at random and not, to steps and levels, and descend over some rows, by these loops and the CPU's.
 
     Both add up the same terms in the same order, so that any numbers will do, and all bits have to be equal.
 
@@ -63,27 +64,29 @@ def rounding_disagreement(loops: Loops) -> str | None:
         found_codes, found_error = loops.round_tile(there)
         if not _equal((found_codes, codes), (found_error, error), (there.fed, tile.fed)):
             return f"{what}: {_different(found_codes, codes)}"
-    rows = _descent(draw)
-    moved: Descent = _copied(rows, loops.device)
-    COMPILED.descend(rows)
-    loops.descend(moved)
-    if not _equal((moved.codes, rows.codes), (moved.error, rows.error)):
-        return f"descend: {_different(moved.codes, rows.codes)}"
+    for what, levels in (("descend", None), ("descend over levels", LEVELS)):
+        rows = _descent(draw, levels)
+        moved: Descent = _copied(rows, loops.device)
+        COMPILED.descend(rows)
+        loops.descend(moved)
+        if not _equal((moved.codes, rows.codes), (moved.error, rows.error)):
+            return f"{what}: {_different(moved.codes, rows.codes)}"
     return None
 
 
 def _tiles(draw: torch.Generator) -> Iterator[tuple[str, Tile]]:
-    """Two tiles, one of them to be rounded at random."""
+    """Three tiles: for codes that are steps, at random, and for codes of levels."""
     order = torch.randperm(MOST_COLUMNS, generator=draw)
-    for chance in (None, Chance(torch.rand(ROWS, MOST_COLUMNS, generator=draw), 2**63 + 5, 7, order)):
+    chance = Chance(torch.rand(ROWS, MOST_COLUMNS, generator=draw), 2**63 + 5, 7, order)
+    for what, own in (("", {}), (" at random", {"chance": chance}), (" to levels", {"levels": LEVELS})):
         wanted, fed = (torch.randn(ROWS, MOST_COLUMNS, generator=draw) for _ in range(2))
         upper = torch.randn(MOST_COLUMNS, MOST_COLUMNS, generator=draw) / 16
         grid = _grid(draw)
-        tile = Tile(wanted, fed, upper, grid.scale, grid.zero, order // GROUP_SIZE, grid.largest_code, chance=chance)
-        yield "feedback_round" if chance is None else "feedback_round at random", tile
+        tile = Tile(wanted, fed, upper, grid.scale, grid.zero, order // GROUP_SIZE, grid.largest_code)
+        yield f"feedback_round{what}", replace(tile, **own)
 
 
-def _descent(draw: torch.Generator) -> Descent:
+def _descent(draw: torch.Generator, levels: torch.Tensor | None) -> Descent:
     """Rows whose codes are far from the best, over more columns than a block has threads."""
     columns = 3 * MOST_COLUMNS
     inputs = torch.randn(2 * columns, columns, generator=draw)
@@ -91,7 +94,10 @@ def _descent(draw: torch.Generator) -> Descent:
     codes = torch.randint(0, 16, (ROWS, columns), generator=draw, dtype=torch.uint8)
     error = torch.randn(ROWS, columns, generator=draw) / 8
     movable = torch.arange(columns) % 9 != 4
-    return Descent(codes, error, error @ hessian, hessian, 0.01, _grid(draw, columns), movable, 3)
+    grid = _grid(draw, columns)
+    if levels is not None:
+        grid = replace(grid, scale=grid.scale * torch.where(torch.arange(grid.scale.shape[1]) % 2 == 1, -1, 1))
+    return Descent(codes, error, error @ hessian, hessian, 0.01, grid, movable, 3, levels=levels)
 
 
 def _grid(draw: torch.Generator, columns: int = MOST_COLUMNS) -> Grid:

@@ -61,14 +61,15 @@ class Draft:
         Args:
             fisher: G, [N, N], positive definite; None for the identity: rows do not feed each other then.
         """
-        movable = self._on_grid()
+        movable, levels = self._on_grid(), self.grid.table()
         if fisher is None:
             for part in self._parts():
                 grid, error = self._errors(part)
                 product = error @ self.hessian + self.ridge * error
-                loops.descend(
-                    Descent(self.codes[part], error, product, self.hessian, self.ridge, grid, movable, SWEEPS)
+                descent = Descent(
+                    self.codes[part], error, product, self.hessian, self.ridge, grid, movable, SWEEPS, levels=levels
                 )
+                loops.descend(descent)
             return
         _, error = self._errors(slice(None))
         product = error @ self.hessian + self.ridge * error
@@ -78,7 +79,7 @@ class Draft:
             slope, rows = fisher[part] @ product, (product[part], fisher[part, part])
             descent = Descent(
                 self.codes[part], error[part], slope, hessian, self.ridge, self.grid.rows(part), movable,
-                SWEEPS // ROUNDS, rows,
+                SWEEPS // ROUNDS, rows, levels,
             )  # fmt: skip
             loops.descend(descent)
 

@@ -165,6 +165,8 @@ def round_with_feedback(
         found outside the grid and clamped.
     """
     assert generator is None or rows is None, "rows do not feed each other at random"
+    assert generator is None or grid.levels is None, "codes are drawn between steps of one size"
+    levels = grid.table()
     rounded_features = target.shape[1] - kept.shape[1]
     order, count = factor.order, len(target)
     row_order = torch.arange(count, device=target.device) if rows is None else rows.order
@@ -198,7 +200,7 @@ def round_with_feedback(
                 chance = Chance(share[:, columns], *generator, order[columns])
             tile = Tile(
                 wanted[part, columns], fed, feedback[start:], scale[part], zero[part], group[columns],
-                grid.largest_code, from_above, chance,
+                grid.largest_code, from_above, chance, levels,
             )  # fmt: skip
             own_codes, error[part, columns] = loops.round_tile(tile)
             codes[row_order[part, None], order[columns]] = own_codes

@@ -28,14 +28,15 @@ AnyGrid = TypeVar("AnyGrid", bound="Grid")
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that the weights of one linear may take: (code - zero) * scale.
+    """The values that the weights of one linear may take: (code - zero) * scale, or levels[code] * scale.
 
     This one has whole zero points, from 0 to 2**bits - 1. A way to store other zero points, or scales that hang on each
     other, has a class of its own below this one, with its own `fitted`; rounding takes any real numbers for both.
 
-    scale: [N, G], in the working dtype, each one that can be stored.
+    scale: [N, G], in the working dtype, each one that can be stored; here positive, for rounding of either sign.
     zero: [N, G], in the working dtype.
     storable: the scales that it may have.
+    levels: 2**bits ascending numbers, a table in place of steps of one size; zero points are not used then.
     """
 
     scale: torch.Tensor
@@ -44,6 +45,7 @@ class Grid:
     columns_per_group: int
     symmetric: bool
     storable: StorableScales = ANY_SCALE
+    levels: tuple[float, ...] | None = None
 
     @property
     def largest_code(self) -> int:
@@ -53,12 +55,27 @@ class Grid:
         """Codes (whole numbers in the working dtype) of the nearest grid values to `weight` [N, K]."""
         count = weight.shape[1]
         scale, zero = self.per_column(count)
+        table = self.table()
+        if table is not None:
+            return torch.bucketize(weight / scale, (table[1:] + table[:-1]) / 2).to(weight.dtype)
         return (weight / scale + zero).round_().clamp_(0, self.largest_code)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """The weights [N, K] that codes stand for."""
-        scale, zero = self.per_column(codes.shape[1])
-        return (codes - zero) * scale
+        return self.points(codes) * spread(self.scale, self.columns_per_group, codes.shape[1])
+
+    def points(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes [N, K] stand for, in steps of the scale."""
+        table = self.table()
+        if table is not None:
+            return table[codes.long()]
+        return codes.to(self.scale.dtype) - spread(self.zero, self.columns_per_group, codes.shape[1])
+
+    def table(self) -> torch.Tensor | None:
+        """The levels as a tensor [2**bits] beside the scales; None where codes are steps."""
+        if self.levels is None:
+            return None
+        return torch.tensor(self.levels, dtype=self.scale.dtype, device=self.scale.device)
 
     def rows(self: AnyGrid, part: slice) -> AnyGrid:
         """The grid of some rows."""
@@ -96,7 +113,7 @@ class Grid:
             on_grid: bool [K], the columns that it holds.
             hessian: [K, K].
         """
-        steps = codes.to(error.dtype) - spread(self.zero, self.columns_per_group, codes.shape[1])
+        steps = self.points(codes)
         steps[:, ~on_grid] = 0
         scale = fitted_scales(self.scale, error, steps, hessian, ridge, self.columns_per_group, self.storable)
         return replace(self, scale=scale)

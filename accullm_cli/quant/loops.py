@@ -54,6 +54,7 @@ class Tile:
     # tile's rows [N, N], unit upper triangular. Not with `chance`.
     rows: tuple[torch.Tensor, torch.Tensor] | None = None
     chance: Chance | None = None
+    levels: torch.Tensor | None = None  # [largest code + 1], see `Grid`; not with `chance`
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Descent:
     sweeps: int  # over a row, at most; fewer where one changes nothing
     # Where rows feed each other: their P [N, K], contiguous, changed in place, and their G [N, N].
     rows: tuple[torch.Tensor, torch.Tensor] | None = None
+    levels: torch.Tensor | None = None  # [largest code + 1], the grid's table
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,24 @@ def stochastic_code(position, fed, share, noise, largest):  # type: ignore[no-un
 
 
 @compiled
+def level_code(place, levels):  # type: ignore[no-untyped-def]
+    """The code of the level that is nearest to `place`, of two the lower one; 0 where `place` is not a number."""
+    low, high = 0, len(levels) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if place + place > levels[middle] + levels[middle + 1]:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@compiled
 def _round_rows(  # type: ignore[no-untyped-def]
-    first, last, wanted, fed, upper, row_fed, row_upper, scale, zero, group, largest, share, noise, codes, error
+    first, last, wanted, fed, upper, row_fed, row_upper, scale, zero, group, levels, largest, share, noise, codes, error
 ):
     columns, stochastic, rows_feed = wanted.shape[1], share.shape[0] > 0, row_upper.shape[0] > 0
+    has_levels = levels.shape[0] > 0
     lowest = largest - largest  # 0 of the weights' type
     for n in range(first, last):
         if rows_feed:
@@ -143,10 +159,16 @@ def _round_rows(  # type: ignore[no-untyped-def]
             if stochastic:
                 position = wanted[n, k] / step + offset
                 code = stochastic_code(position, feedback / step, share[n, k], noise[n, k], largest)
+                point = code - offset
+            elif has_levels:
+                place = level_code((wanted[n, k] + feedback) / step, levels)
+                code = place + lowest
+                point = levels[place]
             else:
                 code = min(max(np.rint((wanted[n, k] + feedback) / step + offset), lowest), largest)
+                point = code - offset
             codes[n, k] = np.uint8(code)
-            lost = wanted[n, k] - (code - offset) * step
+            lost = wanted[n, k] - point * step
             error[n, k] = lost
             for j in range(k + 1, columns):
                 fed[n, j] += lost * upper[k, j]
@@ -156,12 +178,13 @@ def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a tile with the feedback inside of it; see `Loops`. What is on another device comes here and goes back."""
     fed = tile.fed.cpu().contiguous()
     none = fed.new_empty(0, 0)
+    levels = fed.new_empty(0) if tile.levels is None else tile.levels
     row_fed, row_upper = tile.rows or (none, none)
     share = noise = none
     if (chance := tile.chance) is not None:
         share, noise = chance.share, uniform(chance.seed, chance.stream, chance.features, len(fed)).to(fed.dtype).T
     codes, error = torch.empty(fed.shape, dtype=torch.uint8), torch.empty_like(fed)
-    tensors = (tile.wanted, fed, tile.upper, row_fed, row_upper, tile.scale, tile.zero, tile.group)
+    tensors = (tile.wanted, fed, tile.upper, row_fed, row_upper, tile.scale, tile.zero, tile.group, levels)
     arrays = [_array(tensor) for tensor in tensors]
     largest = arrays[0].dtype.type(tile.largest_code)
     rest = [_array(tensor) for tensor in (share, noise, codes, error)]
@@ -173,10 +196,10 @@ def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
 
 @compiled
 def _descend_rows(  # type: ignore[no-untyped-def]
-    first, last, codes, error, slope, hessian, product, fisher, scale, group, movable, ridge, largest, sweeps
+    first, last, codes, error, slope, hessian, product, fisher, scale, group, movable, levels, ridge, largest, sweeps
 ):
     """product: P; the same memory as `slope`, G P, where there is no G."""
-    columns, rows_feed = error.shape[1], fisher.shape[0] > 0
+    columns, rows_feed, has_levels = error.shape[1], fisher.shape[0] > 0, levels.shape[0] > 0
     lowest = largest - largest  # 0 of the weights' type
     for n in range(first, last):
         for _ in range(sweeps):
@@ -189,12 +212,18 @@ def _descend_rows(  # type: ignore[no-untyped-def]
                 # Of a scale's sign; not a number, or 0, is none to divide by.
                 if not movable[k] or not abs(curvature) > lowest:
                     continue
-                steps = np.rint(slope[n, k] / curvature)
-                if steps == lowest:
-                    continue
-                before = codes[n, k] + lowest
-                code = min(max(before + steps, lowest), largest)
-                moved = (code - before) * step
+                if has_levels:
+                    before = levels[codes[n, k]]
+                    place = level_code(before + slope[n, k] / curvature, levels)
+                    code = place + lowest
+                    moved = (levels[place] - before) * step
+                else:
+                    steps = np.rint(slope[n, k] / curvature)
+                    if steps == lowest:
+                        continue
+                    before = codes[n, k] + lowest
+                    code = min(max(before + steps, lowest), largest)
+                    moved = (code - before) * step
                 if moved == lowest:
                     continue
                 moved_any = True
@@ -220,7 +249,10 @@ def descend(descent: Descent) -> None:
     codes, error, own_product = (tensor.cpu() for tensor in changed)
     slope = own_product if descent.rows is None else descent.slope.cpu()
     group = torch.arange(codes.shape[1]) // descent.grid.columns_per_group
-    tensors = (codes, error, slope, descent.hessian, own_product, fisher, descent.grid.scale, group, descent.movable)
+    levels = error.new_empty(0) if descent.levels is None else descent.levels
+    tensors = (
+        codes, error, slope, descent.hessian, own_product, fisher, descent.grid.scale, group, descent.movable, levels,
+    )  # fmt: skip
     arrays = [_array(tensor) for tensor in tensors]
     ridge, largest = (arrays[1].dtype.type(number) for number in (descent.ridge, descent.grid.largest_code))
     _share_out(_descend_rows, len(codes), descent.rows is not None, *arrays, ridge, largest, descent.sweeps)

@@ -25,6 +25,7 @@ from tests.test_pinned import CASES, PINNED, Case, sha256_of
 GROUP_SIZE = 16
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 ORDERS = st.sampled_from([FORWARDS, BACKWARDS, SHUFFLED])
+KINDS = st.sampled_from(["steps", "levels", "stochastic"])
 AMPLE = 99 * 1024  # bytes of shared memory
 EMULATED = cuda_loops(torch.device("cpu"), lambda what, device: emulate(what), AMPLE)
 
@@ -32,7 +33,13 @@ EMULATED = cuda_loops(torch.device("cpu"), lambda what, device: emulate(what), A
 
 
 def random_tile(
-    columns: int, rows: int, dtype: torch.dtype, seed: int, exact: bool = False, stochastic: bool = False
+    columns: int,
+    rows: int,
+    dtype: torch.dtype,
+    seed: int,
+    exact: bool = False,
+    stochastic: bool = False,
+    levels: bool = False,
 ) -> Tile:
     """With `exact`, numbers whose sums need few bits, many of them ties between two codes."""
     draw = torch.Generator().manual_seed(seed)
@@ -65,7 +72,11 @@ def random_tile(
         group=guarded(feature // GROUP_SIZE),
         largest_code=15,
         chance=Chance(guarded(share), 0x123456789ABCDEF, 0x89ABCDEF, guarded(feature)) if stochastic else None,
+        levels=guarded(LEVELS.to(dtype)) if levels else None,
     )
+
+
+LEVELS = torch.tensor([-9.0, -7.0, -5.5, -4.0, -3.0, -2.0, -1.5, -1.0, 0.5, 1.0, 1.5, 2.0, 4.0, 5.0, 6.0, 7.0])
 
 
 def sign_of(draw: torch.Generator, rows: int, groups: int) -> torch.Tensor:
@@ -104,7 +115,12 @@ def check_against_exact_numbers(tile: Tile, codes: torch.Tensor, error: torch.Te
             group = int(tile.group[k])
             scale, zero = Fraction(tile.scale[n, group].item()), Fraction(tile.zero[n, group].item())
             code = int(codes[n, k])
-            assert abs(float(wanted - (code - zero) * scale - errors[n][k])) <= slack
+            point = code - zero if tile.levels is None else Fraction(tile.levels[code].item())
+            assert abs(float(wanted - point * scale - errors[n][k])) <= slack
+            if tile.levels is not None:
+                distances = [abs(float((wanted + fed) / scale) - level) for level in LEVELS.tolist()]
+                assert distances[code] <= min(distances) + slack / abs(float(scale))
+                continue
             if noise is None:
                 position = float((wanted + fed) / scale + zero)
                 nearest = round(min(max(position, -0.4), 15.4))  # Python rounds halves to even, as torch does
@@ -121,11 +137,11 @@ def check_against_exact_numbers(tile: Tile, codes: torch.Tensor, error: torch.Te
 
 @needs_compiler
 @settings(deadline=None, max_examples=25)
-@given(st.integers(1, 40), st.integers(1, 19), DTYPES, ORDERS, st.booleans(), st.integers(0, 999))
+@given(st.integers(1, 40), st.integers(1, 19), DTYPES, ORDERS, KINDS, st.integers(0, 999))
 def test_every_column_follows_from_the_errors_before_it(
-    columns: int, rows: int, dtype: torch.dtype, order: int, stochastic: bool, seed: int
+    columns: int, rows: int, dtype: torch.dtype, order: int, kind: str, seed: int
 ) -> None:
-    tile = random_tile(columns, rows, dtype, seed, stochastic=stochastic)
+    tile = random_tile(columns, rows, dtype, seed, stochastic=kind == "stochastic", levels=kind == "levels")
     before = replace(tile, fed=tile.fed.clone())
     codes, error = rounded_tile(tile, order)
     check_against_exact_numbers(before, codes, error, slack=1e-3 if dtype == torch.float32 else 1e-9)
@@ -133,11 +149,11 @@ def test_every_column_follows_from_the_errors_before_it(
 
 @needs_compiler
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 128), st.integers(1, 19), DTYPES, ORDERS, st.booleans(), st.integers(0, 999))
+@given(st.integers(1, 128), st.integers(1, 19), DTYPES, ORDERS, KINDS, st.integers(0, 999))
 def test_a_tile_is_that_of_the_compiled_loop_bit_for_bit(
-    columns: int, rows: int, dtype: torch.dtype, order: int, stochastic: bool, seed: int
+    columns: int, rows: int, dtype: torch.dtype, order: int, kind: str, seed: int
 ) -> None:
-    tile = random_tile(columns, rows, dtype, seed, stochastic=stochastic)
+    tile = random_tile(columns, rows, dtype, seed, stochastic=kind == "stochastic", levels=kind == "levels")
     compiled = replace(tile, fed=tile.fed.clone())
     wanted_codes, wanted_error = COMPILED.round_tile(compiled)
     codes, error = rounded_tile(tile, order)
@@ -174,7 +190,9 @@ def test_what_the_kernel_does_not_know_is_refused_by_name(change: dict[str, Any]
 # -- descent ------------------------------------------------------------------------------------
 
 
-def random_descent(rows: int, columns: int, dtype: torch.dtype, seed: int, exact: bool = False) -> Descent:
+def random_descent(
+    rows: int, columns: int, dtype: torch.dtype, seed: int, exact: bool = False, levels: bool = False
+) -> Descent:
     """With `exact`, whole numbers and powers of two whose sums need few bits, many of them ties between two codes."""
     draw = torch.Generator().manual_seed(seed)
     groups = -(-columns // GROUP_SIZE)
@@ -207,6 +225,7 @@ def random_descent(rows: int, columns: int, dtype: torch.dtype, seed: int, exact
         grid=Grid(guarded(scale), torch.zeros_like(scale), 3, GROUP_SIZE, False),
         movable=torch.rand(columns, generator=draw) < 0.9,
         sweeps=3,
+        levels=guarded(LEVELS[4:12].to(dtype)) if levels else None,
     )
 
 
@@ -222,11 +241,14 @@ def copy_of(rows: Descent) -> Descent:
 
 @needs_compiler
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 5), st.integers(1, 60), DTYPES, ORDERS, st.sampled_from([AMPLE, 64]), st.integers(0, 999))
+@given(
+    st.integers(1, 5), st.integers(1, 60), DTYPES, ORDERS, st.sampled_from([AMPLE, 64]), st.booleans(),
+    st.integers(0, 999),
+)  # fmt: skip
 def test_a_descent_is_that_of_the_compiled_loop_bit_for_bit(
-    rows: int, columns: int, dtype: torch.dtype, order: int, shared_bytes: int, seed: int
+    rows: int, columns: int, dtype: torch.dtype, order: int, shared_bytes: int, levels: bool, seed: int
 ) -> None:
-    there = random_descent(rows, columns, dtype, seed)
+    there = random_descent(rows, columns, dtype, seed, levels=levels)
     here, before = copy_of(there), there.codes.clone()
     COMPILED.descend(here)
     swept(there, order, shared_bytes)
@@ -278,19 +300,25 @@ def swept_one_by_one(rows: Descent) -> list[list[int]]:
                 if not rows.movable[k] or hessian[k][k] <= 0:
                     continue
                 slope = sum(errors[n][j] * hessian[j][k] for j in range(columns))
-                code = min(max(codes[n][k] + round(slope / (hessian[k][k] * scale)), 0), rows.grid.largest_code)
-                errors[n][k] -= (code - codes[n][k]) * scale
+                if rows.levels is None:
+                    code = min(max(codes[n][k] + round(slope / (hessian[k][k] * scale)), 0), rows.grid.largest_code)
+                    errors[n][k] -= (code - codes[n][k]) * scale
+                else:
+                    levels = [Fraction(level) for level in rows.levels.tolist()]
+                    place = levels[codes[n][k]] + slope / (hessian[k][k] * scale)
+                    code = min(range(len(levels)), key=lambda own: (abs(place - levels[own]), own))
+                    errors[n][k] -= (levels[code] - levels[codes[n][k]]) * scale
                 codes[n][k] = code
     return codes
 
 
 @needs_compiler
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 4), st.integers(1, 24), DTYPES, ORDERS, st.integers(0, 999))
+@given(st.integers(1, 4), st.integers(1, 24), DTYPES, ORDERS, st.booleans(), st.integers(0, 999))
 def test_codes_move_as_one_after_the_other_in_exact_numbers(
-    rows: int, columns: int, dtype: torch.dtype, order: int, seed: int
+    rows: int, columns: int, dtype: torch.dtype, order: int, levels: bool, seed: int
 ) -> None:
-    there = random_descent(rows, columns, dtype, seed, exact=True)
+    there = random_descent(rows, columns, dtype, seed, exact=True, levels=levels)
     wanted = swept_one_by_one(there)
     swept(there, order)
     assert there.codes.tolist() == wanted

@@ -30,9 +30,19 @@ def forgetful_chance(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     return COMPILED.round_tile(replace(tile, chance=chance))
 
 
+def forgetful_of_levels(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+    """One level lies elsewhere."""
+    levels = None if tile.levels is None else tile.levels + 0.5 * (tile.levels == -3)
+    return COMPILED.round_tile(replace(tile, levels=levels))
+
+
 def forgetful_descent(rows: Descent) -> None:
     """One sweep too few."""
     COMPILED.descend(replace(rows, sweeps=rows.sweeps - 1))
+
+
+def descent_without_levels(rows: Descent) -> None:
+    COMPILED.descend(replace(rows, levels=None))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +51,9 @@ def forgetful_descent(rows: Descent) -> None:
         (COMPILED, None),
         (replace(COMPILED, round_tile=forgetful_tile), r"feedback_round: \d{4} of 8960 codes"),
         (replace(COMPILED, round_tile=forgetful_chance), r"feedback_round at random: \d{3,4} of 8960 codes"),
+        (replace(COMPILED, round_tile=forgetful_of_levels), r"feedback_round to levels: \d{3,4} of 8960 codes"),
         (replace(COMPILED, descend=forgetful_descent), r"descend: \d+ of 26880 codes"),
+        (replace(COMPILED, descend=descent_without_levels), r"descend over levels: \d+ of 26880 codes"),
     ],
 )
 def test_what_rounds_otherwise_is_found(loops: Loops, found: str | None) -> None:

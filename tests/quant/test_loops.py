@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.quant import loops
-from accullm_cli.quant.loops import Tile, round_tile, stochastic_code
+from accullm_cli.quant.loops import Tile, level_code, round_tile, stochastic_code
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -30,6 +30,22 @@ def test_threads_share_the_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     codes, error, _ = found[0]
     values = (codes.to(dtype) - zero[:, group]) * scale[:, group]
     assert torch.equal(error, wanted - values)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(-40, 40), min_size=1, max_size=17, unique=True).map(sorted),
+    st.integers(-100, 100), st.sampled_from([np.float32, np.float64]),
+)  # fmt: skip
+def test_the_code_of_a_level_is_that_of_the_nearest_and_of_two_the_lower_one(levels, fourths, dtype) -> None:
+    place = dtype(fourths / 4)
+    distances = [abs(fourths / 4 - level) for level in levels]
+    assert level_code(place, np.array(levels, dtype)) == distances.index(min(distances))
+
+
+@pytest.mark.parametrize("place", [float("nan"), float("-inf")])
+def test_what_is_no_number_has_the_first_code(place: float) -> None:
+    assert level_code(place, np.array([-1.0, 2.0, 3.0])) == 0
 
 
 @settings(deadline=None)

@@ -45,8 +45,8 @@ class BlockGrid(Grid):
         offset = spread(half_offset, kind.groups_of_block, count) * lifts
         zero = -offset / scale if kind.has_offset else torch.full_like(scale, kind.zero)
         return cls(
-            scale, zero, kind.bits, kind.group, not kind.has_offset, kind=kind, half=half, integers=integers,
-            half_offset=half_offset, lifts=lifts, offset=offset,
+            scale, zero, kind.bits, kind.group, not kind.has_offset, levels=kind.levels, kind=kind, half=half,
+            integers=integers, half_offset=half_offset, lifts=lifts, offset=offset,
         )  # fmt: skip
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ class BlockGrid(Grid):
                 for part, own in ((points, integers), (level, lifts))
             )
             loss = _Loss.along(pull, along, level, inner, ridge)
-            larger = stored_scale(scale + loss.scale_step()) - scale
+            larger = stored_scale(scale + loss.scale_step(), kind) - scale
             higher = round_offset(offset + loss.offset_step(larger), "float16") - offset
             falls = loss.falls(larger, higher)
             scale += larger.mul_(falls)
@@ -145,12 +145,15 @@ class _Loss:
 
 def points_of(codes: torch.Tensor, kind: BlockType, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What codes stand for, in steps of the scale above the offset."""
+    if kind.levels is not None:
+        return torch.tensor(kind.levels, dtype=dtype, device=codes.device)[codes.long()]
     return codes.to(dtype) - kind.zero
 
 
-def stored_scale(scale: torch.Tensor) -> torch.Tensor:
-    """The nearest float16, of either sign and never 0."""
-    rounded = scale.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).to(scale.dtype)
+def stored_scale(scale: torch.Tensor, kind: BlockType) -> torch.Tensor:
+    """The nearest float16, of either sign; 0 for a table of levels alone, of which none is 0."""
+    least = SMALLEST_SCALE if kind.levels is None else 0.0
+    rounded = scale.abs().clamp(least, LARGEST_SCALE).to(torch.float16).to(scale.dtype)
     return torch.where(scale < 0, -rounded, rounded)
 
 

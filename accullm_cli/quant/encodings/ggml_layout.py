@@ -144,13 +144,56 @@ class BlockType:
 NIBBLES = Plane("codes", 16, 16, 4)
 FIFTH_BITS = Plane("codes", 4, 1, 1, shift=4)
 NIBBLES_OF_SUPER_BLOCK = Plane("codes", 128, 32, 4)
+# 16 levels, closer to each other where most weights are.
+FINER_NEAR_ZERO = (
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+)  # fmt: skip
+# Of a super-block whose sub-blocks have a minimum.
+MINIMA = (-63, 0)
 _TYPES = (
     BlockType("Q4_0", 4, 32, 32, (Half("half"), NIBBLES), zero=8),
     BlockType("Q4_1", 4, 32, 32, (Half("half"), Half("half_offset"), NIBBLES), lifts=(1, 1)),
     BlockType("Q5_0", 5, 32, 32, (Half("half"), FIFTH_BITS, NIBBLES), zero=16),
     BlockType("Q5_1", 5, 32, 32, (Half("half"), Half("half_offset"), FIFTH_BITS, NIBBLES), lifts=(1, 1)),
     BlockType("Q8_0", 8, 32, 32, (Half("half"), Plane("codes", 32, 32, 8, flipped=True)), zero=128),
-)
+    BlockType(
+        "Q3_K", 3, 256, 16,
+        (
+            Plane("codes", 32, 32, 1, shift=2), Plane("codes", 64, 32, 2),
+            Plane("integers", 8, 8, 4), Plane("integers", 4, 4, 2, shift=4), Half("half"),
+        ),
+        zero=4, integers=(-32, 31),
+    ),
+    BlockType(
+        "Q4_K", 4, 256, 32, (Half("half"), Half("half_offset"), SixBitPairs(), NIBBLES_OF_SUPER_BLOCK),
+        integers=(0, 63), lifts=MINIMA,
+    ),
+    BlockType(
+        "Q5_K", 5, 256, 32,
+        (
+            Half("half"), Half("half_offset"), SixBitPairs(),
+            Plane("codes", 32, 32, 1, shift=4), NIBBLES_OF_SUPER_BLOCK,
+        ),
+        integers=(0, 63), lifts=MINIMA,
+    ),
+    BlockType(
+        "Q6_K", 6, 256, 16,
+        (
+            Plane("codes", 128, 64, 4), Plane("codes", 64, 32, 2, shift=4),
+            Plane("integers", 16, 16, 8, flipped=True), Half("half"),
+        ),
+        zero=32, integers=(-128, 127),
+    ),
+    BlockType("IQ4_NL", 4, 32, 32, (Half("half"), NIBBLES), levels=FINER_NEAR_ZERO),
+    BlockType(
+        "IQ4_XS", 4, 256, 32,
+        (
+            Half("half"), Plane("integers", 2, 1, 2, shift=4), Plane("integers", 4, 1, 4),
+            Plane("codes", 128, 16, 4),
+        ),
+        integers=(-32, 31), levels=FINER_NEAR_ZERO,
+    ),
+)  # fmt: skip
 BLOCK_TYPES: Mapping[str, BlockType] = {kind.name: kind for kind in _TYPES}
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from accullm_cli.quant.encodings.ggml_grid import BlockGrid, nonzero, stored_scale
+from accullm_cli.quant.encodings.ggml_grid import NEXT_TO_NOTHING, BlockGrid, nonzero, stored_scale
 from accullm_cli.quant.encodings.ggml_layout import BlockType
 from accullm_cli.quant.linear import spread
 from accullm_cli.quant.scales import LARGEST_SCALE, round_offset
@@ -73,6 +74,12 @@ class BlockSearch:
         self.high = high if kind.has_offset else high.clamp(min=0)
         levels = kind.levels or [code - kind.zero for code in range(2**kind.bits)]
         self.levels = torch.tensor(levels, dtype=weight.dtype, device=weight.device)
+        if kind.levels is not None:
+            # Levels are whole numbers, so that between two halves all places have one nearest level.
+            self.halves = (2 * int(levels[0]), 2 * int(levels[-1]))
+            places = torch.arange(self.halves[0], self.halves[1] + 1, dtype=weight.dtype, device=weight.device) / 2
+            middles = (self.levels[1:] + self.levels[:-1]) / 2
+            self.nearest = self.levels[torch.bucketize(places, middles)]
 
     def beyond(self) -> int:
         """How many blocks hold weights that no float16 reaches."""
@@ -130,7 +137,8 @@ class BlockSearch:
         first, last = float(self.levels[0]), float(self.levels[-1])
         for sign, one, other in ((1, first, last), (-1, -last, -first)):
             scale = torch.maximum(self.low / one, self.high / other)
-            scale = torch.where(scale > 0, scale, 1)
+            if self.kind.levels is None:  # whose zero code holds zeros at any scale; a table's levels need one of 0
+                scale = torch.where(scale > 0, scale, 1)
             for fraction in fractions:
                 yield sign * fraction * scale, torch.zeros_like(scale)
 
@@ -141,7 +149,7 @@ class BlockSearch:
         curvature = sums.curvature
         best = (sums.product - sums.point * sums.weight / nonzero(sums.one)) / nonzero(curvature)
         # Where all codes are alike, or a sub-block has no weights to hold, there is none.
-        usable = curvature > sums.square * 1e-6
+        usable = curvature > sums.square * NEXT_TO_NOTHING
         best = torch.where(usable & ((best > 0) | (not self.kind.has_offset)), best, scale)
         lift = sums.offset(best)
         if self.kind.has_offset and self.kind.is_super:
@@ -155,10 +163,10 @@ class BlockSearch:
     def _stored(self, numbers: Numbers, sums: _Sums) -> BlockGrid:
         """The storable numbers that are nearest in what they cost."""
         kind, (scale, offset) = self.kind, numbers
-        curvature = sums.curvature
-        # A sub-block of zeros has any scale; 0 asks for nothing.
-        wanted = torch.where((curvature > 0) | (not kind.is_super), scale, 0)
-        half = _common(wanted, curvature, kind.integers, kind.groups_of_block, stored_scale)
+        # A sub-block of zeros asks for no scale. One of equal weights hardly does: its offset, too, could hold them.
+        wanted = torch.where((sums.square > 0) | (not kind.is_super), scale, 0)
+        curvature = torch.maximum(sums.curvature, sums.square * NEXT_TO_NOTHING)
+        half = _common(wanted, curvature, kind.integers, kind.groups_of_block, partial(stored_scale, kind=kind))
         integers = kind.integer(wanted / nonzero(self._spread(half)))
         lifted = offset - sums.point / nonzero(sums.one) * (integers * self._spread(half) - wanted)
         lifted = lifted.clamp(max=0) if kind.is_super else lifted
@@ -200,8 +208,10 @@ class BlockSearch:
         one, product = of_blocks(grid.lifts.square() * sums.one), of_blocks(grid.integers * sums.product)
         weight = of_blocks(grid.lifts * sums.weight)
         free = square - both.square() / nonzero(one)
-        half = torch.where(free > square * 1e-6, (product - both * weight / nonzero(one)) / nonzero(free), grid.half)
-        half = stored_scale(half)
+        half = torch.where(
+            free > square * NEXT_TO_NOTHING, (product - both * weight / nonzero(one)) / nonzero(free), grid.half
+        )
+        half = stored_scale(half, kind)
         half_offset = _stored_offset(torch.where(one > 0, (weight - half * both) / nonzero(one), grid.half_offset))
         other = BlockGrid.of(kind, half, grid.integers, half_offset, grid.lifts)
         before = of_blocks(self._error(points, grid.scale, grid.offset))
@@ -216,9 +226,10 @@ class BlockSearch:
     def _points(self, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """What the nearest codes stand for, in steps of the scale: [N, G, group]."""
         place = self.weight - offset[..., None] if self.kind.has_offset else self.weight
-        place = place / scale[..., None]
+        place = place / nonzero(scale[..., None])
         if self.kind.levels is not None:
-            return self.levels[torch.bucketize(place, (self.levels[1:] + self.levels[:-1]) / 2)]
+            index = (place * 2).ceil_().clamp_(*self.halves).sub_(self.halves[0]).to(torch.int32)
+            return self.nearest.index_select(0, index.flatten()).view_as(place)
         return place.round_().clamp_(self.levels[0], self.levels[-1])
 
     def _error(self, points: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
