@@ -21,7 +21,7 @@ import typer
 from typer.main import get_command
 
 from accullm_cli import __version__
-from accullm_cli.config import config_schema
+from accullm_cli.config_options import config_schema
 from accullm_cli.console import Console, dry_run_text, json_text, render
 from accullm_cli.errors import (
     EXIT_FAULT,

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from accullm_cli.config import Config, Option, options, sections
+from accullm_cli.config import Config
+from accullm_cli.config_options import Option, options, sections
 from accullm_cli.errors import AccullmError
 from accullm_cli.resources import resource
 

@@ -14,8 +14,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from accullm_cli.config import Config, Option, options, sections
+from accullm_cli.config import Config
 from accullm_cli.config_file import EFFORTS, load_config, presets, presets_of
+from accullm_cli.config_options import Option, options, sections
 from accullm_cli.console import Console
 from accullm_cli.resources import resource
 

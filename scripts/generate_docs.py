@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from typer.main import get_command
 
 from accullm_cli.cli import HELP, app
-from accullm_cli.config import Option, config_schema, options, sections
+from accullm_cli.config_options import Option, config_schema, options, sections
 from accullm_cli.flags import COMMON
 from accullm_cli.formats.capabilities import ADAPTERS, CAPABILITIES, WHOLE_ROWS, Capabilities, Storable
 from accullm_cli.measure.result import Report

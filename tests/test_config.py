@@ -11,8 +11,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accullm_cli.config import Config, FormatName, config_schema, options, sections
+from accullm_cli.config import Config, FormatName
 from accullm_cli.config_file import load_config, presets
+from accullm_cli.config_options import config_schema, options, sections
 from accullm_cli.errors import AccullmError
 
 FORMATS = get_args(FormatName)

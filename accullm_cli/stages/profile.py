@@ -405,7 +405,7 @@ def _symmetric(job: Job, storable: Storable) -> bool:
     options = job.config.plan
     if options.symmetric is not None:
         return options.symmetric
-    several = options.is_average or options.embedding_bits != KEPT_BITS
+    several = options.is_average or options.embedding_bits not in (None, KEPT_BITS)
     return False not in storable.symmetric or (several and CAPABILITIES[job.format].prefers_one_way)
 
 

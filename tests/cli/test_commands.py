@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from accullm_cli.config import config_schema
+from accullm_cli.config_options import config_schema
 from tests.cli.fakes import (
     CONVERTING,
     MISSED,

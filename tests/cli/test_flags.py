@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 
 from accullm_cli import cli
-from accullm_cli.config import options
+from accullm_cli.config_options import options
 from tests.cli.fakes import (
     CONVERTING,
     ROOT,

@@ -82,8 +82,8 @@ def test_gradients_are_those_of_all_windows(tmp_path: Path) -> None:
 
 
 def test_every_row_is_a_configuration_of_its_own() -> None:
-    from accullm_cli.config import options as declared
     from accullm_cli.config_file import load_config, presets_of
+    from accullm_cli.config_options import options as declared
 
     key_of = {option.flag: option.key for option in declared()}
     seen = set()

@@ -45,7 +45,7 @@ def test_rows_share_a_run_and_ask_the_same_items(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", script.ROWS, ids=lambda row: row.name)
 def test_every_row_is_a_configuration(row: Any) -> None:
-    from accullm_cli.config import options as declared
+    from accullm_cli.config_options import options as declared
 
     keys = {option.flag: option.key for option in declared()}
     flags = dict(zip(row.flags[::2], row.flags[1::2], strict=True))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from accullm_cli.config import options
+from accullm_cli.config_options import options
 from accullm_cli.stages.graph import conversion, measurements
 from accullm_cli.stages.precision import precision_of
 from accullm_cli.stages.stage import foresee

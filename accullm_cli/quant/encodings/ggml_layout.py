@@ -3,7 +3,7 @@
 A row of a tensor is a chain of blocks of 32 weights, or of super-blocks of 256, in one of the layouts below. Every
 layout is a few planes: a byte of a plane carries one bit, two, or four of several numbers, of the first `width` numbers
 in its lowest bits, of the next `width` above them, and so on; a number of more bits has a plane for the rest. (As in
-ggml-common.h and ggml-quants.c of ggml, which `gguf.quants` reads in Python.)
+ggml-common.h and ggml-quants.c of ggml.)
 """
 
 from __future__ import annotations
