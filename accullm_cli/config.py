@@ -1,7 +1,7 @@
 """Every option of a conversion, declared once: the field is the YAML key, the flag, the help text and the docs row.
 
-`Config` and its sections are the declaration, `options()` walks it for whoever derives something from it (flags,
-docs) and `config_options` has it as data. `config_file.load_config` fills it from files, `--set` and flags.
+`Config` and its sections are the declaration; `config_options` has it as data for whoever derives something from it
+(flags, docs, the JSON Schema). `config_file.load_config` fills it from files, `--set` and flags.
 """
 
 from __future__ import annotations
