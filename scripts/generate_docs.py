@@ -206,7 +206,7 @@ What each `--format` can hold. A plan is made for the format: what nobody asked 
 size) is what it can hold, an average of bits is spent among its widths and group sizes, and linears that its runtimes
 multiply by at once are stored alike. What was asked for and cannot be held is refused in the first second. Several
 formats in one call share the calibration; each then gets a plan, rounded weights and an artifact of its own.
-[encodings.md](encodings.md) says what the encodings are.
+[encodings.md](encodings.md) says what the encodings are, [runtimes.md](runtimes.md) which program reads what.
 """
 
 
@@ -218,12 +218,20 @@ def formats_page() -> str:
             "embedding and head",
             [_storables(format.embeddings) or "as in the source" for format in CAPABILITIES.values()],
         ),
+        (
+            "experts in stacked parameters",
+            [
+                _storables(format.experts) or ("as linears" if "expert" in format.kinds else "none")
+                for format in formats
+            ],
+        ),
         ("kinds of linears", [", ".join(format.kinds) for format in formats]),
         ("outlier features", [_outliers(format) for format in formats]),
         ("scales of 16 bits", [_scale_dtype(format) for format in formats]),
         ("features of a linear", [_multiples(format) for format in formats]),
         ("stored alike", [_fused(format) for format in formats]),
         ("loading", [_loading(format) for format in formats]),
+        ("read by", ["; ".join(reader.name for reader in format.readers) or "accullm" for format in formats]),
     ]
     parts = ["# The formats\n", GENERATED, FORMATS_INTRODUCTION]
     parts.append("| |" + "".join(f" `{name}` |" for name in names) + "\n| --- |" + " --- |" * len(names))

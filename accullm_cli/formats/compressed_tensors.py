@@ -28,6 +28,7 @@ from accullm_cli.formats.pack_quantized import (
     PACKED,
     SCALE,
     SHAPE,
+    ZERO_POINT,
     decode,
     encode,
     joined,
@@ -337,6 +338,8 @@ def derived_plan(path: Path, files: TensorFiles, config: Mapping[str, Any]) -> P
         rows, columns = map(int, files.tensor(f"{name}.{SHAPE}").tolist())
         is_embedding = rows in vocabulary and ".layers." not in name
         scheme = schemes.find(name, EMBEDDING if is_embedding and not _is_head(name) else LINEAR)
+        if scheme.symmetric and f"{name}.{ZERO_POINT}" in files.infos:
+            raise AccullmError(f"tensor {name}.{ZERO_POINT} is stored, and the scheme is symmetric", info.file)
         size = scheme.group_size
         if size > 0 and columns % size:
             raise AccullmError(f"tensor {tensor} has {columns} inputs, which groups of {size} do not divide", info.file)

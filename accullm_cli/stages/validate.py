@@ -42,7 +42,7 @@ from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.texts import VALIDATION, Text, windows_of
 from accullm_cli.stages.whole_model import load_artifact
 
-VERSION = 3
+VERSION = 4
 # What the name of the stage ends with that leaves out an artifact's adapter.
 ALONE = " without adapter"
 # Float32 sums in another order change a token's negative log-likelihood by some 1e-5; another head changes it by more.

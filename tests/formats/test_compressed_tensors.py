@@ -272,6 +272,41 @@ def test_other_compressions_of_the_package_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_zero_points_of_a_symmetric_scheme_are_refused(tmp_path: Path) -> None:
+    directory = export(tmp_path, make_parts(tiny_llama(), tmp_path / "run"))
+    (directory / "accullm.json").unlink()
+    groups = read_config(directory)["config_groups"]
+    groups["group_0"]["weights"]["symmetric"] = True
+    edit_config(directory, "config_groups", groups)
+    with pytest.raises(AccullmError) as error:
+        open_artifact(directory)
+    first = "model.layers.0.mlp.down_proj"
+    assert error.value.line() == (
+        f"{directory}/model-00001-of-00003.safetensors: tensor {first}.weight_zero_point is stored, and the scheme is "
+        "symmetric"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_bits", 5, "describes {first} otherwise than accullm.json; copy the artifact again"),
+        ("group_size", 64, "describes {first} otherwise than accullm.json; copy the artifact again"),
+    ],
+)
+def test_a_config_that_disagrees_with_the_manifest_is_refused(
+    key: str, value: int, message: str, tmp_path: Path
+) -> None:
+    directory = export(tmp_path, make_parts(tiny_llama(), tmp_path / "run"))
+    groups = read_config(directory)["config_groups"]
+    groups["group_0"]["weights"][key] = value
+    edit_config(directory, "config_groups", groups)
+    with pytest.raises(AccullmError) as error:
+        open_artifact(directory)
+    first = "model.layers.0.self_attn.q_proj"
+    assert error.value.line() == f"{directory}/config.json: {message.format(first=first)}"
+
+
 BLOCK = "model-00002-of-00003.safetensors"
 
 
