@@ -34,7 +34,7 @@ from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, tenso
 from accullm_cli.model.integrity import TensorInfo
 from accullm_cli.quant.correction import CORRECTION_DTYPE, SUFFIXES
 from accullm_cli.quant.plan import LinearPlan, Plan
-from accullm_cli.run import file_sha256, write_text
+from accullm_cli.run import file_sha256, sync_directory, write_text
 
 FOLDER = "outlier-adapter"
 CONFIG_NAME = "adapter_config.json"
@@ -192,6 +192,7 @@ def write_files(folder: Path, kind: str, selected: Mapping[str, Selected]) -> in
     write_shard(folder / files.tensors_name, tensors)
     config = files.config({name: len(own.index) for name, own in selected.items()})
     write_text(folder / CONFIG_NAME, json.dumps(config, indent=1) + "\n")
+    sync_directory(folder)
     return (folder / files.tensors_name).stat().st_size
 
 
