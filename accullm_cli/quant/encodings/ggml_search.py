@@ -21,8 +21,8 @@ from accullm_cli.quant.scales import LARGEST_SCALE, round_offset
 
 # How often codes, integers and float16s are fitted to each other.
 ROUNDS = 2
-# Ranges that are tried: the whole one, and shorter (or longer) ones by so many codes. Near to the whole one, every fifth
-# of a code has other weights lie near to values.
+# Ranges that are tried: the whole one, and those that are shorter (or longer) by so many codes. Near to the whole one,
+# every fifth of a code has other weights lie near to values.
 SHORTER = (0.0, *(0.2 * count for count in range(-5, 9) if count), *(1.9 + 0.5 * count for count in range(11)))
 SHORTEST = 0.45
 # A float16 is tried at which the largest number that it has to give has the largest integer, or up to so much less.
