@@ -211,7 +211,10 @@ def _stage(name: str) -> Callable[[Call], Outcome]:
 
 def _validate(call: Call) -> Outcome:
     artifact = Path(call.model or "")
-    if call.model is None or not (artifact / "accullm.json").is_file():
+    from accullm_cli.formats import artifact_format
+
+    of_others = call.original is not None and artifact.is_file() and artifact_format(artifact) is not None
+    if call.model is None or not (of_others or (artifact / "accullm.json").is_file()):
         if call.original is not None:
             raise AccullmError(
                 "is not an artifact", call.model or "MODEL", "--original goes with an artifact's directory"
