@@ -214,7 +214,8 @@ def _validate(call: Call) -> Outcome:
 
     artifact = Path(call.model or "")
     # Other tools' artifacts have no manifest, but a format of ours.
-    if call.model is None or not artifact.is_dir() or artifact_format(artifact) is None:
+    is_held = artifact.is_dir() or (call.original is not None and artifact.is_file())
+    if call.model is None or not is_held or artifact_format(artifact) is None:
         if call.original is not None:
             raise AccullmError(
                 "is not an artifact", call.model or "MODEL", "--original goes with an artifact's directory"

@@ -97,6 +97,12 @@ class PlanOptions(Section):
         ge=2,
         le=8,
     )
+    file_size: str | None = option(
+        None,
+        "The largest size that the file may have, in the place of --bits: 105MB, or a file that it is to be no larger "
+        "than. For a format whose artifact is one file.",
+        example="105MB",
+    )
     spend: Literal["widths", "outliers"] = option(
         "widths",
         "What an average for --bits is spent on: 'widths' gives each linear 3, 4, 5, 6 or 8 bits, and outliers; "
@@ -157,7 +163,7 @@ class PlanOptions(Section):
     @property
     def is_average(self) -> bool:
         """Whether `bits` is to be reached over all linears, rather than in each: 5.0 is, and 5 is not."""
-        return isinstance(self.bits, float)
+        return isinstance(self.bits, float) or self.file_size is not None
 
     @property
     def group_sizes(self) -> tuple[int, ...]:

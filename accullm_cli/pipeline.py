@@ -15,7 +15,7 @@ import yaml
 
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats import open_artifact
+from accullm_cli.formats import adopted, open_artifact
 from accullm_cli.formats.manifest import own_files, record_fidelity
 from accullm_cli.measure.contract import judge, parse_requirement
 from accullm_cli.measure.measurement import Figure, exactly, judged_figures
@@ -158,7 +158,7 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
     """Measure a finished artifact, wherever and by whatever tool it was made, against its original.
 
     Args:
-        artifact: its directory.
+        artifact: its directory, or the file of somebody else that is one.
         config: `config.model` names the original, or is `artifact` itself: then the original is the one that its
             manifest names. An artifact of another tool has none, and that it was made from this model is not known.
             `config.validation` and `config.calibration.seq_len` count. Working files go to `config.machine.run`, by
@@ -167,16 +167,18 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
     Raises:
         AccullmError: it is not an artifact, or it was made from another model than the original.
     """
+    run = config.machine.run or artifact.with_name(f"{artifact.resolve().name}.validation")
+    if artifact.is_file():
+        artifact = adopted(artifact, run / "adopted")
     opened = open_artifact(artifact)
     provenance = opened.manifest.provenance if opened.manifest is not None else {}
     check_format(config, opened.format)
-    run = config.machine.run or artifact.with_name(f"{artifact.resolve().name}.validation")
     if Path(config.model).resolve() == artifact.resolve():
         config = config.model_copy(update={"model": named_original(artifact, provenance)})
     with _open_job(config, progress, fresh, run=run, converts=False) as job:
         # The name alone proves nothing: the content must be the one it was made from.
         made_from = provenance.get("source_sha256")
-        if opened.manifest is not None and made_from != job.source.sha256:
+        if made_from is not None and made_from != job.source.sha256:
             raise AccullmError(
                 f"was made from another model than {job.source.origin}", artifact, "name its original with --original"
             )

@@ -105,7 +105,7 @@ def inspect(path: Path) -> Inspection:
     Raises:
         AccullmError: `path` is neither, or it is damaged.
     """
-    if not path.is_dir():
+    if not path.is_dir() and artifact_format(path) is None:
         raise AccullmError("no such directory", path, "give the directory of an artifact or a model")
     return _inspect_checkpoint(path) if artifact_format(path) is None else _inspect_artifact(open_artifact(path))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from accullm_cli.errors import AccullmError
@@ -46,6 +48,8 @@ def artifact_format(path: Path) -> str | None:
     Raises:
         AccullmError: its config.json is not JSON.
     """
+    if path.is_file():
+        return next((name for name, own in CAPABILITIES.items() if own.suffix and path.suffix == own.suffix), None)
     # An artifact that lost its config.json is still one; opening it says what is missing.
     fallback = NATIVE if (path / "accullm.json").exists() else None
     if not (path / "config.json").exists():
@@ -62,6 +66,8 @@ def open_artifact(path: Path) -> StoredArtifact:
     Raises:
         AccullmError: there is none, or it is not as its format says.
     """
+    if path.is_file() and artifact_format(path) is not None:
+        return _open_file(path)
     if not path.is_dir():
         raise AccullmError("no such directory", path, "give the directory of an artifact")
     format = artifact_format(path)
@@ -73,3 +79,26 @@ def open_artifact(path: Path) -> StoredArtifact:
         )
     artifact: StoredArtifact = FORMATS[format].open(path)  # type: ignore[assignment]
     return artifact
+
+
+def _open_file(path: Path) -> StoredArtifact:
+    """Open an artifact that is one file, in a directory that goes when the artifact goes."""
+    directory = TemporaryDirectory()
+    artifact = open_artifact(adopted(path, Path(directory.name) / path.stem))
+    artifact.lives_in = directory
+    return artifact
+
+
+def adopted(path: Path, directory: Path) -> Path:
+    """The artifact that a file is, made anew in a directory.
+
+    Raises:
+        AccullmError: it is none of a format whose artifacts are files, or damaged.
+    """
+    format = artifact_format(path)
+    if format is None:
+        raise AccullmError("not an artifact", path, "give the directory of one")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    FORMATS[format].adopt(path, directory)  # type: ignore[attr-defined]
+    return directory

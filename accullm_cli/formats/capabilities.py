@@ -131,6 +131,7 @@ class Capabilities:
         neither, transformers does not read it.
     unpacks: its weights may be unpacked while they are loaded.
     kernels: accullm's own kernels multiply by its linears.
+    suffix: of the one file that artifacts of others are; "" where they are directories.
     names_models: the module whose `model_objections` say why a model cannot be stored whatever its plan; "" where the
         format holds any.
     """
@@ -155,6 +156,7 @@ class Capabilities:
     package: str = ""
     unpacks: bool = False
     kernels: bool = False
+    suffix: str = ""
     names_models: str = ""
 
     def wrote(self, name: str, config: Mapping[str, Any]) -> bool:
@@ -249,10 +251,16 @@ def _blocks(name: str, bits: int, group_size: int, symmetric: bool) -> Storable:
 
 # Of each width the first that a linear can have is what it gets where widths are not chosen one by one.
 _GGML = (
+    _blocks("Q3_K", 3, 16, symmetric=True),
+    _blocks("Q4_K", 4, 32, symmetric=False),
+    _blocks("IQ4_NL", 4, 32, symmetric=True),
+    _blocks("IQ4_XS", 4, 32, symmetric=True),
     _blocks("Q4_0", 4, 32, symmetric=True),
     _blocks("Q4_1", 4, 32, symmetric=False),
-    _blocks("Q5_0", 5, 32, symmetric=True),
+    _blocks("Q5_K", 5, 32, symmetric=False),
     _blocks("Q5_1", 5, 32, symmetric=False),
+    _blocks("Q5_0", 5, 32, symmetric=True),
+    _blocks("Q6_K", 6, 16, symmetric=True),
     _blocks("Q8_0", 8, 32, symmetric=True),
 )
 
@@ -332,6 +340,7 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         outliers="not at all",
         fused_experts="of a parameter",
         runtime="llama.cpp",
+        suffix=".gguf",
         names_models="accullm_cli.formats.gguf",
     ),
     "gptq": Capabilities(

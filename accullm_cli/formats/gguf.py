@@ -14,39 +14,37 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.assemble import copy_companions, read_shard, refuse
 from accullm_cli.formats.base import ModelShape, Objection, Parts
+from accullm_cli.formats.capabilities import CAPABILITIES
+from accullm_cli.formats.gguf_adoption import adopt
 from accullm_cli.formats.gguf_architectures import (
     ROPE_FACTORS,
-    Architecture,
-    Piece,
     architecture_of,
     rope_factors,
     write_parameters,
 )
+from accullm_cli.formats.gguf_artifact import GgufArtifact
+from accullm_cli.formats.gguf_layout import Layout, ggml_type, piece_of, placed
 from accullm_cli.formats.gguf_vocabulary import FILE as TOKENIZER
 from accullm_cli.formats.gguf_vocabulary import read_vocabulary
-from accullm_cli.formats.manifest import MANIFEST_NAME, Manifest, read_manifest, write_card, write_manifest
-from accullm_cli.formats.shards import SHARD_BYTES, TensorFiles, read_json, shards_of, tensors_of, write_shard
-from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
-from accullm_cli.model.gguf_file import PLAIN, GgufFile, read_gguf
-from accullm_cli.model.integrity import TensorInfo
-from accullm_cli.model.skeleton import build_skeleton
+from accullm_cli.formats.manifest import MANIFEST_NAME, read_manifest, write_card, write_manifest
+from accullm_cli.formats.shards import SHARD_BYTES, read_json, shards_of, tensors_of, write_shard
+from accullm_cli.model.gguf_file import ALIGNMENT, PLAIN, read_gguf
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 from accullm_cli.run import sync_directory, write_file, write_text
 
-# What our reader calls the blocks of a linear NAME: NAME.blocks.
-BLOCKS = "blocks"
 _KIND_OF = {dtype: kind for kind, dtype in PLAIN.items()}
 _NAME_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Of tensors that llama.cpp reads as float32 whatever else is quantized.
@@ -57,6 +55,10 @@ class GgufFormat:
     """Writer and reader of GGUF files."""
 
     name = "gguf"
+
+    def file_size(self, shape: ModelShape, facts: Mapping[str, Any]) -> FileSize:
+        """What the file of a model weighs under a plan; facts: as `Parts.provenance`."""
+        return FileSize(shape, facts)
 
     def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
         """Bytes that are stored for a linear; blocks leave no gaps."""
@@ -80,9 +82,9 @@ class GgufFormat:
         for number, tensors in enumerate(shards_of(parts.outside, SHARD_BYTES)):
             spooled.append(directory / f".outside-{number:05d}.safetensors")
             write_shard(spooled[-1], tensors)
-        layout = Layout(directory, config, architecture, parts.plan)
+        layout = Layout.of(directory, config, architecture, parts.plan)
         writer = GGUFWriter(None, architecture.name)
-        _write_head(writer, parts, layout)
+        _write_head(writer, parts.provenance, parts.shape.dtype, layout)
         read_vocabulary(directory / TOKENIZER, config.vocab_size).write(writer, directory)
         write_file(directory / name, lambda temporary: _write_tensors(writer, temporary, layout, [*shards, *spooled]))
         for path in spooled:
@@ -109,8 +111,20 @@ class GgufFormat:
         file = read_gguf(directory / name)
         if manifest is None:
             raise AccullmError("file is missing", directory / MANIFEST_NAME, "copy the artifact again")
-        layout = Layout(directory, config, architecture_of(config), manifest.plan)
+        layout = Layout.of(directory, config, architecture_of(config), manifest.plan)
         return GgufArtifact(directory, file, layout, manifest)
+
+    def adopt(self, path: Path, directory: Path) -> None:
+        """Make an artifact, in an empty directory, of a file that somebody else wrote.
+
+        Raises:
+            AccullmError: it is damaged, or of an architecture or a type that is not read.
+        """
+        schemes = {
+            entry.encoding: (entry.encoding, entry.bits[0], entry.group_sizes[0], entry.symmetric[0])
+            for entry in CAPABILITIES[self.name].linears
+        }
+        adopt(path, directory, self.name, schemes)
 
 
 FORMAT = GgufFormat()
@@ -122,7 +136,7 @@ def model_objections(shape: ModelShape) -> list[Objection]:
     try:
         config = AutoConfig.for_model(**shape.config)
         architecture = architecture_of(config)
-        _placed(architecture, config, shape.parameters)
+        placed(architecture, config, shape.parameters)
         read_vocabulary(shape.companions.get(TOKENIZER, Path(TOKENIZER)), config.vocab_size)
     except AccullmError as error:
         return [Objection(error.what, error.hint or hint)]
@@ -138,121 +152,39 @@ def file_name(parts: Parts) -> str:
     return (re.sub(r"[^\w.-]+", "-", source).strip("-.") or "model") + ".gguf"
 
 
-# -- what lies where ---------------------------------------------------------------------------------------
-
-
-class Layout:
-    """Which tensors of a GGUF file the parameters of a model are.
-
-    parameters: their shapes by name, tied ones once. pieces: of each. linears: of those whose codes are stored, the
-    names of their linears, in a stack one for each expert.
-    """
-
-    def __init__(self, directory: Path, config: PreTrainedConfig, architecture: Architecture, plan: Plan) -> None:
-        model = build_skeleton(directory)
-        self.config, self.architecture, self.plan = config, architecture, plan
-        self.parameters = {
-            name: tuple(parameter.shape)
-            for name, parameter in model.named_parameters()
-            if name not in model.all_tied_weights_keys
-        }
-        self.pieces = _placed(architecture, config, self.parameters)
-        quantized = plan.quantized
-        self.linears: dict[str, tuple[str, ...]] = {}
-        for name, shape in self.parameters.items():
-            own: tuple[str, ...] = (name.removesuffix(".weight"),)
-            if len(shape) == 3:
-                own = tuple(f"{name}.{number}" for number in range(shape[0]))
-            if own[0] in quantized:
-                self.linears[name] = own
-        found = {linear for own in self.linears.values() for linear in own}
-        for linear in quantized:
-            if linear not in found:
-                raise AccullmError(f"{linear} is no linear of this model", directory, "copy the artifact again")
-
-    def row(self, parameter: str) -> LinearPlan:
-        """How the linears of a parameter are stored, which for a stack is the same for all."""
-        return self.plan.quantized[self.linears[parameter][0]]
-
-
-def _placed(
-    architecture: Architecture, config: PreTrainedConfig, parameters: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[Piece, ...]]:
-    """The pieces of each parameter.
-
-    Raises:
-        AccullmError: llama.cpp has no tensor for one.
-    """
-    return {
-        name: architecture.pieces(config, name, shape[-2] if len(shape) > 1 else shape[0])
-        for name, shape in parameters.items()
-    }
-
-
-def _order(rows: int, heads: int) -> torch.Tensor:
-    """The rows of a parameter in the order in which a piece has them: of each head the halves' rows in turn."""
-    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
-
-
-def _piece_of(values: torch.Tensor, piece: Piece, dim: int) -> torch.Tensor:
-    """A piece of a parameter, whose rows are along `dim`."""
-    if piece.rows is not None:
-        values = values.narrow(dim, piece.rows[0], piece.rows[1] - piece.rows[0])
-    if piece.heads:
-        values = values.index_select(dim, _order(values.shape[dim], piece.heads))
-    return values.float() + piece.shift if piece.shift else values
-
-
-def _whole_of(pieces: list[torch.Tensor], placed: tuple[Piece, ...], dim: int) -> torch.Tensor:
-    """The inverse: a parameter from its pieces."""
-    found = []
-    for values, piece in zip(pieces, placed, strict=True):
-        if piece.heads:
-            values = values.index_select(dim, _order(values.shape[dim], piece.heads).argsort())
-        found.append(values - piece.shift if piece.shift else values)
-    return found[0] if len(found) == 1 else torch.cat(found, dim)
-
-
-def _plain_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
-    """Of a tensor that is not quantized, by its name in the file."""
-    return torch.float32 if len(shape) == 1 or name.endswith(_SINGLE) else dtype
-
-
 # -- writing -----------------------------------------------------------------------------------------------
 
 
-def _write_head(writer: GGUFWriter, parts: Parts, layout: Layout) -> None:
+def _write_head(writer: GGUFWriter, facts: Mapping[str, Any], dtype: torch.dtype, layout: Layout) -> None:
     """What the file says of the model and of how it was made."""
     parameters = sum(prod(shape) for shape in layout.parameters.values())
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(str(parts.provenance.get("source", "model")))
+    writer.add_name(str(facts.get("source", "model")))
     writer.add_size_label(gguf.size_label(parameters, 0, 0, 0))
     writer.add_quantized_by("AccuLLM")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(_file_type(parts))
+    writer.add_file_type(_file_type(layout.plan, dtype))
     write_parameters(writer, layout.architecture, layout.config)
-    writer.add_string("accullm.source_sha256", str(parts.provenance.get("source_sha256", "")))
-    writer.add_string("accullm.config", json.dumps(parts.provenance.get("config", {}), sort_keys=True))
-    widths = {name: row.encoding for name, row in parts.plan.quantized.items()}
-    writer.add_string("accullm.plan", json.dumps(widths))
+    writer.add_string("accullm.source_sha256", str(facts.get("source_sha256", "")))
+    writer.add_string("accullm.config", json.dumps(facts.get("config", {}), sort_keys=True))
+    writer.add_string("accullm.plan", _plan_text(layout.plan))
 
 
-def _file_type(parts: Parts) -> int:
+def _plan_text(plan: Plan) -> str:
+    return json.dumps({name: row.encoding for name, row in plan.quantized.items()})
+
+
+def _file_type(plan: Plan, dtype: torch.dtype) -> int:
     """llama.cpp's number for the encoding of most weights."""
     weights: Counter[str] = Counter()
-    for row in (*parts.plan.linears.values(), *parts.plan.embeddings.values()):
-        kind = _NAME_OF[parts.shape.dtype] if row.bits == KEPT_BITS else ggml_type(row).name
+    for row in (*plan.linears.values(), *plan.embeddings.values()):
+        kind = _NAME_OF[dtype] if row.bits == KEPT_BITS else ggml_type(row).name
         weights[kind] += row.weights
     most = weights.most_common(1)[0][0]
     for name in ("ALL_F32" if most == "F32" else f"MOSTLY_{most}", f"MOSTLY_{most}_M"):
         if name in gguf.LlamaFileType.__members__:
             return int(gguf.LlamaFileType[name])
     return int(gguf.LlamaFileType.GUESSED)
-
-
-def ggml_type(row: LinearPlan) -> GGMLQuantizationType:
-    """What ggml calls the encoding of a row."""
-    return GGMLQuantizationType[ENCODINGS[row.encoding].ggml_type]  # type: ignore[attr-defined]
 
 
 def _write_tensors(writer: GGUFWriter, path: Path, layout: Layout, shards: list[Path]) -> None:
@@ -286,7 +218,10 @@ def _parameters_of(shard: Path, layout: Layout) -> Iterator[tuple[str, torch.dty
     owner_of = {linear: parameter for parameter, own in layout.linears.items() for linear in own}
     here: dict[str, torch.dtype] = {}
     for name, info in infos.items():
-        owner = owner_of.get(name.rpartition(".")[0])
+        linear, _, suffix = name.rpartition(".")
+        owner = owner_of.get(linear)
+        if owner is not None and suffix not in ENCODINGS[layout.row(owner).encoding].suffixes:
+            owner = None  # a bias
         if owner is None and name not in layout.parameters:
             raise AccullmError(f"llama.cpp has no tensor for {name}", "--format", "choose another for this model")
         here[owner or name] = info.torch_dtype
@@ -294,17 +229,71 @@ def _parameters_of(shard: Path, layout: Layout) -> Iterator[tuple[str, torch.dty
 
 
 def _announce(writer: GGUFWriter, layout: Layout, parameter: str, dtype: torch.dtype) -> None:
+    for name, shape, kind, octets in _tensors(layout, parameter, dtype):
+        writer.add_tensor_info(name, shape, torch.empty(0).numpy().dtype, octets, raw_dtype=kind)
+
+
+def _tensors(
+    layout: Layout, parameter: str, dtype: torch.dtype
+) -> Iterator[tuple[str, tuple[int, ...], GGMLQuantizationType, int]]:
+    """Names, shapes, types and bytes of the tensors of a parameter; dtype: that it has in the source."""
     shape = layout.parameters[parameter]
     for piece in layout.pieces[parameter]:
         rows = piece.rows[1] - piece.rows[0] if piece.rows else shape[-2 if len(shape) > 1 else 0]
         own = (*shape[:-2], rows, shape[-1]) if len(shape) > 1 else (rows,)
         if parameter in layout.linears:
             row = layout.row(parameter)
-            kind, octets = ggml_type(row), row.stored_bytes // row.out_features * prod(own[:-1])
+            yield piece.name, own, ggml_type(row), row.stored_bytes // row.out_features * prod(own[:-1])
         else:
             stored = _plain_dtype(piece.name, own, dtype)
-            kind, octets = _KIND_OF[stored], prod(own) * stored.itemsize
-        writer.add_tensor_info(piece.name, own, torch.empty(0).numpy().dtype, octets, raw_dtype=kind)
+            yield piece.name, own, _KIND_OF[stored], prod(own) * stored.itemsize
+
+
+class FileSize:
+    """What a model's file weighs under a plan.
+
+    Args:
+        facts: what the file says of how it was made, as `Parts.provenance`.
+    """
+
+    def __init__(self, shape: ModelShape, facts: Mapping[str, Any]) -> None:
+        self._shape, self._facts = shape, facts
+        self._config = AutoConfig.for_model(**shape.config)
+        self._architecture = architecture_of(self._config)
+        self._fixed: int | None = None
+
+    def __call__(self, plan: Plan) -> int:
+        """Bytes of the file."""
+        layout = Layout(self._shape.parameters, self._config, self._architecture, plan)
+        if self._fixed is None:
+            # Of the head, all but its plan is the same for all.
+            self._fixed = self._head(layout) - len(_plan_text(plan))
+        head = GGUFWriter.ggml_pad(self._fixed + len(_plan_text(plan)), ALIGNMENT)
+        data = sum(
+            GGUFWriter.ggml_pad(octets, ALIGNMENT)
+            for parameter in layout.parameters
+            for _, _, _, octets in _tensors(layout, parameter, self._shape.dtype)
+        )
+        factors = rope_factors(self._config)
+        return head + data + (0 if factors is None else GGUFWriter.ggml_pad(factors.nbytes, ALIGNMENT))
+
+    def _head(self, layout: Layout) -> int:
+        """Bytes in front of the data."""
+        writer = GGUFWriter(None, self._architecture.name)
+        _write_head(writer, self._facts, self._shape.dtype, layout)
+        tokenizer = self._shape.companions[TOKENIZER]
+        read_vocabulary(tokenizer, self._config.vocab_size).write(writer, tokenizer.parent)
+        if (factors := rope_factors(self._config)) is not None:
+            writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.numpy().dtype, factors.nbytes)
+        for parameter in layout.parameters:
+            _announce(writer, layout, parameter, self._shape.dtype)
+        with TemporaryDirectory() as place:
+            path = Path(place) / "head"
+            writer.write_header_to_file(path)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            return path.stat().st_size
 
 
 def _pieces(
@@ -316,119 +305,16 @@ def _pieces(
         encoding: Any = ENCODINGS[row.encoding]
         blocks = torch.stack([encoding.pack_blocks(stored[name]) for name in layout.linears[parameter]])
         for piece in layout.pieces[parameter]:
-            yield _piece_of(blocks, piece, 1).contiguous().numpy()
+            yield piece_of(blocks, piece, 1).contiguous().numpy()
         return
     values = stored[parameter]
     assert isinstance(values, torch.Tensor)
     for piece in layout.pieces[parameter]:
-        own = _piece_of(values, piece, max(0, values.dim() - 2))
+        own = piece_of(values, piece, max(0, values.dim() - 2))
         own = own.to(_plain_dtype(piece.name, tuple(own.shape), dtype)).contiguous()
         yield own.numpy() if own.dtype == torch.float32 else own.view(torch.uint8).numpy()
 
 
-# -- reading -----------------------------------------------------------------------------------------------
-
-
-class GgufTensors(TensorFiles):
-    """The tensors of a GGUF file under the names of the model: NAME.blocks of a quantized linear, parameters else."""
-
-    def __init__(self, file: GgufFile, layout: Layout) -> None:
-        self.file, self.layout = file, layout
-        self._owner_of = {
-            f"{linear}.{BLOCKS}": (parameter, number)
-            for parameter, own in layout.linears.items()
-            for number, linear in enumerate(own)
-        }
-        infos: dict[str, TensorInfo] = {}
-        placed = {piece.name for pieces in layout.pieces.values() for piece in pieces}
-        for name in file.tensors:
-            if name not in placed and name != ROPE_FACTORS:
-                raise AccullmError(f"tensor {name} has no place in the model", file.path, "copy the artifact again")
-        for parameter in layout.parameters:
-            infos |= self._infos(parameter)
-        super().__init__(file.path.parent, infos)
-
-    def _infos(self, parameter: str) -> dict[str, TensorInfo]:
-        """What is stored of a parameter.
-
-        Raises:
-            AccullmError: a piece is missing, or has another type or shape.
-        """
-        shape, path = self.layout.parameters[parameter], self.file.path
-        size, begin, dtype = 0, 0, torch.float32
-        for piece in self.layout.pieces[parameter]:
-            tensor = self.file.tensors.get(piece.name)
-            if tensor is None:
-                raise AccullmError(f"tensor {piece.name} is missing", path, "copy the artifact again")
-            rows = piece.rows[1] - piece.rows[0] if piece.rows else shape[-2 if len(shape) > 1 else 0]
-            wanted = (*shape[:-2], rows, shape[-1]) if len(shape) > 1 else (rows,)
-            if tensor.shape != wanted:
-                raise AccullmError(f"tensor {piece.name} has shape {list(tensor.shape)}, expected {list(wanted)}", path)
-            if parameter in self.layout.linears:
-                kind = ggml_type(self.layout.row(parameter))
-                if tensor.kind != kind:
-                    raise AccullmError(f"tensor {piece.name} is {tensor.kind.name}, expected {kind.name}", path)
-            elif tensor.kind not in PLAIN:
-                raise AccullmError(f"tensor {piece.name} is {tensor.kind.name}, expected it unquantized", path)
-            else:
-                dtype = PLAIN[tensor.kind]
-            size, begin = size + tensor.end - tensor.begin, begin or tensor.begin
-        if parameter not in self.layout.linears:
-            return {parameter: TensorInfo(path, _NAME_OF[dtype], shape, begin, begin + size)}
-        own = self.layout.linears[parameter]
-        size //= len(own)
-        rows = self.layout.row(parameter).out_features
-        return {
-            f"{linear}.{BLOCKS}": TensorInfo(path, "U8", (rows, size // rows), begin, begin + size) for linear in own
-        }
-
-    def tensors(self, names: Any) -> dict[str, torch.Tensor]:
-        """Several tensors; those of a stack of experts come from one reading."""
-        read: dict[str, torch.Tensor] = {}
-        found: dict[str, torch.Tensor] = {}
-        for name in names:
-            if name not in self.infos:
-                raise AccullmError(f"tensor {name} is missing", self.directory)
-            parameter, number = self._owner_of.get(name, (name, -1))
-            if parameter not in read:
-                read[parameter] = self._read(parameter)
-            found[name] = read[parameter] if number < 0 else read[parameter][number]
-        return found
-
-    def _read(self, parameter: str) -> torch.Tensor:
-        """A parameter in the order of the model; of linears the blocks, uint8 [experts, N, bytes of a row]."""
-        shape, placed = self.layout.parameters[parameter], self.layout.pieces[parameter]
-        if parameter in self.layout.linears:
-            experts = len(self.layout.linears[parameter])
-            pieces = [self.file.octets(piece.name) for piece in placed]
-            return _whole_of([piece.view(experts, -1, piece.shape[-1]) for piece in pieces], placed, 1)
-        pieces = [self.file.values(piece.name) for piece in placed]
-        return _whole_of(pieces, placed, max(0, len(shape) - 2))
-
-
-class GgufArtifact(StoredArtifact):
-    """An opened GGUF file."""
-
-    format = "gguf"
-
-    def __init__(self, path: Path, file: GgufFile, layout: Layout, manifest: Manifest | None) -> None:
-        self.layout = layout
-        schema = {
-            linear: {f"{linear}.{BLOCKS}": TensorSchema(torch.uint8, _blocks_shape(layout.plan.quantized[linear]))}
-            for own in layout.linears.values()
-            for linear in own
-        }
-        super().__init__(path, layout.plan, GgufTensors(file, layout), schema, manifest)
-
-    def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> StoredLinear:
-        row = self.plan.quantized[name]
-        encoding: Any = ENCODINGS[row.encoding]
-        linear: StoredLinear = encoding.unpack_blocks(stored[BLOCKS], row)
-        return linear
-
-    def _linear_problems(self, name: str, stored: Mapping[str, torch.Tensor]) -> Iterator[str]:
-        yield from not_finite("a block", self._linear(name, stored).dequantize())
-
-
-def _blocks_shape(row: LinearPlan) -> tuple[int, int]:
-    return row.out_features, row.stored_bytes // row.out_features
+def _plain_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
+    """Of a tensor that is not quantized, by its name in the file."""
+    return torch.float32 if len(shape) == 1 or name.endswith(_SINGLE) else dtype

@@ -45,6 +45,8 @@ class StoredArtifact(ABC):
     """
 
     format: str
+    # What is to go when this goes.
+    lives_in: object = None
 
     def __init__(
         self,

@@ -96,6 +96,22 @@ def import_gguf(path: Path, directory: Path, progress: Progress = silent) -> tup
     return tuple(written)
 
 
+def describe_gguf(path: Path, directory: Path) -> torch.dtype:
+    """Write a file's configuration and tokenizer into a directory, and no weights.
+
+    Returns: the dtype that its weights would have as a source.
+
+    Raises:
+        AccullmError: as for `import_gguf`.
+    """
+    contents = _open(path)
+    model, _ = _build_skeleton(contents)
+    _, names = _map_names(contents, model)
+    dtype = _choose_dtype([tensor for tensor in contents.reader.tensors if tensor.name in names])
+    _write_description(model, dtype, _read_tokenizer(contents.path), directory)
+    return dtype
+
+
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Let one process at a time import into `directory`; the others wait, and find it done."""
@@ -154,16 +170,20 @@ def _write(contents: _Contents, directory: Path, progress: Progress) -> list[str
     records = [*_describe(contents, tensors, dtype, names, model.config.num_hidden_layers), *unused]
 
     tokenizer = _read_tokenizer(contents.path)  # before the weights: a file without one is refused at once
+    _write_description(model, dtype, tokenizer, directory)
+    rounded = _write_weights(contents, directory / "model.safetensors", model, processor, names, dtype, progress)
+    if rounded:
+        records.append(f"{rounded} float32 tensors of the GGUF file rounded to {_name(dtype)}")
+    return records
+
+
+def _write_description(model: PreTrainedModel, dtype: torch.dtype, tokenizer: Any, directory: Path) -> None:
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    rounded = _write_weights(contents, directory / "model.safetensors", model, processor, names, dtype, progress)
-    if rounded:
-        records.append(f"{rounded} float32 tensors of the GGUF file rounded to {_name(dtype)}")
-    return records
 
 
 def _build_skeleton(contents: _Contents) -> tuple[PreTrainedModel, list[str]]:

@@ -63,22 +63,31 @@ class Choices:
         Raises:
             AccullmError: the smallest plan takes more.
         """
-        found = self.smallest()
-        if self.bits_per_weight(found) > bits_per_weight:
+        smallest = self.bits_per_weight(self.smallest())
+        if smallest > bits_per_weight:
             raise AccullmError(
                 f"an average of {bits_per_weight:g} bits cannot be had: the smallest plan takes "
-                f"{self.bits_per_weight(found):.3f}, scales included",
+                f"{smallest:.3f}, scales included",
                 "--bits",
                 "give more, or larger groups" + (", or keep fewer" if self._keeps_some() else ""),
             )
+        return self.fitting(lambda plan: self.bits_per_weight(plan) <= bits_per_weight)
+
+    def fitting(self, fits: Callable[[Plan], bool]) -> Plan:
+        """The plan of the lowest price at which it fits; the smallest, where none does.
+
+        Args:
+            fits: whether a plan takes no more than it may.
+        """
+        found = self.smallest()
         low, high = PRICES
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             plan = self._at_price(middle)
-            if self.bits_per_weight(plan) > bits_per_weight:
-                low = middle
-            else:
+            if fits(plan):
                 high, found = middle, plan
+            else:
+                low = middle
         return found
 
     def _keeps_some(self) -> bool:

@@ -13,6 +13,7 @@ from accullm_cli.stages.answers import check_items
 from accullm_cli.stages.calibrate import CALIBRATE
 from accullm_cli.stages.device import check_device, check_format
 from accullm_cli.stages.export import check_output
+from accullm_cli.stages.file_size import FLAG, file_bytes
 from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.profile import make_plan, refuse_impossible
 from accullm_cli.stages.reading import READING
@@ -35,6 +36,7 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
     for name in config.export.format:
         check_format(config, name)
         _refuse_outliers(config, name)
+    _check_file_size(config)
     if config.search.golden:
         search_demands(config.validation.require)
         if len(config.export.format) > 1:
@@ -51,6 +53,18 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
     if stages and (CALIBRATE.name in stages) != converts:
         what = "holds the validation of a finished artifact" if converts else "holds a conversion"
         raise AccullmError(what, run.path, "give another directory with --run")
+
+
+def _check_file_size(config: Config) -> None:
+    if config.plan.file_size is None:
+        return
+    file_bytes(config.plan.file_size)
+    for name in config.export.format:
+        if not CAPABILITIES[name].suffix:
+            of_files = ", ".join(own for own, format in CAPABILITIES.items() if format.suffix)
+            raise AccullmError(f"an artifact of {name} is not one file", FLAG, f"use --format {of_files}")
+    if config.search.golden:
+        raise AccullmError("a search finds the size by itself", FLAG, "leave out --golden")
 
 
 def _refuse_outliers(config: Config, name: str) -> None:

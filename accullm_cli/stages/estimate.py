@@ -122,6 +122,8 @@ def _largest_average(job: Job) -> float | None:
     options = job.config
     if options.search.golden:
         return options.search.max_bits_per_weight
+    if options.plan.file_size is not None:
+        return None
     return options.plan.bits if options.plan.is_average else None
 
 

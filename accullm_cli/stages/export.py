@@ -15,6 +15,7 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.progress import Event
 from accullm_cli.run import existing_parent, file_sha256, machine_errors, sync_directory
+from accullm_cli.stages.file_size import made_from
 from accullm_cli.stages.job import Job, open_decoder, versions
 from accullm_cli.stages.model_shape import model_shape
 from accullm_cli.stages.profile import load_plan
@@ -173,18 +174,12 @@ def _checked_shard(job: Job, unit: str) -> Path:
 
 def _provenance(job: Job, decoder: Decoder, units: list[str]) -> Mapping[str, Any]:
     """Where the artifact comes from, without anything that differs between two runs of the same conversion."""
-    config = job.config.model_dump(mode="json", include={"calibration", "plan", "rounding"})
-    # A text is named by what it is, not where it lies.
-    config["calibration"]["text"] = Path(config["calibration"]["text"]).name
     records = [*job.source.records, *decoder.structure.records]
     for unit in units:
         record = load_record(job, unit)
         records += record.records if record else []
     return {
-        # A path says where the source lay on one machine; a hub id with its revision holds everywhere.
-        "source": job.source.name if Path(job.source.origin).exists() else job.source.origin,
-        "source_sha256": job.source.sha256,
-        "config": config,
+        **made_from(job),
         "seed": job.config.machine.seed,
         "versions": versions(),
         "records": records,

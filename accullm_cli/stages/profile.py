@@ -34,6 +34,7 @@ from accullm_cli.report.outlier_map import draw_outlier_map
 from accullm_cli.run import key_of, write_text
 from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, stats_path
 from accullm_cli.stages.embedding_loss import load_embedding_losses
+from accullm_cli.stages.file_size import file_bytes, within_file
 from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.job import Job, open_decoder, place_of, section_inputs
 from accullm_cli.stages.kept import FLAG, kept_names, kept_sentence
@@ -89,6 +90,7 @@ def profile_inputs(job: Job, before: Before) -> dict[str, str]:
         "version:capabilities": key_of({job.format: repr(CAPABILITIES[job.format])}),
         "config:export.scale_dtype": scale_dtype(job),
         **section_inputs("plan", options, "bits", "symmetric", "embedding_bits", "keep", "outlier_adapter"),
+        **({} if options.file_size is None else {"config:plan.file_size": str(file_bytes(options.file_size))}),
         **spend,
         "config:plan.outliers": repr(outlier_fraction(job)),
         "config:plan.group_size": repr(options.group_sizes) + (" or near" if _may_choose_groups(job) else ""),
@@ -124,10 +126,15 @@ def make_plan(
     embeddings = _embedding_plans(job, decoder)
     if options.is_average:
         choices = choices or average_choices(job, decoder, stats)
-        plan_within = choices.within(options.bits) if stats is None else plan_average(job, choices)
-        chosen = dict(plan_within.linears)
-        embeddings |= {name: chosen.pop(name) for name in _counted_embeddings(job, decoder)}
-        return Plan(chosen, scale_dtype(job), embeddings)
+        counted = _counted_embeddings(job, decoder)
+
+        def sorted_out(chosen: Plan) -> Plan:
+            linears = {name: row for name, row in chosen.linears.items() if name not in counted}
+            return Plan(linears, scale_dtype(job), embeddings | {name: chosen.linears[name] for name in counted})
+
+        if options.file_size is not None:
+            return within_file(job, model_shape(job, decoder, Plan({}, embeddings=embeddings)), choices, sorted_out)
+        return sorted_out(choices.within(options.bits) if stats is None else plan_average(job, choices))
     sensitivity_of = load_sensitivities(job, len(decoder.block_names)) if stats is not None else {}
     losses = _losses(stats, options.uniform_group_size, sensitivity_of)
     linears = _uniform_linears(job, decoder, int(options.bits))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.formats.base import ModelShape, Parts
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.gguf import model_objections
 from accullm_cli.formats.gguf_architectures import ARCHITECTURES
+from accullm_cli.quant.encodings import ENCODINGS
+from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
 from tests.artifacts import empty
 from tests.llama_cpp import byte_tokenizer, llama_cpp
@@ -87,9 +93,37 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, **fields: Any) ->
     return model.to(dtype).eval()
 
 
-def parts_of(model: PreTrainedModel, run: Path, kept: tuple[str, ...] = ()) -> Parts:
-    """What quantize leaves of a model whose linears all stay as they are."""
+def encoded(row: LinearPlan, weight: torch.Tensor, encoding: str) -> tuple[LinearPlan, StoredLinear]:
+    """A weight rounded to the nearest values of an encoding's grid."""
+    storable = next(entry for entry in CAPABILITIES["gguf"].linears if entry.encoding == encoding)
+    own = dataclasses.replace(
+        row,
+        encoding=encoding,
+        bits=storable.bits[0],
+        group_size=storable.group_sizes[0],
+        symmetric=storable.symmetric[0],
+    )
+    grid, _ = ENCODINGS[encoding].grid(weight.float(), own, "float16", torch.ones(weight.shape[1]))
+    codes = grid.round_to_nearest(weight.float()).to(torch.uint8)
+    none = torch.zeros(0, dtype=torch.int64)
+    return own, ENCODINGS[encoding].store(grid, codes, own, none, weight[:, none])
+
+
+def parts_of(
+    model: PreTrainedModel,
+    run: Path,
+    kept: tuple[str, ...] = (),
+    encodings: tuple[str, ...] = (),
+    stored: dict[str, StoredLinear] | None = None,
+) -> Parts:
+    """What quantize leaves of a model whose linears stay as they are, or have these encodings in turn.
+
+    Args:
+        stored: where the quantized ones go by name, the embedding among them.
+    """
     run.mkdir(parents=True)
+    turn = itertools.cycle(encodings)
+    stored = {} if stored is None else stored
     plans: dict[str, LinearPlan] = {}
     kinds: dict[str, str] = {}
     tied = set(model.all_tied_weights_keys)
@@ -98,8 +132,7 @@ def parts_of(model: PreTrainedModel, run: Path, kept: tuple[str, ...] = ()) -> P
     for number in range(model.config.num_hidden_layers):
         own = {name: value for name, value in tensors.items() if name.startswith(f"model.layers.{number}.")}
         blocks.append(run / f"block-{number}.safetensors")
-        save_file(own, blocks[-1])
-        for name, value in own.items():
+        for name, value in list(own.items()):
             linears = (
                 {name.removesuffix(".weight"): value} if value.dim() == 2 and not name.endswith("gate.weight") else {}
             )
@@ -108,6 +141,21 @@ def parts_of(model: PreTrainedModel, run: Path, kept: tuple[str, ...] = ()) -> P
             for linear, weight in linears.items():
                 plans[linear] = LinearPlan(linear, *weight.shape, 16, -1, False, (), weight.itemsize)
                 kinds[linear] = "expert" if value.dim() == 3 else "linear"
+            # Experts of one parameter are stored alike.
+            encoding = next(turn) if encodings and linears else ""
+            for linear, weight in linears.items() if encoding else ():
+                plans[linear], stored[linear] = encoded(plans[linear], weight, encoding)
+                own |= {f"{linear}.{key}": tensor for key, tensor in stored[linear].to_tensors().items()}
+                own.pop(name, None)
+        save_file(own, blocks[-1])
+    embeddings: dict[str, LinearPlan] = {}
+    shards: tuple[Path, ...] = ()
+    if encodings:
+        weight, name = tensors.pop("model.embed_tokens.weight"), "model.embed_tokens"
+        row = LinearPlan(name, *weight.shape, 16, -1, False, (), weight.itemsize)
+        embeddings[name], stored[name] = encoded(row, weight, encodings[-1])
+        shards = (run / "embedding.safetensors",)
+        save_file({f"{name}.{key}": tensor for key, tensor in stored[name].to_tensors().items()}, shards[0])
     byte_tokenizer().save_pretrained(run / "tokenizer")
     config = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
     companions = {file.name: file for file in (run / "tokenizer").iterdir()}
@@ -117,7 +165,8 @@ def parts_of(model: PreTrainedModel, run: Path, kept: tuple[str, ...] = ()) -> P
     )
     outside = ((name, value) for name, value in tensors.items() if not name.startswith("model.layers."))
     provenance = {"source": "owner/Tiny Model@abc", "source_sha256": "12ab", "config": {}, "records": []}
-    return Parts(config, companions, Plan(plans), shape, tuple(blocks), outside, provenance)
+    plan = Plan(plans, embeddings=embeddings)
+    return Parts(config, companions, plan, shape, tuple(blocks), outside, provenance, shards)
 
 
 def written(model: PreTrainedModel, tmp_path: Path) -> Path:
@@ -239,6 +288,80 @@ def test_the_file_says_what_it_is_and_how_it_was_made(tmp_path: Path) -> None:
         "accullm.source_sha256": "12ab",
     }
     assert {name: read[name] for name in expected} == expected
+
+
+# -- quantized ---------------------------------------------------------------------------------------------
+
+MIXES = {
+    "blocks of 32": (64, ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")),
+    "blocks of 256": (256, ("Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")),
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "phi3"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_quantized_tensors_are_what_was_rounded(mix: str, model_type: str, tmp_path: Path) -> None:
+    width, encodings = MIXES[mix]
+    model = build(model_type, torch.bfloat16, hidden_size=width, intermediate_size=2 * width, head_dim=width // 4)
+    stored: dict[str, StoredLinear] = {}
+    parts = parts_of(model, tmp_path / "run", encodings=encodings, stored=stored)
+    FORMATS["gguf"].write(empty(tmp_path / "artifact"), parts)
+    artifact = open_artifact(tmp_path / "artifact")
+    assert artifact.plan.quantized == parts.plan.quantized
+    reference = copy.deepcopy(model).float()
+    for name, linear in stored.items():
+        assert torch.equal(artifact.linear(name).dequantize(), linear.dequantize())
+        assert artifact.linear_bytes(name) == ENCODINGS[parts.plan.quantized[name].encoding].stored_bytes(
+            parts.plan.quantized[name]
+        )
+        stack, _, number = name.rpartition(".")
+        if number.isdigit():
+            reference.get_parameter(stack).data[int(number)] = linear.dequantize()
+        else:
+            reference.get_parameter(f"{name}.weight").data.copy_(linear.dequantize())
+    assert not list(artifact.problems())
+    # By the package: a tensor whose rows are in the model's order, and one whose rows are not.
+    read = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in GGUFReader(
+        tmp_path / "artifact" / "Tiny-Model.gguf").tensors}  # fmt: skip
+    embedding = stored["model.embed_tokens"].dequantize()
+    assert torch.equal(torch.from_numpy(read["token_embd.weight"]), embedding)
+    if model_type == "llama":
+        rows = stored["model.layers.0.self_attn.q_proj"].dequantize()
+        pairs = rows.view(4, 2, -1, width).transpose(1, 2).reshape(-1, width)
+        assert torch.equal(torch.from_numpy(read["blk.0.attn_q.weight"]), pairs)
+    with torch.no_grad():
+        expected = reference(ids()[None]).logits[0]
+        original = model.float()(ids()[None]).logits[0]
+    # llama.cpp rounds what it multiplies by blocks to 8 bits.
+    difference = (logits_of(tmp_path / "artifact" / "Tiny-Model.gguf", ids()) - expected).square().mean().sqrt()
+    assert difference < 0.35 * (expected - original).square().mean().sqrt()
+
+
+def test_the_size_of_a_file_is_foreseen_to_the_byte(tmp_path: Path) -> None:
+    model = build("llama", torch.bfloat16)
+    parts = parts_of(model, tmp_path / "run", encodings=MIXES["blocks of 32"][1])
+    size_of = FORMATS["gguf"].file_size(parts.shape, parts.provenance)  # type: ignore[attr-defined]
+    expected = [size_of(parts.plan), size_of(dataclasses.replace(parts.plan, embeddings={}))]
+    FORMATS["gguf"].write(empty(tmp_path / "artifact"), parts)
+    assert (tmp_path / "artifact" / "Tiny-Model.gguf").stat().st_size == expected[0]
+    assert expected[1] - expected[0] > 264 * 64  # of an embedding in bfloat16
+
+
+def test_a_file_of_others_is_an_artifact(tmp_path: Path) -> None:
+    model = build("qwen2", torch.bfloat16, tie_word_embeddings=True)
+    stored: dict[str, StoredLinear] = {}
+    parts = parts_of(model, tmp_path / "run", encodings=MIXES["blocks of 32"][1], stored=stored)
+    FORMATS["gguf"].write(empty(tmp_path / "artifact"), parts)
+    file = tmp_path / "downloaded.gguf"
+    (tmp_path / "artifact" / "Tiny-Model.gguf").rename(file)
+    artifact = open_artifact(file)
+    assert {name: row.encoding for name, row in artifact.plan.quantized.items()} == {
+        name: row.encoding for name, row in parts.plan.quantized.items()
+    }
+    for name, linear in stored.items():
+        assert torch.equal(artifact.linear(name).dequantize(), linear.dequantize())
+    assert artifact.manifest is not None
+    assert artifact.manifest.provenance["metadata"]["general.quantized_by"] == "AccuLLM"
 
 
 # -- refusals ----------------------------------------------------------------------------------------------

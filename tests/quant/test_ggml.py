@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.encodings import ENCODINGS
-from accullm_cli.quant.encodings.ggml import BlockLinear, GgmlBlocks
+from accullm_cli.quant.encodings.base import MEASURED_BITS
+from accullm_cli.quant.encodings.ggml import RELATIVE_DAMAGE, BlockLinear, GgmlBlocks
 from accullm_cli.quant.encodings.ggml_grid import BlockGrid
 from accullm_cli.quant.encodings.ggml_layout import BLOCK_TYPES, BlockType, Half, pack_blocks, unpack_blocks
+from accullm_cli.quant.grid import minmax_grid
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
 from tests.quant.references import correlated_problem
@@ -564,3 +566,15 @@ def test_stochastic_rounding_is_refused() -> None:
     assert error.value.line() == (
         "a: Q4_1 cannot be rounded at random: its grid need not hold the range of the weights; use another --rounding"
     )
+
+
+@pytest.mark.parametrize("name", RELATIVE_DAMAGE)
+def test_damage_relative_to_integer_codes_is_as_it_is_measured(name: str) -> None:
+    kind = BLOCK_TYPES[name]
+    weight = torch.randn(32, 512, generator=torch.Generator().manual_seed(3))
+    row = LinearPlan("a", 32, 512, kind.bits, kind.group, not kind.has_offset, encoding=name)
+    integers = minmax_grid(weight, MEASURED_BITS, 32, symmetric=False)
+    expected = (weight - integers.values(integers.round_to_nearest(weight))).square().mean()
+    grid, _ = ENCODINGS[name].grid(weight, row, "float16", torch.ones(512))
+    change = weight - grid.values(grid.round_to_nearest(weight))
+    assert float(change.square().mean() / expected) == pytest.approx(ENCODINGS[name].relative_damage(row), rel=0.05)

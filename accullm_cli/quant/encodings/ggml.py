@@ -24,8 +24,20 @@ if TYPE_CHECKING:
     from accullm_cli.quant.plan import LinearPlan
 
 # Of normally distributed weights, all features alike: the squared error of the nearest values of the grid that the
-# search finds, over that of integer codes of MEASURED_BITS in groups of the same size.
-RELATIVE_DAMAGE = {"Q4_0": 1.0, "Q4_1": 0.742, "Q5_0": 0.246, "Q5_1": 0.176, "Q8_0": 0.0037}
+# search finds, over that of integer codes of MEASURED_BITS in groups of 32.
+RELATIVE_DAMAGE = {
+    "Q4_0": 0.99,
+    "Q4_1": 0.74,
+    "Q5_0": 0.244,
+    "Q5_1": 0.176,
+    "Q8_0": 0.0037,
+    "Q3_K": 3.11,
+    "Q4_K": 0.74,
+    "Q5_K": 0.18,
+    "Q6_K": 0.044,
+    "IQ4_NL": 0.82,
+    "IQ4_XS": 0.83,
+}
 # Of the mean importance, the least of a feature: one that calibration never saw counts where no other does.
 LEAST_IMPORTANCE = 1e-6
 

@@ -1,0 +1,107 @@
+"""Which tensors of a GGUF file the parameters of a model are, and how rows are moved between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from gguf import GGMLQuantizationType
+from transformers import PreTrainedConfig
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats.gguf_architectures import Architecture, Piece
+from accullm_cli.model.skeleton import build_skeleton
+from accullm_cli.quant.encodings import ENCODINGS
+from accullm_cli.quant.plan import LinearPlan, Plan
+
+
+class Layout:
+    """Which tensors of a GGUF file the parameters of a model are.
+
+    parameters: their shapes by name, tied ones once. pieces: of each. linears: of those whose codes are stored, the
+    names of their linears, in a stack one for each expert.
+    """
+
+    @classmethod
+    def of(cls, directory: Path, config: PreTrainedConfig, architecture: Architecture, plan: Plan) -> Layout:
+        """That of the model whose config.json lies in a directory.
+
+        Raises:
+            AccullmError: the plan has a linear that the model has not.
+        """
+        model = build_skeleton(directory)
+        tied = model.all_tied_weights_keys
+        shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if name not in tied}
+        layout = cls(shapes, config, architecture, plan)
+        found = {linear for own in layout.linears.values() for linear in own}
+        for linear in plan.quantized:
+            if linear not in found:
+                raise AccullmError(f"{linear} is no linear of this model", directory, "copy the artifact again")
+        return layout
+
+    def __init__(
+        self,
+        parameters: Mapping[str, tuple[int, ...]],
+        config: PreTrainedConfig,
+        architecture: Architecture,
+        plan: Plan,
+    ) -> None:
+        self.parameters = parameters
+        self.config, self.architecture, self.plan = config, architecture, plan
+        self.pieces = placed(architecture, config, self.parameters)
+        quantized = plan.quantized
+        self.linears: dict[str, tuple[str, ...]] = {}
+        for name, shape in self.parameters.items():
+            own: tuple[str, ...] = (name.removesuffix(".weight"),)
+            if len(shape) == 3:
+                own = tuple(f"{name}.{number}" for number in range(shape[0]))
+            if own[0] in quantized:
+                self.linears[name] = own
+
+    def row(self, parameter: str) -> LinearPlan:
+        """How the linears of a parameter are stored, which for a stack is the same for all."""
+        return self.plan.quantized[self.linears[parameter][0]]
+
+
+def placed(
+    architecture: Architecture, config: PreTrainedConfig, parameters: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Piece, ...]]:
+    """The pieces of each parameter.
+
+    Raises:
+        AccullmError: llama.cpp has no tensor for one.
+    """
+    return {
+        name: architecture.pieces(config, name, shape[-2] if len(shape) > 1 else shape[0])
+        for name, shape in parameters.items()
+    }
+
+
+def _order(rows: int, heads: int) -> torch.Tensor:
+    """The rows of a parameter in the order in which a piece has them: of each head the halves' rows in turn."""
+    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
+
+
+def piece_of(values: torch.Tensor, piece: Piece, dim: int) -> torch.Tensor:
+    """A piece of a parameter, whose rows are along `dim`."""
+    if piece.rows is not None:
+        values = values.narrow(dim, piece.rows[0], piece.rows[1] - piece.rows[0])
+    if piece.heads:
+        values = values.index_select(dim, _order(values.shape[dim], piece.heads))
+    return values.float() + piece.shift if piece.shift else values
+
+
+def whole_of(pieces: list[torch.Tensor], of: tuple[Piece, ...], dim: int) -> torch.Tensor:
+    """The inverse: a parameter from its pieces."""
+    found = []
+    for values, piece in zip(pieces, of, strict=True):
+        if piece.heads:
+            values = values.index_select(dim, _order(values.shape[dim], piece.heads).argsort())
+        found.append(values - piece.shift if piece.shift else values)
+    return found[0] if len(found) == 1 else torch.cat(found, dim)
+
+
+def ggml_type(row: LinearPlan) -> GGMLQuantizationType:
+    """What ggml calls the encoding of a row."""
+    return GGMLQuantizationType[ENCODINGS[row.encoding].ggml_type]  # type: ignore[attr-defined]

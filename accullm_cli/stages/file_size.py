@@ -1,0 +1,66 @@
+"""A plan for a file that is to be no larger than so many bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats import FORMATS
+from accullm_cli.formats.base import ModelShape
+from accullm_cli.quant.budget import Choices
+from accullm_cli.quant.plan import Plan
+from accullm_cli.stages.job import Job
+
+FLAG = "--file-size"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def file_bytes(text: str) -> int:
+    """The bytes that a size ("105MB", "1.2 GiB") or a file has.
+
+    Raises:
+        AccullmError: it is neither.
+    """
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path.stat().st_size
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?|)b?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise AccullmError(f"{text!r} is neither a size nor a file", FLAG, "give 105MB, say, or the path of a file")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def made_from(job: Job) -> Mapping[str, Any]:
+    """What an artifact says of the model and the configuration that it was made from."""
+    config = job.config.model_dump(mode="json", include={"calibration", "plan", "rounding"})
+    # A text is named by what it is, not where it lies, and so is a file.
+    config["calibration"]["text"] = Path(config["calibration"]["text"]).name
+    if config["plan"].get("file_size"):
+        config["plan"]["file_size"] = str(file_bytes(config["plan"]["file_size"]))
+    return {
+        # A path says where the source lay on one machine; a hub id with its revision holds everywhere.
+        "source": job.source.name if Path(job.source.origin).exists() else job.source.origin,
+        "source_sha256": job.source.sha256,
+        "config": config,
+    }
+
+
+def within_file(job: Job, shape: ModelShape, choices: Choices, sorted_out: Callable[[Plan], Plan]) -> Plan:
+    """The plan of least expected loss whose file is no larger than it may be.
+
+    Args:
+        sorted_out: makes the plan of the model of one that has embeddings among its linears.
+
+    Raises:
+        AccullmError: the smallest file is larger.
+    """
+    limit = file_bytes(str(job.config.plan.file_size))
+    format: Any = FORMATS[job.format]
+    size_of = format.file_size(shape, made_from(job))
+    smallest = size_of(sorted_out(choices.smallest()))
+    if smallest > limit:
+        raise AccullmError(f"no file of {limit:,} bytes can be had: the smallest has {smallest:,}", FLAG, "give more")
+    return sorted_out(choices.fitting(lambda plan: size_of(sorted_out(plan)) <= limit))

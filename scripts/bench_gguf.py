@@ -1,0 +1,202 @@
+"""GGUF files of one size, by llama.cpp and by accullm: which is closer to the original, by llama.cpp's own logits.
+
+llama.cpp quantizes as its users have it do: from the original in bfloat16, with an importance matrix (the mean square
+of each input feature) over the same calibration tokens that accullm rounds for. For each of its files accullm makes one
+that is no larger. Both are run on the same held-out windows by llama.cpp itself, and so is the original.
+
+    python scripts/bench_gguf.py --model work/smollm2-135m --types Q4_0 Q4_K_M Q5_K_M
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from llama_cpp import LlamaCpp
+from safetensors.torch import load_file
+
+from accullm_cli.formats.base import ModelShape, Parts
+from accullm_cli.formats.gguf import FORMAT, Layout
+from accullm_cli.formats.gguf_architectures import architecture_of
+from accullm_cli.quant.plan import LinearPlan, Plan
+
+TYPES = ("IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M")
+SPEED_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file. bits: of the whole file over all weights. KL in nats per token, towards the original."""
+
+    name: str
+    bytes: int
+    bits: float
+    mean_kl: float
+    p99_kl: float
+    top1: float
+    tokens_per_second: float
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 of float32 [T, vocabulary]."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def measure(llama: LlamaCpp, path: Path, windows: Sequence[list[int]], threads: int) -> Iterator[np.ndarray]:
+    """Log-probabilities of a file, window by window."""
+    with llama.model(path, len(windows[0]), threads) as model:
+        for window in windows:
+            yield log_softmax(model.logits(window)).astype(np.float32)
+
+
+def compare(
+    llama: LlamaCpp, original: Path, path: Path, weights: int, windows: Sequence[list[int]], threads: int
+) -> Row:
+    """Both are run window by window, so that only one window's logits are held."""
+    divergences, agree = [], []
+    with (
+        llama.model(original, len(windows[0]), threads) as first,
+        llama.model(path, len(windows[0]), threads) as second,
+    ):
+        for window in windows:
+            known, found = log_softmax(first.logits(window)), log_softmax(second.logits(window))
+            divergences.append((np.exp(known) * (known - found)).sum(-1))
+            agree.append(known.argmax(-1) == found.argmax(-1))
+        speed = second.tokens_per_second(windows[0][:16], SPEED_TOKENS)
+    divergence = np.concatenate(divergences)
+    size = path.stat().st_size
+    return Row(
+        name=path.stem,
+        bytes=size,
+        bits=8 * size / weights,
+        mean_kl=float(divergence.mean()),
+        p99_kl=float(np.quantile(divergence, 0.99)),
+        top1=100 * float(np.concatenate(agree).mean()),
+        tokens_per_second=speed,
+    )
+
+
+def convert(model: Path, out: Path, run: Path, *options: str) -> Path:
+    """Run accullm; returns the GGUF file."""
+    command = [sys.executable, "-m", "accullm_cli", "convert", str(model), "--format", "gguf"]
+    command += ["--out", str(out), "--run", str(run), *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return next(out.glob("*.gguf"))
+
+
+def unquantized(model: Path, directory: Path) -> tuple[Path, Layout]:
+    """The original as a GGUF file in its own dtype, and what its tensors are called."""
+    from transformers import AutoConfig
+
+    from accullm_cli.model.checkpoint import Checkpoint
+    from accullm_cli.model.skeleton import build_skeleton
+    from accullm_cli.model.source import open_source
+    from accullm_cli.model.structure import read_structure
+
+    source = open_source(str(model), directory / "cache")
+    skeleton = build_skeleton(source.directory, source.untied)
+    structure = read_structure(skeleton)
+    checkpoint = Checkpoint(source, skeleton)
+    dtype = next(iter(source.tensors.values())).torch_dtype
+    linears = {
+        slot.name: LinearPlan(slot.name, slot.out_features, slot.in_features, 16, -1, False)
+        for slots in structure.slots
+        for slot in slots
+    }
+    kinds = {slot.name: slot.kind for slots in structure.slots for slot in slots}
+    tied = skeleton.all_tied_weights_keys
+    shapes = {name: tuple(value.shape) for name, value in skeleton.named_parameters() if name not in tied}
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    shape = ModelShape(
+        str(config["model_type"]), dtype, kinds, config=config, companions=source.companions, parameters=shapes
+    )
+    plan = Plan(linears)
+    facts = {"source": "original", "source_sha256": source.sha256, "config": {}, "records": []}
+    out = directory / "original"
+    if not (out / "original.gguf").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        parts = Parts(config, source.companions, plan, shape, (), checkpoint.outside(()), facts)
+        FORMAT.write(out, parts)
+    known = AutoConfig.for_model(**config)
+    return out / "original.gguf", Layout(source.directory, known, architecture_of(known), plan)
+
+
+def importance(layout: Layout, run: Path) -> Mapping[str, np.ndarray]:
+    """The mean square of each linear's input features over the calibration text, by the names in the file."""
+    found: dict[str, np.ndarray] = {}
+    for path in sorted((run / "calibrate").glob("block-*.safetensors")):
+        tensors = load_file(path)
+        for key, value in tensors.items():
+            if ".damage." not in key or not key.endswith(".32"):
+                continue
+            number, _, rest = key.partition(".damage.")
+            parameter = f"{rest.rpartition('.')[0]}.weight"
+            for piece in layout.pieces.get(parameter, ()):
+                found[piece.name] = tensors[f"{number}.second_moment"].numpy()
+            del value
+    return found
+
+
+def held_out(run: Path, count: int, length: int) -> list[list[int]]:
+    """The windows that validate measures on."""
+    ids = load_file(run / "reference.safetensors")["ids"]
+    assert isinstance(ids, torch.Tensor)
+    return [window[:length].tolist() for window in ids[:count]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("work/smollm2-135m"))
+    parser.add_argument("--types", nargs="+", default=list(TYPES), metavar="TYPE")
+    parser.add_argument("--work", type=Path, default=Path("work/bench-gguf"))
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--gradient-samples", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="where the rows go as JSON")
+    options = parser.parse_args()
+    llama = LlamaCpp()
+    work = options.work / options.model.name
+    work.mkdir(parents=True, exist_ok=True)
+    original, layout = unquantized(options.model, work)
+    weights = sum(int(np.prod(shape)) for shape in layout.parameters.values())
+    run = work / "run"
+    settings = ["--samples", str(options.samples), "--gradient-samples", str(options.gradient_samples)]
+    settings += ["--seq-len", str(options.seq_len), "--set", f"validation.windows={options.windows}", "--quiet"]
+    rows: list[Row] = []
+    print("| file | bytes | bits of all weights | mean KL | p99 | top-1 | tokens/s |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    # Any plan calibrates: its statistics are llama.cpp's importance matrix.
+    convert(options.model, work / "first", run, "--bits", "5.0", *settings)
+    matrix, windows = importance(layout, run), held_out(run, options.windows, options.seq_len)
+    for name in options.types:
+        theirs = work / f"llama.cpp-{name}.gguf"
+        if not theirs.exists():
+            llama.quantize(original, theirs, name, matrix, options.threads)
+        ours = convert(options.model, work / f"accullm-{name}", run, "--file-size", str(theirs), *settings)
+        if ours.stat().st_size > theirs.stat().st_size:
+            raise SystemExit(f"{ours} is larger than {theirs}")
+        for path in (theirs, ours):
+            row = compare(llama, original, path, weights, windows, options.threads)
+            rows.append(row)
+            shown = f"accullm, at most {name}" if path is ours else f"llama.cpp {name}"
+            print(
+                f"| {shown} | {row.bytes:,} | {row.bits:.3f} | {row.mean_kl:.5f} | {row.p99_kl:.4f} | "
+                f"{row.top1:.2f}% | {row.tokens_per_second:.1f} |",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
