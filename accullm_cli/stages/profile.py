@@ -8,10 +8,9 @@ than the native one in a directory below it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import chain, starmap
+from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -19,13 +18,12 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
 from accullm_cli.formats.adapters import linear_bytes
-from accullm_cli.formats.capabilities import CAPABILITIES, WHOLE_ROWS, Storable
-from accullm_cli.formats.objections import nearest_group_sizes, objections
+from accullm_cli.formats.capabilities import CAPABILITIES
+from accullm_cli.formats.objections import objections
 from accullm_cli.formats.shards import dtype_name
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.model.embeddings import EmbeddingSlot, find_embeddings
+from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.quant.budget import Choices
-from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import MEASURED_BITS
 from accullm_cli.quant.outliers import choose_outliers, expected_loss
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
@@ -37,7 +35,7 @@ from accullm_cli.stages.embedding_loss import load_embedding_losses
 from accullm_cli.stages.file_size import file_bytes, within_file
 from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.job import Job, open_decoder, place_of, section_inputs
-from accullm_cli.stages.kept import FLAG, kept_names, kept_sentence
+from accullm_cli.stages.kept import FLAG, kept_sentence
 from accullm_cli.stages.model_shape import model_shape, source_dtype
 from accullm_cli.stages.outlier_adapter import (
     adapter_kind,
@@ -46,16 +44,25 @@ from accullm_cli.stages.outlier_adapter import (
     largest_ranks,
     plan_average,
 )
+from accullm_cli.stages.rows import (
+    WIDTHS,
+    counted_embeddings,
+    embedding_row,
+    embedding_rows,
+    kept_linears,
+    kinds_of,
+    may_choose_groups,
+    partners_of,
+    scale_bits,
+    shared_features,
+    storable_rows,
+    uniform_rows,
+)
 from accullm_cli.stages.stage import Before, Decision, Stage, Work, named
 
 VERSION = 4
-# What a linear may get where --bits is an average. On a grid of 2 bits rounding is no longer the small change that
-# losses are measured for.
-WIDTHS = {"widths": (3, 4, 5, 6, 8), "outliers": (4,)}
 # Where nobody says otherwise.
 USUAL_OUTLIERS = 0.005
-USUAL_SCALE_BITS = 6
-USUAL_EMBEDDING_BITS = 8
 # What the kernels are made for.
 LARGEST_OUTLIER_FRACTION = 0.03
 
@@ -93,7 +100,7 @@ def profile_inputs(job: Job, before: Before) -> dict[str, str]:
         **({} if options.file_size is None else {"config:plan.file_size": str(file_bytes(options.file_size))}),
         **spend,
         "config:plan.outliers": repr(outlier_fraction(job)),
-        "config:plan.group_size": repr(options.group_sizes) + (" or near" if _may_choose_groups(job) else ""),
+        "config:plan.group_size": repr(options.group_sizes) + (" or near" if may_choose_groups(job) else ""),
         "config:plan.scale_bits": str(scale_bits(job)),
     }
 
@@ -123,10 +130,10 @@ def make_plan(
         choices: for an average of bits, where they are known already.
     """
     options = job.config.plan
-    embeddings = _embedding_plans(job, decoder)
+    embeddings = embedding_rows(job, decoder)
     if options.is_average:
         choices = choices or average_choices(job, decoder, stats)
-        counted = _counted_embeddings(job, decoder)
+        counted = counted_embeddings(job, decoder)
 
         def sorted_out(chosen: Plan) -> Plan:
             linears = {name: row for name, row in chosen.linears.items() if name not in counted}
@@ -137,7 +144,7 @@ def make_plan(
         return sorted_out(choices.within(options.bits) if stats is None else plan_average(job, choices))
     sensitivity_of = load_sensitivities(job, len(decoder.block_names)) if stats is not None else {}
     losses = _losses(stats, options.uniform_group_size, sensitivity_of)
-    linears = _uniform_linears(job, decoder, int(options.bits))
+    linears = uniform_rows(job, decoder, int(options.bits))
     counts = feature_counts(job, decoder, linears, outlier_fraction(job))
     for name, plan in linears.items():
         if plan.bits != KEPT_BITS:
@@ -146,102 +153,21 @@ def make_plan(
     return Plan(linears, scale_dtype(job), embeddings)
 
 
-def kept_linears(job: Job, decoder: Decoder) -> Mapping[str, tuple[str, ...]]:
-    """For each pattern of `--keep` the linears that it leaves in 16 bits; embedding and output head are among them.
-
-    Raises:
-        AccullmError: a pattern matches nothing.
-    """
-    patterns = job.config.plan.keep
-    if not patterns:
-        return {}
-    linears = [slot.name for slots in decoder.slots for slot in slots]
-    return kept_names(patterns, [*linears, *_outer_names(decoder).values()])
-
-
-def _outer_names(decoder: Decoder) -> dict[str, str]:
-    """The names of the token embedding ("looked up") and of the output head ("head")."""
-    name_of = {module: name for name, module in decoder.model.named_modules()}
-    modules = {"looked up": decoder.model.get_input_embeddings(), "head": decoder.model.get_output_embeddings()}
-    return {use: name_of[module] for use, module in modules.items() if module in name_of}
-
-
-def _kept(job: Job, decoder: Decoder) -> set[str]:
-    return set(chain.from_iterable(kept_linears(job, decoder).values()))
-
-
-def _embedding_plans(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
-    """How embedding and output head are quantized; empty where they are kept.
-
-    They are rounded in parts, and each would have a table of its own: their scales are float16.
-    """
-    asked, format = job.config.plan.embedding_bits, CAPABILITIES[job.format]
-    bits = asked or (USUAL_EMBEDDING_BITS if format.counts_embeddings else KEPT_BITS)
-    if bits == KEPT_BITS or _counted_embeddings(job, decoder):
-        return {}
-    # One that holds none objects to what was asked for, whatever it is.
-    ways = format.embeddings or format.linears
-    return {slot.name: _embedding_row(job, decoder, slot, ways, bits) for slot in _rounded_embeddings(job, decoder)}
-
-
-def _rounded_embeddings(job: Job, decoder: Decoder) -> list[EmbeddingSlot]:
-    """Those that no --keep leaves as they are."""
-    kept, outer = _kept(job, decoder), _outer_names(decoder)
-    return [
-        slot
-        for slot in find_embeddings(decoder.model)
-        if not ((slot.is_looked_up and outer["looked up"] in kept) or (slot.is_head and outer["head"] in kept))
-    ]
-
-
-def _counted_embeddings(job: Job, decoder: Decoder) -> tuple[str, ...]:
-    """The embeddings that are planned with the linears: where bits are an average over all that a format stores."""
-    options = job.config.plan
-    if not (options.is_average and options.embedding_bits is None and CAPABILITIES[job.format].counts_embeddings):
-        return ()
-    return tuple(slot.name for slot in _rounded_embeddings(job, decoder))
-
-
-def _embedding_row(job: Job, decoder: Decoder, slot: EmbeddingSlot, ways: Sequence[Storable], bits: int) -> LinearPlan:
-    row = LinearPlan(
-        name=slot.name,
-        out_features=slot.out_features,
-        in_features=slot.in_features,
-        bits=bits,
-        group_size=job.config.plan.uniform_group_size,
-        symmetric=False,
-        source_itemsize=decoder.weights.dtype(slot.parameter).itemsize,
-    )
-    return _stored_like(job, row, ways)
-
-
-def _stored_like(job: Job, row: LinearPlan, ways: Sequence[Storable]) -> LinearPlan:
-    """A row by the first way of its width that it can be stored in; where there is none, by one that is objected to."""
-    found = [
-        replace(
-            row,
-            encoding=way.encoding,
-            group_size=_group_size(job, way, row.in_features),
-            symmetric=_symmetric(job, way),
-        )
-        for way in [way for way in ways if row.bits in way.bits] or ways[:1]
-    ]
-    return next((own for own in found if not ENCODINGS[own.encoding].problem(own)), found[0])
-
-
 def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None = None) -> Choices:
     """What a plan chooses from where bits are an average; without statistics all features count alike."""
     options = job.config.plan
-    linears = _uniform_linears(job, decoder)
-    counted = _counted_embeddings(job, decoder)
+    linears = uniform_rows(job, decoder)
+    counted = counted_embeddings(job, decoder)
     ways = CAPABILITIES[job.format].embeddings
     for slot in find_embeddings(decoder.model) if counted else ():
         if slot.name in counted:
-            linears[slot.name] = _embedding_row(job, decoder, slot, ways, MEASURED_BITS)
+            linears[slot.name] = embedding_row(job, decoder, slot, ways, MEASURED_BITS)
     fraction = LARGEST_OUTLIER_FRACTION if outlier_fraction(job) else 0.0
-    partners = _partners(job, decoder)
-    shared, kinds = _shared_features(linears, partners), _kinds(decoder)
-    rows = {name: _ways(job, plan, shared[name], kinds.get(name, "embedding")) for name, plan in linears.items()}
+    partners = partners_of(job, decoder)
+    shared, kinds = shared_features(linears, partners), kinds_of(decoder)
+    rows = {
+        name: storable_rows(job, plan, shared[name], kinds.get(name, "embedding")) for name, plan in linears.items()
+    }
     chosen = [name for name, plan in linears.items() if plan.bits != KEPT_BITS and rows[name]]
     sizes = {name: tuple(dict.fromkeys(row.group_size for row in rows[name])) for name in chosen}
     if stats is None:
@@ -295,127 +221,6 @@ def _losses(
     return found
 
 
-def _uniform_linears(job: Job, decoder: Decoder, bits: int = MEASURED_BITS) -> dict[str, LinearPlan]:
-    """Every linear with the same bits, without outliers; or at KEPT_BITS."""
-    kept, format, kinds = _kept(job, decoder), CAPABILITIES[job.format], _kinds(decoder)
-    linears = {
-        slot.name: _stored_like(
-            job,
-            LinearPlan(
-                name=slot.name,
-                out_features=slot.out_features,
-                in_features=slot.in_features,
-                bits=bits,
-                group_size=job.config.plan.uniform_group_size,
-                scale_bits=scale_bits(job),
-                symmetric=False,
-                source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
-                adapter=format.adapter if job.config.plan.outlier_adapter else "",
-            ),
-            format.storables(slot.kind),
-        )
-        for block, slots in zip(decoder.block_names, decoder.slots, strict=True)
-        for slot in slots
-    }
-    shared = _shared_features(linears, _partners(job, decoder))
-    storable = {name: format.storable(plan, kinds[name]) or format.linears[0] for name, plan in linears.items()}
-    return _alike(
-        job,
-        {
-            name: replace(
-                plan,
-                bits=KEPT_BITS if name in kept else bits,
-                group_size=_group_size(job, storable[name], shared[name]),
-            )
-            for name, plan in linears.items()
-        },
-        kinds,
-    )
-
-
-def _alike(job: Job, linears: dict[str, LinearPlan], kinds: Mapping[str, str]) -> dict[str, LinearPlan]:
-    """The same, without zero points where a reader takes them only of linears that are all stored alike."""
-    format = CAPABILITIES[job.format]
-    dense = [plan for name, plan in linears.items() if plan.bits != KEPT_BITS and kinds[name] != "expert"]
-    several = len({plan.group_size for plan in dense}) > 1
-    if job.config.plan.symmetric is not None or not (several and format.prefers_one_way):
-        return linears
-    return {name: replace(plan, symmetric=True) for name, plan in linears.items()}
-
-
-def _kinds(decoder: Decoder) -> dict[str, str]:
-    return {slot.name: slot.kind for slots in decoder.slots for slot in slots}
-
-
-def _ways(job: Job, plan: LinearPlan, features: int, kind: str) -> list[LinearPlan]:
-    """All rows by which the format can store a linear, of the widths and group sizes that are to choose from.
-
-    Args:
-        features: that groups must divide, where they must divide any.
-    """
-    options, format = job.config.plan, CAPABILITIES[job.format]
-    widths = [bits for bits in WIDTHS[options.spend] if bits in format.bits] or format.bits
-    found = []
-    for storable in format.storables(kind):
-        sizes = [size for size in options.group_sizes if storable.holds_group_size(size, features)]
-        if not sizes and options.group_size is None:
-            sizes = [_group_size(job, storable, features)]
-        row = replace(plan, encoding=storable.encoding, symmetric=_symmetric(job, storable))
-        found += [
-            replace(row, bits=bits, group_size=size)
-            for size in sizes
-            for bits in widths
-            if bits in storable.bits and storable.holds_group_size(size, features) and storable.holds_scales(row)
-        ]
-    return [row for row in found if not ENCODINGS[row.encoding].problem(row)]
-
-
-def _partners(job: Job, decoder: Decoder) -> tuple[tuple[str, ...], ...]:
-    """The linears that the format's runtime needs alike, or the format itself."""
-    format, kinds = CAPABILITIES[job.format], _kinds(decoder)
-    if format.all_alike:
-        kept = _kept(job, decoder)
-        return (tuple(name for name in kinds if name not in kept),)
-    return format.partners(kinds)
-
-
-def _shared_features(linears: Mapping[str, LinearPlan], partners: tuple[tuple[str, ...], ...]) -> dict[str, int]:
-    """What divides the input features of a linear and of its partners, by its name."""
-    shared = {name: plan.in_features for name, plan in linears.items()}
-    for names in partners:
-        shared |= dict.fromkeys(names, math.gcd(*(shared[name] for name in names)))
-    return shared
-
-
-def _group_size(job: Job, storable: Storable, features: int) -> int:
-    """The group size that was asked for; else the one of those that may be stored that is nearest to the usual."""
-    options, usual = job.config.plan, job.config.plan.uniform_group_size
-    if options.group_size is not None or storable.holds_group_size(usual, features):
-        return usual
-    sizes = storable.group_sizes or nearest_group_sizes(usual, features)
-    usable = [size for size in sizes if size > 0 and storable.holds_group_size(size, features)]
-    if usable:
-        return min(usable, key=lambda size: (abs(size - usual), size))
-    return WHOLE_ROWS if storable.holds_group_size(WHOLE_ROWS, features) else usual
-
-
-def _may_choose_groups(job: Job) -> bool:
-    """Whether a group size that nobody asked for may differ from linear to linear."""
-    return job.config.plan.group_size is None and any(entry.whole_groups for entry in CAPABILITIES[job.format].linears)
-
-
-def _symmetric(job: Job, storable: Storable) -> bool:
-    """As asked for; where nobody asked, symmetric if there is nothing else, or if a reader takes nothing else.
-
-    Rows of several widths, or embeddings beside linears, are stored in several ways.
-    """
-    options = job.config.plan
-    if options.symmetric is not None:
-        return options.symmetric
-    several = options.is_average or options.embedding_bits not in (None, KEPT_BITS)
-    return False not in storable.symmetric or (several and CAPABILITIES[job.format].prefers_one_way)
-
-
 def load_plan(path: Path) -> Plan:
     """The plan that `profile` wrote."""
     content = json.loads(path.read_text())
@@ -433,12 +238,6 @@ def scale_dtype(job: Job) -> str:
     """Where a format stores scales in the model's dtype, those for a bfloat16 model must be exact in both."""
     of_the_model = CAPABILITIES[job.format].scale_dtype == "of the model"
     return "bfloat16" if of_the_model and source_dtype(job) == torch.bfloat16 else "float16"
-
-
-def scale_bits(job: Job) -> int:
-    """As asked for; else those of a table, where the format has such."""
-    asked, held = job.config.plan.scale_bits, CAPABILITIES[job.format].linears[0].scale_bits
-    return asked or (USUAL_SCALE_BITS if USUAL_SCALE_BITS in held else 16)
 
 
 def outlier_fraction(job: Job) -> float:
