@@ -42,6 +42,8 @@ class Mutant:
 
 FEEDBACK = "accullm_cli/quant/feedback.py"
 LOOPS = "accullm_cli/quant/loops.py"
+BLOCK_GRID = "accullm_cli/quant/encodings/ggml_grid.py"
+BLOCK_SEARCH = "accullm_cli/quant/encodings/ggml_search.py"
 PACKED = "accullm_cli/kernels/packed.py"
 QUANTIZE = "accullm_cli/stages/quantize.py"
 GEMV = "cuda/hybrid_gemv.cu"
@@ -90,6 +92,27 @@ MUTANTS = (
         "rows[:, reverse] += torch.linalg",
         "rows[:, reverse] -= torch.linalg",
         ROUNDING_TESTS,
+    ),
+    Mutant(
+        "of two levels that are as near the upper one is taken",
+        LOOPS,
+        "if place + place > levels[middle] + levels[middle + 1]:",
+        "if place + place >= levels[middle] + levels[middle + 1]:",
+        ("tests/quant/test_loops.py",),
+    ),
+    Mutant(
+        "sub-blocks are not told what those before them gained",
+        BLOCK_GRID,
+        "pull -= change @ inner[own]",
+        "pull[:, own] -= change @ inner[own, own]",
+        ("tests/quant/test_ggml.py::test_scales_and_offsets_are_those_of_least_squares",),
+    ),
+    Mutant(
+        "scales of blocks are tried with one sign alone",
+        BLOCK_SEARCH,
+        "for sign, one, other in ((1, first, last), (-1, -last, -first)):",
+        "for sign, one, other in ((1, first, last), (1, first, last)):",
+        ("tests/quant/test_ggml.py::test_scales_of_either_sign_are_tried",),
     ),
     Mutant(
         "rows of earlier blocks pass nothing on",

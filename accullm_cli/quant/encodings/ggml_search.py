@@ -21,10 +21,10 @@ from accullm_cli.quant.scales import LARGEST_SCALE, round_offset
 
 # How often codes, integers and float16s are fitted to each other.
 ROUNDS = 2
-# Ranges that are tried: from a little more than the whole one down to half of it, in steps of a third of a code.
-RANGE_STEP = 0.32
-LARGEST_RANGE, SMALLEST_RANGE = 1.05, 0.5
-RANGES = 20
+# Ranges that are tried: the whole one, and those that are shorter (or longer) by so many codes. Near to the whole one,
+# every fifth of a code has other weights lie near to values.
+SHORTER = (0.0, *(0.2 * count for count in range(-5, 9) if count), *(1.9 + 0.5 * count for count in range(11)))
+SHORTEST = 0.45
 # A float16 is tried at which the largest number that it has to give has the largest integer, or up to so much less.
 SPARED_INTEGERS = 12
 
@@ -110,10 +110,9 @@ class BlockSearch:
 
     def _best_of_any(self) -> Numbers:
         """The best scale and offset of each sub-block, storable or not."""
-        step = RANGE_STEP / 2**self.kind.bits
-        fractions = [1 + step * count for count in range(2, -RANGES, -1)]
+        fractions = [1 - codes / (2**self.kind.bits - 1) for codes in SHORTER]
         best: tuple[torch.Tensor, ...] | None = None
-        for numbers in self._ranges([own for own in fractions if SMALLEST_RANGE <= own <= LARGEST_RANGE]):
+        for numbers in self._ranges([fraction for fraction in fractions if fraction > SHORTEST]):
             found = self._refitted(*numbers)
             best = found if best is None else _better(found, best)
         assert best is not None
@@ -128,7 +127,7 @@ class BlockSearch:
             for fraction in fractions:
                 cut = (self.high - self.low) * (1 - fraction)
                 ends = [(self.low * fraction, self.high * fraction)]
-                if fraction < 1:
+                if fraction != 1:
                     ends += [(self.low + cut, self.high), (self.low, self.high - cut)]
                 for low, high in ends:
                     scale = (high - low) / largest
@@ -253,8 +252,11 @@ class BlockSearch:
 
 
 def _better(new: tuple[torch.Tensor, ...], old: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """In every sub-block that of less error, which comes last."""
-    better = new[-1] < old[-1]
+    """In every sub-block that of less error, which comes last; the old one where only a last bit makes a difference.
+
+    Codes that are all one more, with an offset that is one step less, stand for the same values.
+    """
+    better = new[-1] < old[-1] * (1 - NEXT_TO_NOTHING)
     return tuple(torch.where(better, *pair) for pair in zip(new, old, strict=True))
 
 
