@@ -85,11 +85,14 @@ def compare(
 
 
 def convert(model: Path, out: Path, run: Path, *options: str) -> Path:
-    """Run accullm; returns the GGUF file."""
-    command = [sys.executable, "-m", "accullm_cli", "convert", str(model), "--format", "gguf"]
-    command += ["--out", str(out), "--run", str(run), *options]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    """Convert, and return the GGUF file."""
+    accullm("convert", model, run, "--out", str(out), *options)
     return next(out.glob("*.gguf"))
+
+
+def accullm(command: str, model: Path, run: Path, *options: str) -> None:
+    words = [sys.executable, "-m", "accullm_cli", command, str(model), "--format", "gguf", "--run", str(run), *options]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
 
 
 def unquantized(model: Path, directory: Path) -> tuple[Path, Layout]:
@@ -175,8 +178,8 @@ def main() -> None:
     rows: list[Row] = []
     print("| file | bytes | bits of all weights | mean KL | p99 | top-1 | tokens/s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    # Any plan calibrates: its statistics are llama.cpp's importance matrix.
-    convert(options.model, work / "first", run, "--bits", "5.0", *settings)
+    # Its statistics are llama.cpp's importance matrix, too.
+    accullm("calibrate", options.model, run, "--bits", "5.0", *settings)
     matrix, windows = importance(layout, run), held_out(run, options.windows, options.seq_len)
     for name in options.types:
         theirs = work / f"llama.cpp-{name}.gguf"

@@ -8,7 +8,6 @@ than the native one in a directory below it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import starmap
 from pathlib import Path
@@ -25,17 +24,17 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.quant.budget import Choices
 from accullm_cli.quant.encodings.base import MEASURED_BITS
-from accullm_cli.quant.outliers import choose_outliers, expected_loss
+from accullm_cli.quant.outliers import choose_outliers
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 from accullm_cli.quant.stats import InputStats
 from accullm_cli.report.outlier_map import draw_outlier_map
 from accullm_cli.run import key_of, write_text
-from accullm_cli.stages.calibrate import DAMAGE_GROUP_SIZES, load_block_stats, stats_path
-from accullm_cli.stages.embedding_loss import load_embedding_losses
+from accullm_cli.stages.calibrate import load_block_stats, stats_path
 from accullm_cli.stages.file_size import file_bytes, within_file
 from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.job import Job, open_decoder, place_of, section_inputs
 from accullm_cli.stages.kept import FLAG, kept_sentence
+from accullm_cli.stages.losses import embedding_losses, feature_losses
 from accullm_cli.stages.model_shape import model_shape, source_dtype
 from accullm_cli.stages.outlier_adapter import (
     adapter_kind,
@@ -143,7 +142,7 @@ def make_plan(
             return within_file(job, model_shape(job, decoder, Plan({}, embeddings=embeddings)), choices, sorted_out)
         return sorted_out(choices.within(options.bits) if stats is None else plan_average(job, choices))
     sensitivity_of = load_sensitivities(job, len(decoder.block_names)) if stats is not None else {}
-    losses = _losses(stats, options.uniform_group_size, sensitivity_of)
+    losses = feature_losses(stats, options.uniform_group_size, sensitivity_of)
     linears = uniform_rows(job, decoder, int(options.bits))
     counts = feature_counts(job, decoder, linears, outlier_fraction(job))
     for name, plan in linears.items():
@@ -177,11 +176,11 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
         sensitivity_of = load_sensitivities(job, len(decoder.block_names))
         reached = {name for entry in stats if entry.tokens for name in entry.linears if sensitivity_of[name].any()}
         by_size = {
-            size: _losses(stats, size, sensitivity_of)
+            size: feature_losses(stats, size, sensitivity_of)
             for size in sorted({size for own in sizes.values() for size in own})
         }
         losses = {name: {size: by_size[size][name] for size in sizes[name]} for name in chosen if name in reached}
-        losses |= {name: _of_embedding(job, name, sizes[name]) for name in counted}
+        losses |= {name: embedding_losses(job, name, sizes[name]) for name in counted}
     format, dtype = FORMATS[job.format], source_dtype(job)
     together = [names for names in partners if all(name in rows and rows[name] for name in names)]
     return Choices(
@@ -194,31 +193,6 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
         lambda plan: linear_bytes(format, plan, dtype),
         largest_ranks(job, decoder),
     )
-
-
-def _of_embedding(job: Job, name: str, sizes: Sequence[int]) -> dict[int, torch.Tensor]:
-    """The losses of an embedding for groups of these sizes; see `_losses`."""
-    measured = load_embedding_losses(job)[name]
-    return {size: measured[_nearest_group_size(size)] for size in sizes}
-
-
-def _losses(
-    stats: list[InputStats] | None, group_size: int, sensitivity_of: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The loss [K] that rounding each input feature of a linear to MEASURED_BITS is expected to cause.
-
-    Args:
-        sensitivity_of: the model's loss for a unit of squared change in each column of a linear. Where it says nothing
-            of one, the loss is the error of the linear's own outputs.
-    """
-    measured = _nearest_group_size(group_size)
-    found = {}
-    for entry in stats or ():
-        for name in entry.linears:
-            known = sensitivity_of.get(name)
-            weight = known if known is not None and known.any() else entry.second_moment
-            found[name] = expected_loss(weight, entry.damage[name][measured])
-    return found
 
 
 def load_plan(path: Path) -> Plan:
@@ -271,10 +245,3 @@ def refuse_impossible(job: Job, plan: Plan, decoder: Decoder) -> None:
                 )
     for objection in objections(job.format, plan, shape):
         raise AccullmError(objection.what, f"--format {job.format}", objection.hint)
-
-
-def _nearest_group_size(group_size: int) -> int:
-    """The group size, of those that damage was measured for, that is nearest to the plan's."""
-    if group_size == -1:
-        return -1
-    return min((size for size in DAMAGE_GROUP_SIZES if size > 0), key=lambda size: abs(size - group_size))
