@@ -49,7 +49,7 @@ class Measure:
     """One question that is asked of an artifact.
 
     wanted: whether the configuration asks for it.
-    needs: the stages that make what it needs of the original alone.
+    needs: the stages that make, of the original alone, what it needs, also for a search over plans.
     run: the stage that measures the artifact of a format, in a directory.
     found: what that stage found.
     """
@@ -75,17 +75,18 @@ def _on_text(
     text: Text,
     found: Callable[[Fidelity], Measurement],
     is_wanted: Callable[[Job], bool] = lambda job: True,
+    searched: tuple[Text, ...] = (),
     alone: bool = False,
 ) -> Measure:
     """How far next-token distributions on a text are from the original's.
 
     Args:
-        alone: those of an artifact without its adapter.
+        searched: what a search asks instead. alone: those of an artifact without its adapter.
     """
     return Measure(
         name,
         wanted=is_wanted,
-        needs=lambda job: (reference(text),),
+        needs=lambda job: [reference(of) for of in (text, *(searched if job.config.search.golden else ()))],
         run=lambda job, format_name, artifact: validation(format_name, artifact, text, alone),
         found=lambda job, format_name: found(load_fidelity(job, format_name, text, alone)),
     )
@@ -97,19 +98,19 @@ def _on_other_text(text: Text) -> Measure:
     return _on_text(name, text, partial(divergence_found_elsewhere, name), lambda job: text in texts_of(job))
 
 
-def _on_tasks(purpose: Purpose) -> Measure:
-    """How many of the original's right answers are kept."""
+def _on_tasks(purpose: Purpose, searched: tuple[Purpose, ...] = ()) -> Measure:
+    """How many of the original's right answers are kept; `searched`: what a search asks instead."""
     return Measure(
         TASKS,
         wanted=wants_tasks,
-        needs=lambda job: (original_answers(purpose),),
+        needs=lambda job: [original_answers(of) for of in (purpose, *(searched if job.config.search.golden else ()))],
         run=lambda job, format_name, artifact: artifact_answers(format_name, artifact, purpose),
         found=lambda job, format_name: retention_of(job, format_name, purpose),
     )
 
 
 MEASURES: tuple[Measure, ...] = (
-    _on_text(DIVERGENCE, VALIDATION, divergence_found),
+    _on_text(DIVERGENCE, VALIDATION, divergence_found, searched=(SEARCH,)),
     *map(_on_other_text, (OTHER, *FURTHER)),
     _on_text(
         DIVERGENCE_WITHOUT_ADAPTER,
@@ -118,7 +119,7 @@ MEASURES: tuple[Measure, ...] = (
         lambda job: job.config.plan.outlier_adapter,
         alone=True,
     ),
-    _on_tasks(JUDGED),
+    _on_tasks(JUDGED, searched=(SEARCHED,)),
     Measure(
         SPEED,
         wanted=lambda job: wants_speed(job.config),
@@ -153,8 +154,7 @@ def found(job: Job, format_name: str, measures: Sequence[Measure] = MEASURES) ->
 
 def needed_of_original(job: Job) -> list[Stage]:
     """What all artifacts of a job need, those of a search included."""
-    measures = (*MEASURES, *SEARCH_MEASURES) if job.config.search.golden else MEASURES
-    return [stage for measure in _wanted(job, measures) for stage in measure.needs(job)]
+    return [stage for measure in _wanted(job, MEASURES) for stage in measure.needs(job)]
 
 
 def _wanted(job: Job, measures: Sequence[Measure]) -> list[Measure]:
