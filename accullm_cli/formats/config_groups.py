@@ -84,8 +84,8 @@ class Schemes:
                 raise self._refusal(f"{name} of config_groups names no targets")
             scheme = self._preset(name) if isinstance(group, list) else self._scheme(name, group, config)
             found |= dict.fromkeys(targets, scheme)
-        self._by_target = dict(sorted(found.items(), key=lambda entry: (_EXPRESSION in entry[0], entry[0])))
-        self._ignored = [target for target in config.get("ignore") or [] if isinstance(target, str)]
+        self._by_target = dict(sorted(found.items()))
+        self._ignored = dict.fromkeys(target for target in config.get("ignore") or [] if isinstance(target, str))
         for target in (*self._by_target, *self._ignored):
             try:
                 re.compile(target.removeprefix(_EXPRESSION) if target.startswith(_EXPRESSION) else "")
@@ -101,14 +101,11 @@ class Schemes:
         Raises:
             AccullmError: none has this module for a target, or it is to be ignored.
         """
-        matching = [target for target in self._by_target if _matches(name, target)]
-        matching += [target for target in self._by_target if target == class_name]
-        if not matching:
+        if (matching := _first_match(name, class_name, self._by_target)) is None:
             raise self._refusal(f"no target in config_groups is {name}, which is stored as codes")
-        ignored = next((entry for entry in self._ignored if entry == class_name or _matches(name, entry)), None)
-        if ignored is not None:
+        if (ignored := _first_match(name, class_name, self._ignored)) is not None:
             raise self._refusal(f"ignores {name} ({ignored}), which is stored as codes")
-        return self._by_target[matching[0]]
+        return self._by_target[matching]
 
     def _check_whole(self, config: Mapping[str, Any]) -> None:
         """What counts for all groups."""
@@ -157,8 +154,11 @@ class Schemes:
         return AccullmError(what, self._path)
 
 
-def _matches(name: str, target: str) -> bool:
-    """Whether a target is a module's name, or an expression that matches it."""
-    if target.startswith(_EXPRESSION):
-        return re.match(target.removeprefix(_EXPRESSION), name) is not None
-    return target == name
+def _first_match(name: str, class_name: str, targets: Mapping[str, object]) -> str | None:
+    """The first of sorted targets that a module has: its name, an expression that matches it, its class."""
+    if name in targets:
+        return name
+    for target in targets:
+        if target.startswith(_EXPRESSION) and re.match(target.removeprefix(_EXPRESSION), name):
+            return target
+    return class_name if class_name in targets else None
