@@ -77,7 +77,7 @@ def test_a_fraction_is_that_of_each_linear_or_one_number_for_all(
         assert set(feature_counts(job, decoder, linears, 0.0001).values()) == {1}
 
 
-def rows_of(count: int, columns: int = 2048, rows: int = 4) -> dict[str, LinearPlan]:
+def rows_of(count: int, columns: int = 2048, rows: int = 512) -> dict[str, LinearPlan]:
     return {f"p{n}": LinearPlan(f"p{n}", rows, columns, 4, 32, True, adapter="peft") for n in range(count)}
 
 
@@ -125,7 +125,7 @@ def test_the_sentence_holds_the_plan_against_the_best_without_an_adapter(tmp_pat
             for name, row in plan.linears.items()
         }
         saved = 1 - float(sum(lost.values())) / (3 * float(losses.sum()))
-        bits = 8 * features * (2048 + 2 * 4) / (3 * 4 * 2048)
+        bits = 8 * features * (2048 + 2 * 512) / (3 * 512 * 2048)
         assert list(adapter_sentences(job, choices, plan)) == [
             f"the outlier adapter holds {features} features and takes {bits:.3f} bits per weight; runtimes need room "
             f"for rank 8; the loss to be expected is {saved:.0%} below that of the best plan of the same bits without "
