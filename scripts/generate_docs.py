@@ -289,7 +289,8 @@ def _fused(format: Capabilities) -> str:
 def _loading(format: Capabilities) -> str:
     if format.module:
         return f"transformers, after `import {format.module}`"
-    return f"transformers with `{format.package}`" if format.package else "not by transformers"
+    package = format.package or format.loader
+    return f"transformers with `{package}`" if package else "not by transformers"
 
 
 def report_schema() -> dict[str, Any]:

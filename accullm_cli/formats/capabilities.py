@@ -129,6 +129,8 @@ class Capabilities:
     other_kinds: its runtimes also read kinds of linears that it does not store, as they are in the source.
     module: what teaches transformers the format when it is imported. package: what transformers needs for it. With
         neither, transformers does not read it.
+    loader: a package with which transformers reads it, and that accullm does not use: it compiles kernels when it is
+        first used, which takes minutes.
     unpacks: its weights may be unpacked while they are loaded.
     kernels: accullm's own kernels multiply by its linears.
     suffix: of the one file that artifacts of others are; "" where they are directories.
@@ -154,6 +156,7 @@ class Capabilities:
     other_kinds: bool = True
     module: str = ""
     package: str = ""
+    loader: str = ""
     unpacks: bool = False
     kernels: bool = False
     suffix: str = ""
@@ -358,7 +361,7 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
         runtime="vLLM",
         other_kinds=False,
-        package="gptqmodel",
+        loader="gptqmodel",
     ),
     "awq": Capabilities(
         linears=(
@@ -372,6 +375,6 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         runtime="vLLM",
         all_alike=True,
         other_kinds=False,
-        package="gptqmodel",
+        loader="gptqmodel",
     ),
 }

@@ -324,8 +324,8 @@ def _loading_lines(format_name: str) -> Iterator[str]:
     format = CAPABILITIES[format_name]
     if format.module:
         yield from ("```python", f"import {format.module}  # teaches transformers the format")
-    elif format.package:
-        yield from ("```python", f"# needs the package {format.package}")
+    elif format.package or format.loader:
+        yield from ("```python", f"# needs the package {format.package or format.loader}")
     else:
         return
     yield from ("from transformers import AutoModelForCausalLM", "")

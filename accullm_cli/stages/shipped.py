@@ -111,6 +111,8 @@ def _logits(artifact: StoredArtifact, ids: torch.Tensor) -> list[torch.Tensor]:
 def _obstacle(artifact: StoredArtifact) -> str:
     """Why it cannot be loaded here; "" where it can."""
     format = CAPABILITIES[artifact.format]
+    if format.loader:
+        return f"{format.loader} compiles its kernels before it loads one"
     if not format.module and not format.package:
         return "transformers does not read this format"
     for reading in artifact.readings:
