@@ -167,7 +167,8 @@ def test_an_infinite_average_is_refused():
         (
             "plan:\n  colour: red\n",
             "conf.yaml:2: plan.colour: unknown key; "
-            "the keys of plan are bits, spend, group_size, scale_bits, symmetric, outliers, embedding_bits, keep",
+            "the keys of plan are bits, file_size, spend, group_size, scale_bits, symmetric, outliers, embedding_bits, "
+            "keep",
         ),
         (
             "zzz: 1\n",
@@ -222,7 +223,7 @@ def test_an_infinite_average_is_refused():
         ("export:\n  format: []\n", "conf.yaml:2: export.format: the list is empty; give at least one"),
         (
             "export:\n  format:\n  - accullm\n  - awq\n",
-            "conf.yaml:4: export.format: 'awq' is not allowed; give accullm or compressed-tensors",
+            "conf.yaml:4: export.format: 'awq' is not allowed; give accullm, compressed-tensors or gguf",
         ),
         (
             "export:\n  format: [accullm, accullm]\n",
@@ -315,7 +316,7 @@ def test_a_mistake_in_a_flag_names_the_flag():
     assert line_of(flags={"plan.embedding_bits": "6"}) == "--embedding-bits: '6' is not allowed; give 16, 8 or 4"
     assert line_of(flags={"plan.bits": "9"}) == "--bits: 9 is above 8; give 2 to 8"
     assert line_of(flags={"export.format": ["accullm", "x"]}) == (
-        "--format: 'x' is not allowed; give accullm or compressed-tensors"
+        "--format: 'x' is not allowed; give accullm, compressed-tensors or gguf"
     )
 
 
@@ -330,7 +331,7 @@ def test_no_model_at_all_is_refused():
 
 def test_every_option_has_a_flag_of_its_own_a_help_and_an_example():
     declared = list(options())
-    assert len({option.flag for option in declared}) == len(declared) == 36
+    assert len({option.flag for option in declared}) == len(declared) == 37
     for option in declared:
         assert option.flag.startswith("--")
         assert "_" not in option.flag
