@@ -129,7 +129,7 @@ def unquantized(model: Path, directory: Path) -> tuple[Path, Layout]:
         parts = Parts(config, source.companions, plan, shape, (), checkpoint.outside(()), facts)
         FORMAT.write(out, parts)
     known = AutoConfig.for_model(**config)
-    return out / "original.gguf", Layout(source.directory, known, architecture_of(known), plan)
+    return out / "original.gguf", Layout(shapes, known, architecture_of(known), plan)
 
 
 def importance(layout: Layout, run: Path) -> Mapping[str, np.ndarray]:
