@@ -128,6 +128,7 @@ def parts_of(
     kinds: dict[str, str] = {}
     tied = set(model.all_tied_weights_keys)
     tensors = {name: value.clone() for name, value in model.state_dict().items() if name not in tied}
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     blocks = []
     for number in range(model.config.num_hidden_layers):
         own = {name: value for name, value in tensors.items() if name.startswith(f"model.layers.{number}.")}
@@ -159,7 +160,6 @@ def parts_of(
     byte_tokenizer().save_pretrained(run / "tokenizer")
     config = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
     companions = {file.name: file for file in (run / "tokenizer").iterdir()}
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     shape = ModelShape(
         model.config.model_type, model.dtype, kinds, config=config, companions=companions, parameters=shapes, kept=kept
     )
