@@ -81,12 +81,12 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     planned = [*plan.linears.values(), *plan.embeddings.values()]
     unquantized = source_bytes - sum(linear.weights * linear.source_itemsize for linear in planned)
     format = FORMATS[job.format]
-    linear_bytes = sum(linear_bytes(format, linear, source_dtype(job)) for linear in plan.linears.values())
+    of_linears = sum(linear_bytes(format, linear, source_dtype(job)) for linear in plan.linears.values())
     linear_weights = sum(linear.weights for linear in plan.linears.values())
-    bits_per_weight = 8 * linear_bytes / linear_weights
+    bits_per_weight = 8 * of_linears / linear_weights
     if (most := _largest_average(job)) is not None:
-        bits_per_weight, linear_bytes = most, int(most * linear_weights / 8)
-    stored = unquantized + linear_bytes
+        bits_per_weight, of_linears = most, int(most * linear_weights / 8)
+    stored = unquantized + of_linears
     stored += sum(format.linear_bytes(embedding, source_dtype(job)) for embedding in plan.embeddings.values())
     stored += sum(path.stat().st_size for path in job.source.companions.values())
     stored += sum(job.source.tensors[name].end - job.source.tensors[name].begin for name in job.source.kept)

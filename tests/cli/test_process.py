@@ -62,7 +62,7 @@ def completions(words: str) -> list[str]:
 
 def test_completion_knows_commands_flags_choices_presets_keys_and_aliases():
     assert completions("accullm conv") == ["convert"]
-    assert completions("accullm convert m --outlier") == ["--outliers", "--outlier-mode"]
+    assert completions("accullm convert m --outlier") == ["--outliers", "--outlier-adapter", "--outlier-mode"]
     assert completions("accullm convert m --rounding s") == ["stochastic"]
     assert completions("accullm convert m --config b") == ["best"]
     assert completions("accullm convert m --set plan.b") == ["plan.bits="]
