@@ -42,9 +42,8 @@ def option(
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
-# Windows with gradients where nobody said how many: for a plan, and for what tokens and features count alone.
+# Windows with gradients where a plan needs some, and nobody said how many.
 DEFAULT_GRADIENT_SAMPLES = 64
-FEW_GRADIENT_SAMPLES = 16
 
 FormatName = Literal["accullm", "compressed-tensors", "mlx", "gguf", "gptq", "awq"]
 
@@ -78,9 +77,9 @@ class Calibration(Section):
     seq_len: int = option(512, "Tokens in a window, for calibration and validation.", ge=16)
     gradient_samples: int | None = option(
         None,
-        "Number of calibration windows that give gradients (all of them, if there are fewer), by which rounding also "
-        "carries errors from one output row into the next (YAQA). Default: 64 for an average of bits or --golden; "
-        "otherwise 16, which say only how much tokens and outlier features count.",
+        "Number of calibration windows that give gradients (all of them, if there are fewer). With gradients, rounding "
+        "also carries errors from one output row into the next (YAQA). Default: 0; 64 for an average of bits or "
+        "--golden.",
         ge=0,
         example="64",
     )
@@ -324,19 +323,8 @@ class Config(Section):
         """How many windows give gradients: as many as were asked for, else as what was asked for needs."""
         samples = self.calibration.gradient_samples
         if samples is None:
-            few = FEW_GRADIENT_SAMPLES if self.rounding.method == "feedback" else 0
-            samples = DEFAULT_GRADIENT_SAMPLES if self._plans else few
+            samples = DEFAULT_GRADIENT_SAMPLES if self.plan.is_average or self.search.golden else 0
         return min(samples, self.calibration.samples)
-
-    @property
-    def carries_across_rows(self) -> bool:
-        """Whether rounding carries errors from row to row, by Fisher matrices as large as a linear has outputs."""
-        asked = self._plans or self.calibration.gradient_samples is not None
-        return asked and self.gradient_samples > 0 and self.rounding.method == "feedback"
-
-    @property
-    def _plans(self) -> bool:
-        return self.plan.is_average or self.search.golden
 
     def to_yaml(self) -> str:
         """The config as a YAML file that `load_config` reads back to an equal one."""

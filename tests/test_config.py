@@ -92,25 +92,6 @@ def test_a_preset_is_found_by_its_name():
     assert load_config("m", files=["best"]).gradient_samples == 256
 
 
-@pytest.mark.parametrize(
-    ("sets", "samples", "across_rows"),
-    [
-        ([], 16, False),
-        (["calibration.samples=8"], 8, False),
-        (["calibration.gradient_samples=16"], 16, True),
-        (["calibration.gradient_samples=0"], 0, False),
-        (["plan.bits=4.4"], 64, True),
-        (["search.golden=true"], 64, True),
-        (["rounding.method=nearest"], 0, False),
-        (["rounding.method=stochastic"], 0, False),
-        (["rounding.method=stochastic", "plan.bits=4.4"], 64, False),
-    ],
-)
-def test_how_many_windows_give_gradients_and_what_for(sets, samples, across_rows):
-    config = load_config("m", sets=sets)
-    assert (config.gradient_samples, config.carries_across_rows) == (samples, across_rows)
-
-
 def test_a_file_of_that_name_wins_over_the_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("fast").write_text("plan: {bits: 7}\n")

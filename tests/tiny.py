@@ -191,8 +191,4 @@ def tiny_config(model: Path, out: Path, **settings: object) -> Config:
     sets += ["plan.outliers=0.05", "machine.threads=1", "validation.other_text=none", f"export.out={out}"]
     sets += ["machine.precision=float32"]
     sets += [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
-    config = load_config(str(model), sets=sets)
-    if "calibration__gradient_samples" not in settings and not (config.plan.is_average or config.search.golden):
-        # Where a test is about something else, what tokens and features count is nothing to wait for.
-        return load_config(str(model), sets=[*sets, "calibration.gradient_samples=0"])
-    return config
+    return load_config(str(model), sets=sets)

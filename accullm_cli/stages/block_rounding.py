@@ -78,7 +78,7 @@ def round_with_streams(
         if original is not None:
             dense = [group for group in groups if slot_of[group[0]].expert is None]
             wanted = _Wanted.of(trace, dense) if corrected else _Wanted()
-            gradient = load_gradient(job, index)
+            gradient = load_gradient(job, index) if job.config.rounding.method == "feedback" else None
             with products(precision_of(job)):
                 fishers = _run_original(pair, original, dense, wanted, captures, gradient)
         known: tuple[str, ...] = ()

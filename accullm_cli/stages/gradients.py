@@ -47,8 +47,8 @@ def sensitivity_path(job: Job, index: int) -> Path:
 
 
 def load_gradient(job: Job, index: int) -> torch.Tensor | None:
-    """The gradient with respect to a block's output, bfloat16 [windows, tokens, hidden]; None where none is wanted."""
-    if not job.config.carries_across_rows:
+    """The gradient with respect to a block's output, bfloat16 [windows, tokens, hidden]; None if none was asked for."""
+    if not job.config.gradient_samples:
         return None
     return load_file(gradient_path(job, index))["gradient"]
 

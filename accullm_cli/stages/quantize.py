@@ -60,7 +60,6 @@ def quantize_inputs(job: Job, before: Before) -> dict[str, str]:
     if rounding.method != "nearest":
         streams = section_inputs("rounding", rounding, "outlier_mode", "target", "damping")
         streams["machine:precision"] = precision_of(job)
-        streams["config:across rows"] = str(job.config.carries_across_rows)
     seed = {"config:machine.seed": str(job.config.machine.seed)} if rounding.method == "stochastic" else {}
     return {
         "source:sha256": job.source.sha256,

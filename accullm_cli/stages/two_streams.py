@@ -25,7 +25,7 @@ _Restored = tuple[int, dict[str, torch.Tensor]]
 class TwoStreams:
     """The hidden states [S, T, hidden] of the original and of the model quantized so far, behind `position` blocks.
 
-    `original` is None where nobody reads it: no target is corrected for the past, and no Fisher matrix is wanted.
+    `original` is None where nobody reads it: no target is corrected for the past, and there are no gradients.
     """
 
     def __init__(self, job: Job, decoder: Decoder, embedding: StoredLinear | None, restored: _Restored | None) -> None:
@@ -34,7 +34,7 @@ class TwoStreams:
         self._precision = precision_of(job)
         self._store = _stream_store(job)
         ids = load_calibration(job)
-        reads_original = job.config.rounding.target == "corrected" or job.config.carries_across_rows
+        reads_original = job.config.rounding.target == "corrected" or job.config.gradient_samples > 0
         decoder.load_outside()
         decoder.learn_calls(ids[:1, :PROBE_TOKENS])
         self.original: torch.Tensor | None = None

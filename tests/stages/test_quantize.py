@@ -102,24 +102,6 @@ def test_with_gradients_tokens_count_by_their_weights(calls: list[Call], tmp_pat
     assert max(spread) > 1.5
 
 
-@pytest.mark.parametrize(("asked", "across_rows"), [("null", False), (6, True)])
-def test_gradients_that_nobody_asked_for_weigh_tokens_only(
-    asked: object, across_rows: bool, calls: list[Call], tmp_path: Path
-) -> None:
-    """Unasked, windows give gradients, too, but no Fisher matrices, which are as large as a linear has outputs."""
-    source = make_checkpoint("llama", tmp_path / "model")
-    config = short_config(source, tmp_path / "out", calibration__gradient_samples=asked)
-    assert config.gradient_samples == 6  # of which there are no more
-    with opened(config) as job:
-        run_to(job, "quantize")
-        weights = load_token_weights(job, 0)
-    assert all(bool(call.fishers) == across_rows for call in calls)
-    y = inputs_of(reference_model(source), load_file(tmp_path / "out.run/tokens.safetensors")["calibration"])
-    y = y[calls[0].names[0]]
-    w = torch.stack([weights[name].of(y) for name in calls[0].names]).mean(0).double()[:, None]
-    close(calls[0].hessian, y.T @ (w * y) / w.sum())
-
-
 def test_towards_the_original_weights_nothing_pulls(calls: list[Call], tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
     with opened(short_config(source, tmp_path / "out", rounding__target="original", machine__seed=5)) as job:
