@@ -248,9 +248,9 @@ def test_text_that_cannot_be_used(
             "format accullm",
         ),
         (
-            ["--format", "compressed-tensors", "--outliers", "0", "--bits", "5"],
-            "--format compressed-tensors: compressed-tensors holds 4 or 8 bits, and model.layers.0.self_attn.q_proj "
-            "has 5 (and 13 more); use --bits 4 or --bits 8, or export to the format accullm",
+            ["--format", "awq", "--bits", "5"],
+            "--format awq: awq holds 4 bits, and model.layers.0.self_attn.q_proj has 5 (and 13 more); use --bits 4, or "
+            "export to the format accullm",
         ),
     ],
 )
