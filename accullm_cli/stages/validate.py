@@ -126,6 +126,8 @@ def _measure(
     model = build_skeleton(directory)
     structure = read_structure(model)
     artifact = open_artifact(directory).placed(model, structure)
+    if alone:
+        artifact = artifact.without_adapter()
     decoder = Decoder(model, ArtifactWeights(artifact, model, structure), structure)
     reference = load_reference(job, text)
     ids = reference["ids"]
