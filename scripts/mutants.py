@@ -184,10 +184,10 @@ MUTANTS = (
     ),
     Mutant(
         "zero points are packed along the groups",
-        "accullm_cli/formats/compressed_tensors.py",
+        "accullm_cli/formats/pack_quantized.py",
         "_words(pack(linear.zeros.T, linear.bits)).T.contiguous()",
         "_words(pack(linear.zeros, linear.bits))",
-        ("tests/formats/test_compressed_tensors.py",),
+        ("tests/formats/test_pack_quantized.py",),
     ),
     # -- run directory and measure -------------------------------------------------------------------------
     Mutant(

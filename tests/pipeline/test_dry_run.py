@@ -265,14 +265,13 @@ def test_a_dry_run_of_one_stage_ends_with_it_or_refuses_as_it_would(stage: str, 
     ("settings", "line"),
     [
         (
-            {"export__format": "[compressed-tensors]", "plan__outliers": 0, "plan__bits": 5},
-            "--format compressed-tensors: compressed-tensors holds 4 or 8 bits, and "
-            "model.layers.0.self_attn.q_proj has 5 (and 13 more); use --bits 4 or --bits 8, or export to the format "
-            "accullm",
+            {"export__format": "[awq]", "plan__outliers": 0, "plan__bits": 5},
+            "--format awq: awq holds 4 bits, and model.layers.0.self_attn.q_proj has 5 (and 13 more); use --bits 4, or "
+            "export to the format accullm",
         ),
         (
-            {"export__format": "[compressed-tensors]", "plan__outliers": 0, "plan__embedding_bits": 8},
-            "--format compressed-tensors: compressed-tensors keeps embedding and output head as they are, and "
+            {"export__format": "[awq]", "plan__outliers": 0, "plan__embedding_bits": 8},
+            "--format awq: awq keeps embedding and output head as they are, and "
             "model.embed_tokens is to have 8 bits; leave out --embedding-bits, or export to the format accullm",
         ),
         (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from accullm_cli.formats import FORMATS
 from accullm_cli.formats.manifest import read_manifest
 from accullm_cli.pipeline import (
     convert,
@@ -79,7 +80,7 @@ def test_other_text_that_is_too_short_is_refused_before_any_work(llama: Path, ar
 def test_what_is_no_artifact_is_refused(llama: Path, tmp_path: Path) -> None:
     config = fast_config(llama, tmp_path / "out")
     assert refusal(lambda: validate_artifact(llama, config)) == (
-        f"{llama}/accullm.json: file is missing; copy or download it again"
+        f"{llama}: not an artifact of a known format ({', '.join(FORMATS)}); make one with: accullm convert MODEL"
     )
 
 

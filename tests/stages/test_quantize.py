@@ -323,7 +323,7 @@ def test_a_format_that_stores_offsets_is_planned_and_rounded_for(
     monkeypatch.setitem(CAPABILITIES, name, declared)
     source = make_checkpoint("llama", tmp_path / "model")
     settings = {"plan__bits": 5.5, "plan__outliers": "null", "plan__group_size": "null", "plan__embedding_bits": 8}
-    settings |= {"export__format": f"[{name}]", "calibration__gradient_samples": 2}
+    settings |= {"export__format": f"[{name}]", "calibration__gradient_samples": 2, "plan__symmetric": False}
     with opened(short_config(source, tmp_path / "out", **settings)) as job:
         run_to(job, "quantize")
         plan = load_plan(job.own("plan.json"))
