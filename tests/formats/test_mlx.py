@@ -340,8 +340,8 @@ def test_what_fits_has_no_objection() -> None:
         ),
         (
             linear(outlier_index=(1, 2)),
-            "mlx holds no outlier features, and p has 2",
-            "use --outliers 0, or export to the format accullm",
+            "mlx holds outlier features in an adapter, and those of p are to be in its own files",
+            "add --outlier-adapter, or use --outliers 0, or export to the format accullm",
         ),
         (
             linear(encoding="integer"),
