@@ -184,7 +184,7 @@ class LlamaCpp:
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, list(arguments)
-        self.library = library
+        self.api = library
         library.llama_log_set(self._log, None)
         library.llama_backend_init()
 
@@ -199,24 +199,24 @@ class LlamaCpp:
             RuntimeError: llama.cpp does not load it; says what it said.
         """
         self.said.clear()
-        model = self.library.llama_model_load_from_file(os.fsencode(path), self.library.llama_model_default_params())
+        model = self.api.llama_model_load_from_file(os.fsencode(path), self.api.llama_model_default_params())
         if not model:
             raise RuntimeError(f"llama.cpp does not load {path}: {''.join(self.said)[-600:]}")
-        params = self.library.llama_context_default_params()
+        params = self.api.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = tokens
         params.n_threads = params.n_threads_batch = threads
         if exact:
             params.type_k = params.type_v = _F32
             params.flash_attn_type = _NO_FLASH_ATTENTION
-        context = self.library.llama_init_from_model(model, params)
+        context = self.api.llama_init_from_model(model, params)
         try:
             if not context:
                 raise RuntimeError(f"llama.cpp makes no context for {path}: {''.join(self.said)[-600:]}")
-            yield LoadedModel(self.library, model, context)
+            yield LoadedModel(self.api, model, context)
         finally:
             if context:
-                self.library.llama_free(context)
-            self.library.llama_model_free(model)
+                self.api.llama_free(context)
+            self.api.llama_model_free(model)
 
     def quantize(
         self,
@@ -236,7 +236,7 @@ class LlamaCpp:
             RuntimeError: it failed.
         """
         self.said.clear()
-        params = self.library.llama_model_quantize_default_params()
+        params = self.api.llama_model_quantize_default_params()
         params.nthread, params.ftype = threads, FILE_TYPES[file_type]
         entries = (_Importance * (len(importance or {}) + 1))()  # ended by an empty one
         arrays = [np.ascontiguousarray(values, dtype=np.float32) for values in (importance or {}).values()]
@@ -245,7 +245,7 @@ class LlamaCpp:
             entry.data = values.ctypes.data_as(POINTER(c_float))
         if importance:
             params.imatrix = ctypes.cast(entries, POINTER(_Importance))
-        if self.library.llama_model_quantize(os.fsencode(source), os.fsencode(target), byref(params)):
+        if self.api.llama_model_quantize(os.fsencode(source), os.fsencode(target), byref(params)):
             raise RuntimeError(f"llama.cpp does not quantize {source}: {''.join(self.said)[-600:]}")
 
 
@@ -253,7 +253,7 @@ class LoadedModel:
     """A model and a context of llama.cpp's."""
 
     def __init__(self, library: Any, model: int, context: int) -> None:
-        self._library, self._context = library, context
+        self._api, self._context = library, context
         self._vocabulary = library.llama_model_get_vocab(model)
         self.vocabulary = int(library.llama_vocab_n_tokens(self._vocabulary))
 
@@ -261,23 +261,21 @@ class LoadedModel:
         """Args: special: names of special tokens in the text stand for these. add_special: put BOS in front, say."""
         encoded = text.encode()
         room = (c_int32 * (len(encoded) + 8))()
-        count = self._library.llama_tokenize(
-            self._vocabulary, encoded, len(encoded), room, len(room), add_special, special
-        )
+        count = self._api.llama_tokenize(self._vocabulary, encoded, len(encoded), room, len(room), add_special, special)
         if count < 0:
             raise RuntimeError("llama.cpp does not tokenize the text")
         return list(room[:count])
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """float32 [T, vocabulary] of a window by itself."""
-        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
         self._decode(ids, 0, every=True)
-        rows = [self._library.llama_get_logits_ith(self._context, position) for position in range(len(ids))]
+        rows = [self._api.llama_get_logits_ith(self._context, position) for position in range(len(ids))]
         return np.stack([np.ctypeslib.as_array(row, (self.vocabulary,)).copy() for row in rows])
 
     def tokens_per_second(self, ids: Sequence[int], count: int) -> float:
         """Of decoding one token after another behind a prompt, the next ones taken from the prompt again."""
-        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
         self._decode(ids, 0, every=False)
         self._decode(ids[:1], len(ids), every=False)
         started = time.perf_counter()
@@ -286,14 +284,14 @@ class LoadedModel:
         return count / (time.perf_counter() - started)
 
     def _decode(self, ids: Sequence[int], begin: int, every: bool) -> None:
-        batch = self._library.llama_batch_init(len(ids), 0, 1)
+        batch = self._api.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
             for place, token in enumerate(ids):
                 batch.token[place], batch.pos[place] = int(token), begin + place
                 batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
                 batch.logits[place] = every or place == len(ids) - 1
-            if status := self._library.llama_decode(self._context, batch):
+            if status := self._api.llama_decode(self._context, batch):
                 raise RuntimeError(f"llama_decode returns {status}")
         finally:
-            self._library.llama_batch_free(batch)
+            self._api.llama_batch_free(batch)
