@@ -185,8 +185,8 @@ MUTANTS = (
     Mutant(
         "zero points are packed along the groups",
         "accullm_cli/formats/pack_quantized.py",
-        "_words(pack(linear.zeros.T, linear.bits)).T.contiguous()",
-        "_words(pack(linear.zeros, linear.bits))",
+        "to_words(pack(linear.zeros.T, linear.bits)).T.contiguous()",
+        "to_words(pack(linear.zeros, linear.bits))",
         ("tests/formats/test_pack_quantized.py",),
     ),
     # -- run directory and measure -------------------------------------------------------------------------

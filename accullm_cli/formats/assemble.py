@@ -73,6 +73,25 @@ def assemble(
     sync_directory(directory)
 
 
+def placing(
+    plan: Plan, encode: Callable[[str, StoredLinear], Mapping[str, torch.Tensor]]
+) -> Callable[[Path, Path], None]:
+    """What makes the shard of a block or an embedding for `assemble`: linears packed anew, the rest as it is.
+
+    Args:
+        encode: the format's tensors of a linear, by suffix, from its name and what quantize stored.
+    """
+
+    def tensors(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, stored in read_shard(source, plan):
+            if isinstance(stored, torch.Tensor):
+                yield name, stored
+            else:
+                yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in encode(name, stored).items())
+
+    return lambda source, target: write_shard(target, dict(tensors(source)))
+
+
 def read_shard(path: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor | StoredLinear]]:
     """What quantize wrote into a shard: each quantized linear or embedding as a whole, all other tensors as they are.
 

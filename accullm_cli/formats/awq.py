@@ -12,7 +12,6 @@ config.json has one scheme for all linears, and in `modules_to_not_convert` the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +20,14 @@ from typing import Any
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats.assemble import assemble, read_shard, refuse
+from accullm_cli.formats.assemble import assemble, placing, refuse
 from accullm_cli.formats.base import Parts
 from accullm_cli.formats.earlier_keys import with_earlier_keys
-from accullm_cli.formats.manifest import MANIFEST_NAME, read_manifest
-from accullm_cli.formats.shards import TensorFiles, read_json, write_shard
-from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
+from accullm_cli.formats.manifest import manifest_of
+from accullm_cli.formats.shards import TensorFiles, read_json
+from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite, schema_bytes
 from accullm_cli.formats.words import to_octets, to_words, word_count
+from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.packing import pack, unpack
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
@@ -46,7 +46,7 @@ class AwqFormat:
         """Bytes that are stored for a linear."""
         if linear.bits == KEPT_BITS:
             return linear.stored_bytes
-        return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in linear_schema(linear).values())
+        return schema_bytes(linear_schema(linear))
 
     def write(self, directory: Path, parts: Parts) -> None:
         """Write an artifact: codes are packed anew, never rounded anew.
@@ -55,12 +55,8 @@ class AwqFormat:
             AccullmError: the plan is impossible.
         """
         refuse(self.name, parts, directory)
-
-        def place(source: Path, target: Path) -> None:
-            write_shard(target, dict(_convert_block(source, parts.plan)))
-
         config = {**with_earlier_keys(parts.config), "quantization_config": quantization_config(parts.plan)}
-        assemble(directory, parts, self.name, config, place)
+        assemble(directory, parts, self.name, config, placing(parts.plan, _encode))
         self.open(directory)
 
     def open(self, directory: Path) -> AwqArtifact:
@@ -70,9 +66,7 @@ class AwqFormat:
             AccullmError: a file is missing, truncated or not as its schema says, or its scheme is not supported.
         """
         files = TensorFiles.open(directory)
-        manifest = read_manifest(directory) if (directory / MANIFEST_NAME).exists() else None
-        if manifest is not None and manifest.format != self.name:
-            raise AccullmError(f"describes an artifact of format {manifest.format}", directory / MANIFEST_NAME)
+        manifest = manifest_of(directory, self.name)
         _check_version(directory / "config.json")
         plan = derived_plan(directory, files) if manifest is None else manifest.plan
         schema = {name: linear_schema(row) for name, row in plan.quantized.items()}
@@ -112,15 +106,9 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _convert_block(source: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a block: quantized linears in this format, the rest as it is."""
-    for name, stored in read_shard(source, plan):
-        if isinstance(stored, torch.Tensor):
-            yield name, stored
-            continue
-        assert isinstance(stored, QuantizedLinear)
-        for suffix, tensor in encode(stored).items():
-            yield f"{name}.{suffix}", tensor
+def _encode(name: str, stored: StoredLinear) -> dict[str, torch.Tensor]:
+    assert isinstance(stored, QuantizedLinear)
+    return encode(stored)
 
 
 def encode(linear: QuantizedLinear) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from accullm_cli.formats.assemble import assemble, read_shard, refuse
 from accullm_cli.formats.base import ModelShape, Parts
 from accullm_cli.formats.config_groups import EMBEDDING, EXPERTS, LINEAR, Scheme, Schemes, groups_of
 from accullm_cli.formats.config_groups import FORMAT as PACKING
-from accullm_cli.formats.manifest import MANIFEST_NAME, Manifest, read_manifest
+from accullm_cli.formats.manifest import MANIFEST_NAME, Manifest, manifest_of
 from accullm_cli.formats.objections import SCALE_DTYPES
 from accullm_cli.formats.pack_quantized import (
     PACKED,
@@ -89,11 +89,9 @@ class CompressedTensorsFormat:
         """
         files = TensorFiles.open(directory)
         config = read_json(directory / "config.json")
-        if not (directory / MANIFEST_NAME).exists():
+        manifest = manifest_of(directory, self.name)
+        if manifest is None:
             return CompressedTensorsArtifact(directory, derived_plan(directory, files, config), files, None, {}, config)
-        manifest = read_manifest(directory)
-        if manifest.format != self.name:
-            raise AccullmError(f"describes an artifact of format {manifest.format}", directory / MANIFEST_NAME)
         check_config(directory, manifest, config)
         return CompressedTensorsArtifact(directory, manifest.plan, files, manifest, manifest.stored_as, config)
 

@@ -37,7 +37,7 @@ from accullm_cli.formats.gguf_artifact import GgufArtifact
 from accullm_cli.formats.gguf_layout import Layout, ggml_type, piece_of, placed
 from accullm_cli.formats.gguf_vocabulary import FILE as TOKENIZER
 from accullm_cli.formats.gguf_vocabulary import read_vocabulary
-from accullm_cli.formats.manifest import MANIFEST_NAME, read_manifest, write_card, write_manifest
+from accullm_cli.formats.manifest import MANIFEST_NAME, manifest_of, write_card, write_manifest
 from accullm_cli.formats.shards import SHARD_BYTES, read_json, shards_of, tensors_of, write_shard
 from accullm_cli.model.gguf_file import ALIGNMENT, PLAIN, read_gguf
 from accullm_cli.quant.encodings import ENCODINGS
@@ -104,9 +104,7 @@ class GgufFormat:
         name = entry.get("file")
         if not isinstance(name, str) or Path(name).name != name:
             raise AccullmError("does not name its GGUF file", directory / "config.json", "copy the artifact again")
-        manifest = read_manifest(directory) if (directory / MANIFEST_NAME).exists() else None
-        if manifest is not None and manifest.format != self.name:
-            raise AccullmError(f"describes an artifact of format {manifest.format}", directory / MANIFEST_NAME)
+        manifest = manifest_of(directory, self.name)
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         file = read_gguf(directory / name)
         if manifest is None:

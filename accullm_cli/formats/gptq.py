@@ -14,7 +14,6 @@ they are. vLLM looks for a regex that matches the name of the module that it mak
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,12 +23,12 @@ from typing import Any
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats.assemble import assemble, read_shard, refuse
+from accullm_cli.formats.assemble import assemble, placing, refuse
 from accullm_cli.formats.base import Parts
 from accullm_cli.formats.earlier_keys import with_earlier_keys
-from accullm_cli.formats.manifest import MANIFEST_NAME, Manifest, read_manifest
-from accullm_cli.formats.shards import TensorFiles, read_json, write_shard
-from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
+from accullm_cli.formats.manifest import Manifest, manifest_of
+from accullm_cli.formats.shards import TensorFiles, read_json
+from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite, schema_bytes
 from accullm_cli.formats.words import to_octets, to_words, word_count
 from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.linear import QuantizedLinear
@@ -53,7 +52,7 @@ class GptqFormat:
         """Bytes that are stored for a linear: zero points in any case, and the group of each input feature."""
         if linear.bits == KEPT_BITS:
             return linear.stored_bytes
-        return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in linear_schema(linear).values())
+        return schema_bytes(linear_schema(linear))
 
     def write(self, directory: Path, parts: Parts) -> None:
         """Write an artifact: codes are packed anew, never rounded anew.
@@ -62,12 +61,8 @@ class GptqFormat:
             AccullmError: the plan is impossible.
         """
         refuse(self.name, parts, directory)
-
-        def place(source: Path, target: Path) -> None:
-            write_shard(target, dict(_convert_block(source, parts.plan)))
-
         config = {**with_earlier_keys(parts.config), "quantization_config": quantization_config(parts.plan)}
-        assemble(directory, parts, self.name, config, place)
+        assemble(directory, parts, self.name, config, placing(parts.plan, _encode))
         self.open(directory)
 
     def open(self, directory: Path) -> GptqArtifact:
@@ -77,9 +72,7 @@ class GptqFormat:
             AccullmError: a file is missing, truncated or not as its schema says, or its scheme is not supported.
         """
         files = TensorFiles.open(directory)
-        manifest = read_manifest(directory) if (directory / MANIFEST_NAME).exists() else None
-        if manifest is not None and manifest.format != self.name:
-            raise AccullmError(f"describes an artifact of format {manifest.format}", directory / MANIFEST_NAME)
+        manifest = manifest_of(directory, self.name)
         added = _added_to_zeros(directory)
         plan = derived_plan(directory, files, added) if manifest is None else manifest.plan
         return GptqArtifact(directory, plan, files, manifest, added)
@@ -143,15 +136,9 @@ def _scheme(row: LinearPlan) -> dict[str, Any]:
     return {"bits": row.bits, "group_size": row.group_size, "sym": row.symmetric}
 
 
-def _convert_block(source: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a block: quantized linears in this format, the rest as it is."""
-    for name, stored in read_shard(source, plan):
-        if isinstance(stored, torch.Tensor):
-            yield name, stored
-            continue
-        assert isinstance(stored, QuantizedLinear)
-        for suffix, tensor in encode(stored).items():
-            yield f"{name}.{suffix}", tensor
+def _encode(name: str, stored: StoredLinear) -> dict[str, torch.Tensor]:
+    assert isinstance(stored, QuantizedLinear)
+    return encode(stored)
 
 
 def encode(linear: QuantizedLinear) -> dict[str, torch.Tensor]:

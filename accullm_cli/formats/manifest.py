@@ -82,6 +82,20 @@ class Manifest:
 # -- reading -----------------------------------------------------------------------------------------------
 
 
+def manifest_of(directory: Path, format_name: str) -> Manifest | None:
+    """The manifest of an artifact of a format; None where another tool wrote it.
+
+    Raises:
+        AccullmError: malformed, of a newer format version, or of another format.
+    """
+    if not (directory / MANIFEST_NAME).exists():
+        return None
+    manifest = read_manifest(directory)
+    if manifest.format != format_name:
+        raise AccullmError(f"describes an artifact of format {manifest.format}", directory / MANIFEST_NAME)
+    return manifest
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of an artifact.
 

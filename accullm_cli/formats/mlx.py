@@ -13,7 +13,6 @@ lies within u * (|code * scale| * (1 + u) + |value|) of ours. In float32 they ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,17 @@ from typing import Any
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats.assemble import assemble, read_shard, refuse
+from accullm_cli.formats.assemble import assemble, placing, refuse
 from accullm_cli.formats.base import Parts
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.earlier_keys import with_earlier_keys
-from accullm_cli.formats.manifest import MANIFEST_NAME, Manifest, read_manifest
+from accullm_cli.formats.manifest import Manifest, manifest_of
 from accullm_cli.formats.objections import SCALE_DTYPES
-from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, write_shard
-from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
+from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json
+from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite, schema_bytes
 from accullm_cli.formats.words import to_octets, to_words, word_count
 from accullm_cli.quant.encodings.affine import AffineLinear
+from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.packing import pack, unpack
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 
@@ -46,7 +46,7 @@ class MlxFormat:
         """Bytes that are stored for a linear: scale and offset are in the model's dtype."""
         if linear.bits == KEPT_BITS:
             return linear.stored_bytes
-        return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in linear_schema(linear, dtype).values())
+        return schema_bytes(linear_schema(linear, dtype))
 
     def write(self, directory: Path, parts: Parts) -> None:
         """Write an artifact: codes are packed anew, never rounded anew.
@@ -56,13 +56,14 @@ class MlxFormat:
         """
         refuse(self.name, parts, directory)
 
-        def place(source: Path, target: Path) -> None:
-            write_shard(target, dict(_convert_block(source, parts.plan, parts.shape.dtype)))
+        def encoded(name: str, stored: StoredLinear) -> dict[str, torch.Tensor]:
+            assert isinstance(stored, AffineLinear)
+            return encode(stored, parts.shape.dtype, name)
 
         described = quantization(parts.plan)
         # mlx_lm writes it twice; other programs look under the second key, and refuse what they do not know.
         config = {**with_earlier_keys(parts.config), CONFIG_KEY: described, "quantization_config": described}
-        assemble(directory, parts, self.name, config, place)
+        assemble(directory, parts, self.name, config, placing(parts.plan, encoded))
         self.open(directory)
 
     def open(self, directory: Path) -> MlxArtifact:
@@ -72,9 +73,7 @@ class MlxFormat:
             AccullmError: a file is missing, truncated or not as its schema says, or the scheme is not supported.
         """
         files = TensorFiles.open(directory)
-        manifest = read_manifest(directory) if (directory / MANIFEST_NAME).exists() else None
-        if manifest is not None and manifest.format != self.name:
-            raise AccullmError(f"describes an artifact of format {manifest.format}", directory / MANIFEST_NAME)
+        manifest = manifest_of(directory, self.name)
         plan = derived_plan(directory, files) if manifest is None else manifest.plan
         return MlxArtifact(directory, plan, files, manifest)
 
@@ -114,17 +113,6 @@ def quantization(plan: Plan) -> dict[str, Any]:
 
 def _scheme(group_size: int, bits: int) -> dict[str, int]:
     return {"group_size": group_size, "bits": bits}
-
-
-def _convert_block(source: Path, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a block or an embedding: quantized linears in this format, the rest as it is."""
-    for name, stored in read_shard(source, plan):
-        if isinstance(stored, torch.Tensor):
-            yield name, stored
-            continue
-        assert isinstance(stored, AffineLinear)
-        for suffix, tensor in encode(stored, dtype, name).items():
-            yield f"{name}.{suffix}", tensor
 
 
 def encode(linear: AffineLinear, dtype: torch.dtype, where: object) -> dict[str, torch.Tensor]:

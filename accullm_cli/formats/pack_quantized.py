@@ -11,7 +11,6 @@ For a linear P with weight [N, K] and groups along K:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -19,9 +18,10 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.shards import dtype_name
-from accullm_cli.formats.stored import TensorSchema
+from accullm_cli.formats.stored import TensorSchema, schema_bytes
+from accullm_cli.formats.words import to_octets, to_words, word_count
 from accullm_cli.quant.linear import QuantizedLinear
-from accullm_cli.quant.packing import pack, packed_length, unpack
+from accullm_cli.quant.packing import pack, unpack
 from accullm_cli.quant.plan import LinearPlan
 
 PACKED, SCALE, SHAPE, ZERO_POINT = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
@@ -42,12 +42,7 @@ def linear_schema(linear: LinearPlan, dtype: torch.dtype) -> dict[str, TensorSch
 
 def stored_bytes(linear: LinearPlan, dtype: torch.dtype) -> int:
     """Bytes of a quantized linear that is stored as one; dtype: of its scales."""
-    return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in linear_schema(linear, dtype).values())
-
-
-def word_count(count: int, bits: int) -> int:
-    """Words of 32 bits that `count` codes take."""
-    return (packed_length(count, bits) + 3) // 4
+    return schema_bytes(linear_schema(linear, dtype))
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -70,9 +65,9 @@ def encode(linear: QuantizedLinear, dtype: torch.dtype, where: object) -> dict[s
 
 def packed(linear: QuantizedLinear) -> dict[str, torch.Tensor]:
     """Codes packed along the inputs, zero points along the outputs."""
-    tensors = {PACKED: _words(pack(linear.codes, linear.bits))}
+    tensors = {PACKED: to_words(pack(linear.codes, linear.bits))}
     if linear.zeros is not None:
-        tensors[ZERO_POINT] = _words(pack(linear.zeros.T, linear.bits)).T.contiguous()
+        tensors[ZERO_POINT] = to_words(pack(linear.zeros.T, linear.bits)).T.contiguous()
     return tensors
 
 
@@ -91,24 +86,15 @@ def split(linear: QuantizedLinear, count: int) -> list[QuantizedLinear]:
     ]
 
 
-def _words(octets: torch.Tensor) -> torch.Tensor:
-    """uint8 [R, B] to int32 [R, ceil(B/4)], the first byte lowest, filled up with zeros."""
-    padded = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 4))
-    shifts = torch.arange(4) * 8
-    words = (padded.view(len(octets), -1, 4).to(torch.int64) << shifts).sum(-1)
-    # The topmost bit is int32's sign.
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
 # -- reading -----------------------------------------------------------------------------------------------
 
 
 def decode(tensors: Mapping[str, torch.Tensor], plan: LinearPlan) -> QuantizedLinear:
     """The inverse of `encode`. Scales stay in their stored dtype where float16 cannot hold them."""
-    codes = unpack(_octets(tensors[PACKED]), plan.bits, plan.in_features)
+    codes = unpack(to_octets(tensors[PACKED]), plan.bits, plan.in_features)
     zeros = None
     if not plan.symmetric:
-        zeros = unpack(_octets(tensors[ZERO_POINT].T), plan.bits, plan.out_features).T.contiguous()
+        zeros = unpack(to_octets(tensors[ZERO_POINT].T), plan.bits, plan.out_features).T.contiguous()
     scales = tensors[SCALE]
     half = scales.half()
     return QuantizedLinear(
@@ -136,9 +122,3 @@ def joined(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
         zeros=torch.cat(zeros) if zeros else None,
         outlier_weight=torch.cat([part.outlier_weight for part in parts]),
     )
-
-
-def _octets(words: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_words`: int32 [R, W] to uint8 [R, 4*W]."""
-    octets = (words.to(torch.int64)[..., None] >> (torch.arange(4) * 8)) & 0xFF
-    return octets.to(torch.uint8).reshape(len(words), -1)

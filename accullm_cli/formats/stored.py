@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from copy import copy
@@ -200,6 +201,11 @@ def _with_adapter(plan: Plan, adapter: Adapter) -> Plan:
         for name, index in adapter.index.items()
     }
     return replace(plan, linears={**plan.linears, **rows})
+
+
+def schema_bytes(schema: Mapping[str, TensorSchema]) -> int:
+    """Bytes of the tensors that a schema has."""
+    return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in schema.values())
 
 
 def check_schema(path: Path, files: TensorFiles, schema: Mapping[str, Mapping[str, TensorSchema]]) -> None:
