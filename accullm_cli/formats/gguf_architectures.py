@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -88,14 +89,18 @@ class Architecture:
         return (Piece(self._name(f"{parameter}.weight" if stacked else parameter, parameter), None, heads, shift),)
 
     def _name(self, wanted: str, parameter: str) -> str:
-        # Names do not depend on how many blocks there are.
-        blocks = 1 + max((int(part) for part in wanted.split(".") if part.isdecimal()), default=0)
-        found = get_tensor_name_map(_ARCHITECTURES[self.name], blocks).get_name(
-            wanted, try_suffixes=(".weight", ".bias")
-        )
+        found = _name_of(self.name, wanted)
         if found is None:
             raise AccullmError(f"llama.cpp's architecture {self.name} has no tensor for {parameter}")
-        return str(found)
+        return found
+
+
+@cache
+def _name_of(architecture: str, wanted: str) -> str | None:
+    """llama.cpp's name of a tensor. A map of names is made for so many blocks, and takes milliseconds."""
+    blocks = 1 + max((int(part) for part in wanted.split(".") if part.isdecimal()), default=0)
+    name_map = get_tensor_name_map(_ARCHITECTURES[architecture], blocks)
+    return name_map.get_name(wanted, try_suffixes=(".weight", ".bias"))
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 
@@ -18,8 +19,12 @@ from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 PRICES = (-200.0, 0.0)
 # Halvings of that interval.
 HALVINGS = 60
+# How often what is too dear is kept, and the others go on: each time what is left over is smaller.
+TURNS = 8
 # Points of the curve of loss against bits, for each halving of the price.
 POINTS_PER_OCTAVE = 2
+# What is decided already, of linears that are chosen for together.
+_Kept = Mapping[tuple[str, ...], Mapping[str, LinearPlan]]
 
 
 @dataclass(frozen=True)
@@ -76,18 +81,33 @@ class Choices:
     def fitting(self, fits: Callable[[Plan], bool]) -> Plan:
         """The plan of the lowest price at which it fits; the smallest, where none does.
 
+        What is too dear at any lower price (of an embedding, say, a quarter of the file) may leave room. It stays as
+        it is, and the others go on to lower prices.
+
         Args:
             fits: whether a plan takes no more than it may.
         """
-        found = self.smallest()
-        low, high = PRICES
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            plan = self._at_price(middle)
-            if fits(plan):
-                high, found = middle, plan
-            else:
-                low = middle
+        kept: dict[tuple[str, ...], dict[str, LinearPlan]] = {}
+        found, low, high = self.smallest(), *PRICES
+        for _ in range(TURNS):
+            lower = None
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                plan = self._at_price(middle, kept)
+                if fits(plan):
+                    high, found = middle, plan
+                else:
+                    low, lower = middle, plan
+            if lower is None:
+                break
+            for names in self._together():
+                own, dearer = ({name: plan.linears[name] for name in names} for plan in (found, lower))
+                if own != dearer:
+                    plan = Plan({**found.linears, **dearer})
+                    if fits(plan):
+                        found, own = plan, dearer
+                    kept[names] = own
+            low = PRICES[0]
         return found
 
     def _keeps_some(self) -> bool:
@@ -132,16 +152,19 @@ class Choices:
             found[name] = float(rest.sum()) * _growth(linear)
         return found
 
-    def _at_price(self, exponent: float) -> Plan:
+    def _at_price(self, exponent: float, kept: _Kept = MappingProxyType({})) -> Plan:
         """The plan at a price of 2**exponent of what the dearest feature can save, for each bit."""
-        dearest = max((float(loss.max()) for by_size in self.losses.values() for loss in by_size.values()), default=0.0)
-        return self._at(dearest * 2.0**exponent)
+        return self._at(self._dearest * 2.0**exponent, kept)
 
-    def _at(self, price: float) -> Plan:
-        """The plan at a price for each bit."""
+    @cached_property
+    def _dearest(self) -> float:
+        return max((float(loss.max()) for by_size in self.losses.values() for loss in by_size.values()), default=0.0)
+
+    def _at(self, price: float, kept: _Kept = MappingProxyType({})) -> Plan:
+        """The plan at a price for each bit; `kept` are not chosen for."""
         chosen: dict[str, LinearPlan] = {}
         for names in self._together():
-            chosen |= self._best(names, price)
+            chosen |= kept[names] if names in kept else self._best(names, price)
         return Plan({**self.plans, **chosen})
 
     def _together(self) -> Iterator[tuple[str, ...]]:
