@@ -152,6 +152,13 @@ class PlanOptions(Section):
         "whole file they are planned with the linears, or have 8.",
         example="8",
     )
+    encodings: Annotated[list[str], Distinct] = option(
+        [],
+        "The ways to store a linear that a plan may choose from, by the names in docs/formats.md; give it again for "
+        "several. Default: all that the format has, but for those that a runtime multiplies by more slowly than by "
+        "larger ones.",
+        example="Q4_K",
+    )
     keep: Annotated[list[str], Distinct] = option(
         [],
         "Linears that stay in 16 bits, by a pattern on their full names, in which * stands for anything; give it again "

@@ -252,6 +252,7 @@ def _storable(storable: Storable) -> str:
         f"{storable.encoding}: {_numbers(storable.bits)} bits, groups {sizes}{whole}, scales of 16 bits"
         + (f" or {_numbers(tables)} in a table" if tables else "")
         + f", {symmetric}"
+        + (", on request" if storable.on_request else "")
     )
 
 

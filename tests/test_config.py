@@ -172,7 +172,7 @@ def test_an_infinite_average_is_refused():
             "plan:\n  colour: red\n",
             "conf.yaml:2: plan.colour: unknown key; "
             "the keys of plan are bits, file_size, spend, group_size, scale_bits, symmetric, outliers, "
-            "outlier_adapter, embedding_bits, keep",
+            "outlier_adapter, embedding_bits, encodings, keep",
         ),
         (
             "zzz: 1\n",
@@ -336,7 +336,7 @@ def test_no_model_at_all_is_refused():
 
 def test_every_option_has_a_flag_of_its_own_a_help_and_an_example():
     declared = list(options())
-    assert len({option.flag for option in declared}) == len(declared) == 38
+    assert len({option.flag for option in declared}) == len(declared) == 39
     for option in declared:
         assert option.flag.startswith("--")
         assert "_" not in option.flag

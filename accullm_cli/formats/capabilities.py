@@ -6,7 +6,7 @@ artifact is loaded, and the table in docs/formats.md. Nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,7 @@ class Storable:
     scale_bits: of a scale: 16, or of its place in a table.
     symmetric: whether zero points may be left out, or must be.
     in_multiple, out_multiple: what a linear's features must be multiples of.
+    on_request: a plan does not choose it of itself.
     """
 
     encoding: str
@@ -38,6 +39,7 @@ class Storable:
     symmetric: tuple[bool, ...] = (False, True)
     in_multiple: int = 1
     out_multiple: int = 1
+    on_request: bool = False
 
     def holds_group_size(self, size: int, in_features: int) -> bool:
         """Whether groups of that size may be formed of so many input features."""
@@ -179,6 +181,16 @@ class Capabilities:
         """Whether some reader takes zero points only where everything is stored in one way."""
         return any("zero points" in reader.alike for reader in self.readers)
 
+    def of_encodings(self, names: Sequence[str]) -> Capabilities:
+        """The same, of some encodings alone; with no names, without those on request."""
+
+        def chosen(ways: tuple[Storable, ...]) -> tuple[Storable, ...]:
+            return tuple(way for way in ways if (way.encoding in names if names else not way.on_request))
+
+        return replace(
+            self, linears=chosen(self.linears), experts=chosen(self.experts), embeddings=chosen(self.embeddings)
+        )
+
     def storables(self, kind: str) -> tuple[Storable, ...]:
         """How it stores linears of a kind, see `ModelShape.kinds`, or with "embedding" those."""
         if kind == "embedding":
@@ -249,7 +261,8 @@ ADAPTERS: Mapping[str, AdapterKind] = {
 
 def _blocks(name: str, bits: int, group_size: int, symmetric: bool) -> Storable:
     """One of ggml's types."""
-    return Storable(name, bits=(bits,), group_sizes=(group_size,), symmetric=(symmetric,))
+    # On CPUs llama.cpp takes longer to multiply by these than by Q8_0 (docs/gguf.md).
+    return Storable(name, (bits,), (group_size,), symmetric=(symmetric,), on_request=name in ("Q4_1", "Q5_1"))
 
 
 # Of each width the first that a linear can have is what it gets where widths are not chosen one by one.

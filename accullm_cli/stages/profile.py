@@ -45,6 +45,7 @@ from accullm_cli.stages.outlier_adapter import (
 )
 from accullm_cli.stages.rows import (
     WIDTHS,
+    capabilities_of,
     counted_embeddings,
     embedding_row,
     embedding_rows,
@@ -95,7 +96,9 @@ def profile_inputs(job: Job, before: Before) -> dict[str, str]:
         "version:profile": str(VERSION),
         "version:capabilities": key_of({job.format: repr(CAPABILITIES[job.format])}),
         "config:export.scale_dtype": scale_dtype(job),
-        **section_inputs("plan", options, "bits", "symmetric", "embedding_bits", "keep", "outlier_adapter"),
+        **section_inputs(
+            "plan", options, "bits", "symmetric", "embedding_bits", "keep", "outlier_adapter", "encodings"
+        ),
         **({} if options.file_size is None else {"config:plan.file_size": str(file_bytes(options.file_size))}),
         **spend,
         "config:plan.outliers": repr(outlier_fraction(job)),
@@ -157,7 +160,7 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
     options = job.config.plan
     linears = uniform_rows(job, decoder)
     counted = counted_embeddings(job, decoder)
-    ways = CAPABILITIES[job.format].embeddings
+    ways = capabilities_of(job).embeddings
     for slot in find_embeddings(decoder.model) if counted else ():
         if slot.name in counted:
             linears[slot.name] = embedding_row(job, decoder, slot, ways, MEASURED_BITS)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from accullm_cli.formats.capabilities import CAPABILITIES, WHOLE_ROWS, Storable
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats.capabilities import CAPABILITIES, WHOLE_ROWS, Capabilities, Storable
 from accullm_cli.formats.objections import nearest_group_sizes
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.embeddings import EmbeddingSlot, find_embeddings
@@ -23,6 +24,20 @@ WIDTHS = {"widths": (3, 4, 5, 6, 8), "outliers": (4,)}
 # Where nobody says otherwise.
 USUAL_SCALE_BITS = 6
 USUAL_EMBEDDING_BITS = 8
+
+
+def capabilities_of(job: Job) -> Capabilities:
+    """What the format holds of the encodings that may be chosen from.
+
+    Raises:
+        AccullmError: it has not the one that was asked for.
+    """
+    format, asked = CAPABILITIES[job.format], job.config.plan.encodings
+    known = dict.fromkeys(way.encoding for way in format.linears)
+    for name in asked:
+        if name not in known:
+            raise AccullmError(f"{job.format} has no encoding {name!r}", "--encodings", f"give {', '.join(known)}")
+    return format.of_encodings(asked)
 
 
 def kept_linears(job: Job, decoder: Decoder) -> Mapping[str, tuple[str, ...]]:
@@ -54,7 +69,7 @@ def embedding_rows(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
 
     They are rounded in parts, and each would have a table of its own: their scales are float16.
     """
-    asked, format = job.config.plan.embedding_bits, CAPABILITIES[job.format]
+    asked, format = job.config.plan.embedding_bits, capabilities_of(job)
     bits = asked or (USUAL_EMBEDDING_BITS if format.counts_embeddings else KEPT_BITS)
     if bits == KEPT_BITS or counted_embeddings(job, decoder):
         return {}
@@ -76,7 +91,7 @@ def _rounded_embeddings(job: Job, decoder: Decoder) -> list[EmbeddingSlot]:
 def counted_embeddings(job: Job, decoder: Decoder) -> tuple[str, ...]:
     """The embeddings that are planned with the linears: where bits are an average over all that a format stores."""
     options = job.config.plan
-    if not (options.is_average and options.embedding_bits is None and CAPABILITIES[job.format].counts_embeddings):
+    if not (options.is_average and options.embedding_bits is None and capabilities_of(job).counts_embeddings):
         return ()
     return tuple(slot.name for slot in _rounded_embeddings(job, decoder))
 
@@ -110,7 +125,7 @@ def _stored_like(job: Job, row: LinearPlan, ways: Sequence[Storable]) -> LinearP
 
 def uniform_rows(job: Job, decoder: Decoder, bits: int = MEASURED_BITS) -> dict[str, LinearPlan]:
     """Every linear with the same bits, without outliers; or at KEPT_BITS."""
-    kept, format, kinds = _kept(job, decoder), CAPABILITIES[job.format], kinds_of(decoder)
+    kept, format, kinds = _kept(job, decoder), capabilities_of(job), kinds_of(decoder)
     linears = {
         slot.name: _stored_like(
             job,
@@ -148,7 +163,7 @@ def uniform_rows(job: Job, decoder: Decoder, bits: int = MEASURED_BITS) -> dict[
 
 def _alike(job: Job, linears: dict[str, LinearPlan], kinds: Mapping[str, str]) -> dict[str, LinearPlan]:
     """The same, without zero points where a reader takes them only of linears that are all stored alike."""
-    format = CAPABILITIES[job.format]
+    format = capabilities_of(job)
     dense = [plan for name, plan in linears.items() if plan.bits != KEPT_BITS and kinds[name] != "expert"]
     several = len({plan.group_size for plan in dense}) > 1
     if job.config.plan.symmetric is not None or not (several and format.prefers_one_way):
@@ -166,7 +181,7 @@ def storable_rows(job: Job, plan: LinearPlan, features: int, kind: str) -> list[
     Args:
         features: that groups must divide, where they must divide any.
     """
-    options, format = job.config.plan, CAPABILITIES[job.format]
+    options, format = job.config.plan, capabilities_of(job)
     widths = [bits for bits in WIDTHS[options.spend] if bits in format.bits] or format.bits
     found = []
     for storable in format.storables(kind):
@@ -185,7 +200,7 @@ def storable_rows(job: Job, plan: LinearPlan, features: int, kind: str) -> list[
 
 def partners_of(job: Job, decoder: Decoder) -> tuple[tuple[str, ...], ...]:
     """The linears that the format's runtime needs alike, or the format itself."""
-    format, kinds = CAPABILITIES[job.format], kinds_of(decoder)
+    format, kinds = capabilities_of(job), kinds_of(decoder)
     if format.all_alike:
         kept = _kept(job, decoder)
         return (tuple(name for name in kinds if name not in kept),)
@@ -214,7 +229,7 @@ def _group_size(job: Job, storable: Storable, features: int) -> int:
 
 def may_choose_groups(job: Job) -> bool:
     """Whether a group size that nobody asked for may differ from linear to linear."""
-    return job.config.plan.group_size is None and any(entry.whole_groups for entry in CAPABILITIES[job.format].linears)
+    return job.config.plan.group_size is None and any(entry.whole_groups for entry in capabilities_of(job).linears)
 
 
 def _symmetric(job: Job, storable: Storable) -> bool:
@@ -226,10 +241,10 @@ def _symmetric(job: Job, storable: Storable) -> bool:
     if options.symmetric is not None:
         return options.symmetric
     several = options.is_average or options.embedding_bits not in (None, KEPT_BITS)
-    return False not in storable.symmetric or (several and CAPABILITIES[job.format].prefers_one_way)
+    return False not in storable.symmetric or (several and capabilities_of(job).prefers_one_way)
 
 
 def scale_bits(job: Job) -> int:
     """As asked for; else those of a table, where the format has such."""
-    asked, held = job.config.plan.scale_bits, CAPABILITIES[job.format].linears[0].scale_bits
+    asked, held = job.config.plan.scale_bits, capabilities_of(job).linears[0].scale_bits
     return asked or (USUAL_SCALE_BITS if USUAL_SCALE_BITS in held else 16)

@@ -43,13 +43,15 @@ def test_a_format_of_many_files_has_no_such_size(tmp_path: Path) -> None:
         check_config(config, RunDirectory(tmp_path / "run"), converts=True, only_validates=False)
 
 
-def test_the_file_is_no_larger_and_not_much_smaller(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [[], ["IQ4_NL", "Q5_1"]])
+def test_the_file_is_no_larger_and_not_much_smaller(asked: list[str], tmp_path: Path) -> None:
     model = make_checkpoint("llama-tied", tmp_path / "model")
     edit_config(model, vocab_size=260)
     byte_tokenizer().save_pretrained(model)
     settings = {
         "export__format": '["gguf"]',
         "plan__file_size": "60000",
+        "plan__encodings": json.dumps(asked),
         "plan__outliers": "null",
         "plan__group_size": "null",
         "calibration__gradient_samples": 2,
@@ -65,3 +67,5 @@ def test_the_file_is_no_larger_and_not_much_smaller(tmp_path: Path) -> None:
         row.get("encoding") for row in json.loads((tmp_path / "out" / "accullm.json").read_text())["linears"].values()
     }
     assert len(encodings) > 1
+    # What is slower than what is larger has to be asked for.
+    assert encodings <= set(asked) if asked else encodings.isdisjoint({"Q4_1", "Q5_1"})

@@ -408,3 +408,17 @@ def test_experts_that_no_checkpoint_has_one_by_one_are_refused_by_name(tmp_path:
         "that kind for model.layers.0.mlp.experts.gate_up_proj of a gpt_oss model; "
         "keep them (--keep '*.gate_up_proj.*'), or export to the format accullm"
     )
+
+
+def test_a_plan_chooses_from_the_encodings_asked_for(llama: Path, tmp_path: Path) -> None:
+    """The first of its width that a linear can have; one that the format has not is refused by name."""
+    settings = {"export__format": '["gguf"]', "plan__group_size": "null", "plan__outliers": "null"}
+    for asked, found in (([], {"IQ4_NL"}), (["Q4_1"], {"Q4_1"}), (["Q4_1", "Q4_0"], {"Q4_0"})):
+        sets = {**settings, "plan__encodings": json.dumps(asked)}
+        with opened(short_config(llama, tmp_path / "out", **sets)) as job:
+            plan = make_plan(job, open_decoder(job))
+        assert {row.encoding for row in plan.linears.values()} == found
+    sets = {**settings, "export__format": '["awq"]', "plan__encodings": '["Q4_0"]'}
+    with opened(short_config(llama, tmp_path / "out", **sets)) as job, pytest.raises(AccullmError) as refusal:
+        make_plan(job, open_decoder(job))
+    assert refusal.value.line() == "--encodings: awq has no encoding 'Q4_0'; give integer"
