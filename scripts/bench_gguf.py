@@ -14,8 +14,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from accullm_cli.quant.plan import LinearPlan, Plan
 
 TYPES = ("IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M")
 SPEED_TOKENS = 32
+SPEED_TURNS = 5
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,25 @@ def measure(llama: LlamaCpp, path: Path, windows: Sequence[list[int]], threads: 
             yield log_softmax(model.logits(window)).astype(np.float32)
 
 
+def speeds(llama: LlamaCpp, paths: Sequence[Path], prompt: Sequence[int], threads: int) -> list[float]:
+    """Tokens per second of each file, the medians of several turns, in which the files take turns."""
+    measured: list[list[float]] = [[] for _ in paths]
+    with ExitStack() as open_files:
+        models = [open_files.enter_context(llama.model(path, 512, threads)) for path in paths]
+        for _ in range(SPEED_TURNS):
+            for own, model in zip(measured, models, strict=True):
+                own.append(model.tokens_per_second(prompt, SPEED_TOKENS))
+    return list(map(median, measured))
+
+
 def compare(
-    llama: LlamaCpp, original: Path, path: Path, weights: int, windows: Sequence[list[int]], threads: int
+    llama: LlamaCpp,
+    original: Path,
+    path: Path,
+    weights: int,
+    windows: Sequence[list[int]],
+    threads: int,
+    speed: float,
 ) -> Row:
     """Both are run window by window, so that only one window's logits are held."""
     divergences, agree = [], []
@@ -70,7 +90,6 @@ def compare(
             known, found = log_softmax(first.logits(window)), log_softmax(second.logits(window))
             divergences.append((np.exp(known) * (known - found)).sum(-1))
             agree.append(known.argmax(-1) == found.argmax(-1))
-        speed = second.tokens_per_second(windows[0][:16], SPEED_TOKENS)
     divergence = np.concatenate(divergences)
     size = path.stat().st_size
     return Row(
@@ -188,8 +207,9 @@ def main() -> None:
         ours = convert(options.model, work / f"accullm-{name}", run, "--file-size", str(theirs), *settings)
         if ours.stat().st_size > theirs.stat().st_size:
             raise SystemExit(f"{ours} is larger than {theirs}")
-        for path in (theirs, ours):
-            row = compare(llama, original, path, weights, windows, options.threads)
+        pair = theirs, ours
+        for path, speed in zip(pair, speeds(llama, pair, windows[0][:16], options.threads), strict=True):
+            row = compare(llama, original, path, weights, windows, options.threads, speed)
             rows.append(row)
             shown = f"accullm, at most {name}" if path is ours else f"llama.cpp {name}"
             print(
