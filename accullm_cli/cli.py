@@ -45,6 +45,7 @@ from accullm_cli.flags import (
     complete_model,
     configured,
 )
+from accullm_cli.processors import usable_cores
 from accullm_cli.run import machine_error
 
 # The variables by which a user says how OpenMP's threads wait.
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
     let_waiting_threads_sleep()
+    keep_threads_to_the_quota()
     code = EXIT_OK if words else EXIT_USAGE
     try:
         with _signals():
@@ -114,6 +116,15 @@ def let_waiting_threads_sleep() -> None:
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def keep_threads_to_the_quota() -> None:
+    """Have OpenMP start no more threads than a container's CPU quota has cores for, unless the user says how many.
+
+    It knows of affinity alone. A conversion sets its number itself; this is for the commands that only ask.
+    """
+    if "torch" not in sys.modules and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(usable_cores())
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from accullm_cli.measure.measurement import Figure, exactly, judged_figures
 from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, Report, Trial
 from accullm_cli.model.alias import aliases
 from accullm_cli.model.source import open_source
+from accullm_cli.processors import usable_cores
 from accullm_cli.progress import Progress, silent
 from accullm_cli.report import write_junit, write_report, write_summary
 from accullm_cli.run import Reason, RunDirectory, write_text
@@ -282,7 +282,7 @@ def _threads(run: RunDirectory, config: Config) -> Iterator[int]:
     if count is None and run.file("run.yaml").exists():
         count = yaml.safe_load(run.file("run.yaml").read_text())["machine"]["threads"]
     if count is None:
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = usable_cores()
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -29,7 +29,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"stages"}),
     frozenset({"measure", "report", "formats", "kernels", "model", "tasks", "hf", "hybrid", "lazy_weight", "vllm"}),
     frozenset({"quant"}),
-    frozenset({"config", "config_options", "config_file", "resources", "run", "progress", "units", "values", "errors"}),
+    frozenset({"config", "config_options", "config_file", "resources", "run", "processors", "lock"})
+    | frozenset({"progress", "units", "values", "errors"}),
 )
 MAX_LINES = 450
 HEAVY = {"torch", "numba", "transformers", "numpy", "safetensors", "matplotlib", "huggingface_hub", "gguf"}
