@@ -296,8 +296,11 @@ class Machine(Section):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
     threads: int | None = option(
-        None, "CPU threads; fixed for a run. Default: as many as this process may use cores, by its affinity and its "
-        "container's CPU quota.", example="4", ge=1
+        None,
+        "CPU threads; fixed for a run. Default: as many as this process may use cores, by its affinity and its "
+        "container's CPU quota.",
+        example="4",
+        ge=1,
     )
     precision: Literal["auto", "float32"] = option(
         "auto",

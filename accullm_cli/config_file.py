@@ -52,18 +52,25 @@ def load_config(
         AccullmError: an unknown key, a value of the wrong type or out of range, an unreadable file, or no model;
             its line says where.
     """
-    settings: dict[str, Setting] = {}
-    for file in files:
-        settings = _checked({**settings, **read_config_file(find_config(file))})
+    settings = read_config_files(files)
     settings = _checked({**settings, **dict(_parse_set(text) for text in sets)})
     flag_of = {option.key: option.flag for option in options()}
     settings.update({key: Setting(value, flag_of[key]) for key, value in (flags or {}).items()})
     if model is not None:
         settings["model"] = Setting(model, "MODEL")
-    settings = _checked(settings)
-    if "model" not in settings:
+    return config_of(settings)
+
+
+def config_of(settings: Mapping[str, Setting]) -> Config:
+    """The configuration that settings give.
+
+    Raises:
+        AccullmError: a value of the wrong type or out of range, or no model.
+    """
+    checked = _checked(dict(settings))
+    if "model" not in checked:
         raise AccullmError("not given", "MODEL", MODEL_HINT)
-    return Config.model_validate(_nested(settings))
+    return Config.model_validate(_nested(checked))
 
 
 # -- presets -----------------------------------------------------------------------------------------------
@@ -105,14 +112,44 @@ def find_config(name: str | Path) -> Path:
     raise AccullmError(f"{name} is neither a file nor a preset", "--config", hint)
 
 
+def read_config_files(files: Iterable[str | Path]) -> dict[str, Setting]:
+    """The settings of several files or presets, the last one winning.
+
+    Raises:
+        AccullmError: as for `load_config`.
+    """
+    settings: dict[str, Setting] = {}
+    for file in files:
+        settings = _checked({**settings, **read_config_file(find_config(file))})
+    return settings
+
+
 def read_config_file(path: Path) -> dict[str, Setting]:
     """The settings in a YAML file, by dotted key. Values are not yet checked.
 
     Raises:
         AccullmError: unreadable, not UTF-8, not YAML, not a mapping; an unknown key, or one given twice.
     """
-    root = _compose(path, _read_text(path))
-    return {} if root is None else dict(_walk(path, root, "", {}))
+    root = read_nodes(path)
+    return {} if root is None else settings_of(path, root)
+
+
+def read_nodes(path: Path) -> yaml.Node | None:
+    """A YAML file as nodes, which know their lines; None for a file without any.
+
+    Raises:
+        AccullmError: unreadable, not UTF-8, not YAML.
+    """
+    return _compose(path, _read_text(path))
+
+
+def settings_of(path: Path, node: yaml.Node) -> dict[str, Setting]:
+    """The settings that a node of a file gives, by dotted key. Values are not yet checked.
+
+    Raises:
+        AccullmError: not a mapping; an unknown key, or one given twice.
+    """
+    return dict(_walk(path, node, "", {}))
 
 
 def _read_text(path: Path) -> str:
@@ -130,7 +167,6 @@ def _read_text(path: Path) -> str:
 
 
 def _compose(path: Path, text: str) -> yaml.Node | None:
-    """The file's YAML nodes, which know their lines; None for a file without any."""
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:

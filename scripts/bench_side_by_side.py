@@ -32,7 +32,7 @@ TARGET = 1.15
 
 @dataclass(frozen=True)
 class Figures:
-    """Wall-clock seconds of each repetition: of one conversion alone, and by their number of several until all ended."""
+    """Wall-clock seconds of each repetition: of one conversion alone, and by number of several until all ended."""
 
     alone: tuple[float, ...]
     side_by_side: Mapping[int, tuple[float, ...]]

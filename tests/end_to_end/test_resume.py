@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from accullm_cli.config import Config
+from accullm_cli.lock import HeldError
 from accullm_cli.pipeline import convert
 from accullm_cli.progress import Event
 from accullm_cli.stages import streams
@@ -242,13 +243,22 @@ def test_a_damaged_shard_is_made_again(damage: str, model: Path, uninterrupted: 
     assert contents(tmp_path / "out") == uninterrupted
 
 
-def test_two_processes_do_not_share_a_run(model: Path, tmp_path: Path) -> None:
-    from accullm_cli.errors import AccullmError
-    from accullm_cli.run import RunDirectory
+@pytest.mark.parametrize("shared", ["run", "out"])
+def test_two_conversions_do_not_share_a_directory(shared: str, model: Path, tmp_path: Path) -> None:
+    """Nothing is left of the second one, and the first one goes on."""
+    first = tiny_config(model, tmp_path / "out")
+    run = tmp_path / ("out.run" if shared == "run" else "second.run")
+    second = tiny_config(model, tmp_path / ("out" if shared == "out" else "other"), machine__run=run)
+    refused: list[str] = []
 
-    with RunDirectory(tmp_path / "out.run").locked(), pytest.raises(AccullmError) as refusal:
-        convert(tiny_config(model, tmp_path / "out"))
-    assert refusal.value.line() == (
-        f"{tmp_path / 'out.run'}: another accullm process is using this run directory; "
-        "wait for it to finish, or give another directory with --run"
-    )
+    def interfere(event: Event) -> None:
+        if event.kind == "end" and event.stage == "profile":
+            with pytest.raises(HeldError) as refusal:
+                convert(second)
+            refused.append(refusal.value.line())
+
+    assert convert(first, interfere).artifact == str(tmp_path / "out")
+    (line,) = refused
+    place = tmp_path / ("out.run" if shared == "run" else "out")
+    assert line.startswith(f"{place}: is in use by process {os.getpid()} on ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.run"]
