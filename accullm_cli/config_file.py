@@ -169,6 +169,9 @@ def _read_text(path: Path) -> str:
 def _compose(path: Path, text: str) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
+    except (RecursionError, ValueError, OverflowError) as error:  # the last two of an escape that is no character
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise AccullmError(f"not valid YAML ({reason})", path, "correct it") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise AccullmError(f"not valid YAML ({error.problem})", f"{path}:{line}", "correct this line") from None
@@ -193,6 +196,8 @@ def _walk(path: Path, node: yaml.Node, prefix: str, lines: dict[str, int]) -> It
             f"write `{example}` and below it, indented, `{key}: VALUE`",
         )
     for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise AccullmError("a key is no word", f"{path}:{key_node.start_mark.line + 1}", "correct this line")
         key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
         line = key_node.start_mark.line + 1
         where = f"{path}:{line}: {key}"
@@ -221,7 +226,10 @@ def _value(path: Path, node: yaml.Node) -> Any:
     except yaml.MarkedYAMLError as error:
         where = f"{path}:{node.start_mark.line + 1}"
         raise AccullmError(f"not valid YAML ({error.problem})", where, "correct this line") from None
-    except ValueError as error:  # a date such as 2024-99-99
+    except RecursionError:
+        raise AccullmError("not valid YAML (nested too deep)", path, "correct it") from None
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        # A date such as 2024-99-99, or a tag that its value does not suit: !!int "", !!bool x.
         raise AccullmError(
             f"not valid YAML ({error})", f"{path}:{node.start_mark.line + 1}", "put it in quotes"
         ) from None
