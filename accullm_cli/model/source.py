@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.model.alias import aliases
 from accullm_cli.model.files import inside, list_files, refuse_adapter, sort_files
 from accullm_cli.model.gguf import MARKER
-from accullm_cli.model.integrity import ContentHashes, TensorInfo, check_finite
+from accullm_cli.model.integrity import ContentHashes, TensorInfo, check_finite, stamp_of
 from accullm_cli.model.supported import check_supported, read_config
 from accullm_cli.model.weights import INDEX, WEIGHTS, read_weights, refuse_pickled
 from accullm_cli.progress import Progress, silent
@@ -44,6 +44,7 @@ class ModelSource:
     weight_bytes: size of the weight files.
     records: what is not as the user may expect ("source weights are Q4_1 ...").
     untied, kept: see model.accounting; `config` is what it made of config.json.
+    stamps: of the weight files, when their headers were read; by these one sees that a file was changed.
     """
 
     name: str
@@ -58,6 +59,18 @@ class ModelSource:
     records: tuple[str, ...]
     untied: bool = False
     kept: tuple[str, ...] = ()
+    stamps: Mapping[Path, str] = field(default_factory=dict, repr=False)
+
+    def check_unchanged(self, files: Iterable[Path]) -> None:
+        """Refuse weight files that are no longer those that this source was opened with.
+
+        Raises:
+            AccullmError: one was written to, replaced or removed since.
+        """
+        for file in files:
+            if file in self.stamps and self.stamps[file] != stamp_of(file):
+                what = "changed while it was being converted"
+                raise AccullmError(what, file, "run the same command again when nobody writes to it any more")
 
 
 def open_source(model: str, cache: Path, progress: Progress = silent) -> ModelSource:
@@ -163,6 +176,8 @@ def open_directory(
     config_file = inside(directory, "config.json", directory)
     config = read_config(config_file)
     records += check_supported(config, config_file)
+    # Before anything is read of them: what changes from here on is noticed.
+    stamps = {path: stamp_of(path) for path in sorted(directory.rglob("*.safetensors"))}
     weights = read_weights(directory, names)
     sizes, unseen = list_files(directory, cache)
     imported = {MARKER} if directory.parent == Path(os.path.abspath(cache / IMPORTS)) else set()
@@ -190,6 +205,7 @@ def open_directory(
         ),
         untied=accounting.untied,
         kept=accounting.kept,
+        stamps={path: stamps[path] for path in shards if path in stamps},
     )
 
 
