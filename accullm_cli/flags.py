@@ -92,7 +92,7 @@ Sets = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Run again what is up to date.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would run and why, its size, memory and time; write nothing.")
+    bool, typer.Option("--dry-run", help="Say what would run and why, its size, memory, disk and time; write nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables; errors still appear.")]
