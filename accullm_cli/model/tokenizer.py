@@ -27,8 +27,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except BaseException as error:
         # Of other libraries' code alone. What tokenizers cannot parse, it says by bare Exceptions and panics of Rust.
-        is_panic = type(error).__name__ == "PanicException"
-        if not (isinstance(error, Exception) or is_panic) or (not is_panic and is_out_of_memory(error)):
+        is_theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not is_theirs or is_out_of_memory(error):
             raise
         _refuse_code(directory)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
