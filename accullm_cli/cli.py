@@ -5,9 +5,7 @@ Results go to stdout, everything else to stderr. `main` is the one place where e
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import signal
 import sys
 import traceback
@@ -15,37 +13,42 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.main import get_command
 
 from accullm_cli import __version__
+from accullm_cli.config_file import presets_of
 from accullm_cli.config_options import config_schema
-from accullm_cli.console import Console, dry_run_text, json_text, render
-from accullm_cli.errors import (
-    EXIT_FAULT,
-    EXIT_MACHINE,
-    EXIT_NOT_SO,
-    EXIT_OK,
-    EXIT_USAGE,
-    AccullmError,
-    is_out_of_memory,
-)
+from accullm_cli.console import Console, dry_run_text, json_text, render, text_table
+from accullm_cli.errors import EXIT_FAULT, EXIT_MACHINE, EXIT_NOT_SO, EXIT_OK, EXIT_USAGE, AccullmError
+from accullm_cli.failure import failure_of, one_line
 from accullm_cli.flags import (
     Call,
+    ConfigFiles,
     DiagnoseBy,
     DiagnoseTokens,
     DiagnoseWindows,
+    DryRun,
+    Effort,
+    Fresh,
     Json,
     MaxMeanKl,
     Original,
     Quiet,
+    Ray,
     Verbose,
+    ZooJunit,
+    ZooOut,
+    ZooSummary,
     complete_model,
     configured,
 )
-from accullm_cli.run import machine_error
+from accullm_cli.processors import usable_cores
+
+if TYPE_CHECKING:
+    from accullm_cli.measure.result import ModelResult, Report
 
 # The variables by which a user says how OpenMP's threads wait.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
@@ -71,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
     let_waiting_threads_sleep()
+    keep_threads_to_the_quota()
     code = EXIT_OK if words else EXIT_USAGE
     try:
         with _signals():
@@ -85,19 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         console.close()
         print("interrupted; run the same command again to resume", file=sys.stderr)
         code = getattr(error, "exit_code", 130)
-    except AccullmError as error:
-        console.error(_one_line(error.line()))
-        code = error.exit_code
     except typer.TyperException as error:
         console.error(_usage_line(error))
         code = EXIT_USAGE
     except Exception as error:
-        line = _machine_line(error)
-        if console.verbose:
+        line, code = failure_of(error, console.verbose)
+        if console.verbose and not isinstance(error, AccullmError):
             console.close()
             traceback.print_exc()
-        console.error(line or _fault_line(error, console.verbose))
-        code = EXIT_MACHINE if line else EXIT_FAULT
+        console.error(line)
     finally:
         console.close()
     sys.exit(code)
@@ -114,6 +114,15 @@ def let_waiting_threads_sleep() -> None:
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def keep_threads_to_the_quota() -> None:
+    """Have OpenMP start no more threads than a container's CPU quota has cores for, unless the user says how many.
+
+    It knows of affinity alone. A conversion sets its number itself; this is for the commands that only ask.
+    """
+    if "torch" not in sys.modules and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(usable_cores())
 
 
 @contextmanager
@@ -142,16 +151,12 @@ def _write(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _one_line(text: str) -> str:
-    return re.sub(r"\s*\n\s*", " ", text.strip())
-
-
 def _usage_line(error: typer.TyperException) -> str:
     """typer's finding in our form: where, what, what to do."""
     context = getattr(error, "ctx", None)
     where = context.command_path if context else "accullm"
     similar = getattr(error, "possibilities", None)
-    message = _one_line(error.message if similar else error.format_message()).rstrip(".")
+    message = one_line(error.message if similar else error.format_message()).rstrip(".")
     problem, question, guess = message.partition(". Did you mean ")
     if question:
         hint = f"did you mean {guess}"
@@ -161,22 +166,6 @@ def _usage_line(error: typer.TyperException) -> str:
         hint = f"see {where} --help"
     problem = problem.replace("No such option: ", "No such option ")
     return AccullmError(problem[:1].lower() + problem[1:], where, hint).line()
-
-
-def _machine_line(error: Exception) -> str | None:
-    """The line for what is the machine's limit and nobody's fault; None for everything else."""
-    if is_out_of_memory(error):
-        hint = "give fewer --samples or a shorter --seq-len, or free memory, and run the same command again to resume"
-        return AccullmError("out of memory", None, hint).line()
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return machine_error(error, Path(error.filename or ".")).line()
-    return None
-
-
-def _fault_line(error: Exception, verbose: bool) -> str:
-    fault = _one_line(f"{type(error).__name__}: {error}").rstrip(": ")
-    hint = "please report it with the traceback above" if verbose else "run with --verbose for the traceback"
-    return f"{fault}; this is a fault of accullm; {hint}"
 
 
 # -- the road and its stages -------------------------------------------------------------------------------
@@ -240,10 +229,14 @@ def _reports(call: Call, reports: Sequence[Any]) -> Outcome:
         call.console.report(report)
         if not report.contract_met:
             code = EXIT_NOT_SO
-            missed = ", ".join(f"{c.text} (measured {c.told})" for c in report.contract if not c.met)
-            call.console.error(AccullmError(f"the contract is not met: {missed}", report.artifact).line())
+            call.console.error(_missed(report))
     text = json_text(reports=tuple(reports)) if call.as_json else "\n".join(str(report.artifact) for report in reports)
     return Outcome(text, code)
+
+
+def _missed(report: Report) -> str:
+    missed = ", ".join(f"{clause.text} (measured {clause.told})" for clause in report.contract if not clause.met)
+    return AccullmError(f"the contract is not met: {missed}", report.artifact).line()
 
 
 def _dry_run(call: Call, planned: Any) -> Outcome:
@@ -253,6 +246,64 @@ def _dry_run(call: Call, planned: Any) -> Outcome:
 def _result(as_json: bool, name: str, value: object, code: int = EXIT_OK) -> Outcome:
     """A result that is itself what was asked for: a table, or JSON under `name`."""
     return Outcome(json_text(**{name: value}) if as_json else render(value), code)
+
+
+def zoo_command(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The zoo file: a configuration file with `models`.")],
+    effort: Effort = None,
+    files: ConfigFiles = None,
+    out: ZooOut = None,
+    ray: Ray = None,
+    junit: ZooJunit = None,
+    summary: ZooSummary = None,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> Outcome:
+    """Convert many models by one file: a contract for each, one table and one page of results."""
+    console: Console = ctx.obj
+    console.quiet, console.verbose = quiet, verbose
+    from accullm_cli.zoo.file import read_zoo
+
+    zoo = read_zoo(file, [*presets_of(effort), *(files or [])], out)
+    if fresh and ray is not None:
+        raise AccullmError("begins again where a node is lost, too", "--fresh", "remove the run directories instead")
+    from accullm_cli.zoo import conversions
+
+    if dry_run:
+        return _result(as_json, "zoo", conversions.plan_zoo(zoo))
+    estimates = conversions.check_zoo(zoo)
+    convert = conversions.convert_here(fresh)
+    if ray is not None:
+        from accullm_cli.zoo.cluster import convert_on_ray
+
+        convert = convert_on_ray(ray, estimates)
+    results = conversions.convert_zoo(zoo, convert, console.progress, junit, summary)
+    return _zoo_results(console, results, as_json)
+
+
+def _zoo_results(console: Console, results: Sequence[ModelResult], as_json: bool) -> Outcome:
+    """The table on stderr, and below it a line for each model that failed; on stdout the artifacts' paths, or JSON."""
+    from accullm_cli.report.zoo import COLUMNS, zoo_rows
+
+    console.close()
+    console.note("\n" + text_table(zoo_rows(results), [heading for heading, _ in COLUMNS]))
+    for result in results:
+        if console.verbose and result.traceback:
+            console.note(result.traceback)
+        if result.error:
+            console.error(f"{result.model}: {result.error}")
+        for report in result.reports:
+            if not report.contract_met:
+                console.error(_missed(report))
+    codes = {result.exit_code for result in results}
+    # What has to be mended first.
+    code = next(code for code in (EXIT_FAULT, EXIT_USAGE, EXIT_MACHINE, EXIT_NOT_SO, EXIT_OK) if code in codes)
+    paths = "\n".join(str(report.artifact) for result in results for report in result.reports)
+    return Outcome(json_text(zoo=tuple(results)) if as_json else paths, code)
 
 
 # -- questions ---------------------------------------------------------------------------------------------
@@ -403,6 +454,11 @@ HELP: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "accullm validate work/smollm2-135m-int4 --original work/smollm2-135m --require 'top1_agreement>=0.9'",
         ),
     ),
+    "zoo": (
+        "Convert many models by one file: shared settings, a contract for each. Ends with one table and one page of "
+        "results; what one model lacks does not stop the others. Prints the artifacts' paths.",
+        ("accullm zoo zoo.yaml --dry-run", "accullm zoo zoo.yaml --out artifacts", "accullm zoo zoo.yaml --ray auto"),
+    ),
     "inspect": ("", ("accullm inspect work/smollm2-135m-int4", "accullm inspect work/smollm2-135m --json")),
     "compare": ("", ("accullm compare first-int4 second-int4 --max-mean-kl 0.05",)),
     "diagnose": (
@@ -428,6 +484,7 @@ def _application() -> typer.Typer:
         "validate": configured(_validate, {"original": (Original, None)}),
     }
     questions: dict[str, Callable[..., Outcome]] = {
+        "zoo": zoo_command,
         "inspect": inspect_command,
         "compare": compare_command,
         "diagnose": diagnose_command,

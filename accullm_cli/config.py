@@ -55,6 +55,19 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
+    def _text_is_printable(cls, value: object) -> object:
+        # Paths on the command line may hold bytes that are no UTF-8, which Python keeps as surrogates.
+        if isinstance(value, str):
+            try:
+                encoded = value.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:
+                encoded = b"\0"
+            if b"\0" in encoded:
+                raise ValueError("the text holds a character that is none; take it out")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
     def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
         # pydantic reads true as 1, and YAML 1.1 reads yes and on as true.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, bool | None):
@@ -303,7 +316,11 @@ class Machine(Section):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
     threads: int | None = option(
-        None, "CPU threads; fixed for a run. Default: all that this process may use.", example="4", ge=1
+        None,
+        "CPU threads; fixed for a run. Default: as many as this process may use cores, by its affinity and its "
+        "container's CPU quota.",
+        example="4",
+        ge=1,
     )
     precision: Literal["auto", "float32"] = option(
         "auto",

@@ -52,18 +52,25 @@ def load_config(
         AccullmError: an unknown key, a value of the wrong type or out of range, an unreadable file, or no model;
             its line says where.
     """
-    settings: dict[str, Setting] = {}
-    for file in files:
-        settings = _checked({**settings, **read_config_file(find_config(file))})
+    settings = read_config_files(files)
     settings = _checked({**settings, **dict(_parse_set(text) for text in sets)})
     flag_of = {option.key: option.flag for option in options()}
     settings.update({key: Setting(value, flag_of[key]) for key, value in (flags or {}).items()})
     if model is not None:
         settings["model"] = Setting(model, "MODEL")
-    settings = _checked(settings)
-    if "model" not in settings:
+    return config_of(settings)
+
+
+def config_of(settings: Mapping[str, Setting]) -> Config:
+    """The configuration that settings give.
+
+    Raises:
+        AccullmError: a value of the wrong type or out of range, or no model.
+    """
+    checked = _checked(dict(settings))
+    if "model" not in checked:
         raise AccullmError("not given", "MODEL", MODEL_HINT)
-    return Config.model_validate(_nested(settings))
+    return Config.model_validate(_nested(checked))
 
 
 # -- presets -----------------------------------------------------------------------------------------------
@@ -105,14 +112,44 @@ def find_config(name: str | Path) -> Path:
     raise AccullmError(f"{name} is neither a file nor a preset", "--config", hint)
 
 
+def read_config_files(files: Iterable[str | Path]) -> dict[str, Setting]:
+    """The settings of several files or presets, the last one winning.
+
+    Raises:
+        AccullmError: as for `load_config`.
+    """
+    settings: dict[str, Setting] = {}
+    for file in files:
+        settings = _checked({**settings, **read_config_file(find_config(file))})
+    return settings
+
+
 def read_config_file(path: Path) -> dict[str, Setting]:
     """The settings in a YAML file, by dotted key. Values are not yet checked.
 
     Raises:
         AccullmError: unreadable, not UTF-8, not YAML, not a mapping; an unknown key, or one given twice.
     """
-    root = _compose(path, _read_text(path))
-    return {} if root is None else dict(_walk(path, root, "", {}))
+    root = read_nodes(path)
+    return {} if root is None else settings_of(path, root)
+
+
+def read_nodes(path: Path) -> yaml.Node | None:
+    """A YAML file as nodes, which know their lines; None for a file without any.
+
+    Raises:
+        AccullmError: unreadable, not UTF-8, not YAML.
+    """
+    return _compose(path, _read_text(path))
+
+
+def settings_of(path: Path, node: yaml.Node) -> dict[str, Setting]:
+    """The settings that a node of a file gives, by dotted key. Values are not yet checked.
+
+    Raises:
+        AccullmError: not a mapping; an unknown key, or one given twice.
+    """
+    return dict(_walk(path, node, "", {}))
 
 
 def _read_text(path: Path) -> str:
@@ -130,9 +167,11 @@ def _read_text(path: Path) -> str:
 
 
 def _compose(path: Path, text: str) -> yaml.Node | None:
-    """The file's YAML nodes, which know their lines; None for a file without any."""
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
+    except (RecursionError, ValueError, OverflowError) as error:  # the last two of an escape that is no character
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise AccullmError(f"not valid YAML ({reason})", path, "correct it") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise AccullmError(f"not valid YAML ({error.problem})", f"{path}:{line}", "correct this line") from None
@@ -157,6 +196,8 @@ def _walk(path: Path, node: yaml.Node, prefix: str, lines: dict[str, int]) -> It
             f"write `{example}` and below it, indented, `{key}: VALUE`",
         )
     for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise AccullmError("a key is no word", f"{path}:{key_node.start_mark.line + 1}", "correct this line")
         key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
         line = key_node.start_mark.line + 1
         where = f"{path}:{line}: {key}"
@@ -185,7 +226,10 @@ def _value(path: Path, node: yaml.Node) -> Any:
     except yaml.MarkedYAMLError as error:
         where = f"{path}:{node.start_mark.line + 1}"
         raise AccullmError(f"not valid YAML ({error.problem})", where, "correct this line") from None
-    except ValueError as error:  # a date such as 2024-99-99
+    except RecursionError:
+        raise AccullmError("not valid YAML (nested too deep)", path, "correct it") from None
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        # A date such as 2024-99-99, or a tag that its value does not suit: !!int "", !!bool x.
         raise AccullmError(
             f"not valid YAML ({error})", f"{path}:{node.start_mark.line + 1}", "put it in quotes"
         ) from None

@@ -45,7 +45,7 @@ class NotSoError(AccullmError):
     exit_code = EXIT_NOT_SO
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of Python's or torch's says that memory ran out."""
     # torch has a type of its own, which must not be imported here.
     is_memory_error = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

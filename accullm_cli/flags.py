@@ -92,7 +92,7 @@ Sets = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Run again what is up to date.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would run and why, its size, memory and time; write nothing.")
+    bool, typer.Option("--dry-run", help="Say what would run and why, its size, memory, disk and time; write nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables; errors still appear.")]
@@ -122,6 +122,26 @@ DiagnoseWindows = Annotated[
     int, typer.Option("--windows", metavar="INTEGER", min=2, help="Windows of held-out text that are measured on.")
 ]
 DiagnoseTokens = Annotated[int, typer.Option("--seq-len", metavar="INTEGER", min=16, help="Tokens in a window.")]
+ZooOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", help="Directory of the page and the artifacts. Default: FILE's name with -out."
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS|auto",
+        help="Convert on a Ray cluster: its address, or the one that this machine is in. Needs the package ray.",
+    ),
+]
+ZooJunit = Annotated[
+    Path | None, typer.Option("--junit", metavar="PATH", help="File of JUnit XML with the conditions of all models.")
+]
+ZooSummary = Annotated[
+    Path | None, typer.Option("--summary", metavar="PATH", help="File of Markdown with the table and all figures.")
+]
 COMMON: Mapping[str, Any] = {
     "effort": (Effort, None),
     "files": (ConfigFiles, None),

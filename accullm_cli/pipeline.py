@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,12 @@ from accullm_cli.measure.contract import judge, parse_requirement
 from accullm_cli.measure.measurement import Figure, exactly, judged_figures
 from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, Report, Trial
 from accullm_cli.model.alias import aliases
-from accullm_cli.model.source import open_source
+from accullm_cli.model.source import describe_source, open_source
+from accullm_cli.places import artifact_path, artifact_paths, run_path
+from accullm_cli.processors import usable_cores
 from accullm_cli.progress import Progress, silent
 from accullm_cli.report import write_junit, write_report, write_summary
-from accullm_cli.run import Reason, RunDirectory, write_text
+from accullm_cli.run import Reason, RunDirectory, locked_output, write_text
 from accullm_cli.search import known_plans, search
 from accullm_cli.stages.answers import check_items
 from accullm_cli.stages.checks import (
@@ -34,9 +35,9 @@ from accullm_cli.stages.checks import (
     refuse_golden,
 )
 from accullm_cli.stages.device import check_format, describe_device
-from accullm_cli.stages.estimate import estimate
+from accullm_cli.stages.estimate import Estimated, estimate
 from accullm_cli.stages.graph import conversion, shared_by_plans
-from accullm_cli.stages.job import Job, artifact_path, run_path, versions
+from accullm_cli.stages.job import Job, versions
 from accullm_cli.stages.measures import found as what_was_found
 from accullm_cli.stages.measures import measurements
 from accullm_cli.stages.profile import make_plan
@@ -86,7 +87,7 @@ class DryRun:
     stages: as the run would find them, but that of an artifact made of changed inputs nothing is known, so that it
     counts as changed; a stage asked for alone is the last one.
     device: where weights are rounded and artifacts run. peak_bytes and seconds are estimates for the CPU; what a GPU
-    saves is not in them.
+    saves is not in them. disk_bytes: the run's files and artifacts at their largest, those included that are there.
     artifacts: one for each format; bits_per_weight and artifact_bytes are those of the first. They are exact where
     size_is_exact says so, and otherwise the most that they may come to. artifact_bytes are the artifact's tensors and
     the tokenizer files, to which a few kilobytes of JSON and headers come.
@@ -102,6 +103,7 @@ class DryRun:
     artifact_bytes: int
     size_is_exact: bool
     peak_bytes: int
+    disk_bytes: int
     seconds: float
 
 
@@ -204,17 +206,15 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
     check_config(config, run, converts=True, only_validates=only == "validate")
     with tempfile.TemporaryDirectory() as scratch, _threads(run, config):
         job = Job(config, run, open_source(config.model, Path(scratch), progress), progress, only, fresh)
-        check_positions(job)
-        decoder = preflight(job)
-        estimates = {own.format: estimate(own, decoder, make_plan(own, decoder)) for own in map(job.of, job.artifacts)}
-        estimated = estimates[job.format]
+        found = _estimates(job)
+        estimated = found[job.format]
         return DryRun(
             model=job.source.origin,
             run=str(run.path),
             artifact=str(artifact_path(config)),
             artifacts=tuple(
                 PlannedArtifact(name, str(job.artifacts[name]), its.bits_per_weight, its.artifact_bytes)
-                for name, its in estimates.items()
+                for name, its in found.items()
             ),
             stages=tuple(_foreseen(job)),
             device=describe_device(job.device),
@@ -222,8 +222,30 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
             artifact_bytes=estimated.artifact_bytes,
             size_is_exact=estimated.size_is_exact,
             peak_bytes=estimated.peak_bytes,
+            disk_bytes=sum(its.disk_bytes for its in found.values()),
             seconds=estimated.seconds,
         )
+
+
+def estimates(config: Config) -> dict[str, Estimated] | None:
+    """What the artifact of each format takes, from headers alone, so that the answer comes at once. Writes nothing.
+
+    None for a model that would have to be fetched or imported first.
+
+    Raises:
+        AccullmError: whatever would stop the conversion before its first forward pass, but for what weights hold.
+    """
+    run = RunDirectory(run_path(config))
+    check_config(config, run, converts=True, only_validates=False)
+    with tempfile.TemporaryDirectory() as scratch, _threads(run, config):
+        source = describe_source(config.model, Path(scratch))
+        return None if source is None else _estimates(Job(config, run, source, silent))
+
+
+def _estimates(job: Job) -> dict[str, Estimated]:
+    check_positions(job)
+    decoder = preflight(job)
+    return {own.format: estimate(own, decoder, make_plan(own, decoder)) for own in map(job.of, job.artifacts)}
 
 
 def _alone(job: Job, command: str) -> tuple[set[str], list[Stage]]:
@@ -264,7 +286,12 @@ def _open_job(
     """Lock the run directory, fix the thread count, open the source and refuse what cannot work."""
     directory = RunDirectory(run or run_path(config))
     check_config(config, directory, converts, only_validates=only == "validate" or not converts)
-    with directory.locked(), directory.removed_if_refused(), _threads(directory, config) as threads:
+    with ExitStack() as held:
+        held.enter_context(directory.locked())
+        held.enter_context(directory.removed_if_refused())
+        for artifact in artifact_paths(config).values() if converts else ():
+            held.enter_context(locked_output(artifact))
+        threads = held.enter_context(_threads(directory, config))
         job = Job(config, directory, open_source(config.model, directory.path, progress), progress, only, fresh)
         check_positions(job)
         if converts:
@@ -275,14 +302,18 @@ def _open_job(
         yield job
 
 
+def chosen_threads(run: RunDirectory, config: Config) -> int | None:
+    """The configured number of threads, else the one this run began with; None where there is neither."""
+    if config.machine.threads is not None or not run.file("run.yaml").exists():
+        return config.machine.threads
+    remembered: int | None = yaml.safe_load(run.file("run.yaml").read_text())["machine"]["threads"]
+    return remembered
+
+
 @contextmanager
 def _threads(run: RunDirectory, config: Config) -> Iterator[int]:
     """Use the configured number of threads, else the one this run began with, else all that the process may use."""
-    count = config.machine.threads
-    if count is None and run.file("run.yaml").exists():
-        count = yaml.safe_load(run.file("run.yaml").read_text())["machine"]["threads"]
-    if count is None:
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = chosen_threads(run, config) or usable_cores()
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

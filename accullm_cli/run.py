@@ -8,19 +8,19 @@ name, so that the reason for running again can name the one that changed) and wh
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from accullm_cli.errors import AccullmError, MachineError
+from accullm_cli.lock import locked
 
 Code = Literal[
     "new",
@@ -36,8 +36,9 @@ Code = Literal[
 
 # What the hub has of the source beside what was fetched.
 HUB_RECORDS = "hub-files.json"
+LOCK = ".lock"
 # What a run directory holds before its first stage has written anything.
-_BEFORE_ANY_STAGE = {".lock", "run.yaml", "source-hashes.json", HUB_RECORDS}
+_BEFORE_ANY_STAGE = {LOCK, "run.yaml", "source-hashes.json", HUB_RECORDS}
 
 # The prefix of an input's name tells what kind of change it is.
 _CODE_BY_PREFIX: dict[str, Code] = {
@@ -146,7 +147,7 @@ class RunDirectory:
         """
         if self.path.is_file():
             raise AccullmError("is a file, not a directory", self.path, "give another directory with --run")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.file(".lock").exists():
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.file(LOCK).exists():
             raise AccullmError("holds something else than a run", self.path, "give another directory with --run")
 
     def remove(self, patterns: Iterable[str]) -> None:
@@ -160,8 +161,12 @@ class RunDirectory:
         try:
             yield
         except AccullmError:
-            if {path.name for path in self.path.iterdir()} <= _BEFORE_ANY_STAGE:
-                shutil.rmtree(self.path, ignore_errors=True)
+            found = sorted(self.path.iterdir(), key=lambda path: path.name == LOCK)
+            if {path.name for path in found} <= _BEFORE_ANY_STAGE:
+                with suppress(OSError):  # the refusal is what counts
+                    for path in found:  # the lock last: without it, the rest would count as something else than a run
+                        path.unlink()
+                    self.path.rmdir()
             raise
 
     @contextmanager
@@ -169,16 +174,8 @@ class RunDirectory:
         """Hold the run's lock: one process writes to a run directory at a time."""
         with machine_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / ".lock", "a+")
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise AccullmError(
-                    "another accullm process is using this run directory",
-                    self.path,
-                    "wait for it to finish, or give another directory with --run",
-                ) from None
+        hint = "wait for it to end, or give another directory with --run"
+        with _made(locked(self.file(LOCK), self.path, hint), self.path):
             yield
 
     # -- manifest ----------------------------------------------------------------------------------------
@@ -217,6 +214,38 @@ class RunDirectory:
         stages[stage] = record
         content = {"format_version": 1, "stages": {name: asdict(entry) for name, entry in stages.items()}}
         write_text(self.file("manifest.json"), json.dumps(content, indent=1, sort_keys=True))
+
+
+@contextmanager
+def locked_output(directory: Path) -> Iterator[None]:
+    """Hold the lock of an artifact's directory, a file beside it: two runs may not write to one place.
+
+    Directories above that were made for it, and are empty in the end, are removed.
+
+    Raises:
+        HeldError: another process writes there.
+    """
+    made = [parent for parent in directory.absolute().parents if not parent.exists()]
+    with machine_errors(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = directory.with_name(f".{directory.name}{LOCK}")
+    hint = "wait for it to end, or give another directory with --out"
+    try:
+        with _made(locked(lock, directory, hint, temporary=True), directory):
+            yield
+    finally:
+        for parent in made:
+            with suppress(OSError):  # it is not empty
+                parent.rmdir()
+
+
+@contextmanager
+def _made(lock: AbstractContextManager[None], directory: Path) -> Iterator[None]:
+    """A lock whose making may fail as any file's; what happens while it is held is none of that."""
+    with ExitStack() as stack:
+        with machine_errors(directory):
+            stack.enter_context(lock)
+        yield
 
 
 # -- files that appear at once, or not at all --------------------------------------------------------------

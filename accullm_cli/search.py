@@ -229,7 +229,9 @@ def _plan_job(job: Job, bits: float, shared: Sequence[StageOutcome]) -> Job:
     """As `_planned`, with links to what all plans have in common."""
     run = RunDirectory(job.run.file(f"search/plan-{bits:.3f}"))
     for outcome in shared:
-        if run.stages().get(outcome.name) != outcome.record:
+        # Not all may be there of a directory that was being removed when the search was killed.
+        is_whole = all(run.file(output).exists() for output in outcome.record.outputs)
+        if not is_whole or run.stages().get(outcome.name) != outcome.record:
             for output in outcome.record.outputs:
                 run.file(output).parent.mkdir(parents=True, exist_ok=True)
                 run.file(output).unlink(missing_ok=True)

@@ -99,7 +99,8 @@ there are no colours.
 | `convert`, `validate` | the artifact's path, one line for each format | `reports`: [schema](report.schema.json) |
 | `calibrate`, `profile`, `quantize` | the run directory | `stage` |
 | `export` | the artifact's path, one line for each format | `stage` |
-| any of these with `--dry-run` | what would run, why and on which device, size, memory, time | `dry_run` |
+| any of these with `--dry-run` | what would run, why and on which device, size, memory, disk, time | `dry_run` |
+| `zoo` | the artifacts' paths; with `--dry-run` a table of estimates | `zoo` |
 | `inspect` | what is in it | `inspection` |
 | `compare` | both side by side | `comparison` |
 | `diagnose` | the parts of the model by what they cost | `diagnosis_of_loss` |
@@ -118,12 +119,18 @@ calibration decides the plan: both are then the most that it may come to, the te
 
 ## Several conversions at once
 
-Each conversion has a run directory of its own, so several may run side by side. While threads of a conversion wait for
+Each conversion has a run directory of its own, so several may run side by side. Two that name the same run directory
+or the same `--out` do not: the second one ends with exit code 2, and says which process on which host is at work there,
+and since when. The locks go with the process that holds them, however it ends.
+
+By default a conversion has as many threads as this process may use cores: those of its affinity (`taskset`), and no
+more than the CPU quota of its container (`cpu.max`, or `cpu.cfs_quota_us`), rounded up. `--dry-run` and
+`accullm doctor` say how many that are. While threads of a conversion wait for
 each other they sleep: `accullm` sets `OMP_WAIT_POLICY=PASSIVE` for itself, as threads that spin would take the cores
 from the other conversions. That costs one conversion alone some time where it has all cores to itself
 (`OMP_WAIT_POLICY=ACTIVE accullm convert ...` gets it back): `OMP_WAIT_POLICY`, `GOMP_SPINCOUNT`, `KMP_BLOCKTIME` and
 `KMP_LIBRARY` win where you set one. `--threads` gives each conversion its share of the cores.
-`scripts/bench_side_by_side.py` measures both.
+`scripts/bench_side_by_side.py --counts 2 4` holds two and four at a time against one alone.
 
 From Python, `from accullm_cli import convert` leaves the environment as it is: set `OMP_WAIT_POLICY=PASSIVE` before the
 first `import torch` to get the same.
@@ -135,7 +142,8 @@ first `import torch` to get the same.
 | 0 | done, and the contract (if any) met |
 | 1 | a fault of accullm |
 | 2 | wrong usage, configuration or input: one line says what, where and what to do |
-| 3 | looked, and it is not so: the artifact is written but its contract not met (`convert`, `validate`); files differ \
+| 3 | looked, and it is not so: the artifact is written but its contract not met (`convert`, `validate`, \
+`zoo`); files differ \
 (`verify`); beyond the limit asked for (`compare`); a required check fails (`doctor`) |
 | 4 | the machine could not: out of memory or disk; the same command resumes |
 | 130, 143 | interrupted by Ctrl-C or by SIGTERM; the same command resumes |

@@ -15,10 +15,11 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.source import open_source
+from accullm_cli.places import run_path
 from accullm_cli.progress import Progress, silent
 from accullm_cli.run import UP_TO_DATE, RunDirectory
 from accullm_cli.stages.graph import conversion
-from accullm_cli.stages.job import Job, run_path
+from accullm_cli.stages.job import Job
 from accullm_cli.stages.stage import Decision, Stage, StageOutcome, upstream, walk
 from tests.tiny import tiny_config
 

@@ -25,11 +25,12 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Imports run from a layer to itself or to a later one.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "__main__", "cli", "flags", "console"}),
-    frozenset({"pipeline", "search", "commands"}),
+    frozenset({"pipeline", "search", "zoo", "commands"}),
     frozenset({"stages"}),
     frozenset({"measure", "report", "formats", "kernels", "model", "tasks", "hf", "hybrid", "lazy_weight", "vllm"}),
     frozenset({"quant"}),
-    frozenset({"config", "config_options", "config_file", "resources", "run", "progress", "units", "values", "errors"}),
+    frozenset({"config", "config_options", "config_file", "resources", "places", "run", "lock", "processors"})
+    | frozenset({"failure", "progress", "units", "values", "errors"}),
 )
 MAX_LINES = 450
 HEAVY = {"torch", "numba", "transformers", "numpy", "safetensors", "matplotlib", "huggingface_hub", "gguf"}

@@ -6,7 +6,6 @@ Everything heavy is imported inside the checks, so that a broken or missing pack
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.capabilities import CAPABILITIES
+from accullm_cli.processors import usable_cores
 from accullm_cli.run import available_memory
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ def _disk() -> Check:
 
 def _memory() -> Check:
     free = available_memory()
-    cores = _count(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, "core")
+    cores = _count(usable_cores(), "core")
     if free is None:
         return Check("memory", True, False, f"unknown on this system, {cores}")
     ok = free >= ENOUGH_MEMORY

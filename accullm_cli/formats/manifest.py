@@ -109,6 +109,11 @@ def read_manifest(directory: Path) -> Manifest:
         dtype = getattr(torch, content["dtype"])
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype {content['dtype']}")
+        for name in content["files"]:
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+                raise ValueError(f"file {name!r} lies outside")
+        if not isinstance(content["provenance"], dict) or not isinstance(content["fidelity"], dict | None):
+            raise TypeError("provenance and fidelity are objects")
         linears = {name: _linear_plan(name, entry, dtype) for name, entry in content["linears"].items()}
         described = content.get("embeddings", {})
         embeddings = {name: _linear_plan(name, entry, dtype) for name, entry in described.items()}

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.json_text import parse_json
 from accullm_cli.model.integrity import TensorInfo, read_header
 from accullm_cli.run import machine_errors, write_file, write_text
 
@@ -128,9 +129,11 @@ def read_json(path: Path) -> dict[str, Any]:
         AccullmError: the file is absent or no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AccullmError("file is missing", path, "copy or download it again") from None
+    except OSError as error:
+        raise AccullmError(f"cannot be read ({(error.strerror or str(error)).lower()})", path) from None
     except ValueError as error:
         raise AccullmError(f"is not valid JSON ({error})", path, "copy or download it again") from None
     if not isinstance(content, dict):

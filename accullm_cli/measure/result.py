@@ -154,3 +154,20 @@ class Report:
                     if figure.name == name and figure.estimate is not None:
                         return figure.estimate
         raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What became of one model of a zoo.
+
+    name: that of its artifact's directory. exit_code: that of its conversion, by itself. seconds: wall clock.
+    error: why there are no reports, in one line. traceback: of a fault of ours.
+    """
+
+    name: str
+    model: str
+    exit_code: int
+    error: str
+    seconds: float
+    reports: tuple[Report, ...]  # one for each format
+    traceback: str = ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -182,13 +182,19 @@ class Checkpoint:
         by_file: dict[str, list[str]] = {}
         for stored in dict.fromkeys(part for name in names for part in self._sources[name]):
             by_file.setdefault(str(self.source.tensors[stored].file), []).append(stored)
-        handles = [safe_open(file, framework="pt") for file in by_file]
-        slices = {
-            self._loaded_as.get(stored, stored): handle.get_slice(stored)
-            for handle, stored_names in zip(handles, by_file.values(), strict=True)
-            for stored in stored_names
-        }
+        files = [*map(Path, by_file)]
+        try:
+            handles = [safe_open(file, framework="pt") for file in by_file]
+            slices = {
+                self._loaded_as.get(stored, stored): handle.get_slice(stored)
+                for handle, stored_names in zip(handles, by_file.values(), strict=True)
+                for stored in stored_names
+            }
+        except (OSError, SafetensorError):
+            self.source.check_unchanged(files)
+            raise
         self._convert(slices)
+        self.source.check_unchanged(files)
         for name in names:
             try:
                 check_finite(name, self._value(name).data)

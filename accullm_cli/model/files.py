@@ -173,6 +173,8 @@ def inside(directory: Path, name: str, named_by: Path) -> Path:
     Raises:
         AccullmError: the name or the link leads out.
     """
+    if not _is_name(name):
+        raise AccullmError(f"names {name[:100]!r}, which no file can have", named_by, "download it again")
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise AccullmError(f"names {name}, outside the model's directory", named_by, _OUTSIDE_HINT)
     file = directory / name
@@ -180,6 +182,15 @@ def inside(directory: Path, name: str, named_by: Path) -> Path:
     if not target.is_relative_to(os.path.realpath(directory)) and not _is_hub_blob(target):
         raise AccullmError(f"{name} is a link to {target}, outside the model's directory", named_by, _OUTSIDE_HINT)
     return file
+
+
+def _is_name(name: str) -> bool:
+    """Whether the system could have a file of this name."""
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in os.fsencode(name) and all(len(part) <= 255 for part in parts) and len(name) < 4096
 
 
 def _is_hub_blob(path: Path) -> bool:

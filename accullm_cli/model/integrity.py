@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.json_text import parse_json
 from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.run import file_sha256, write_text
 
@@ -78,7 +79,7 @@ def read_header(path: Path, of_source: bool = True) -> dict[str, TensorInfo]:
             pass
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
     except SafetensorError as error:
         raise AccullmError(_diagnose(path, str(error)), path, "download or copy the file again") from None
     except FileNotFoundError:
@@ -112,7 +113,7 @@ def _diagnose(path: Path, reason: str) -> str:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         try:
-            header = json.loads(file.read(length)) if 0 < length <= size - 8 else {}
+            header = parse_json(file.read(length)) if 0 < length <= size - 8 else {}
             promised = 8 + length + max(entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             promised = 0
@@ -151,7 +152,7 @@ class ContentHashes:
     def of(self, paths: Sequence[Path]) -> dict[Path, str]:
         """The hash of every file."""
         remembered = self._read()
-        stamps = {path: _stamp(path) for path in paths}
+        stamps = {path: stamp_of(path) for path in paths}
         to_read = [path for path in paths if stamps[path] not in remembered]
         if to_read:
             self._progress(Event("source", "start", "hashing the source", total=len(to_read)))
@@ -163,7 +164,7 @@ class ContentHashes:
             self._progress(Event("source", "step", path.name, done=done, total=len(to_read)))
         if to_read:
             # A file that changed while it was read has another stamp by now: what was read of it is not remembered.
-            kept = {stamps[path]: remembered[stamps[path]] for path in to_read if _stamp(path) == stamps[path]}
+            kept = {stamps[path]: remembered[stamps[path]] for path in to_read if stamp_of(path) == stamps[path]}
             write_text(self._file, json.dumps(self._read() | kept, indent=1, sort_keys=True))
             self._progress(Event("source", "end"))
         return {path: remembered[stamps[path]] for path in paths}
@@ -178,6 +179,10 @@ class ContentHashes:
         return {key: value for key, value in content.items() if isinstance(value, str)}
 
 
-def _stamp(path: Path) -> str:
-    status = os.stat(path)
+def stamp_of(path: Path) -> str:
+    """What tells whether a file is still the same, without reading it; "" where there is none any more."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
     return f"{os.path.abspath(path)}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"

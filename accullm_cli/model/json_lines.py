@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.json_text import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ def parse_json_lines(text: str, path: Path) -> JsonLines | None:
     kind = ""
     for number, line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             _refuse(path, number, f"not JSON ({error})", _HINT)
         if not isinstance(row, dict):
@@ -113,7 +113,7 @@ def _is_object(line: str) -> bool:
     if not line.startswith("{"):
         return False
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(parse_json(line), dict)
     except ValueError:
         return False
 
@@ -124,7 +124,7 @@ def _refuse_whole(text: str, path: Path) -> None:
     if not (is_json or text.lstrip().startswith(("{", "["))):
         return
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         if not is_json:
             return

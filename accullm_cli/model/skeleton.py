@@ -9,7 +9,7 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import AutoConfig, PreTrainedModel
 
-from accullm_cli.errors import AccullmError
+from accullm_cli.errors import AccullmError, is_out_of_memory
 from accullm_cli.model.supported import model_class
 
 
@@ -39,4 +39,10 @@ def build_skeleton(directory: Path, untied: bool = False) -> PreTrainedModel:
             directory / "config.json",
             "correct the value",
         ) from None
+    except Exception as error:  # of transformers' code alone, which computes with whatever numbers the file gives it
+        if isinstance(error, AccullmError) or is_out_of_memory(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        what = f"transformers cannot build the model ({reason})"
+        raise AccullmError(what, directory / "config.json", "correct the value") from None
     return model.eval().requires_grad_(False)

@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,14 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.model.alias import aliases
 from accullm_cli.model.files import inside, list_files, refuse_adapter, sort_files
 from accullm_cli.model.gguf import MARKER
-from accullm_cli.model.integrity import ContentHashes, TensorInfo, check_finite
+from accullm_cli.model.integrity import ContentHashes, TensorInfo, check_finite, stamp_of
 from accullm_cli.model.supported import check_supported, read_config
 from accullm_cli.model.weights import INDEX, WEIGHTS, read_weights, refuse_pickled
 from accullm_cli.progress import Progress, silent
 from accullm_cli.run import HUB_RECORDS, write_text
 
 if TYPE_CHECKING:
-    from accullm_cli.model.hub import Snapshot
+    from accullm_cli.model.hub import HubId, Snapshot
 
 # Where in the cache the directories lie that GGUF files have become.
 IMPORTS = "imported"
@@ -44,6 +44,7 @@ class ModelSource:
     weight_bytes: size of the weight files.
     records: what is not as the user may expect ("source weights are Q4_1 ...").
     untied, kept: see model.accounting; `config` is what it made of config.json.
+    stamps: of the weight files, when their headers were read; by these one sees that a file was changed.
     """
 
     name: str
@@ -58,6 +59,18 @@ class ModelSource:
     records: tuple[str, ...]
     untied: bool = False
     kept: tuple[str, ...] = ()
+    stamps: Mapping[Path, str] = field(default_factory=dict, repr=False)
+
+    def check_unchanged(self, files: Iterable[Path]) -> None:
+        """Refuse weight files that are no longer those that this source was opened with.
+
+        Raises:
+            AccullmError: one was written to, replaced or removed since.
+        """
+        for file in files:
+            if file in self.stamps and self.stamps[file] != stamp_of(file):
+                what = "changed while it was being converted"
+                raise AccullmError(what, file, "run the same command again when nobody writes to it any more")
 
 
 def open_source(model: str, cache: Path, progress: Progress = silent) -> ModelSource:
@@ -77,10 +90,45 @@ def open_source(model: str, cache: Path, progress: Progress = silent) -> ModelSo
         if path.suffix == ".gguf":
             return _open_gguf(path, cache, progress)
         raise AccullmError("is neither a model directory nor a GGUF file", path, "give the directory that it lies in")
+
+    from accullm_cli.model.hub import download
+
+    hub_id, name = _on_hub(model)
+    snapshot = download(hub_id, progress)
+    return open_directory(
+        snapshot.directory,
+        cache,
+        progress,
+        name=name,
+        origin=f"{hub_id.repo}@{snapshot.commit}",
+        left_behind=_remembered(snapshot, cache / HUB_RECORDS),
+    )
+
+
+def describe_source(model: str, cache: Path) -> ModelSource | None:
+    """`open_source` for a look at a model: no content is read, so that both of its SHA-256 are empty.
+
+    None for a model that would have to be fetched from the hub first, or imported from a GGUF file.
+
+    Raises:
+        AccullmError: as `open_source`, but for what the weights hold.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return open_directory(path, cache, hashed=False)
+    if path.exists() and path.suffix != ".gguf":
+        return open_source(model, cache)  # which refuses it
+    if not path.exists():
+        _on_hub(model)
+    return None
+
+
+def _on_hub(model: str) -> tuple[HubId, str]:
+    """What a name that is no path stands for on the hub, and a short name."""
     if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
         raise AccullmError("no such file or directory", model, "check its spelling")
 
-    from accullm_cli.model.hub import HubId, download, parse_hub_id
+    from accullm_cli.model.hub import HubId, parse_hub_id
 
     known = aliases()
     alias = known.get(model)
@@ -92,15 +140,7 @@ def open_source(model: str, cache: Path, progress: Progress = silent) -> ModelSo
             model,
             f"did you mean {near[0]}?" if near else "'accullm models' lists the aliases",
         )
-    snapshot = download(hub_id, progress)
-    return open_directory(
-        snapshot.directory,
-        cache,
-        progress,
-        name=alias.name if alias else hub_id.repo.rpartition("/")[2],
-        origin=f"{hub_id.repo}@{snapshot.commit}",
-        left_behind=_remembered(snapshot, cache / HUB_RECORDS),
-    )
+    return hub_id, alias.name if alias else hub_id.repo.rpartition("/")[2]
 
 
 def open_directory(
@@ -112,11 +152,13 @@ def open_directory(
     origin: str | None = None,
     records: tuple[str, ...] = (),
     left_behind: tuple[str, ...] | None = None,
+    hashed: bool = True,
 ) -> ModelSource:
     """`open_source` for a Hugging Face directory: one model.safetensors, or shards with an index.
 
     Args:
         left_behind: what of the model was not fetched, where that is known.
+        hashed: otherwise no content is read, and both SHA-256 are empty.
     """
     from accullm_cli.model.accounting import account
 
@@ -134,6 +176,8 @@ def open_directory(
     config_file = inside(directory, "config.json", directory)
     config = read_config(config_file)
     records += check_supported(config, config_file)
+    # Before anything is read of them: what changes from here on is noticed.
+    stamps = {path: stamp_of(path) for path in sorted(directory.rglob("*.safetensors"))}
     weights = read_weights(directory, names)
     sizes, unseen = list_files(directory, cache)
     imported = {MARKER} if directory.parent == Path(os.path.abspath(cache / IMPORTS)) else set()
@@ -141,7 +185,8 @@ def open_directory(
     companions = {name: inside(directory, name, directory) for name in files.companions}
     shards = sorted({tensor.file for tensor in weights.tensors.values()})
     accounting = account(directory, config, weights.tensors)
-    hashes = ContentHashes(cache, progress).of([config_file, *shards, *companions.values()])
+    contents, beside = [config_file, *shards], [*companions.values()]
+    hashes = ContentHashes(cache, progress).of([*contents, *beside]) if hashed else {}
     return ModelSource(
         name=name or _short_name(directory),
         origin=origin or str(directory),
@@ -149,8 +194,8 @@ def open_directory(
         config=accounting.config,
         tensors=weights.tensors,
         companions=companions,
-        sha256=_digest(directory, hashes, [config_file, *shards]),
-        companions_sha256=_digest(directory, hashes, [*companions.values()]),
+        sha256=_digest(directory, hashes, contents) if hashed else "",
+        companions_sha256=_digest(directory, hashes, beside) if hashed else "",
         weight_bytes=sum(path.stat().st_size for path in shards),
         records=(
             *records,
@@ -160,6 +205,7 @@ def open_directory(
         ),
         untied=accounting.untied,
         kept=accounting.kept,
+        stamps={path: stamps[path] for path in shards if path in stamps},
     )
 
 

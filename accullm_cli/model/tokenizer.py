@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from accullm_cli.errors import AccullmError
+from accullm_cli.errors import AccullmError, is_out_of_memory
+from accullm_cli.json_text import parse_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -25,9 +25,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise AccullmError("holds no tokenizer", directory, "copy tokenizer.json and tokenizer_config.json there")
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:
-        # The tokenizers library raises bare Exceptions for what it cannot parse.
-        if not isinstance(error, OSError | ValueError | KeyError | TypeError) and type(error) is not Exception:
+    except BaseException as error:
+        # Of other libraries' code alone. What tokenizers cannot parse, it says by bare Exceptions and panics of Rust.
+        is_theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not is_theirs or is_out_of_memory(error):
             raise
         _refuse_code(directory)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -42,7 +43,7 @@ def _refuse_code(directory: Path) -> None:
     """
     path = directory / "tokenizer_config.json"
     try:
-        mapped = json.loads(path.read_bytes())["auto_map"]["AutoTokenizer"]
+        mapped = parse_json(path.read_bytes())["auto_map"]["AutoTokenizer"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     names = [name for name in (mapped if isinstance(mapped, list) else [mapped]) if name]
@@ -106,8 +107,10 @@ def _beyond(directory: Path, rows: int) -> Iterator[str]:
         )
     for name in ("config.json", "generation_config.json"):
         try:
-            config = json.loads((directory / name).read_bytes())
+            config = parse_json((directory / name).read_bytes())
         except (OSError, ValueError):
+            continue
+        if not isinstance(config, dict):
             continue
         for role in _ROLES:
             value = config.get(role)

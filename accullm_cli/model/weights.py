@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.json_text import parse_json
 from accullm_cli.model.files import inside
 from accullm_cli.model.integrity import TensorInfo, read_header
 
@@ -56,7 +56,7 @@ def shard_names(index: Path) -> dict[str, str]:
         AccullmError: not an index.
     """
     try:
-        weight_map: Mapping[str, str] = json.loads(index.read_bytes())["weight_map"]
+        weight_map: Mapping[str, str] = parse_json(index.read_bytes())["weight_map"]
         weight_map = {name: shard for name, shard in weight_map.items() if name != "__metadata__"}
         if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("weight_map names no files")

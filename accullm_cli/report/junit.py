@@ -20,15 +20,21 @@ def write_junit(reports: Sequence[Report], path: Path) -> None:
     write_text(path, junit(reports))
 
 
-def junit(reports: Sequence[Report]) -> str:
-    """One document; a suite for each contract, and one for each measure that names parts."""
+def junit(reports: Sequence[Report], models: Sequence[Group] = ()) -> str:
+    """One document; a suite for each contract, and one for each measure that names parts.
+
+    Args:
+        models: those of which there are no reports.
+    """
     suites = ElementTree.Element("testsuites", name="accullm")
+    if models:
+        _suite(suites, "zoo", "models", models)
     for report in reports:
         if report.contract:
-            _suite(suites, report, "contract", [_of_clause(clause) for clause in report.contract])
+            _suite(suites, report.artifact, "contract", [_of_clause(clause) for clause in report.contract])
         for found in report.measurements:
             if found.groups:
-                _suite(suites, report, found.measure, found.groups)
+                _suite(suites, report.artifact, found.measure, found.groups)
     ElementTree.indent(suites)
     return f"<?xml version='1.0' encoding='utf-8'?>\n{ElementTree.tostring(suites, encoding='unicode')}\n"
 
@@ -38,13 +44,13 @@ def _of_clause(clause: Clause) -> Group:
     return Group(clause.text, failure="" if clause.met else said, output=(said,))
 
 
-def _suite(suites: ElementTree.Element, report: Report, name: str, tests: Sequence[Group]) -> None:
+def _suite(suites: ElementTree.Element, place: str, name: str, tests: Sequence[Group]) -> None:
     counts = {
         "tests": len(tests),
         "failures": sum(bool(test.failure) for test in tests),
         "skipped": sum(bool(test.skipped) for test in tests),
     }
-    suite = ElementTree.SubElement(suites, "testsuite", name=_clean(f"{report.artifact}: {name}"))
+    suite = ElementTree.SubElement(suites, "testsuite", name=_clean(f"{place}: {name}"))
     suite.attrib.update({key: str(count) for key, count in counts.items()})
     for test in tests:
         case = ElementTree.SubElement(suite, "testcase", classname=f"accullm.{name}", name=_clean(test.name))

@@ -37,7 +37,7 @@ def _lines(report: Report) -> Iterator[str]:
             ("met" if c.met else "**not met**", f"`{c.text}`", of_clause(c, c.measured), limit_of(c))
             for c in report.contract
         ]
-        yield from _table(("", "Condition", "Measured", "Limit"), rows, escaped=False)
+        yield from markdown_table(("", "Condition", "Measured", "Limit"), rows, escaped=False)
     for found in report.measurements:
         yield from _measured(found)
 
@@ -46,9 +46,9 @@ def _measured(found: Measurement) -> Iterator[str]:
     yield f"### {_text(found.heading)}\n"
     rows = [(figure.title, *value_and_interval(figure), figure.note) for figure in found.figures if figure.title]
     if rows:
-        yield from _table(("Figure", "Value", "95% interval", ""), rows)
+        yield from markdown_table(("Figure", "Value", "95% interval", ""), rows)
     for table in found.tables:
-        yield from _table([heading for heading, _ in table.columns], table.rows)
+        yield from markdown_table([heading for heading, _ in table.columns], table.rows)
     for cases in found.cases:
         yield from _cases(cases)
 
@@ -71,7 +71,8 @@ def _marked(answer: Answer) -> str:
     return f"{same}<b>{differs}</b>{rest}"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], escaped: bool = True) -> Iterator[str]:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], escaped: bool = True) -> Iterator[str]:
+    """The lines of a table; `escaped` where cells are text, and not Markdown."""
     yield f"| {' | '.join(columns)} |"
     yield f"| {' | '.join('---' for _ in columns)} |"
     for row in rows:

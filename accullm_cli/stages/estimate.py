@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from accullm_cli.formats import FORMATS
+from accullm_cli.formats import FORMATS, NATIVE
 from accullm_cli.formats.adapters import linear_bytes
 from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
 from accullm_cli.quant.plan import Plan
@@ -42,6 +42,10 @@ OPERATIONS_PER_WEIGHT_READ = 20
 SHARE_WRITTEN = 0.5
 # Logits of a window that validate holds at once: of original, artifact and noise floor, and one's softmax.
 LOGITS_HELD = 4
+# What calibrate keeps of each input feature of a linear: its damage for four group sizes, and three statistics.
+STATISTICS_PER_FEATURE = 7
+# Of each token of a text that is measured on, beside hidden states: its id and its likelihood.
+BYTES_PER_TOKEN = 12
 # The interpreter, torch and transformers before any weight is read.
 BASE_BYTES = 600_000_000
 
@@ -52,14 +56,15 @@ class Estimated:
 
     bits_per_weight: everything stored for the linears in the job's format, over their weights.
     artifact_bytes: its tensors and the tokenizer files beside them. size_is_exact: both are exact; otherwise they are
-    the most that the plan, which calibration decides, may come to. peak_bytes: resident memory. seconds: wall clock of
-    all stages.
+    the most that the plan, which calibration decides, may come to. peak_bytes: resident memory. disk_bytes: files of
+    the run and its artifact at their largest. seconds: wall clock of all stages.
     """
 
     bits_per_weight: float
     artifact_bytes: int
     size_is_exact: bool
     peak_bytes: int
+    disk_bytes: int
     seconds: float
 
 
@@ -112,7 +117,34 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     peak = BASE_BYTES + FLOAT * (largest + streams)
     peak += FLOAT * 4 * max(TOKENS_PER_BATCH, longest) * widest
     seconds = operations / (SHARE_OF_FULL_SPEED * _operations_per_second())
-    return Estimated(bits_per_weight, stored, most is None, int(peak), round(seconds, 1))
+    disk = _disk_bytes(job, decoder, plan, stored, of_linears)
+    return Estimated(bits_per_weight, stored, most is None, int(peak), disk, round(seconds, 1))
+
+
+def _disk_bytes(job: Job, decoder: Decoder, plan: Plan, stored: int, of_linears: float) -> int:
+    """Files of a conversion to the job's format, when there are most of them.
+
+    The artifact; its shards in the run directory, which the native format links; what calibrate leaves; and while a
+    block is rounded, the streams (twice, as new ones are written beside the old) and what the original made of it.
+    """
+    calibration, rounding = job.config.calibration, job.config.rounding
+    tokens = calibration.samples * calibration.seq_len
+    hidden = decoder.model.get_input_embeddings().weight.shape[1]
+    if job.config.search.golden:
+        stored *= 2  # the plan that is the best so far, and the one that is tried
+    shards = 0 if job.format == NATIVE else of_linears
+    measured = sum(windows * length for windows, length in (shape_of(job, text) for text in texts_of(job)))
+    references = measured * (2 * FLOAT * hidden + BYTES_PER_TOKEN)
+    statistics = STATISTICS_PER_FEATURE * FLOAT * sum(linear.in_features for linear in plan.linears.values())
+    # Of each block in bfloat16. On the way back, what went into the blocks that are still to come takes no more.
+    gradients = (len(decoder.block_names) + 1) * 2 * hidden * job.config.gradient_samples * calibration.seq_len
+    working = 0
+    if rounding.method != "nearest":
+        working = 2 * FLOAT * 2 * hidden * tokens
+        if rounding.target == "corrected":
+            inputs = ({(slot.name.rpartition(".")[0], slot.in_features) for slot in slots} for slots in decoder.slots)
+            working += FLOAT * tokens * max(2 * hidden + sum(width for _, width in distinct) for distinct in inputs)
+    return int(stored + shards + references + statistics + gradients + working)
 
 
 def _largest_average(job: Job) -> float | None:

@@ -25,8 +25,9 @@ from accullm_cli.stages.units import load_record, shard_path, units_of
 VERSION = 3
 # The input that says where the artifact of a format goes.
 PLACE = "config:export.out ({})"
-# The working directories beside an artifact: of a check, of the artifact that is being written, of the one before it.
-_BESIDE = ("probe", "partial", "old")
+# What lies beside an artifact while a run works on it: directories of a check, of the artifact that is being written
+# and of the one before it, and the lock.
+_BESIDE = ("probe", "partial", "old", "lock")
 
 
 def export(job: Job, decision: Decision) -> Work:
@@ -129,7 +130,7 @@ def _write_artifact(job: Job, decoder: Decoder, name: str, directory: Path) -> N
 
 
 def _beside(directory: Path, kind: str) -> Path:
-    """A working directory of an export, beside the artifact's own."""
+    """What an export has beside the artifact's own directory."""
     return directory.with_name(f".{directory.name}.{kind}")
 
 

@@ -13,7 +13,6 @@ import torch
 import transformers
 
 from accullm_cli.config import Config, Section
-from accullm_cli.errors import AccullmError
 from accullm_cli.formats import NATIVE
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint
@@ -21,6 +20,7 @@ from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.source import ModelSource
 from accullm_cli.model.text import Windows
 from accullm_cli.model.tokenizer import load_tokenizer
+from accullm_cli.places import artifact_paths
 from accullm_cli.progress import Progress
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages.device import device_of
@@ -86,9 +86,8 @@ class Job:
 
     @property
     def artifacts(self) -> dict[str, Path]:
-        """Where the artifact of each format goes: each has a directory of its own, where there are several."""
-        out, formats = artifact_path(self.config), self.config.export.format
-        return {name: out / name if len(formats) > 1 else out for name in formats}
+        """Where the artifact of each format goes."""
+        return artifact_paths(self.config)
 
 
 def place_of(format: str) -> str:
@@ -100,28 +99,6 @@ def open_decoder(job: Job) -> Decoder:
     """The source's decoder, without weights yet; refuses a checkpoint that does not fit its configuration."""
     model = build_skeleton(job.source.directory, job.source.untied)
     return Decoder(model, Checkpoint(job.source, model))
-
-
-def artifact_path(config: Config) -> Path:
-    """Where the artifact goes: `export.out`, or the model's short name with -int4 (the bits) behind, here.
-
-    Raises:
-        AccullmError: `export.out` is the root directory.
-    """
-    if (out := config.export.out) is not None:
-        # Names beside it are made from its own: "." and ".." have none.
-        named = out if out.name not in ("", "..") else out.resolve()
-        if not named.name:
-            raise AccullmError("is no place for an artifact", named, "give another directory with --out")
-        return named
-    name = Path(config.model.rstrip("/").partition("@")[0]).name.removesuffix(".gguf")
-    return Path(f"{name or 'model'}-int{config.plan.bits}")
-
-
-def run_path(config: Config) -> Path:
-    """Where the working files go: `machine.run`, or the artifact's directory with .run behind."""
-    out = artifact_path(config)
-    return config.machine.run or out.with_name(f"{out.name}.run")
 
 
 def section_inputs(section: str, values: Section, *fields: str) -> dict[str, str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.json_text import parse_json
 from accullm_cli.tasks.item import Item
 
 _SUFFIXES = (".jsonl", ".ndjson")
@@ -42,7 +42,7 @@ def _item(task: str, path: Path, number: int, line: str) -> Item:
         raise AccullmError(what, f"{path}:{number}", hint)
 
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         refuse(f"not JSON ({error})")
     if not isinstance(row, dict):

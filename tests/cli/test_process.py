@@ -161,3 +161,18 @@ def test_where_torch_is_there_already_the_environment_is_left_alone(monkeypatch)
     monkeypatch.setenv("KMP_BLOCKTIME", "1")
     cli.let_waiting_threads_sleep()
     assert "OMP_WAIT_POLICY" not in os.environ
+
+
+def test_threads_of_the_commands_that_only_ask_keep_to_the_quota(monkeypatch):
+    monkeypatch.setattr(cli, "usable_cores", lambda: 3)
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cli.keep_threads_to_the_quota()
+    assert "OMP_NUM_THREADS" not in os.environ  # too late: it was read
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    cli.keep_threads_to_the_quota()
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    cli.keep_threads_to_the_quota()
+    assert os.environ["OMP_NUM_THREADS"] == "3"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from accullm_cli.config import Config
+from accullm_cli.errors import AccullmError
+from accullm_cli.lock import HeldError
 from accullm_cli.pipeline import convert
 from accullm_cli.progress import Event
 from accullm_cli.stages import streams
@@ -242,13 +245,53 @@ def test_a_damaged_shard_is_made_again(damage: str, model: Path, uninterrupted: 
     assert contents(tmp_path / "out") == uninterrupted
 
 
-def test_two_processes_do_not_share_a_run(model: Path, tmp_path: Path) -> None:
-    from accullm_cli.errors import AccullmError
-    from accullm_cli.run import RunDirectory
+@pytest.mark.parametrize("shared", ["run", "out"])
+def test_two_conversions_do_not_share_a_directory(shared: str, model: Path, tmp_path: Path) -> None:
+    """Nothing is left of the second one, and the first one goes on."""
+    first = tiny_config(model, tmp_path / "out")
+    run = tmp_path / ("out.run" if shared == "run" else "second.run")
+    second = tiny_config(model, tmp_path / ("out" if shared == "out" else "other"), machine__run=run)
+    refused: list[str] = []
 
-    with RunDirectory(tmp_path / "out.run").locked(), pytest.raises(AccullmError) as refusal:
-        convert(tiny_config(model, tmp_path / "out"))
+    def interfere(event: Event) -> None:
+        if event.kind == "end" and event.stage == "profile":
+            with pytest.raises(HeldError) as refusal:
+                convert(second)
+            refused.append(refusal.value.line())
+
+    assert convert(first, interfere).artifact == str(tmp_path / "out")
+    (line,) = refused
+    place = tmp_path / ("out.run" if shared == "run" else "out")
+    assert line.startswith(f"{place}: is in use by process {os.getpid()} on ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.run"]
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "quantize"])
+@pytest.mark.parametrize("how", ["written to", "replaced", "removed"])
+def test_a_source_that_changes_while_it_is_read_is_refused(stage: str, how: str, model: Path, tmp_path: Path) -> None:
+    """Nothing is made of two models; when the file stands still, the same command converts what is there then."""
+    source = tmp_path / "model"
+    shutil.copytree(model, source)
+    file = source / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+
+    def change(event: Event) -> None:
+        if event.stage == stage and event.kind == "step" and event.label == "block 1/2":
+            if how == "removed":
+                file.unlink()
+            elif how == "replaced":
+                file.with_suffix(".new").write_bytes(content)
+                file.with_suffix(".new").rename(file)
+            else:
+                file.write_bytes(content)
+
+    with pytest.raises(AccullmError) as refusal:
+        convert(tiny_config(source, tmp_path / "out"), change)
     assert refusal.value.line() == (
-        f"{tmp_path / 'out.run'}: another accullm process is using this run directory; "
-        "wait for it to finish, or give another directory with --run"
+        f"{file}: changed while it was being converted; run the same command again when nobody writes to it any more"
     )
+    file.write_bytes(content)
+    convert(tiny_config(source, tmp_path / "out"))
+    convert(tiny_config(source, tmp_path / "fresh"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from accullm_cli.config import Config
-from accullm_cli.stages.job import artifact_path, run_path
+from accullm_cli.places import artifact_path, run_path
 from tests.pipeline.observe import refusal
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.measure.result import Estimate
-from accullm_cli.stages.job import run_path
+from accullm_cli.places import run_path
 from tests.scripts.loading import SCRIPTS, load_script
 from tests.streaming import opened, reference_model, run_to, short_config
 from tests.tiny import make_checkpoint

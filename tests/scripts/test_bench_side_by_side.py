@@ -10,7 +10,7 @@ from tests.scripts.loading import load_script
 from tests.tiny import make_checkpoint
 
 script = load_script("bench_side_by_side")
-FIGURES = script.Figures((10.0, 20.0, 12.0), (30.0, 24.0, 25.0))
+FIGURES = script.Figures((10.0, 20.0, 12.0), {2: (30.0, 24.0, 25.0), 4: (60.0, 50.0, 40.0)})
 
 
 def test_the_table_has_medians_and_the_verdict() -> None:
@@ -18,11 +18,15 @@ def test_the_table_has_medians_and_the_verdict() -> None:
         "| conversions | median | each |",
         "| --- | --- | --- |",
         "| one alone | 12 s | 10 s, 20 s, 12 s |",
-        "| two side by side | 25 s | 30 s, 24 s, 25 s |",
+        "| 2 side by side | 25 s | 30 s, 24 s, 25 s |",
+        "| 4 side by side | 50 s | 1 min 00 s, 50 s, 40 s |",
         "",
-        "Two take 2.08 times as long as one; target at most 2.3: met.",
+        "2 take 2.08 times as long as one; target at most 2.3: met.",
+        "4 take 4.17 times as long as one; target at most 4.6: met.",
     ]
-    assert script.render(script.Figures((10.0,), (24.0,))).endswith("target at most 2.3: NOT MET.")
+    assert script.render(script.Figures((10.0,), {2: (24.0,)})).endswith("target at most 2.3: NOT MET.")
+    assert FIGURES.met
+    assert not script.Figures((10.0,), {2: (20.0,), 4: (46.1,)}).met
 
 
 @pytest.mark.parametrize(("together", "code"), [(22.9, 0), (23.1, 3)])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from accullm_cli.stages import estimate as stage
+from accullm_cli.stages import streams
 from accullm_cli.stages.estimate import Estimated, estimate
 from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.profile import make_plan
@@ -78,6 +79,42 @@ def test_the_size_is_within_two_percent_of_all_files(tmp_path: Path) -> None:
         run_to(job, "export")
     found = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*"))
     assert expected.artifact_bytes == pytest.approx(found, rel=0.02)
+
+
+def files_of(directory: Path) -> int:
+    """Bytes of all files below a directory; links to one file count once."""
+    found = [path.stat() for path in directory.rglob("*") if path.is_file()]
+    return sum({status.st_ino: status.st_size for status in found}.values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"calibration__samples": 40},
+        {"calibration__samples": 40, "calibration__gradient_samples": 40},
+        {"export__format": "[compressed-tensors]", "plan__outliers": 0},
+    ],
+)
+def test_the_disk_is_what_all_files_take_when_there_are_most(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = wide_model(tmp_path / "model")
+    expected = estimated(source, tmp_path / "dry", **settings)
+    place = tmp_path / "place"
+    most = 0
+
+    def look(captures: streams.Captures, *error: object) -> None:
+        nonlocal most
+        most = max(most, files_of(place) + captures._end)  # its file has no name
+        close(captures, *error)
+
+    close = streams.Captures.__exit__
+    monkeypatch.setattr(streams.Captures, "__exit__", look)
+    monkeypatch.setattr(streams, "SECONDS_BETWEEN_STORES", 0.0)
+    with opened(short_config(source, place / "out", **settings)) as job:
+        run_to(job, "export")
+    most = max(most, files_of(place))
+    assert 0.95 * most < expected.disk_bytes < 1.6 * most
 
 
 def test_more_text_takes_more_time_and_memory(tmp_path: Path) -> None:

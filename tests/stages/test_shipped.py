@@ -12,7 +12,8 @@ import torch
 import accullm_cli.hf
 from accullm_cli.cli import main
 from accullm_cli.errors import NotSoError
-from accullm_cli.pipeline import convert, run_path, validate_artifact
+from accullm_cli.pipeline import convert, validate_artifact
+from accullm_cli.places import run_path
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages import shipped
 from tests.streaming import fast_config
