@@ -73,12 +73,13 @@ def test_corrected_columns_are_the_originals_up_to_the_rounding_of_the_correctio
 
 
 @pytest.mark.parametrize("scheme", [("integer", False), ("integer", True), ("affine", False)])
-@pytest.mark.parametrize("outliers", [(7,), (3, 7, 33)])
+@pytest.mark.parametrize("count", [1, 3])
 def test_without_the_correction_the_last_outlier_has_the_code_of_least_loss(
-    scheme: tuple[str, bool], outliers: tuple[int, ...]
+    scheme: tuple[str, bool], count: int
 ) -> None:
-    """All others as they are, every code that it could have is tried."""
+    """All others as they are, every code that it could have is tried. Small features make up for much of the others."""
     problem = correlated_problem(ROWS, 48, 200, seed=5)
+    outliers = tuple(sorted(problem.hessian.diagonal().argsort()[:count].tolist()))
     plan = row(48, outliers, 5, *scheme)
     found = round_linears({"a": problem.weight}, {"a": plan}, RoundingOptions(), torch.bfloat16, problem.hessian)["a"]
     base = without_correction(found.linear).dequantize(torch.float64)
