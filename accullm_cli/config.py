@@ -45,7 +45,7 @@ def option(
 # Windows with gradients where a plan needs some, and nobody said how many.
 DEFAULT_GRADIENT_SAMPLES = 64
 
-FormatName = Literal["accullm", "compressed-tensors", "mlx", "gguf", "gptq", "awq"]
+FormatName = Literal["accullm", "compressed-tensors", "mlx", "gguf", "gptq_v2", "gptq", "awq"]
 
 
 class Section(BaseModel):

@@ -84,6 +84,8 @@ PEERS = (
     ),
     Peer("gptqmodel", "GPTQModel, symmetric (default)", "gptqmodel", "gptqmodel", ("--symmetric",)),
     Peer("hqq", "HQQ", "hqq", "hqq"),
+    Peer("mlx-lm", "mlx_lm.convert -q", "mlx-lm", "mlx_lm"),
+    Peer("mlx-lm-gptq", "mlx_lm.gptq", "mlx-lm-gptq", "mlx_lm"),
     *(
         Peer(f"{name}-{suffix}", label, name, package, group_size=size)
         for suffix, size in (("g32", 32), ("coarse", COARSE))
@@ -182,13 +184,16 @@ def interpreter(text: str) -> tuple[str, str]:
 def missing(peer: Peer, interpreters: Mapping[str, str]) -> str | None:
     """Why a tool cannot be run; None where it can."""
     python = interpreters.get(peer.tool)
-    if python is None:
-        return f"no --peer {peer.tool}=PYTHON was given"
+    return f"no --peer {peer.tool}=PYTHON was given" if python is None else lacking(python, peer.package)
+
+
+def lacking(python: str, package: str) -> str | None:
+    """Why nothing can be run in a Python that needs a package; None where it can."""
     if shutil.which(python) is None:
         return f"{python} is no program"
-    find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({peer.package!r}) is None)"
+    find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
     if subprocess.run([python, "-c", find], capture_output=True, check=False).returncode != 0:
-        return f"{python} has no package {peer.package}"
+        return f"{python} has no package {package}"
     return None
 
 
@@ -212,11 +217,13 @@ def unfit(peer: Peer, group_size: int, shared: int) -> str | None:
     return None
 
 
-def measure(peer: Peer, group_size: int, options: argparse.Namespace, reference: Reference) -> PeerResult:
-    """Make one tool's weights where they are not there yet, and measure them.
+def quantized(
+    peer: Peer, group_size: int, options: argparse.Namespace, reference: Reference
+) -> tuple[Path, tuple[str, ...]]:
+    """Make what one tool makes of the original, where it is not there yet: the directory, and the command.
 
     Raises:
-        AccullmError: the tool failed, or did not quantize what it should.
+        AccullmError: the tool failed.
     """
     out = options.out.with_name(f"{options.out.name}-weights") / f"{peer.name}-{group_size}"
     settings = ("--group-size", str(group_size), *peer.flags)
@@ -224,6 +231,16 @@ def measure(peer: Peer, group_size: int, options: argparse.Namespace, reference:
     command += ("--tokens", str(reference.tokens), *settings, "--out", str(out))
     inputs = {"source": reference.source.sha256, "tokens": file_sha256(reference.tokens)}
     make(command, out, key_of({**inputs, "settings": shlex.join((peer.tool, *settings))}))
+    return out, command
+
+
+def measure(peer: Peer, group_size: int, options: argparse.Namespace, reference: Reference) -> PeerResult:
+    """Make one tool's weights where they are not there yet, and measure them.
+
+    Raises:
+        AccullmError: the tool failed, or did not quantize what it should.
+    """
+    out, command = quantized(peer, group_size, options, reference)
     made = json.loads((out / "peer.json").read_text())
     fidelity = compare(reference, out / "weights.safetensors")
     return PeerResult(

@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -332,6 +333,63 @@ def gptqmodel(task: Task) -> Quantized:
     return Quantized(cost, stored, gptq_weights(stored, task.group_size), in_memory, settings)
 
 
+def mlx_lm(task: Task) -> Quantized:
+    """mlx_lm.convert -q: rounding to nearest, of embeddings, too."""
+    from mlx_lm import convert
+
+    settings = {"q_bits": BITS, "q_group_size": task.group_size}
+    task.artifact.rmdir()  # which it wants to make
+    convert(str(task.model), str(task.artifact), quantize=True, **settings)
+    return mlx_quantized(task, settings)
+
+
+def mlx_lm_gptq(task: Task) -> Quantized:
+    """mlx_lm's GPTQ (Frantar et al., 2022), in float32: CPUs multiply numbers of 16 bits slowly there."""
+    import mlx.core as mx
+    from mlx_lm.quant.gptq import gptq_quantize
+    from mlx_lm.utils import load, save
+
+    # What it does not round with GPTQ are the embeddings; its own choice for them is 6 bits.
+    settings = {"bits": BITS, "group_size": task.group_size, "fallback_bits": BITS}
+    settings |= {"fallback_group_size": task.group_size, "batch_size": 8}
+    model, tokenizer, config = load(str(task.model), return_config=True)
+    stored_as = model.parameters()["model"]["norm"]["weight"].dtype
+    model.set_dtype(mx.float32)
+    model, config["quantization"] = gptq_quantize(model, mx.array(task.calibration.numpy()), **settings)
+    model.set_dtype(stored_as)
+    save(str(task.artifact), str(task.model), model, tokenizer, config)
+    return mlx_quantized(task, settings)
+
+
+def mlx_quantized(task: Task, settings: Mapping[str, Any]) -> Quantized:
+    """What mlx_lm has saved, of the linears in the blocks."""
+    import mlx.core as mx
+    import mlx_lm as package
+
+    cost = task.cost()
+    stored = stored_tensors(task.artifact)
+    names = [name.removesuffix(".scales") for name in stored if name.endswith(".scales") and ".layers." in name]
+    weights = {name: mlx_weight(stored, name, task.group_size) for name in names}
+    loaded = dict(package.load(str(task.artifact))[0].named_modules())
+    in_memory = {}
+    for name in names:
+        module = loaded[name]
+        dense = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+        in_memory[name] = torch.from_numpy(np.array(dense.astype(mx.float32)))
+    return Quantized(cost, stored, weights, in_memory, settings)
+
+
+def mlx_weight(stored: Mapping[str, torch.Tensor], name: str, group_size: int) -> torch.Tensor:
+    """One linear's weight, float32 [N, K].
+
+    weight uint32 [N, K / 8] holds 8 codes of one row, low bits first; scales and biases [N, groups].
+    """
+    codes = unpack(stored[f"{name}.weight"].view(torch.int32))
+    scales, biases = stored[f"{name}.scales"].float(), stored[f"{name}.biases"].float()
+    group = torch.arange(codes.shape[1]) // group_size
+    return codes.float() * scales[:, group] + biases[:, group]
+
+
 @dataclass(frozen=True)
 class Runner:
     """A tool: the packages whose versions say what was run, and the function that runs it."""
@@ -345,6 +403,8 @@ RUNNERS: Mapping[str, Runner] = {
     "gptqmodel": Runner(("gptqmodel",), gptqmodel),
     "hqq": Runner(("hqq",), hqq),
     "llm-compressor": Runner(("llmcompressor", "compressed-tensors"), llm_compressor),
+    "mlx-lm": Runner(("mlx-lm", "mlx"), mlx_lm),
+    "mlx-lm-gptq": Runner(("mlx-lm", "mlx"), mlx_lm_gptq),
 }
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from accullm_cli.formats import FORMATS, artifact_format, open_artifact
 from accullm_cli.formats.base import ModelShape, Parts
 from accullm_cli.quant.encodings.affine import AffineLinear
 from accullm_cli.quant.linear import QuantizedLinear
@@ -246,3 +248,51 @@ def _slices(parameter: str, kind: str, stored: torch.Tensor, target: torch.Tenso
 def empty(directory: Path) -> Path:
     directory.mkdir(parents=True)
     return directory
+
+
+def write(format: str, directory: Path, made: Made) -> Path:
+    """An artifact in a new directory."""
+    FORMATS[format].write(empty(directory), made.parts)
+    return directory
+
+
+def assert_reads_back(format: str, directory: Path, made: Made, foreign: bool) -> None:
+    """All that was written is read, bit for bit; `foreign` as of another tool, without the manifest."""
+    plans = dict(made.parts.plan.linears)
+    if foreign:
+        (directory / "accullm.json").unlink()
+        plans = {name: plans[name] for name in made.linears}
+    assert artifact_format(directory) == format
+    opened = open_artifact(directory)
+    assert dict(opened.plan.linears) == plans
+    for name, linear in made.linears.items():
+        assert torch.equal(opened.linear(name).dequantize(), linear.dequantize()), name
+    for name, row in made.parts.plan.linears.items():
+        if row.bits == 16:
+            assert torch.equal(opened.tensor(f"{name}.weight"), made.reference.get_parameter(f"{name}.weight")), name
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(opened.tensor(norm), made.reference.get_parameter(norm))
+    assert "model.layers.0.self_attn.q_proj.bias" in opened.names()
+    assert list(opened.problems()) == []
+
+
+def change_tensors(directory: Path, file: str, name: str, changes: Mapping[str, torch.Tensor | None]) -> None:
+    """Change tensors of a linear, by suffix, in one file of an artifact and its index; None drops one."""
+    tensors = load_file(directory / file)
+    for suffix, tensor in changes.items():
+        tensors.pop(f"{name}.{suffix}", None)
+        if tensor is not None:
+            tensors[f"{name}.{suffix}"] = tensor
+    save_file(tensors, directory / file)
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    others = {tensor: place for tensor, place in index["weight_map"].items() if place != file}
+    index["weight_map"] = others | dict.fromkeys(tensors, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    """Change quantization_config; None drops a key."""
+    config = json.loads((directory / "config.json").read_text())
+    changed = {**config["quantization_config"], **changes}
+    config["quantization_config"] = {key: value for key, value in changed.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(config))

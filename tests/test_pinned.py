@@ -142,17 +142,17 @@ CASES = {
 }
 # The version of the quantize stage, and the SHA-256 of what it writes.
 PINNED = {
-    "nearest": (5, "364c8400808cbba90be42ec6fe7953f34fb9d39dc4fdf3473840eb4a25a03c21"),
-    "nearest, searched": (5, "8c1f914032a887e54e3b3b29d845a6fb4bfaf2bd2aaae9182db0fa5349281b0f"),
-    "feedback, untouched": (5, "20387806bab8812716fd404ef9f51347ac34ec776fadd90fdd876f35687aa55c"),
-    "feedback, compensating": (5, "ead971d9e0a85ade959b458a3bae216558b63493674b12b414c1e54b510676da"),
-    "feedback, searched": (5, "80658225229db0d75be86cb58a2be61ff1228d35f295208439165c0cd7fb0bb3"),
-    "feedback, fitted": (5, "f564ed0b4bdda330db0ffd1e81452d67ee07db8a7369a158952d04196d4587d9"),
-    "feedback, symmetric": (5, "2b908f71040eb92e4d5af24fb7bd28199d207b8aae61f438189a58eb98dfdaaa"),
-    "stochastic, untouched": (5, "53ea3e1b3512b5e1ac8f8051ae12b61879fed475bca8e50fc14ad50f1f0ae7a5"),
-    "stochastic, compensating": (5, "97f4a32cbf6bacc8e51071bd9be31ac789dea8e9f3c43accb2650cf3adc0dfd4"),
+    "nearest": (6, "364c8400808cbba90be42ec6fe7953f34fb9d39dc4fdf3473840eb4a25a03c21"),
+    "nearest, searched": (6, "8c1f914032a887e54e3b3b29d845a6fb4bfaf2bd2aaae9182db0fa5349281b0f"),
+    "feedback, untouched": (6, "20387806bab8812716fd404ef9f51347ac34ec776fadd90fdd876f35687aa55c"),
+    "feedback, compensating": (6, "ead971d9e0a85ade959b458a3bae216558b63493674b12b414c1e54b510676da"),
+    "feedback, searched": (6, "80658225229db0d75be86cb58a2be61ff1228d35f295208439165c0cd7fb0bb3"),
+    "feedback, fitted": (6, "f564ed0b4bdda330db0ffd1e81452d67ee07db8a7369a158952d04196d4587d9"),
+    "feedback, symmetric": (6, "2b908f71040eb92e4d5af24fb7bd28199d207b8aae61f438189a58eb98dfdaaa"),
+    "stochastic, untouched": (6, "53ea3e1b3512b5e1ac8f8051ae12b61879fed475bca8e50fc14ad50f1f0ae7a5"),
+    "stochastic, compensating": (6, "97f4a32cbf6bacc8e51071bd9be31ac789dea8e9f3c43accb2650cf3adc0dfd4"),
 }
-PINNED_SHARD = (5, "82e5ea8cbc295b0553761772b9661f67b4c02d4fa34b2100addad0770164fa4d")
+PINNED_SHARD = (6, "82e5ea8cbc295b0553761772b9661f67b4c02d4fa34b2100addad0770164fa4d")
 
 
 @pytest.mark.parametrize("name", CASES)

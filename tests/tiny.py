@@ -115,9 +115,9 @@ def tiny_gpt2() -> PreTrainedModel:
     return _in_memory(GPT2Config(**_SMALL, n_embd=48, n_layer=2, n_head=4))
 
 
-def tiny_mixtral() -> PreTrainedModel:
-    """Four experts, of widths that are no multiple of 32."""
-    shape = {**_SHAPE, **_SMALL, "hidden_size": 48, "intermediate_size": 40}
+def tiny_mixtral(hidden: int = 48, intermediate: int = 40) -> PreTrainedModel:
+    """Four experts, of widths that are no multiple of 32 unless they are asked for."""
+    shape = {**_SHAPE, **_SMALL, "hidden_size": hidden, "intermediate_size": intermediate}
     return _in_memory(MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2))
 
 

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats import open_artifact
-from accullm_cli.formats.manifest import read_manifest
+from accullm_cli.formats import adopted, open_artifact
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint
@@ -29,7 +28,7 @@ from accullm_cli.model.text import validation_windows
 from accullm_cli.model.tokenizer import check_ids, load_tokenizer
 from accullm_cli.pipeline import named_original
 from accullm_cli.progress import Event, Progress, silent
-from accullm_cli.stages.artifact_weights import open_artifact_decoder
+from accullm_cli.stages.artifact_weights import ArtifactWeights, open_artifact_decoder
 from accullm_cli.stages.precision import products
 from accullm_cli.stages.streams import POSITIONS, advance
 
@@ -89,26 +88,32 @@ def diagnose(
     """Rank the parts of an artifact by what they cost.
 
     Args:
-        original: the model that it was made from, by default as its manifest names it.
+        artifact: its directory, or the file of somebody else that is one.
+        original: the model that it was made from, by default as its manifest names it. An artifact of another tool has
+            none, and that it was made from this model is not known.
         windows, seq_len: of the held-out text that is measured on.
 
     Raises:
         AccullmError: it is not an artifact, or was made from another model; the text is longer than the model's
             positions.
     """
-    manifest = read_manifest(artifact)
-    stored = open_artifact(artifact)
     with tempfile.TemporaryDirectory() as cache:
-        source = open_source(original or named_original(artifact, manifest.provenance), Path(cache), progress)
-        if manifest.provenance.get("source_sha256") != source.sha256:
-            raise AccullmError(
-                f"was made from another model than {source.origin}", artifact, "name its original with --original"
-            )
+        place = adopted(artifact, Path(cache) / "adopted") if artifact.is_file() else artifact
+        manifest = open_artifact(place).manifest
+        provenance = {} if manifest is None else manifest.provenance
+        source = open_source(original or named_original(artifact, provenance), Path(cache), progress)
+        if manifest is not None and provenance.get("source_sha256") != source.sha256:
+            raise _other_model(artifact, source.origin)
         tokenizer = load_tokenizer(source.directory)
         text = validation_windows("default", tokenizer, windows, seq_len, seed)
         check_ids(text.ids, tokenizer, source.directory)
         model = build_skeleton(source.directory, source.untied)
-        full, small = Decoder(model, Checkpoint(source, model)), open_artifact_decoder(artifact)
+        full, small = Decoder(model, Checkpoint(source, model)), open_artifact_decoder(place)
+        if not _alike(full, small):
+            raise _other_model(artifact, source.origin)
+        assert isinstance(small.weights, ArtifactWeights)
+        stored = small.weights.artifact
+        assert isinstance(stored, StoredArtifact)
         with products("float32"):
             measured = _measure(full, small, stored, text.ids, by, progress)
         origin = source.origin
@@ -129,6 +134,17 @@ def diagnose(
         advice=_advice(found, stored.plan.bits_per_weight),
         parts=found,
     )
+
+
+def _other_model(artifact: Path, origin: str) -> AccullmError:
+    return AccullmError(f"was made from another model than {origin}", artifact, "name its original with --original")
+
+
+def _alike(full: Decoder, small: Decoder) -> bool:
+    """Whether both have the same linears, and parameters of the same shapes."""
+    first, second = ({name: own.shape for name, own in each.model.named_parameters()} for each in (full, small))
+    slots = [[slot.name for own in each.slots for slot in own] for each in (full, small)]
+    return slots[0] == slots[1] and all(first[name] == second[name] for name in first.keys() & second.keys())
 
 
 # -- forward passes ----------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ class Capabilities:
     readers: who reads it, and how much of it.
     all_alike: all linears that are quantized have one scheme, since there is room for one alone.
     config_key: what only its artifacts have in config.json; where it is empty, the quant_method of quantization_config
-        is the format's name.
+        is `quant_method`, by default the format's name, and its checkpoint_format is that, where there is one.
     other_kinds: its runtimes also read kinds of linears that it does not store, as they are in the source.
     module: what teaches transformers the format when it is imported. package: what transformers needs for it. With
         neither, transformers does not read it.
@@ -155,6 +155,8 @@ class Capabilities:
     readers: tuple[Reader, ...] = ()
     all_alike: bool = False
     config_key: str = ""
+    quant_method: str = ""
+    checkpoint_format: str = ""
     other_kinds: bool = True
     module: str = ""
     package: str = ""
@@ -169,7 +171,10 @@ class Capabilities:
         if self.config_key:
             return isinstance(config.get(self.config_key), dict)
         described = config.get("quantization_config")
-        return isinstance(described, dict) and described.get("quant_method") == name
+        if not isinstance(described, dict) or described.get("quant_method") != (self.quant_method or name):
+            return False
+        found = described.get("checkpoint_format", described.get("format"))
+        return self.checkpoint_format in ("", found)
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -280,6 +285,24 @@ _GGML = (
     _blocks("Q8_0", 8, 32, symmetric=True),
 )
 
+_GPTQ = Capabilities(
+    linears=(
+        Storable(
+            "integer from 1",
+            bits=(2, 3, 4, 8),
+            group_sizes=(32, 64, 128, WHOLE_ROWS),
+            in_multiple=32,
+            out_multiple=32,
+        ),
+    ),
+    kinds=("linear",),
+    outliers="not at all",
+    fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+    runtime="vLLM",
+    other_kinds=False,
+    loader="gptqmodel",
+)
+
 CAPABILITIES: Mapping[str, Capabilities] = {
     "accullm": Capabilities(
         linears=(
@@ -342,10 +365,13 @@ CAPABILITIES: Mapping[str, Capabilities] = {
     "mlx": Capabilities(
         linears=(Storable("affine", bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128), symmetric=(False,)),),
         embeddings=(Storable("affine", bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128), symmetric=(False,)),),
-        kinds=("linear",),
+        kinds=("linear", "expert"),
         outliers="as an adapter",
         adapter="mlx_lm",
         scale_dtype="of the model",
+        fused_experts="of a parameter",
+        runtime="mlx_lm",
+        names="of the checkpoint",
         config_key="quantization",
         other_kinds=False,
     ),
@@ -360,23 +386,14 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         suffix=".gguf",
         names_models="accullm_cli.formats.gguf",
     ),
-    "gptq": Capabilities(
-        linears=(
-            Storable(
-                "integer from 1",
-                bits=(2, 3, 4, 8),
-                group_sizes=(32, 64, 128, WHOLE_ROWS),
-                in_multiple=32,
-                out_multiple=32,
-            ),
-        ),
-        kinds=("linear",),
-        outliers="not at all",
-        fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
-        runtime="vLLM",
-        other_kinds=False,
-        loader="gptqmodel",
+    # Before the first version, which takes all other artifacts of GPTQ for its own.
+    "gptq_v2": replace(
+        _GPTQ,
+        linears=(replace(_GPTQ.linears[0], encoding="integer"),),
+        quant_method="gptq",
+        checkpoint_format="gptq_v2",
     ),
+    "gptq": _GPTQ,
     "awq": Capabilities(
         linears=(
             Storable(

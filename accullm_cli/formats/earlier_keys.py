@@ -1,6 +1,6 @@
 """Keys of config.json that transformers wrote up to version 4, for programs that read no others.
 
-Version 5 writes rotary frequencies and the order of layers under new keys. A program that does not know these takes
+Version 5 writes rotary frequencies, the order of layers and the number of experts under new keys. A program that does not know these takes
 its own default, and computes something else without a word.
 """
 
@@ -11,14 +11,17 @@ from typing import Any
 
 
 def with_earlier_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with `rope_theta`, `rope_scaling`, `rope_local_base_freq`, `partial_rotary_factor` and
-    `sliding_window_pattern` where only `rope_parameters` and `layer_types` say the same; nothing that is there changes.
+    """A config.json with `rope_theta`, `rope_scaling`, `rope_local_base_freq`, `partial_rotary_factor`,
+    `sliding_window_pattern` and `num_experts` where only `rope_parameters`, `layer_types` and `num_local_experts` say the
+    same; nothing that is there changes.
     """
     changed = dict(config)
     text = config.get("text_config")
     if isinstance(text, Mapping):
         changed["text_config"] = with_earlier_keys(text)
     found = {**_rotary_keys(config.get("rope_parameters")), **_pattern_key(config.get("layer_types"))}
+    if "num_local_experts" in config:
+        found["num_experts"] = config["num_local_experts"]
     return {**changed, **{key: value for key, value in found.items() if config.get(key) is None}}
 
 

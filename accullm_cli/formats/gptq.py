@@ -3,9 +3,9 @@
 For a linear P with weight [N, K], b bits and group size g; value = (code - zero) * scale:
 
 - P.qweight int32 [K*b/32, N]: codes packed densely along K, least significant bits first.
-- P.qzeros int32 [K/g, N*b/32]: zero points packed along N, each less one (checkpoint_format "gptq"; as they are in
-  "gptq_v2", which is read and not written). So a zero point of 0 cannot be stored: of 2**b - 1, which some writers
-  store for it, some readers make 0 and others 2**b.
+- P.qzeros int32 [K/g, N*b/32]: zero points packed along N, each less one (checkpoint_format "gptq"), or as they are
+  ("gptq_v2", a format of its own here). So the first has no zero point of 0: of 2**b - 1, which some writers store for
+  it, some readers make 0 and others 2**b.
 - P.scales float16 [K/g, N]; P.g_idx int32 [K]: the group of each input feature.
 
 Linears that differ from the rest are named in `dynamic`: "+:REGEX" with what they have, "-:REGEX" for those left as
@@ -35,7 +35,7 @@ from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.packing import pack, unpack
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 
-# What is added to stored zero points, by checkpoint_format.
+# What is added to stored zero points, by checkpoint_format, which is what the formats are called here.
 ZEROS_FROM = {"gptq": 1, "gptq_v2": 0}
 WIDTHS = (2, 3, 4, 8)
 # What vLLM calls the modules that it makes of several linears.
@@ -44,9 +44,10 @@ FUSED_NAMES |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
 
 class GptqFormat:
-    """Writer and reader of GPTQ's format."""
+    """Writer and reader of GPTQ's format, in one of its versions."""
 
-    name = "gptq"
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
         """Bytes that are stored for a linear: zero points in any case, and the group of each input feature."""
@@ -61,8 +62,13 @@ class GptqFormat:
             AccullmError: the plan is impossible.
         """
         refuse(self.name, parts, directory)
-        config = {**with_earlier_keys(parts.config), "quantization_config": quantization_config(parts.plan)}
-        assemble(directory, parts, self.name, config, placing(parts.plan, _encode))
+        config = {**with_earlier_keys(parts.config), "quantization_config": quantization_config(parts.plan, self.name)}
+
+        def encoded(name: str, stored: StoredLinear) -> dict[str, torch.Tensor]:
+            assert isinstance(stored, QuantizedLinear)
+            return encode(stored, ZEROS_FROM[self.name])
+
+        assemble(directory, parts, self.name, config, placing(parts.plan, encoded))
         self.open(directory)
 
     def open(self, directory: Path) -> GptqArtifact:
@@ -75,18 +81,19 @@ class GptqFormat:
         manifest = manifest_of(directory, self.name)
         added = _added_to_zeros(directory)
         plan = derived_plan(directory, files, added) if manifest is None else manifest.plan
-        return GptqArtifact(directory, plan, files, manifest, added)
+        return GptqArtifact(directory, self.name, plan, files, manifest, added)
 
 
-FORMAT = GptqFormat()
+FORMAT = GptqFormat("gptq")
 
 
 class GptqArtifact(StoredArtifact):
-    """An opened artifact of GPTQ's format."""
+    """An opened artifact of GPTQ's format, in either version."""
 
-    format = "gptq"
-
-    def __init__(self, path: Path, plan: Plan, files: TensorFiles, manifest: Manifest | None, added: int) -> None:
+    def __init__(
+        self, path: Path, format: str, plan: Plan, files: TensorFiles, manifest: Manifest | None, added: int
+    ) -> None:
+        self.format = format
         self._added = added
         super().__init__(path, plan, files, {n: linear_schema(row) for n, row in plan.quantized.items()}, manifest)
 
@@ -104,7 +111,7 @@ class GptqArtifact(StoredArtifact):
 # -- writing -----------------------------------------------------------------------------------------------
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
+def quantization_config(plan: Plan, checkpoint_format: str) -> dict[str, Any]:
     """What loaders read of config.json: the scheme that most linears have, and in `dynamic` those that differ."""
     schemes = {name: _scheme(row) for name, row in plan.linears.items()}
     quantized = [scheme for scheme in schemes.values() if scheme["bits"] != KEPT_BITS]
@@ -121,7 +128,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
             dynamic[f"+:{pattern}"] = scheme
     return {
         "quant_method": "gptq",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": checkpoint_format,
         **usual,
         "desc_act": False,
         "static_groups": False,
@@ -136,20 +143,19 @@ def _scheme(row: LinearPlan) -> dict[str, Any]:
     return {"bits": row.bits, "group_size": row.group_size, "sym": row.symmetric}
 
 
-def _encode(name: str, stored: StoredLinear) -> dict[str, torch.Tensor]:
-    assert isinstance(stored, QuantizedLinear)
-    return encode(stored)
+def encode(linear: QuantizedLinear, less: int = 1) -> dict[str, torch.Tensor]:
+    """The format's tensors, by suffix, of a linear without outliers.
 
-
-def encode(linear: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """The format's tensors, by suffix, of a linear without outliers and without a zero point of 0."""
+    Args:
+        less: what zero points are stored less by, see `ZEROS_FROM`; none of them is below it.
+    """
     zeros = linear.zeros
     if zeros is None:
         zeros = torch.full_like(linear.scales, 2 ** (linear.bits - 1), dtype=torch.uint8)
-    assert int(zeros.min()) > 0
+    assert int(zeros.min()) >= less
     return {
         "qweight": to_words(pack(linear.codes, linear.bits)).T.contiguous(),
-        "qzeros": to_words(pack((zeros - 1).T, linear.bits)),
+        "qzeros": to_words(pack((zeros - less).T, linear.bits)),
         "scales": linear.scales.T.contiguous(),
         "g_idx": (torch.arange(linear.codes.shape[1]) // linear.columns_per_group).to(torch.int32),
     }

@@ -5,6 +5,9 @@ For a linear or an embedding P with weight [N, K], b bits and group size g (mlx.
 - P.weight uint32 [N, K*b/32]: codes packed densely along K, least significant bits first.
 - P.scales, P.biases [N, K/g] in the model's dtype: value = code * scale + bias. (A bias of the linear is P.bias.)
 
+The experts of a layer, OWNER.experts.0.up_proj and so on in checkpoints, lie one behind the other in the tensors of
+OWNER.switch_mlp.up_proj, whose first dimension is theirs: [E, N, ...].
+
 config.json has "quantization": the usual bits and group_size, and under the full name of each module that differs its
 own. mlx rounds the product and the sum each to the dtype of the scales where it dequantizes; what is measured here are
 the values themselves, so that each of its weights in a dtype of unit roundoff u (2**-8 in bfloat16, 2**-11 in float16)
@@ -13,28 +16,31 @@ lies within u * (|code * scale| * (1 + u) + |value|) of ours. In float32 they ar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats.assemble import assemble, placing, refuse
-from accullm_cli.formats.base import Parts
+from accullm_cli.formats.assemble import assemble, read_shard, refuse
+from accullm_cli.formats.base import ModelShape, Parts
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.earlier_keys import with_earlier_keys
 from accullm_cli.formats.manifest import Manifest, manifest_of
 from accullm_cli.formats.objections import SCALE_DTYPES
-from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json
+from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, write_shard
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite, schema_bytes
 from accullm_cli.formats.words import to_octets, to_words, word_count
 from accullm_cli.quant.encodings.affine import AffineLinear
-from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.packing import pack, unpack
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 
 CONFIG_KEY = "quantization"
+# What mlx_lm calls the parts of an expert that checkpoints of Mixtral number.
+_OTHER_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 class MlxFormat:
@@ -55,15 +61,17 @@ class MlxFormat:
             AccullmError: the plan is impossible, or a scale or offset cannot be stored exactly in the model's dtype.
         """
         refuse(self.name, parts, directory)
+        shape = parts.shape
+        places = {name: place_of(name, shape.kinds, shape.stored_as) for name in parts.plan.quantized}
 
-        def encoded(name: str, stored: StoredLinear) -> dict[str, torch.Tensor]:
-            assert isinstance(stored, AffineLinear)
-            return encode(stored, parts.shape.dtype, name)
+        def place(source: Path, target: Path) -> None:
+            write_shard(target, dict(_converted(source, parts.plan, shape, places)))
 
-        described = quantization(parts.plan)
+        outside = ((_stored_name(name, shape), tensor) for name, tensor in parts.outside)
+        described = quantization(parts.plan, places)
         # mlx_lm writes it twice; other programs look under the second key, and refuse what they do not know.
         config = {**with_earlier_keys(parts.config), CONFIG_KEY: described, "quantization_config": described}
-        assemble(directory, parts, self.name, config, placing(parts.plan, encoded))
+        assemble(directory, replace(parts, outside=outside), self.name, config, place)
         self.open(directory)
 
     def open(self, directory: Path) -> MlxArtifact:
@@ -87,10 +95,38 @@ class MlxArtifact(StoredArtifact):
     format = "mlx"
 
     def __init__(self, path: Path, plan: Plan, files: TensorFiles, manifest: Manifest | None) -> None:
-        schema = {
-            name: linear_schema(linear, scale_dtype(path, files, name)) for name, linear in plan.quantized.items()
-        }
-        super().__init__(path, plan, files, schema, manifest)
+        stored_as, kinds = ({}, {}) if manifest is None else (manifest.stored_as, manifest.kinds)
+        self._places = {name: place_of(name, kinds, stored_as) for name in plan.quantized}
+        self._experts = Counter(place.modules for place in self._places.values() if place.number is not None)
+        # Experts are read one after the other, and their stack once.
+        self._stack: tuple[tuple[str, ...], dict[str, torch.Tensor]] = ((), {})
+        schema: dict[str, dict[str, TensorSchema]] = {}
+        for name, row in plan.quantized.items():
+            modules = self._places[name].modules
+            own = replace(row, out_features=row.out_features // len(modules))
+            schema[name] = {}
+            for module in modules:
+                dtype = scale_dtype(path, files, module)
+                schema[name] |= linear_schema(replace(own, name=module), dtype, self._experts.get(modules))
+        others = {name: names[0] for name, names in stored_as.items() if name not in schema and len(names) == 1}
+        super().__init__(path, plan, files.renamed(others), schema, manifest)
+
+    def linear_bytes(self, name: str) -> int:
+        """See `StoredArtifact.linear_bytes`; an expert has its share of the stack."""
+        place = self._places.get(name)
+        return super().linear_bytes(name) // (1 if place is None else self._experts.get(place.modules, 1))
+
+    def _stored(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a quantized linear by suffix, those of several modules one below the other."""
+        if name not in self.schema:
+            return super()._stored(name)
+        place = self._places[name]
+        stored = self._stack[1] if self._stack[0] == place.modules else self.files.tensors(self.schema[name])
+        if place.number is not None:
+            self._stack = place.modules, stored
+            stored = {tensor: stack[place.number] for tensor, stack in stored.items()}
+        suffixes = dict.fromkeys(tensor.rpartition(".")[2] for tensor in stored)
+        return {suffix: torch.cat([stored[f"{module}.{suffix}"] for module in place.modules]) for suffix in suffixes}
 
     def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> AffineLinear:
         return decode(stored, self.plan.quantized[name])
@@ -103,9 +139,36 @@ class MlxArtifact(StoredArtifact):
 # -- writing -----------------------------------------------------------------------------------------------
 
 
-def quantization(plan: Plan) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Place:
+    """Where a linear lies: the modules whose rows are its own, in order; of an expert, its number in their stacks."""
+
+    modules: tuple[str, ...]
+    number: int | None
+
+
+def place_of(name: str, kinds: Mapping[str, str], stored_as: Mapping[str, tuple[str, ...]]) -> Place:
+    """The place of a linear or an embedding.
+
+    Args:
+        kinds, stored_as: as in `ModelShape`.
+    """
+    names = stored_as.get(name, (name,))
+    if kinds.get(name) != "expert":
+        return Place(names, None)
+    modules = []
+    for expert in names:
+        owner, _, rest = expert.partition(".experts.")
+        last = rest.partition(".")[2]
+        modules.append(f"{owner}.switch_mlp.{_OTHER_NAMES.get(last, last)}")
+    return Place(tuple(modules), int(name.rpartition(".")[2]))
+
+
+def quantization(plan: Plan, places: Mapping[str, Place]) -> dict[str, Any]:
     """What mlx_lm reads of config.json: the scheme that most have, and each that differs by its full name."""
-    schemes = {name: (linear.group_size, linear.bits) for name, linear in plan.quantized.items()}
+    schemes = {
+        module: (row.group_size, row.bits) for name, row in plan.quantized.items() for module in places[name].modules
+    }
     usual = max(dict.fromkeys(schemes.values()), key=list(schemes.values()).count)
     described = {name: _scheme(*scheme) for name, scheme in schemes.items() if scheme != usual}
     return {**_scheme(*usual), **described}
@@ -113,6 +176,32 @@ def quantization(plan: Plan) -> dict[str, Any]:
 
 def _scheme(group_size: int, bits: int) -> dict[str, int]:
     return {"group_size": group_size, "bits": bits}
+
+
+def _converted(
+    source: Path, plan: Plan, shape: ModelShape, places: Mapping[str, Place]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a block: quantized linears in this format, their experts stacked, the rest as it is."""
+    stacks: dict[str, dict[int, torch.Tensor]] = {}
+    for name, stored in read_shard(source, plan):
+        if isinstance(stored, torch.Tensor):
+            yield _stored_name(name, shape), stored
+            continue
+        assert isinstance(stored, AffineLinear)
+        place = places[name]
+        for suffix, tensor in encode(stored, shape.dtype, name).items():
+            for module, rows in zip(place.modules, tensor.chunk(len(place.modules)), strict=True):
+                if place.number is None:
+                    yield f"{module}.{suffix}", rows
+                else:
+                    stacks.setdefault(f"{module}.{suffix}", {})[place.number] = rows
+    for name, experts in stacks.items():
+        yield name, torch.stack([experts[number] for number in range(len(experts))])
+
+
+def _stored_name(name: str, shape: ModelShape) -> str:
+    """What a tensor that is stored as it is is called."""
+    return name if name in shape.kept else shape.stored_as.get(name, (name,))[0]
 
 
 def encode(linear: AffineLinear, dtype: torch.dtype, where: object) -> dict[str, torch.Tensor]:
@@ -149,13 +238,13 @@ def decode(tensors: Mapping[str, torch.Tensor], plan: LinearPlan) -> AffineLinea
     )
 
 
-def linear_schema(linear: LinearPlan, dtype: torch.dtype) -> dict[str, TensorSchema]:
-    """The tensors of one quantized linear or embedding by full name."""
-    rows, name = linear.out_features, linear.name
+def linear_schema(linear: LinearPlan, dtype: torch.dtype, experts: int | None = None) -> dict[str, TensorSchema]:
+    """The tensors of one quantized linear or embedding by full name, or of so many experts of its shape."""
+    rows, name, stack = linear.out_features, linear.name, () if experts is None else (experts,)
     return {
-        f"{name}.weight": TensorSchema(torch.uint32, (rows, word_count(linear.in_features, linear.bits))),
-        f"{name}.scales": TensorSchema(dtype, (rows, linear.groups)),
-        f"{name}.biases": TensorSchema(dtype, (rows, linear.groups)),
+        f"{name}.weight": TensorSchema(torch.uint32, (*stack, rows, word_count(linear.in_features, linear.bits))),
+        f"{name}.scales": TensorSchema(dtype, (*stack, rows, linear.groups)),
+        f"{name}.biases": TensorSchema(dtype, (*stack, rows, linear.groups)),
     }
 
 

@@ -35,6 +35,7 @@ def objections(name: str, plan: Plan, shape: ModelShape) -> list[Objection]:
         *_row_objections(name, linears, shape.kinds),
         *(_row_objections(name, embeddings, dict.fromkeys(plan.embeddings, "embedding")) if format.embeddings else ()),
         *_name_objections(name, format, linears, shape),
+        *(() if format.other_kinds else _kept_expert_objections(name, plan, shape)),
         *_outlier_objections(name, format, linears),
         *_scale_objections(name, format, plan, shape),
         *_fused_objections(name, format, plan, shape),
@@ -166,10 +167,21 @@ def _name_objections(
     if found:
         parameter = found[0].name.rpartition(".")[0]
         another = _or_another(name, lambda other: "expert" in other.kinds and other.names == "of the module tree")
+        keep = f"keep them (--keep '*.{parameter.rpartition('.')[2]}.*'){another}"
         yield Objection(
             f"{name} stores experts one by one, and transformers has no names of that kind for {parameter} of a "
             f"{shape.model_type} model",
-            f"keep them (--keep '*.{parameter.rpartition('.')[2]}.*'){another}",
+            keep if format.other_kinds else another.removeprefix(", or "),
+        )
+
+
+def _kept_expert_objections(name: str, plan: Plan, shape: ModelShape) -> Iterator[Objection]:
+    """Where only codes are stored of experts."""
+    kept = [row for row in plan.linears.values() if row.bits == KEPT_BITS and shape.kinds[row.name] == "expert"]
+    if kept and "expert" in CAPABILITIES[name].kinds:
+        yield Objection(
+            f"{name} stores experts as codes only, and {kept[0].name} is to stay in 16 bits{_more(kept)}",
+            f"keep none of them{_or_another(name, lambda other: 'expert' in other.kinds and other.other_kinds)}",
         )
 
 

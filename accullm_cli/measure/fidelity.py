@@ -71,7 +71,7 @@ def divergence_found_elsewhere(name: str, found: Fidelity) -> Measurement:
 
 
 def divergence_found_alone(found: Fidelity) -> Measurement:
-    """Of the artifact's own weights, which are not made to stand alone; no condition names a figure."""
+    """Of the artifact's own weights, as who does not load the adapter has them; no condition names a figure."""
     labels = {"mean_kl": "mean KL, no adapter"}
     return Measurement(
         measure=DIVERGENCE_WITHOUT_ADAPTER,

@@ -10,6 +10,9 @@ B is stored in float16, so that a column differs from its original w by no more 
 
 and the rounding of the sum to the dtype it is computed in. |w - Q| is half a step of the grid, or what the column lies
 beyond it; 2^-25 is half of float16's smallest step.
+
+The artifact's own files alone should be of use, too. So the grid counts these columns a little (`BESIDE_WEIGHT` in
+quant.rounding), and their codes make up for what the others lost.
 """
 
 from __future__ import annotations
@@ -22,10 +25,14 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import StoredLinear
+from accullm_cli.quant.feedback import factor_hessian, round_with_feedback
 from accullm_cli.quant.grid import Grid, row_chunks
 from accullm_cli.quant.linear import check_outlier_index
+from accullm_cli.quant.loops import COMPILED, Loops
 from accullm_cli.quant.plan import LinearPlan
 
+# Of the outliers' Hessian. They are few and large; the damping of all columns would drown what they share.
+DAMPING = 0.01
 SUFFIXES = ("outlier_index", "outlier_correction")
 CORRECTION_DTYPE = torch.float16
 
@@ -64,7 +71,7 @@ def store_linear(
     """A linear as its row of the plan stores it; no value changes but those of corrected columns, by their bound.
 
     Args:
-        grid, codes: see `Encoding.store`. The codes of corrected columns become the nearest ones.
+        grid, codes: see `Encoding.store`. Codes of corrected columns are stored as they are: `codes_after_the_rest`.
         outliers: int64 [n], ascending. kept: their weights [N, n].
 
     Raises:
@@ -73,17 +80,43 @@ def store_linear(
     encoding = ENCODINGS[row.encoding]
     if not row.adapter or not len(outliers):
         return encoding.store(grid, codes, row, outliers, kept)
-    start = 0
-    for part in row_chunks(codes):
-        rows = slice(start, start := start + len(part))
-        target = torch.zeros(part.shape, dtype=grid.scale.dtype, device=part.device)
-        target[:, outliers] = kept[rows].to(target.dtype)
-        codes[rows, outliers] = grid.rows(rows).round_to_nearest(target)[:, outliers].to(torch.uint8)
     base = encoding.store(grid, codes, row, outliers[:0], kept[:, :0])
     correction = (kept.float() - base.dequantize(torch.float32)[:, outliers]).to(CORRECTION_DTYPE)
     if not correction.isfinite().all():
         raise AccullmError("an outlier feature's weights are beyond what float16 holds", row.name, "use --outliers 0")
     return CorrectedLinear(base, outliers.to(torch.int32), correction.contiguous())
+
+
+def codes_after_the_rest(
+    target: torch.Tensor,
+    grid: Grid,
+    codes: torch.Tensor,
+    outliers: torch.Tensor,
+    hessian: torch.Tensor,
+    where: str,
+    loops: Loops = COMPILED,
+) -> torch.Tensor:
+    """Codes of corrected columns for readers without the correction: uint8 [N, n].
+
+    With the errors e of all other columns as they are, the loss is least where those of these columns are
+    -e H_ro H_oo^-1. So the columns come last in the order: rounded, with feedback among them, from what makes up for e.
+
+    Args:
+        target: W*, [N, K]. codes: uint8 [N, K], of all other columns.
+        outliers: int64 [n], ascending.
+    """
+    own = hessian[outliers][:, outliers]
+    factor = factor_hessian(own, DAMPING, where=where)
+    own.diagonal().add_(factor.ridge)
+    between = hessian[:, outliers]
+    between[outliers] = 0
+    wanted = target[:, outliers].clone()
+    start = 0
+    for part in row_chunks(codes):
+        rows = slice(start, start := start + len(part))
+        error = target[rows] - grid.rows(rows).values(part.to(target.dtype))
+        wanted[rows] += torch.linalg.solve(own, (error @ between).T).T
+    return round_with_feedback(wanted, grid.of_columns(outliers), wanted[:, :0], factor, loops=loops)[0]
 
 
 def read_linear(tensors: Mapping[str, torch.Tensor], row: LinearPlan) -> StoredLinear:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TypeVar
 
 import torch
@@ -85,6 +86,12 @@ class Grid:
         """The grid of all rows, whose parts have changed."""
         every = [part._tensors() for part in parts]
         return replace(self, **{name: torch.cat([own[name] for own in every]) for name in every[0]})  # type: ignore[arg-type]
+
+    def of_columns(self: AnyGrid, index: torch.Tensor) -> AnyGrid:
+        """The grid of some columns, int64 [n], each of them a group."""
+        group = index // self.columns_per_group
+        own = {name: tensor[:, group] for name, tensor in self._tensors().items()}
+        return replace(self, columns_per_group=1, **own)  # type: ignore[arg-type]
 
     def where(self: AnyGrid, chosen: torch.Tensor, other: AnyGrid) -> AnyGrid:
         """This grid in the groups that are `chosen`, bool [N, G], and the other one elsewhere."""
@@ -176,22 +183,25 @@ def searched_grid(
     storable: StorableScales = ANY_SCALE,
     ignored: torch.Tensor | None = None,
     first_zero: int = 0,
+    ignored_weight: float = 0,
 ) -> Grid:
     """For each group the range, a fraction of the full one, with the least importance-weighted rounding error.
 
     Args:
         importance: [K], weight of a column's squared error; the Hessian's diagonal (the input's second moment).
+        ignored_weight: how much of that the columns have that the grid need not hold; with any, fractions of the
+            range of all columns are tried, too.
         (others: as for `minmax_grid`)
     """
     column_weight = importance.to(weight.dtype)
     if ignored is not None:
-        column_weight = column_weight.masked_fill(ignored, 0)
+        column_weight = torch.where(ignored, column_weight * ignored_weight, column_weight)
     parts: list[Grid] = []
     for part in row_chunks(weight):
-        low, high, size = _group_range(part, group_size, ignored)
+        ranges = [_group_range(part, group_size, without) for without in (ignored, *([None] if ignored_weight else []))]
         candidates = (
             _grid_of_range(low * fraction, high * fraction, bits, size, symmetric, storable, first_zero=first_zero)
-            for fraction in SEARCHED_RANGES
+            for (low, high, size), fraction in product(ranges, SEARCHED_RANGES)
         )
         parts.append(best_grid(part, column_weight, candidates))
     return parts[0].joined(parts)

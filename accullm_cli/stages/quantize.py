@@ -40,7 +40,7 @@ from accullm_cli.stages.stage import Before, Decision, Stage, Work, named
 from accullm_cli.stages.two_streams import TwoStreams
 from accullm_cli.stages.units import Unit, UnitRecord, load_record, shard_path, units_of, write_unit
 
-VERSION = 5
+VERSION = 6
 
 
 def quantize(job: Job, decision: Decision) -> Work:

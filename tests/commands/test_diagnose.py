@@ -153,3 +153,50 @@ def test_another_model_than_the_original_is_refused(made: tuple[Path, Path], tmp
     with pytest.raises(AccullmError) as error:
         diagnose(out, str(other))
     assert error.value.line() == f"{out}: was made from another model than {other}; name its original with --original"
+
+
+# -- artifacts of other tools --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "mlx", "gptq"])
+def test_what_another_tool_wrote_is_diagnosed_against_a_named_original(format: str, tmp_path: Path) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    settings = {"export__format": f"[{format}]", "plan__outliers": "null", "plan__group_size": "32"}
+    convert(fast_config(source, tmp_path / "out", **settings))
+    expected = diagnose(tmp_path / "out", str(source))
+    (tmp_path / "out" / "accullm.json").unlink()
+    found = diagnose(tmp_path / "out", str(source))
+    assert found.mean_kl == expected.mean_kl > 0
+    assert [part.gain for part in found.parts] == [part.gain for part in expected.parts]
+
+
+def test_names_of_checkpoints_are_those_of_the_model(tmp_path: Path) -> None:
+    """A mixture's experts are stored one by one, and called otherwise."""
+    source = make_checkpoint("mixtral", tmp_path / "model")
+    settings = {"export__format": "[compressed-tensors]", "plan__outliers": "null", "plan__group_size": "8"}
+    convert(fast_config(source, tmp_path / "out", **settings, plan__symmetric=True))
+    expected = diagnose(tmp_path / "out", str(source), by="linear")
+    (tmp_path / "out" / "accullm.json").unlink()
+    assert [(part.name, part.gain) for part in diagnose(tmp_path / "out", str(source), by="linear").parts] == [
+        (part.name, part.gain) for part in expected.parts
+    ]
+
+
+def test_without_a_name_the_original_is_asked_for(tmp_path: Path) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    convert(fast_config(source, tmp_path / "out", export__format="[mlx]", plan__outliers="null", plan__group_size="32"))
+    (tmp_path / "out" / "accullm.json").unlink()
+    with pytest.raises(AccullmError) as error:
+        diagnose(tmp_path / "out")
+    out = tmp_path / "out"
+    assert error.value.line() == f"{out}: was made from an unnamed model; name its place with --original"
+
+
+def test_a_model_that_is_built_otherwise_is_not_its_original(tmp_path: Path) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    convert(fast_config(source, tmp_path / "out", export__format="[mlx]", plan__outliers="null", plan__group_size="32"))
+    (tmp_path / "out" / "accullm.json").unlink()
+    out, other = tmp_path / "out", make_checkpoint("mixtral", tmp_path / "other")
+    with pytest.raises(AccullmError) as error:
+        diagnose(out, str(other))
+    assert error.value.line() == f"{out}: was made from another model than {other}; name its original with --original"

@@ -273,7 +273,7 @@ def test_group_sizes_that_do_not_divide_are_no_objection(bits: int) -> None:
 def test_names_of_formats_need_no_torch() -> None:
     code = "import sys, accullm_cli.formats as f; print(*f.FORMATS); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "accullm compressed-tensors mlx gguf gptq awq\n"
+    assert done.stdout == "accullm compressed-tensors mlx gguf gptq_v2 gptq awq\n"
 
 
 def test_the_card_lists_a_few_of_many_records_that_are_alike(tmp_path: Path) -> None:

@@ -11,16 +11,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats import FORMATS, artifact_format, open_artifact
+from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.formats.awq import decode, encode
 from accullm_cli.formats.base import ModelShape, Objection
 from accullm_cli.formats.objections import objections as objections_of
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
-from tests.artifacts import Made, empty, make_parts, quantize_nearest
+from tests.artifacts import (
+    Made,
+    assert_reads_back,
+    change_tensors,
+    edit_config,
+    empty,
+    make_parts,
+    quantize_nearest,
+    write,
+)
 from tests.tiny import tiny_llama, tiny_mixtral
 
 UP_PROJ = "model.layers.1.mlp.up_proj"
@@ -71,28 +80,13 @@ def made_of(tmp_path: Path, keep: tuple[str, ...] = ()) -> Made:
 
 
 def export(tmp_path: Path, made: Made) -> Path:
-    directory = empty(tmp_path / "artifact")
-    FORMATS["awq"].write(directory, made.parts)
-    return directory
+    return write("awq", tmp_path / "artifact", made)
 
 
 @pytest.mark.parametrize("foreign", [False, True])
 def test_an_artifact_reads_back(foreign: bool, tmp_path: Path) -> None:
     made = made_of(tmp_path, keep=("o_proj",))
-    directory = export(tmp_path, made)
-    plans = dict(made.parts.plan.linears)
-    if foreign:
-        (directory / "accullm.json").unlink()
-        plans = {name: plans[name] for name in made.linears}
-    assert artifact_format(directory) == "awq"
-    opened = open_artifact(directory)
-    assert dict(opened.plan.linears) == plans
-    for name, linear in made.linears.items():
-        assert torch.equal(opened.linear(name).dequantize(), linear.dequantize()), name
-    kept = "model.layers.0.self_attn.o_proj.weight"
-    assert torch.equal(opened.tensor(kept), made.reference.get_parameter(kept))
-    assert "model.layers.0.self_attn.q_proj.bias" in opened.names()
-    assert list(opened.problems()) == []
+    assert_reads_back("awq", export(tmp_path, made), made, foreign)
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -145,16 +139,7 @@ def test_damaged_tensors_are_refused(
     changes: dict[str, torch.Tensor | None], manifest: bool, message: str, tmp_path: Path
 ) -> None:
     directory = export(tmp_path, made_of(tmp_path))
-    tensors = load_file(directory / BLOCK)
-    for suffix, tensor in changes.items():
-        tensors.pop(f"{UP_PROJ}.{suffix}")
-        if tensor is not None:
-            tensors[f"{UP_PROJ}.{suffix}"] = tensor
-    save_file(tensors, directory / BLOCK)
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    files = {name: file for name, file in index["weight_map"].items() if file != BLOCK}
-    index["weight_map"] = files | dict.fromkeys(tensors, BLOCK)
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    change_tensors(directory, BLOCK, UP_PROJ, changes)
     if not manifest:
         (directory / "accullm.json").unlink()
     with pytest.raises(AccullmError) as error:
@@ -172,9 +157,7 @@ def test_damaged_tensors_are_refused(
 )
 def test_other_schemes_of_the_family_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     directory = export(tmp_path, made_of(tmp_path))
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] |= changes
-    (directory / "config.json").write_text(json.dumps(config))
+    edit_config(directory, **changes)
     with pytest.raises(AccullmError) as error:
         open_artifact(directory)
     assert error.value.line() == f"{directory}/config.json: {message}"

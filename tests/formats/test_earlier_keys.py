@@ -69,3 +69,9 @@ def test_transformers_reads_the_same_from_either(model_type: str) -> None:
         read = CONFIG_MAPPING[model_type].from_dict(written)
         assert read.rope_parameters == new.rope_parameters
         assert getattr(read, "layer_types", None) == getattr(new, "layer_types", None)
+
+
+def test_the_number_of_experts_has_the_key_of_before() -> None:
+    assert with_earlier_keys({"num_local_experts": 8})["num_experts"] == 8
+    assert with_earlier_keys({"num_local_experts": 8, "num_experts": 4})["num_experts"] == 4
+    assert "num_experts" not in with_earlier_keys({"hidden_size": 8})

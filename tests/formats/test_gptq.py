@@ -12,16 +12,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats import FORMATS, artifact_format, open_artifact
+from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.formats.base import ModelShape, Objection
 from accullm_cli.formats.gptq import ReorderedLinear, decode, encode, quantization_config
 from accullm_cli.formats.objections import objections as objections_of
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
-from tests.artifacts import Made, empty, make_parts, quantize_nearest
+from tests.artifacts import (
+    Made,
+    assert_reads_back,
+    change_tensors,
+    edit_config,
+    empty,
+    make_parts,
+    quantize_nearest,
+    write,
+)
 from tests.tiny import tiny_llama, tiny_mixtral
 
 UP_PROJ = "model.layers.1.mlp.up_proj"
@@ -68,22 +77,27 @@ def dequantized(tensors: dict[str, torch.Tensor], bits: int, added: int = 1) -> 
     st.sampled_from(WIDTHS),
     st.sampled_from([32, 64, -1]),
     st.booleans(),
+    st.sampled_from([("gptq", 1), ("gptq_v2", 0)]),
     st.integers(0, 9),
 )
 def test_an_unpacker_by_the_description_finds_our_weights(
-    rows: int, groups: int, bits: int, group_size: int, symmetric: bool, seed: int
+    rows: int, groups: int, bits: int, group_size: int, symmetric: bool, version: tuple[str, int], seed: int
 ) -> None:
+    name, less = version
     shape = (32 * rows, 32 * groups if group_size == -1 else groups * group_size)
-    linear = linear_of(*shape, bits, group_size, symmetric, seed)
-    tensors, row = encode(linear), row_of(*shape, bits, group_size, symmetric)
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    weight[0] = weight[0].abs()  # whose zero points are 0
+    linear = (quantize_from_one if less else quantize_nearest)(weight, bits, group_size, symmetric)
+    assert symmetric or less or 0 in linear.zeros
+    tensors, row = encode(linear, less), row_of(*shape, bits, group_size, symmetric)
     expected = linear.dequantize(torch.float64).numpy()
-    np.testing.assert_array_equal(dequantized(tensors, bits).astype(np.float32), expected)
-    read = decode(tensors, row, 1, "here")
+    np.testing.assert_array_equal(dequantized(tensors, bits, less).astype(np.float32), expected)
+    read = decode(tensors, row, less, "here")
     assert isinstance(read, QuantizedLinear)
     assert torch.equal(read.codes, linear.codes)
     assert (read.zeros is None) == symmetric
     assert torch.equal(read.dequantize(), linear.dequantize())
-    assert sum(tensor.nbytes for tensor in tensors.values()) == FORMATS["gptq"].linear_bytes(row, torch.bfloat16)
+    assert sum(tensor.nbytes for tensor in tensors.values()) == FORMATS[name].linear_bytes(row, torch.bfloat16)
 
 
 def test_the_bytes_of_a_tiny_linear() -> None:
@@ -121,9 +135,7 @@ def made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed: bool = False
 
 
 def export(tmp_path: Path, made: Made) -> Path:
-    directory = empty(tmp_path / "artifact")
-    FORMATS["gptq"].write(directory, made.parts)
-    return directory
+    return write("gptq", tmp_path / "artifact", made)
 
 
 @pytest.mark.parametrize("foreign", [False, True])
@@ -132,20 +144,27 @@ def test_an_artifact_reads_back(
     mixed: bool, symmetric: bool, foreign: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = made_of(tmp_path, monkeypatch, mixed, symmetric)
-    directory = export(tmp_path, made)
-    plans = dict(made.parts.plan.linears)
-    if foreign:
-        (directory / "accullm.json").unlink()
-        plans = {name: plans[name] for name in made.linears}
-    assert artifact_format(directory) == "gptq"
-    opened = open_artifact(directory)
-    assert dict(opened.plan.linears) == plans
-    for name, linear in made.linears.items():
-        assert torch.equal(opened.linear(name).dequantize(), linear.dequantize()), name
-    norm = "model.layers.0.input_layernorm.weight"
-    assert torch.equal(opened.tensor(norm), made.reference.get_parameter(norm))
-    assert "model.layers.0.self_attn.q_proj.bias" in opened.names()
-    assert list(opened.problems()) == []
+    assert_reads_back("gptq", export(tmp_path, made), made, foreign)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_an_artifact_of_version_2_reads_back_with_zero_points_from_0(foreign: bool, tmp_path: Path) -> None:
+    model = tiny_llama()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data[0].abs_()
+    made = make_parts(model, tmp_path / "run", 4, 32)
+    assert all(0 in linear.zeros for linear in made.linears.values())
+    directory = write("gptq_v2", tmp_path / "artifact", made)
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["checkpoint_format"]) == ("gptq", "gptq_v2")
+    assert_reads_back("gptq_v2", directory, made, foreign)
+
+
+def test_version_1_does_not_hold_a_zero_point_of_0(tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run", 4, 32)
+    with pytest.raises(AccullmError, match=r"gptq does not store the encoding integer, which .* is to have"):
+        write("gptq", tmp_path / "artifact", made)
 
 
 def test_config_has_one_scheme_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +188,7 @@ def test_config_names_what_differs_also_by_the_names_of_fused_modules(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = made_of(tmp_path, monkeypatch, mixed=True).parts.plan
-    config = quantization_config(plan)
+    config = quantization_config(plan, "gptq")
     assert (config["bits"], config["group_size"]) == (4, 32)
 
     def rule(name: str) -> tuple[str, dict[str, object]] | None:
@@ -192,25 +211,9 @@ def test_config_names_what_differs_also_by_the_names_of_fused_modules(
 
 def damaged(directory: Path, manifest: bool = False, **changes: torch.Tensor | None) -> None:
     """Change tensors of one linear, or drop them."""
-    tensors = load_file(directory / BLOCK)
-    for suffix, tensor in changes.items():
-        tensors.pop(f"{UP_PROJ}.{suffix}")
-        if tensor is not None:
-            tensors[f"{UP_PROJ}.{suffix}"] = tensor
-    save_file(tensors, directory / BLOCK)
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    files = {name: file for name, file in index["weight_map"].items() if file != BLOCK}
-    index["weight_map"] = files | dict.fromkeys(tensors, BLOCK)
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    change_tensors(directory, BLOCK, UP_PROJ, changes)
     if not manifest:
         (directory / "accullm.json").unlink()
-
-
-def edit_config(directory: Path, **changes: object) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] |= changes
-    config["quantization_config"] = {k: v for k, v in config["quantization_config"].items() if v is not None}
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 def test_zero_points_of_version_2_are_stored_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +222,7 @@ def test_zero_points_of_version_2_are_stored_as_they_are(tmp_path: Path, monkeyp
     (directory / "accullm.json").unlink()
     edit_config(directory, checkpoint_format="gptq_v2")
     opened = open_artifact(directory)
+    assert opened.format == "gptq_v2"
     linear = made.linears[UP_PROJ]
     expected = dataclasses.replace(linear, zeros=linear.zeros - 1)
     assert torch.equal(opened.linear(UP_PROJ).dequantize(), expected.dequantize())

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, artifact_format, open_artifact
 from accullm_cli.formats.base import ModelShape, Objection
-from accullm_cli.formats.mlx import decode, encode, quantization
+from accullm_cli.formats.mlx import decode, encode, place_of, quantization
 from accullm_cli.formats.objections import objections as objections_of
 from accullm_cli.quant.encodings.affine import AffineLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
-from tests.artifacts import Made, empty, make_parts, quantize_affine
+from tests.artifacts import Made, change_tensors, empty, make_parts, quantize_affine, write
 from tests.tiny import tiny_gemma3, tiny_llama, tiny_mixtral, tokens
 
 try:
@@ -155,7 +155,8 @@ def test_config_says_what_most_have_and_what_differs() -> None:
     rows = {name: linear(name, bits, size) for name, bits, size in (("a", 4, 64), ("b", 4, 32), ("c", 4, 64))}
     kept = LinearPlan("d", 96, 64, 16, -1, False)
     plan = Plan({**rows, "d": kept}, embeddings={"e": linear("e", 8, 64)})
-    assert quantization(plan) == {
+    places = {name: place_of(name, {}, {}) for name in plan.quantized}
+    assert quantization(plan, places) == {
         "group_size": 64,
         "bits": 4,
         "b": {"group_size": 32, "bits": 4},
@@ -237,15 +238,7 @@ def test_damaged_tensors_are_refused(
 ) -> None:
     directory = export(tmp_path, made_of(tmp_path))
     block = "model-00002-of-00003.safetensors"
-    tensors = load_file(directory / block)
-    tensors.pop(f"{UP_PROJ}.{suffix}")
-    if tensor is not None:
-        tensors[f"{UP_PROJ}.{suffix}"] = tensor
-    save_file(tensors, directory / block)
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    files = {name: file for name, file in index["weight_map"].items() if file != block}
-    index["weight_map"] = files | dict.fromkeys(tensors, block)
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    change_tensors(directory, block, UP_PROJ, {suffix: tensor})
     if not manifest:
         (directory / "accullm.json").unlink()
     with pytest.raises(AccullmError) as error:
@@ -365,13 +358,54 @@ def test_what_does_not_fit(row: LinearPlan, what: str, hint: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize(
-    ("kind", "words"), [("conv1d", "a Conv1D layer"), ("expert", "an expert in a stacked parameter")]
-)
-def test_other_kinds_of_layers_also_where_they_are_kept(kind: str, words: str, bits: int) -> None:
+def test_other_kinds_of_layers_also_where_they_are_kept(bits: int) -> None:
     """mlx_lm would look for them under other names."""
-    assert objections(linear(bits=bits), kind=kind) == [
-        Objection(f"mlx holds torch.nn.Linear only, and p is {words}", "export to the format accullm")
+    assert objections(linear(bits=bits), kind="conv1d") == [
+        Objection(
+            "mlx holds torch.nn.Linear and stacked experts only, and p is a Conv1D layer",
+            "export to the format accullm",
+        )
+    ]
+
+
+def expert_objections(*rows: LinearPlan, named: bool = True) -> list[Objection]:
+    plan = Plan({row.name: row for row in rows})
+    stored_as = {row.name: (f"{row.name}.part",) for row in rows} if named else {}
+    shape = ModelShape("gpt_oss", torch.float16, dict.fromkeys(plan.linears, "expert"), stored_as=stored_as)
+    return objections_of("mlx", plan, shape)
+
+
+@pytest.mark.parametrize(
+    ("other", "named", "what", "hint"),
+    [
+        (
+            {"bits": 8},
+            True,
+            "readers of mlx take all experts of a parameter to be stored alike, and layers.0.mlp.experts.up.0 and its "
+            "partners are stored in several ways",
+            "give them one number of bits and one group size, or export to the format accullm",
+        ),
+        (
+            {},
+            False,
+            "mlx stores experts one by one, and transformers has no names of that kind for layers.0.mlp.experts.up of "
+            "a gpt_oss model",
+            "export to the format accullm",
+        ),
+    ],
+)
+def test_experts_that_do_not_fit(other: dict[str, int], named: bool, what: str, hint: str) -> None:
+    rows = linear("layers.0.mlp.experts.up.0"), linear("layers.0.mlp.experts.up.1", **other)
+    assert expert_objections(rows[0], linear("layers.0.mlp.experts.up.1")) == []
+    assert expert_objections(*rows, named=named) == [Objection(what, hint)]
+
+
+def test_experts_that_are_to_be_kept() -> None:
+    assert expert_objections(linear("layers.0.mlp.experts.up.0", bits=16)) == [
+        Objection(
+            "mlx stores experts as codes only, and layers.0.mlp.experts.up.0 is to stay in 16 bits",
+            "keep none of them, or export to the format accullm",
+        )
     ]
 
 
@@ -384,8 +418,68 @@ def test_float16_scales_for_a_bfloat16_model() -> None:
     ]
 
 
-def test_writing_experts_is_refused(tmp_path: Path) -> None:
-    made = make_parts(tiny_mixtral(), tmp_path / "run", group_size=8, encoding="affine", keep=tuple("0123"))
-    with pytest.raises(AccullmError, match=r"mlx holds torch\.nn\.Linear only, and .* is an expert in a stacked"):
-        FORMATS["mlx"].write(empty(tmp_path / "artifact"), made.parts)
-    assert list((tmp_path / "artifact").iterdir()) == []
+# -- a mixture of experts ------------------------------------------------------------------------------------
+
+
+KINDS = ("weight", "scales", "biases")
+
+
+def described(tensors: dict[str, torch.Tensor], bits: int, group_size: int) -> np.ndarray:
+    """The weight [N, K] in float32, as the format is described."""
+    scales, biases = (tensors[kind].double().numpy().repeat(group_size, 1) for kind in ("scales", "biases"))
+    return (unpacked(tensors["weight"], bits) * scales + biases).astype(np.float32)
+
+
+def mixture(tmp_path: Path) -> Made:
+    """Two experts' parameters of other bits."""
+    model = tiny_mixtral(hidden=64, intermediate=96)
+    others = {f"down_proj.{expert}": (3, 32) for expert in range(4)}
+    return make_parts(model, tmp_path / "run", encoding="affine", others=others, scale_dtype="bfloat16")
+
+
+def test_experts_lie_one_behind_the_other(tmp_path: Path) -> None:
+    made = mixture(tmp_path)
+    directory = write("mlx", tmp_path / "artifact", made)
+    opened = open_artifact(directory)
+    stored = {name: opened.files.tensor(name) for name in opened.files.infos}
+    owner, tree = "model.layers.1.block_sparse_moe", "model.layers.1.mlp"
+    assert {name.removeprefix(f"{owner}.") for name in stored if name.startswith(owner)} == {
+        f"switch_mlp.{part}.{kind}"
+        for part in ("gate_proj", "up_proj", "down_proj")
+        for kind in ("weight", "scales", "biases")
+    }
+    for parameter, parts, bits in (("gate_up_proj", ("gate_proj", "up_proj"), 4), ("down_proj", ("down_proj",), 3)):
+        for expert in range(4):
+            rows = made.linears[f"{tree}.experts.{parameter}.{expert}"].dequantize().chunk(len(parts))
+            for part, expected in zip(parts, rows, strict=True):
+                own = {kind: stored[f"{owner}.switch_mlp.{part}.{kind}"][expert] for kind in KINDS}
+                np.testing.assert_array_equal(described(own, bits, 32), expected.numpy())
+    config = json.loads((directory / "config.json").read_text())["quantization"]
+    assert (config["bits"], config["group_size"]) == (4, 32)
+    assert config[f"{owner}.switch_mlp.down_proj"] == {"group_size": 32, "bits": 3}
+    assert len(config) == 4
+
+
+def test_experts_read_back(tmp_path: Path) -> None:
+    made = mixture(tmp_path)
+    opened = open_artifact(write("mlx", tmp_path / "artifact", made))
+    assert dict(opened.plan.linears) == dict(made.parts.plan.linears)
+    for name, linear in made.linears.items():
+        assert torch.equal(opened.linear(name).dequantize(), linear.dequantize()), name
+    gate = "model.layers.1.mlp.gate.weight"
+    assert torch.equal(opened.tensor(gate), made.reference.get_parameter(gate))
+    assert gate in opened.names()
+    assert list(opened.problems()) == []
+    codes = [tensor for tensors in opened.schema.values() for tensor in tensors]
+    assert sum(map(opened.linear_bytes, opened.schema)) == sum(opened.files.infos[name].bytes for name in set(codes))
+    planned = FORMATS["mlx"].linear_bytes
+    assert all(opened.linear_bytes(n) == planned(row, torch.float32) for n, row in opened.plan.quantized.items())
+
+
+@needs_mlx
+def test_mlx_lm_loads_experts_with_equal_log_probabilities(tmp_path: Path) -> None:
+    made = mixture(tmp_path)
+    found = log_probabilities(write("mlx", tmp_path / "artifact", made), tokens())
+    with torch.no_grad():
+        expected = made.reference(tokens()).logits.log_softmax(-1).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)

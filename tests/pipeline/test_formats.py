@@ -17,13 +17,14 @@ from tests.streaming import fast_config
 
 NOT_RUN = {
     "mlx": "the mlx artifact was not run as users load it: transformers does not read this format",
+    "gptq_v2": "the gptq_v2 artifact was not run as users load it: gptqmodel compiles its kernels before it loads one",
     "gptq": "the gptq artifact was not run as users load it: gptqmodel compiles its kernels before it loads one",
     "awq": "the awq artifact was not run as users load it: gptqmodel compiles its kernels before it loads one",
 }
 
 
 def test_each_format_is_planned_rounded_written_and_measured(llama: Path, tmp_path: Path) -> None:
-    settings = {"export__format": "[mlx,gptq,awq]", "plan__outliers": "null", "plan__group_size": "null"}
+    settings = {"export__format": "[mlx,gptq_v2,gptq,awq]", "plan__outliers": "null", "plan__group_size": "null"}
     reports = convert_all(fast_config(llama, tmp_path / "out", **settings))
     original = load_file(llama / "model.safetensors")
     for report, name in zip(reports, NOT_RUN, strict=True):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.quant.correction import CorrectedLinear, read_linear, store_linear, without_correction
+from accullm_cli.quant import rounding
+from accullm_cli.quant.correction import DAMPING, CorrectedLinear, read_linear, store_linear, without_correction
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
@@ -72,16 +73,61 @@ def test_corrected_columns_are_the_originals_up_to_the_rounding_of_the_correctio
 
 
 @pytest.mark.parametrize("scheme", [("integer", False), ("integer", True), ("affine", False)])
-def test_without_the_correction_outliers_have_the_nearest_value_of_the_grid(scheme: tuple[str, bool]) -> None:
-    weight = draw(ROWS, 40)
-    weight[:, 7] *= 9  # beyond the grid
-    linear, grid, kept = stored(row(40, (3, 7, 33), 3, *scheme), weight)
-    base = without_correction(linear).dequantize()
-    every = torch.stack([grid.values(torch.full((ROWS, 40), float(code))) for code in range(8)])
-    for place, feature in enumerate((3, 7, 33)):
-        nearest = (every[:, :, feature] - kept[:, place].float()).abs().amin(0)
-        torch.testing.assert_close((base[:, feature] - kept[:, place].float()).abs(), nearest)
-    assert (base[:, 7] - kept[:, 1].float()).abs().max() > 1
+@pytest.mark.parametrize("count", [1, 3])
+def test_without_the_correction_the_last_outlier_has_the_code_of_least_loss(
+    scheme: tuple[str, bool], count: int
+) -> None:
+    """All others as they are, every code that it could have is tried. Small features make up for much of the others."""
+    problem = correlated_problem(ROWS, 48, 200, seed=5)
+    outliers = tuple(sorted(problem.hessian.diagonal().argsort()[:count].tolist()))
+    plan = row(48, outliers, 5, *scheme)
+    found = round_linears({"a": problem.weight}, {"a": plan}, RoundingOptions(), torch.bfloat16, problem.hessian)["a"]
+    base = without_correction(found.linear).dequantize(torch.float64)
+    own = problem.hessian.diagonal()[list(outliers)].double()
+    last = outliers[int(own.argmin())]
+    damped = problem.hessian.double().clone()
+    damped.diagonal().add_(DAMPING * own.mean())
+    # The grid of its group, from the values that its columns have.
+    stored = without_correction(found.linear)
+    values = torch.stack([grid_values(stored, code)[:, last] for code in range(32)], 1)  # [N, 32]
+    error = problem.weight.double() - base
+    losses = []
+    for code in range(32):
+        changed = error.clone()
+        changed[:, last] = problem.weight[:, last].double() - values[:, code]
+        losses.append(((changed @ damped) * changed).sum(1))
+    chosen = (values - base[:, last, None]).abs().argmin(1)
+    least = torch.stack(losses, 1)
+    assert (least.gather(1, chosen[:, None]).squeeze(1) <= least.amin(1) * (1 + 1e-4)).all()
+    nearest = (values - problem.weight[:, last, None]).abs().argmin(1)
+    assert not torch.equal(chosen, nearest)
+
+
+def grid_values(linear: object, code: int) -> torch.Tensor:
+    """What a code stands for in each place of a linear, float64 [N, K]."""
+    codes = torch.full_like(linear.codes, code)  # type: ignore[attr-defined]
+    return replace(linear, codes=codes).dequantize(torch.float64)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("encoding", ["integer", "affine"])
+def test_a_grid_counts_outliers_that_an_adapter_holds_a_little(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie far beyond the others, which gain from a fine grid."""
+    problem = correlated_problem(ROWS, 48, 200, seed=6)
+    weight = problem.weight.clone()
+    weight[:, 7] *= 3
+    plans = {"a": row(48, (7,), 4, encoding)}
+
+    def losses() -> tuple[float, float]:
+        found = round_linears({"a": weight}, plans, RoundingOptions(), torch.bfloat16, problem.hessian)["a"].linear
+        errors = [weight - own.dequantize() for own in (found, without_correction(found))]
+        both = [float(((error @ problem.hessian) * error).sum()) for error in errors]
+        return both[0], both[1]
+
+    beside, alone = losses()
+    monkeypatch.setattr(rounding, "BESIDE_WEIGHT", 0.0)
+    beside_before, alone_before = losses()
+    assert alone < 0.5 * alone_before
+    assert beside < 2 * beside_before
 
 
 def test_what_a_reader_has_rounded_is_not_rounded_again() -> None:
@@ -155,7 +201,11 @@ def test_a_shard_that_does_not_fit_is_refused(change: dict[str, torch.Tensor], m
 
 @pytest.mark.parametrize("mode", ["untouched", "compensating"])
 @pytest.mark.parametrize("method", ["nearest", "feedback"])
-def test_the_rest_is_rounded_as_beside_outliers_in_the_file(mode: str, method: str) -> None:
+def test_the_rest_is_rounded_as_beside_outliers_in_the_file(
+    mode: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same grid."""
+    monkeypatch.setattr(rounding, "BESIDE_WEIGHT", 0.0)
     problem = correlated_problem(ROWS, 48, 200, seed=3)
     plan = replace(LinearPlan("a", ROWS, 48, 3, 16, False, (2, 30)), adapter="peft")
     options = RoundingOptions(method=method, outlier_mode=mode)  # type: ignore[arg-type]

@@ -102,6 +102,22 @@ def test_the_format_of_hqq_is_read_element_by_element() -> None:
     assert weight.reshape(6, 4).tolist() == expected_weight(codes, zeros, scales, [0] * 4)
 
 
+def test_the_format_of_mlx_is_read_element_by_element() -> None:
+    codes, scales, biases = random_codes(6, 24), random_scales(6, 2), random_scales(6, 2) - 0.5
+    stored = {
+        "a.weight": packed(codes).view(torch.uint32),
+        "a.scales": scales.bfloat16(),
+        "a.biases": biases.bfloat16(),
+    }
+    weight = script.mlx_weight(stored, "a", 16)
+    assert weight.dtype == torch.float32
+    assert weight.tolist() == [
+        [codes[n, k].item() * scales[n, SHORT_LAST_GROUP[k]].item() + biases[n, SHORT_LAST_GROUP[k]].item()
+         for k in range(24)]
+        for n in range(6)
+    ]  # fmt: skip
+
+
 def quantized(weight: torch.Tensor, in_memory: torch.Tensor) -> object:
     stored = {
         "a.b.codes": torch.zeros(4, dtype=torch.int32),  # 128 bits

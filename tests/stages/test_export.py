@@ -371,4 +371,4 @@ def test_where_an_artifact_may_go(
 
 
 def test_every_format_that_can_be_asked_for_is_one() -> None:
-    assert list(FORMATS) == ["accullm", "compressed-tensors", "mlx", "gguf", "gptq", "awq"]
+    assert list(FORMATS) == ["accullm", "compressed-tensors", "mlx", "gguf", "gptq_v2", "gptq", "awq"]

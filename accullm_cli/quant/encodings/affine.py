@@ -8,8 +8,9 @@ of 16 bits one after the other, so that the offset makes up for what the scale l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -156,11 +157,12 @@ class AffineGroups(Encoding):
         importance: torch.Tensor | None = None,
         ignored: torch.Tensor | None = None,
         margin: float = 0,
+        ignored_weight: float = 0,
     ) -> tuple[AffineGrid, list[str]]:
         size = row.in_features if row.group_size == -1 else row.group_size
         column_weight = None if importance is None else importance.to(weight.dtype)
         if column_weight is not None and ignored is not None:
-            column_weight = column_weight.masked_fill(ignored, 0)
+            column_weight = torch.where(ignored, column_weight * ignored_weight, column_weight)
         parts, clamped, storable = [], 0, StorableScales(scale_dtype)
         for part in row_chunks(weight):
             low, high = _range(part, size, ignored)
@@ -169,7 +171,8 @@ class AffineGroups(Encoding):
             if column_weight is None:
                 parts.append(_spanning(low, high, row.bits, size, storable, margin))
                 continue
-            parts.append(_searched(part, column_weight, low, high, row.bits, size, storable))
+            ranges = [(low, high), *([_range(part, size, None)] if ignored_weight else [])]
+            parts.append(_searched(part, column_weight, ranges, row.bits, size, storable))
         sentences = []
         if clamped:
             of = f"{clamped} of {row.out_features * row.groups} groups"
@@ -231,8 +234,7 @@ def _range(weight: torch.Tensor, size: int, ignored: torch.Tensor | None) -> tup
 def _searched(
     weight: torch.Tensor,
     column_weight: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
+    ranges: Sequence[tuple[torch.Tensor, torch.Tensor]],
     bits: int,
     columns_per_group: int,
     storable: StorableScales,
@@ -242,7 +244,7 @@ def _searched(
     Codes are those of the nearest value, scale and offset the best for the codes, and so on, from several ranges.
 
     Args:
-        low, high: of each group, [N, G].
+        ranges: smallest and largest weight of each group, [N, G] both: what it starts from fractions of.
     """
 
     def summed(values: torch.Tensor) -> torch.Tensor:
@@ -250,7 +252,7 @@ def _searched(
 
     of_offset = summed(column_weight.expand_as(weight))
     best: AffineGrid | None = None
-    for fraction in STARTING_RANGES:
+    for (low, high), fraction in product(ranges, STARTING_RANGES):
         cut = (high - low) * (1 - fraction) / 2
         grid = _spanning(low + cut, high - cut, bits, columns_per_group, storable)
         for turn in range(TURNS + 1):

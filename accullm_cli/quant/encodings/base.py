@@ -74,6 +74,7 @@ class Encoding(ABC):
         importance: torch.Tensor | None = None,
         ignored: torch.Tensor | None = None,
         margin: float = 0,
+        ignored_weight: float = 0,
     ) -> tuple[Grid, list[str]]:
         """A grid whose every value can be stored, and a sentence for all that was treated otherwise than asked for.
 
@@ -83,6 +84,7 @@ class Encoding(ABC):
             importance: [K], weight of a column's squared error for a search; None to span the range of the weights.
             ignored: bool [K], columns that the grid need not hold.
             margin: codes kept free at either end, where the range is spanned; see `minmax_grid`.
+            ignored_weight: how much of its importance an ignored column's error has in a search.
         """
 
     @abstractmethod

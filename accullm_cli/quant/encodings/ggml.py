@@ -124,6 +124,7 @@ class GgmlBlocks(Encoding):
         importance: torch.Tensor | None = None,
         ignored: torch.Tensor | None = None,
         margin: float = 0,
+        ignored_weight: float = 0,
     ) -> tuple[BlockGrid, list[str]]:
         """See `Encoding.grid`. `scale_dtype` says nothing here: blocks hold float16 alone.
 
@@ -137,7 +138,7 @@ class GgmlBlocks(Encoding):
         mean = columns.mean()
         columns = torch.where(mean > 0, (columns / nonzero(mean)).clamp(min=LEAST_IMPORTANCE), 1)
         if ignored is not None:
-            columns = columns.masked_fill(ignored, 0)
+            columns = torch.where(ignored, columns * ignored_weight, columns)
         parts, clamped = [], 0
         for part in row_chunks(weight):
             search = BlockSearch(self.kind, part, columns)

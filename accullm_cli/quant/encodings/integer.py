@@ -51,6 +51,7 @@ class IntegerZero(Encoding):
         importance: torch.Tensor | None = None,
         ignored: torch.Tensor | None = None,
         margin: float = 0,
+        ignored_weight: float = 0,
     ) -> tuple[Grid, list[str]]:
         scheme = row.bits, row.group_size, row.symmetric
         storable = StorableScales(scale_dtype)
@@ -65,7 +66,7 @@ class IntegerZero(Encoding):
             sentences.append(f"{of} lie outside of what can be stored, {low:.3g} to {high:.3g}, and were clamped")
         if importance is None:
             return minmax_grid(weight, *scheme, storable, ignored, margin, self.first_zero), sentences
-        return searched_grid(weight, importance, *scheme, storable, ignored, self.first_zero), sentences
+        return searched_grid(weight, importance, *scheme, storable, ignored, self.first_zero, ignored_weight), sentences
 
     def store(
         self, grid: Grid, codes: torch.Tensor, row: LinearPlan, outliers: torch.Tensor, kept: torch.Tensor

@@ -1,0 +1,121 @@
+"""Reading compressed-tensors artifacts, ours and those of other tools, and what is refused of damaged ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.formats import open_artifact
+from tests.artifacts import change_tensors, edit_config, make_parts
+from tests.formats.compressed import UP_PROJ, export, read_config
+from tests.tiny import tiny_llama
+
+
+def test_an_exported_artifact_reads_back(tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run", keep=("o_proj",))
+    opened = open_artifact(export(tmp_path, made))
+    assert opened.format == "compressed-tensors"
+    assert list(opened.plan.linears.items()) == list(made.parts.plan.linears.items())
+    for name, linear in made.linears.items():
+        assert torch.equal(opened.linear(name).dequantize(), linear.dequantize()), name
+    assert torch.equal(opened.tensor("model.norm.weight"), made.reference.get_parameter("model.norm.weight"))
+    assert "model.layers.0.self_attn.q_proj.bias" in opened.names()
+
+
+def test_an_artifact_of_another_tool_reads_back_without_a_manifest(tmp_path: Path) -> None:
+    made = make_parts(tiny_llama(), tmp_path / "run", keep=("o_proj",))
+    directory = export(tmp_path, made)
+    (directory / "accullm.json").unlink()
+    opened = open_artifact(directory)
+    assert dict(opened.plan.linears) == {name: made.parts.plan.linears[name] for name in made.linears}
+    assert torch.equal(opened.linear(UP_PROJ).dequantize(), made.linears[UP_PROJ].dequantize())
+
+
+def test_other_compressions_of_the_package_are_refused(tmp_path: Path) -> None:
+    directory = export(tmp_path, make_parts(tiny_llama(), tmp_path / "run"))
+    (directory / "accullm.json").unlink()
+    edit_config(directory, format="float-quantized")
+    with pytest.raises(AccullmError) as error:
+        open_artifact(directory)
+    assert error.value.line() == (
+        f"{directory}/config.json: is in format float-quantized, of which only pack-quantized is supported"
+    )
+
+
+def test_zero_points_of_a_symmetric_scheme_are_refused(tmp_path: Path) -> None:
+    directory = export(tmp_path, make_parts(tiny_llama(), tmp_path / "run"))
+    (directory / "accullm.json").unlink()
+    groups = read_config(directory)["config_groups"]
+    groups["group_0"]["weights"]["symmetric"] = True
+    edit_config(directory, config_groups=groups)
+    with pytest.raises(AccullmError) as error:
+        open_artifact(directory)
+    first = "model.layers.0.mlp.down_proj"
+    assert error.value.line() == (
+        f"{directory}/model-00001-of-00003.safetensors: tensor {first}.weight_zero_point is stored, and the scheme is "
+        "symmetric"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_bits", 5, "describes {first} otherwise than accullm.json; copy the artifact again"),
+        ("group_size", 64, "describes {first} otherwise than accullm.json; copy the artifact again"),
+    ],
+)
+def test_a_config_that_disagrees_with_the_manifest_is_refused(
+    key: str, value: int, message: str, tmp_path: Path
+) -> None:
+    directory = export(tmp_path, make_parts(tiny_llama(), tmp_path / "run"))
+    groups = read_config(directory)["config_groups"]
+    groups["group_0"]["weights"][key] = value
+    edit_config(directory, config_groups=groups)
+    with pytest.raises(AccullmError) as error:
+        open_artifact(directory)
+    first = "model.layers.0.self_attn.q_proj"
+    assert error.value.line() == f"{directory}/config.json: {message.format(first=first)}"
+
+
+BLOCK = "model-00002-of-00003.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "tensor", "manifest", "message"),
+    [
+        ("weight_scale", None, True, "{dir}: tensor {p}.weight_scale is missing; copy the artifact again"),
+        ("weight_scale", torch.zeros(2, dtype=torch.int32), True, "{block}: tensor {p}.weight_scale is int32"),
+        (
+            "weight_zero_point",
+            torch.zeros(11, 2, dtype=torch.int32),
+            True,
+            "{block}: tensor {p}.weight_zero_point has shape [11, 2], expected [12, 2]",
+        ),
+        ("weight_shape", None, False, "{dir}: tensor {p}.weight_shape is missing; copy the artifact again"),
+        (
+            "weight_shape",
+            torch.tensor([96, 80]),
+            False,
+            "{block}: tensor {p}.weight_packed has 80 inputs, which groups of 32 do not divide",
+        ),
+        (
+            "weight_g_idx",
+            torch.zeros(64, dtype=torch.int32),
+            False,
+            "{block}: tensor {p}.weight_g_idx: reordered inputs (actorder group) are not supported",
+        ),
+    ],
+)
+def test_damaged_tensors_are_refused(
+    suffix: str, tensor: torch.Tensor | None, manifest: bool, message: str, tmp_path: Path
+) -> None:
+    directory = export(tmp_path, make_parts(tiny_llama(), tmp_path / "run"))
+    change_tensors(directory, BLOCK, UP_PROJ, {suffix: tensor})
+    if not manifest:
+        (directory / "accullm.json").unlink()
+    with pytest.raises(AccullmError) as error:
+        open_artifact(directory)
+    assert error.value.line() == message.format(dir=directory, block=directory / BLOCK, p=UP_PROJ)
