@@ -14,7 +14,7 @@ import yaml
 
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats import adopted, open_artifact
+from accullm_cli.formats import adopted, artifact_in, open_artifact
 from accullm_cli.formats.manifest import own_files, record_fidelity
 from accullm_cli.measure.contract import judge, parse_requirement
 from accullm_cli.measure.measurement import Figure, exactly, judged_figures
@@ -31,6 +31,7 @@ from accullm_cli.stages.answers import check_items
 from accullm_cli.stages.checks import (
     check_config,
     check_positions,
+    check_sizes,
     preflight,
     refuse_golden,
 )
@@ -170,6 +171,7 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
         AccullmError: it is not an artifact, or it was made from another model than the original.
     """
     run = config.machine.run or artifact.with_name(f"{artifact.resolve().name}.validation")
+    artifact = artifact_in(artifact)
     if artifact.is_file():
         artifact = adopted(artifact, run / "adopted")
     opened = open_artifact(artifact)
@@ -184,6 +186,7 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
             raise AccullmError(
                 f"was made from another model than {job.source.origin}", artifact, "name its original with --original"
             )
+        check_sizes(job, artifact)
         check_texts(job, calibrates=False)
         check_items(job)
         outcomes = list(walk(job, [READING, *measurements(job, {opened.format: artifact})]))

@@ -4,7 +4,8 @@ llama.cpp quantizes as its users have it do: from the original in bfloat16, with
 of each input feature) over the same calibration tokens that accullm rounds for. For each of its files accullm makes one
 that is no larger. Both are run on the same held-out windows by llama.cpp itself, and so is the original.
 
-    python scripts/bench_gguf.py --model work/smollm2-135m --types Q4_0 Q4_K_M Q5_K_M
+    python scripts/bench_gguf.py --model work/smollm2-135m --types Q4_0 Q4_K_M Q5_K_M --json smollm2-135m.json
+    python scripts/bench_gguf.py --plot smollm2-135m.json qwen2.5-coder-0.5b.json --out docs/gguf.svg
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ from statistics import median
 import numpy as np
 import torch
 from llama_cpp import LlamaCpp
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from accullm_cli.formats.base import ModelShape, Parts
 from accullm_cli.formats.gguf import FORMAT, Layout
 from accullm_cli.formats.gguf_architectures import architecture_of
 from accullm_cli.quant.plan import LinearPlan, Plan
+from accullm_cli.report.plots import BLUE, RED, plain_numbers, svg
+from accullm_cli.run import write_text
 
 TYPES = ("IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M")
 SPEED_TOKENS = 32
 SPEED_TURNS = 5
+# What the names of llama.cpp's own files begin with.
+THEIRS = "llama.cpp-"
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,38 @@ def held_out(run: Path, count: int, length: int) -> list[list[int]]:
     return [window[:length].tolist() for window in ids[:count]]
 
 
-def main() -> None:
+def draw(measured: Mapping[str, Sequence[Row]]) -> str:
+    """Mean KL against the size of the file, a panel for each model: an <svg> element."""
+
+    def fill(figure: Figure) -> None:
+        panels = figure.subplots(1, len(measured), squeeze=False)[0]
+        for axes, (model, rows) in zip(panels, measured.items(), strict=True):
+            theirs = [row for row in rows if row.name.startswith(THEIRS)]
+            ours = [row for row in rows if not row.name.startswith(THEIRS)]
+            for series, label, colour, form in ((theirs, "llama.cpp", RED, "^"), (ours, "AccuLLM", BLUE, "o-")):
+                ordered = sorted(series, key=lambda row: row.bytes)
+                sizes, values = [row.bytes / 1e6 for row in ordered], [row.mean_kl for row in ordered]
+                axes.plot(sizes, values, form, color=colour, label=label, markersize=4)
+            for row in theirs:
+                axes.annotate(
+                    f"  {row.name.removeprefix(THEIRS)}", (row.bytes / 1e6, row.mean_kl), fontsize=6, va="center"
+                )
+            axes.set_yscale("log")
+            plain_numbers(axes.yaxis)
+            axes.set_title(model, fontsize=9)
+            axes.set_xlabel("size of the file (MB)")
+        panels[0].set_ylabel("mean KL (nats per token), by llama.cpp's logits")
+        panels[0].legend()
+
+    return svg("gguf", f"Mean KL against the size of GGUF files: {', '.join(measured)}", 4.0, fill)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What --json wrote."""
+    return [Row(**entry) for entry in json.loads(path.read_text())]
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("work/smollm2-135m"))
     parser.add_argument("--types", nargs="+", default=list(TYPES), metavar="TYPE")
@@ -185,7 +222,12 @@ def main() -> None:
     parser.add_argument("--gradient-samples", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="where the rows go as JSON")
-    options = parser.parse_args()
+    parser.add_argument("--plot", type=Path, nargs="+", metavar="JSON", help="measure nothing; draw what --json wrote")
+    parser.add_argument("--out", type=Path, default=Path("docs/gguf.svg"), help="where --plot draws")
+    options = parser.parse_args(arguments)
+    if options.plot:
+        write_text(options.out, draw({path.stem: read_rows(path) for path in options.plot}) + "\n")
+        return
     llama = LlamaCpp()
     work = options.work / options.model.name
     work.mkdir(parents=True, exist_ok=True)
@@ -201,7 +243,7 @@ def main() -> None:
     accullm("calibrate", options.model, run, "--bits", "5.0", *settings)
     matrix, windows = importance(layout, run), held_out(run, options.windows, options.seq_len)
     for name in options.types:
-        theirs = work / f"llama.cpp-{name}.gguf"
+        theirs = work / f"{THEIRS}{name}.gguf"
         if not theirs.exists():
             llama.quantize(original, theirs, name, matrix, options.threads)
         ours = convert(options.model, work / f"accullm-{name}", run, "--file-size", str(theirs), *settings)

@@ -105,14 +105,14 @@ MUTANTS = (
         BLOCK_GRID,
         "pull -= change @ inner[own]",
         "pull[:, own] -= change @ inner[own, own]",
-        ("tests/quant/test_ggml.py::test_scales_and_offsets_are_those_of_least_squares",),
+        ("tests/quant/test_ggml_grid.py::test_scales_and_offsets_are_those_of_least_squares",),
     ),
     Mutant(
         "scales of blocks are tried with one sign alone",
         BLOCK_SEARCH,
         "for sign, one, other in ((1, first, last), (-1, -last, -first)):",
         "for sign, one, other in ((1, first, last), (1, first, last)):",
-        ("tests/quant/test_ggml.py::test_scales_of_either_sign_are_tried",),
+        ("tests/quant/test_ggml_grid.py::test_scales_of_either_sign_are_tried",),
     ),
     Mutant(
         "rows of earlier blocks pass nothing on",

@@ -51,6 +51,16 @@ class AdapterRow:
 
 
 @dataclass(frozen=True)
+class EncodingRow:
+    """What is stored in one of the types that a format has a name for."""
+
+    name: str
+    tensors: int
+    weights: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
 class FileRow:
     """One file of the directory."""
 
@@ -73,9 +83,11 @@ class Inspection:
     format: of an artifact; "checkpoint" for a plain model.
     parameters: weights of the model, quantized or not; tied ones once.
     bits_per_weight: of the linears, everything stored for them counted; None where there are none.
+    all_bits_per_weight: of all parameters, embeddings and head among them.
     linear_bytes, other_bytes: what is stored for the linears, and for everything else (embeddings, norms, biases).
     adapter: None where the artifact's own files hold everything.
     embeddings: token embedding and output head, where they are quantized.
+    encodings: where they have names of their own, in files of ggml's; the most bytes first.
     runs: for each program that is known to read the format, whether it takes this artifact; what it does not.
     validated: whether fidelity was measured and recorded.
     """
@@ -86,6 +98,7 @@ class Inspection:
     dtype: str
     parameters: int
     bits_per_weight: float | None
+    all_bits_per_weight: float
     linear_bytes: int
     other_bytes: int
     outlier_features: int
@@ -93,6 +106,7 @@ class Inspection:
     validated: bool
     linears: tuple[LinearRow, ...]
     embeddings: tuple[LinearRow, ...]
+    encodings: tuple[EncodingRow, ...]
     runs: tuple[Fact, ...]
     files: tuple[FileRow, ...]
     provenance: tuple[Fact, ...]
@@ -120,13 +134,15 @@ def _inspect_artifact(artifact: StoredArtifact) -> Inspection:
     manifest = artifact.manifest
     fidelity = None if manifest is None else manifest.fidelity
     config = read_json(artifact.path / "config.json")
+    parameters = quantized_weights + sum(prod(artifact.files.infos[name].shape) for name in artifact.names())
     return Inspection(
         path=str(artifact.path),
         format=artifact.format,
         model_type=str(config.get("model_type", "")),
         dtype=dtype_name(manifest.dtype) if manifest else str(config.get("dtype", config.get("torch_dtype", ""))),
-        parameters=quantized_weights + sum(prod(artifact.files.infos[name].shape) for name in artifact.names()),
+        parameters=parameters,
         bits_per_weight=8 * linear_bytes / linear_weights if linear_weights else None,
+        all_bits_per_weight=8 * stored_bytes / parameters,
         linear_bytes=linear_bytes,
         other_bytes=stored_bytes - linear_bytes,
         outlier_features=sum(row.outliers for row in rows),
@@ -134,6 +150,10 @@ def _inspect_artifact(artifact: StoredArtifact) -> Inspection:
         validated=fidelity is not None,
         linears=rows,
         embeddings=tuple(_linear_rows(artifact, plan.embeddings)),
+        encodings=tuple(
+            EncodingRow(name, tensors, weights, 8 * stored / weights)
+            for name, (tensors, weights, stored) in artifact.encodings.items()
+        ),
         runs=tuple(Fact(found.reader, found.verdict) for found in artifact.readings),
         files=tuple(_file_rows(artifact.path)),
         provenance=tuple(Fact(*fact) for fact in flat_facts(manifest.provenance)) if manifest else (),
@@ -192,6 +212,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
     ]
     linear_bytes = sum(infos[f"{row.name}.weight" if f"{row.name}.weight" in infos else row.name].bytes for row in rows)
     weights = sum(row.out_features * row.in_features for row in rows)
+    stored_bytes = sum(info.bytes for info in infos.values())
     by_dtype: dict[str, int] = {}
     for info in infos.values():
         by_dtype[dtype_name(info.torch_dtype)] = by_dtype.get(dtype_name(info.torch_dtype), 0) + prod(info.shape)
@@ -202,13 +223,15 @@ def _inspect_checkpoint(path: Path) -> Inspection:
         dtype=max(by_dtype, key=lambda dtype: by_dtype[dtype]) if by_dtype else "",
         parameters=sum(by_dtype.values()),
         bits_per_weight=8 * linear_bytes / weights if weights else None,
+        all_bits_per_weight=8 * stored_bytes / max(1, sum(by_dtype.values())),
         linear_bytes=linear_bytes,
-        other_bytes=sum(info.bytes for info in infos.values()) - linear_bytes,
+        other_bytes=stored_bytes - linear_bytes,
         outlier_features=0,
         adapter=None,
         validated=False,
         linears=tuple(rows),
         embeddings=(),
+        encodings=(),
         runs=(),
         files=tuple(_file_rows(path)),
         provenance=(),

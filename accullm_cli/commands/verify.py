@@ -35,7 +35,7 @@ def verify(path: Path) -> Verification:
     Raises:
         AccullmError: `path` is no artifact at all.
     """
-    if not path.is_dir() or artifact_format(path) is None:
+    if artifact_format(path) is None:
         open_artifact(path)  # says why
     problems: list[str] = []
     files_checked = 0

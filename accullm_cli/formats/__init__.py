@@ -48,14 +48,43 @@ def artifact_format(path: Path) -> str | None:
     Raises:
         AccullmError: its config.json is not JSON.
     """
+    path = artifact_in(path)
     if path.is_file():
         return next((name for name, own in CAPABILITIES.items() if own.suffix and path.suffix == own.suffix), None)
+    return _described_format(path)
+
+
+def artifact_in(path: Path) -> Path:
+    """The one file that is an artifact, of a directory that holds no other weights; else the path itself.
+
+    Raises:
+        AccullmError: there are several such files; its config.json is not JSON.
+    """
+    if not path.is_dir() or _described_format(path) is not None:
+        return path
+    names = sorted(file.name for file in path.iterdir() if file.is_file())
+    suffixes = tuple(own.suffix for own in CAPABILITIES.values() if own.suffix)
+    found = [name for name in names if name.endswith(suffixes)]
+    if not found or any(name.endswith(".safetensors") for name in names):
+        return path
+    if len(found) > 1:
+        what = f"holds {len(found)} files each of which may be a model, {found[0]} and {found[1]}"
+        raise AccullmError(f"{what}{' among them' if len(found) > 2 else ''}", path, "give the path of one")
+    return path / found[0]
+
+
+def _described_format(path: Path) -> str | None:
+    """The format that a directory's own files say it is of; None where they say nothing.
+
+    Raises:
+        AccullmError: its config.json is not JSON.
+    """
     # An artifact that lost its config.json is still one; opening it says what is missing.
     fallback = NATIVE if (path / "accullm.json").exists() else None
-    if not (path / "config.json").exists():
-        return fallback
     from accullm_cli.formats.shards import read_json
 
+    if not (path / "config.json").exists():
+        return str(read_json(path / "accullm.json").get("format", NATIVE)) if fallback else None
     config = read_json(path / "config.json")
     return next((name for name, format in CAPABILITIES.items() if format.wrote(name, config)), fallback)
 
@@ -66,6 +95,7 @@ def open_artifact(path: Path) -> StoredArtifact:
     Raises:
         AccullmError: there is none, or it is not as its format says.
     """
+    path = artifact_in(path)
     if path.is_file() and artifact_format(path) is not None:
         return _open_file(path)
     if not path.is_dir():

@@ -28,12 +28,14 @@ from accullm_cli.formats.base import ModelShape, Objection, Parts
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.gguf_adoption import adopt
 from accullm_cli.formats.gguf_architectures import (
+    ARCHITECTURES,
     ROPE_FACTORS,
     architecture_of,
     rope_factors,
     write_parameters,
 )
 from accullm_cli.formats.gguf_artifact import GgufArtifact
+from accullm_cli.formats.gguf_general import write_general
 from accullm_cli.formats.gguf_layout import Layout, ggml_type, piece_of, placed
 from accullm_cli.formats.gguf_vocabulary import FILE as TOKENIZER
 from accullm_cli.formats.gguf_vocabulary import read_vocabulary
@@ -84,7 +86,7 @@ class GgufFormat:
             write_shard(spooled[-1], tensors)
         layout = Layout.of(directory, config, architecture, parts.plan)
         writer = GGUFWriter(None, architecture.name)
-        _write_head(writer, parts.provenance, parts.shape.dtype, layout)
+        write_head(writer, parts.provenance, parts.companions, parts.shape.dtype, layout)
         read_vocabulary(directory / TOKENIZER, config.vocab_size).write(writer, directory)
         write_file(directory / name, lambda temporary: _write_tensors(writer, temporary, layout, [*shards, *spooled]))
         for path in spooled:
@@ -100,15 +102,17 @@ class GgufFormat:
         Raises:
             AccullmError: a file is missing, damaged or not as its schema says.
         """
-        entry = read_json(directory / "config.json").get("quantization_config", {})
-        name = entry.get("file")
-        if not isinstance(name, str) or Path(name).name != name:
-            raise AccullmError("does not name its GGUF file", directory / "config.json", "copy the artifact again")
         manifest = manifest_of(directory, self.name)
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        file = read_gguf(directory / name)
         if manifest is None:
             raise AccullmError("file is missing", directory / MANIFEST_NAME, "copy the artifact again")
+        content = read_json(directory / "config.json")
+        name = content.get("quantization_config", {}).get("file")
+        if not isinstance(name, str) or Path(name).name != name:
+            raise AccullmError("does not name its GGUF file", directory / "config.json", "copy the artifact again")
+        file = read_gguf(directory / name)
+        if content.get("model_type") not in ARCHITECTURES:
+            raise AccullmError("names no model_type that is read", directory / "config.json", "copy the artifact again")
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         layout = Layout.of(directory, config, architecture_of(config), manifest.plan)
         return GgufArtifact(directory, file, layout, manifest)
 
@@ -153,16 +157,17 @@ def file_name(parts: Parts) -> str:
 # -- writing -----------------------------------------------------------------------------------------------
 
 
-def _write_head(writer: GGUFWriter, facts: Mapping[str, Any], dtype: torch.dtype, layout: Layout) -> None:
-    """What the file says of the model and of how it was made."""
-    parameters = sum(prod(shape) for shape in layout.parameters.values())
+def write_head(
+    writer: GGUFWriter, facts: Mapping[str, Any], companions: Mapping[str, Path], dtype: torch.dtype, layout: Layout
+) -> None:
+    """What the file says of the model, but for its tokenizer, and of how it was made."""
+    source = str(facts.get("source", "model"))
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(str(facts.get("source", "model")))
-    writer.add_size_label(gguf.size_label(parameters, 0, 0, 0))
-    writer.add_quantized_by("AccuLLM")
+    write_general(writer, source, companions, layout)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(_file_type(layout.plan, dtype))
     write_parameters(writer, layout.architecture, layout.config)
+    writer.add_string("accullm.source", source)
     writer.add_string("accullm.source_sha256", str(facts.get("source_sha256", "")))
     writer.add_string("accullm.config", json.dumps(facts.get("config", {}), sort_keys=True))
     writer.add_string("accullm.plan", _plan_text(layout.plan))
@@ -278,7 +283,7 @@ class FileSize:
     def _head(self, layout: Layout) -> int:
         """Bytes in front of the data."""
         writer = GGUFWriter(None, self._architecture.name)
-        _write_head(writer, self._facts, self._shape.dtype, layout)
+        write_head(writer, self._facts, self._shape.companions, self._shape.dtype, layout)
         tokenizer = self._shape.companions[TOKENIZER]
         read_vocabulary(tokenizer, self._config.vocab_size).write(writer, tokenizer.parent)
         if (factors := rope_factors(self._config)) is not None:

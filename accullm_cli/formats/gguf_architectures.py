@@ -162,6 +162,8 @@ def _context_length(config: Any) -> int:
     window = getattr(config, "sliding_window", None)
     if window and config.model_type in _WITHOUT_WINDOWS and getattr(config, "use_sliding_window", True):
         return int(min(window, config.max_position_embeddings))
+    if config.model_type == "cohere":  # whose configuration has beside these what the model was trained to read
+        return int(getattr(config, "model_max_length", None) or config.max_position_embeddings)
     return int(config.max_position_embeddings)
 
 
@@ -320,6 +322,15 @@ def _windows(writer: GGUFWriter, config: Any) -> None:
     if config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        if "sliding_attention" in config.rope_parameters:
+            writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+
+
+def _olmo3_obstacle(config: Any) -> str:
+    window = config.rope_parameters.get("sliding_attention", {}).get("rope_theta")
+    if window is not None and window != rope_parameters(config).get("rope_theta"):
+        return "has one base of rotary positions for all blocks, and the model another in its windows (rope_theta)"
+    return ""
 
 
 def _stablelm(writer: GGUFWriter, config: Any) -> None:
@@ -359,7 +370,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi3": Architecture("phi3", parameters=_phi3),
     "olmo": Architecture("olmo", in_pairs=True, parameters=_olmo),
     "olmo2": Architecture("olmo2"),
-    "olmo3": Architecture("olmo2", parameters=_windows),
+    "olmo3": Architecture("olmo2", parameters=_windows, obstacle=_olmo3_obstacle),
     "olmoe": Architecture("olmoe", obstacle=_olmoe_obstacle),
     "granite": Architecture("granite", in_pairs=True, parameters=_granite),
     "starcoder2": Architecture("starcoder2"),

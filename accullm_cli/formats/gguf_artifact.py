@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,22 @@ class GgufArtifact(StoredArtifact):
     format = "gguf"
 
     def __init__(self, path: Path, file: GgufFile, layout: Layout, manifest: Manifest | None) -> None:
-        self.layout = layout
+        self.layout, self.gguf = layout, file
         schema = {
             linear: {f"{linear}.{BLOCKS}": TensorSchema(torch.uint8, _blocks_shape(layout.plan.quantized[linear]))}
             for own in layout.linears.values()
             for linear in own
         }
         super().__init__(path, layout.plan, GgufTensors(file, layout), schema, manifest)
+
+    @property
+    def encodings(self) -> Mapping[str, tuple[int, int, int]]:
+        """See `StoredArtifact.encodings`."""
+        found: dict[str, tuple[int, int, int]] = {}
+        for tensor in self.gguf.tensors.values():
+            tensors, weights, stored = found.get(tensor.kind.name, (0, 0, 0))
+            found[tensor.kind.name] = tensors + 1, weights + prod(tensor.shape), stored + tensor.end - tensor.begin
+        return dict(sorted(found.items(), key=lambda entry: -entry[1][2]))
 
     def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> StoredLinear:
         row = self.plan.quantized[name]

@@ -83,6 +83,14 @@ class StoredArtifact(ABC):
         return self.manifest.kinds if self.manifest is not None else {}
 
     @property
+    def encodings(self) -> Mapping[str, tuple[int, int, int]]:
+        """Tensors, weights and bytes by the format's own names of what they are stored as; most bytes first.
+
+        Empty where it has no such names.
+        """
+        return {}
+
+    @property
     def readings(self) -> tuple[Reading, ...]:
         """What the format's readers make of it."""
         return readings(self.format, self.plan, self.kinds)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.capabilities import CAPABILITIES
+from accullm_cli.formats.shards import read_json
 from accullm_cli.measure.contract import check_needed, parse_requirement, search_demands
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.text import check_text, other_sources
+from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages.answers import check_items
 from accullm_cli.stages.calibrate import CALIBRATE
@@ -36,6 +40,7 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
     for name in config.export.format:
         check_format(config, name)
         _refuse_outliers(config, name)
+        _refuse_randomness(config, name)
     _check_file_size(config)
     if config.search.golden:
         search_demands(config.validation.require)
@@ -95,6 +100,22 @@ def _refuse_outliers(config: Config, name: str) -> None:
         raise AccullmError(what, f"--format {name}", hint + another)
 
 
+def _refuse_randomness(config: Config, name: str) -> None:
+    """Refuse stochastic rounding where grids have no room for it."""
+    if config.rounding.method != "stochastic" or _rounds_at_random(name):
+        return
+    other = next(own for own in CAPABILITIES if _rounds_at_random(own))
+    raise AccullmError(
+        f"{name} has grids that need not hold the range of the weights, so that they cannot be rounded at random",
+        "--rounding stochastic",
+        f"use another --rounding, or export to the format {other}",
+    )
+
+
+def _rounds_at_random(name: str) -> bool:
+    return all(ENCODINGS[entry.encoding].rounds_at_random for entry in CAPABILITIES[name].linears)
+
+
 def _with_outliers(held: str) -> str:
     """The first format that holds outliers so; "" where there is none."""
     return next((other for other, format in CAPABILITIES.items() if format.outliers == held), "")
@@ -119,6 +140,23 @@ def check_positions(job: Job) -> None:
             "--seq-len",
             f"give {positions} or less",
         )
+
+
+def check_sizes(job: Job, artifact: Path) -> None:
+    """Refuse an artifact that cannot have been made from the source, whoever made it.
+
+    Args:
+        artifact: its directory.
+    """
+    config = read_json(artifact / "config.json")
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        own, original = config.get(key), job.source.config.get(key)
+        if None not in (own, original) and own != original:
+            raise AccullmError(
+                f"was made from another model than {job.source.origin}: its {key} is {own}, and that one's {original}",
+                artifact,
+                "name its original with --original",
+            )
 
 
 def preflight(job: Job) -> Decoder:

@@ -22,7 +22,7 @@ from accullm_cli.stages.profile import load_plan
 from accullm_cli.stages.stage import Before, Decision, Stage, Work, named
 from accullm_cli.stages.units import load_record, shard_path, units_of
 
-VERSION = 3
+VERSION = 4
 # The input that says where the artifact of a format goes.
 PLACE = "config:export.out ({})"
 # What lies beside an artifact while a run works on it: directories of a check, of the artifact that is being written

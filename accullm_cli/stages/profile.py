@@ -99,12 +99,20 @@ def profile_inputs(job: Job, before: Before) -> dict[str, str]:
         **section_inputs(
             "plan", options, "bits", "symmetric", "embedding_bits", "keep", "outlier_adapter", "encodings"
         ),
-        **({} if options.file_size is None else {"config:plan.file_size": str(file_bytes(options.file_size))}),
+        **_file_inputs(job),
         **spend,
         "config:plan.outliers": repr(outlier_fraction(job)),
         "config:plan.group_size": repr(options.group_sizes) + (" or near" if may_choose_groups(job) else ""),
         "config:plan.scale_bits": str(scale_bits(job)),
     }
+
+
+def _file_inputs(job: Job) -> dict[str, str]:
+    """What the size of a file depends on beside its weights: what lies beside the source's is told in it."""
+    size = job.config.plan.file_size
+    if size is None:
+        return {}
+    return {"config:plan.file_size": str(file_bytes(size)), "source:companions": job.source.companions_sha256}
 
 
 def planning(format: str) -> Stage:

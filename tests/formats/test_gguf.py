@@ -27,7 +27,7 @@ from tests.artifacts import empty
 from tests.llama_cpp import byte_tokenizer, llama_cpp
 
 TEXT = "Hello wörld, 12 tests\n  it's the best"
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -80,7 +80,7 @@ WITH_GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2")
 def build(model_type: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
     """A random model whose every parameter matters."""
     torch.manual_seed(sum(map(ord, model_type)))
-    config = CONFIG_MAPPING[model_type](**{**_SHAPE, **FIELDS.get(model_type, {}), **fields})
+    config = CONFIG_MAPPING[model_type](**{**SHAPE, **FIELDS.get(model_type, {}), **fields})
     config.dtype = dtype
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
     with torch.no_grad():
@@ -272,7 +272,8 @@ def test_the_file_says_what_it_is_and_how_it_was_made(tmp_path: Path) -> None:
     expected = {
         "general.architecture": "llama",
         "general.type": "model",
-        "general.name": "owner/Tiny Model@abc",
+        "general.name": "Tiny Model",
+        "accullm.source": "owner/Tiny Model@abc",
         "general.quantized_by": "AccuLLM",
         "general.quantization_version": 2,
         "general.file_type": 0,

@@ -49,6 +49,8 @@ class Encoding(ABC):
     name: str
     # Of the tensors that a shard holds of a linear, those of outlier features included.
     suffixes: ClassVar[tuple[str, ...]]
+    # Whether `grid` can leave a margin, without which stochastic rounding is biased.
+    rounds_at_random: ClassVar[bool] = True
 
     @abstractmethod
     def problem(self, row: LinearPlan) -> str:

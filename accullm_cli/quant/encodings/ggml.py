@@ -89,6 +89,7 @@ class GgmlBlocks(Encoding):
     """One of ggml's types; its rows of a plan have the bits of its codes and the group size of its sub-blocks."""
 
     suffixes = ("blocks", *OUTLIER_SUFFIXES)
+    rounds_at_random = False
 
     def __init__(self, kind: BlockType) -> None:
         self.kind = kind
