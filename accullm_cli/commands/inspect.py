@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats import artifact_format, open_artifact
+from accullm_cli.formats import artifact_format, artifact_in, open_artifact
 from accullm_cli.formats.adapters import FOLDER
 from accullm_cli.formats.manifest import flat_facts
 from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json
 from accullm_cli.formats.stored import StoredArtifact
-from accullm_cli.quant.plan import LinearPlan
+from accullm_cli.quant.plan import KEPT_BITS, LinearPlan
 
 # How many of a linear's outlier features are named.
 FIRST_OUTLIERS = 8
@@ -33,6 +33,7 @@ class LinearRow:
     bits_per_weight: float
     outliers: int
     first_outliers: tuple[int, ...]
+    encoding: str  # of a plain checkpoint the dtype
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,12 @@ def inspect(path: Path) -> Inspection:
     """
     if not path.is_dir() and artifact_format(path) is None:
         raise AccullmError("no such directory", path, "give the directory of an artifact or a model")
-    return _inspect_checkpoint(path) if artifact_format(path) is None else _inspect_artifact(open_artifact(path))
+    if artifact_format(path) is None:
+        return _inspect_checkpoint(path)
+    found, file = _inspect_artifact(open_artifact(path)), artifact_in(path)
+    # Of a file by itself, what it is opened in is no concern of anybody.
+    files = (FileRow(file.name, file.stat().st_size),) if file.is_file() else found.files
+    return replace(found, path=str(path), files=files)
 
 
 def _inspect_artifact(artifact: StoredArtifact) -> Inspection:
@@ -169,6 +175,7 @@ def _adapter_row(artifact: StoredArtifact, linear_weights: int) -> AdapterRow | 
 
 
 def _linear_rows(artifact: StoredArtifact, linears: Mapping[str, LinearPlan]) -> Iterator[LinearRow]:
+    manifest = artifact.manifest
     for name, linear in linears.items():
         yield LinearRow(
             name=name,
@@ -180,6 +187,7 @@ def _linear_rows(artifact: StoredArtifact, linears: Mapping[str, LinearPlan]) ->
             bits_per_weight=8 * artifact.linear_bytes(name) / linear.weights,
             outliers=len(linear.outlier_index),
             first_outliers=linear.outlier_index[:FIRST_OUTLIERS],
+            encoding=dtype_name(manifest.dtype) if linear.bits == KEPT_BITS and manifest else linear.encoding,
         )
 
 
@@ -206,6 +214,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
             bits_per_weight=8.0 * info.torch_dtype.itemsize,
             outliers=0,
             first_outliers=(),
+            encoding=dtype_name(info.torch_dtype),
         )
         for name, info in infos.items()
         if len(info.shape) == 2 and info.torch_dtype.is_floating_point

@@ -47,7 +47,8 @@ def write_general(writer: GGUFWriter, source: str, companions: Mapping[str, Path
         one = sum(prod(shape[1:]) for shape in experts)
         shared = sum(prod(shape) for shape in shapes if len(shape) != 3)
         known.size_label = gguf.size_label(total, shared, one, experts[0][0] if experts else 0)
-    known.quantized_by = "AccuLLM"
+    if layout.plan.quantized:
+        known.quantized_by = "AccuLLM"
     known.set_gguf_meta_model(writer)
 
 
@@ -85,6 +86,6 @@ def _generation(path: Path | None) -> dict[str, int | float]:
     found = {key: read[key] for key in _WHOLE if type(read.get(key)) is int}
     found |= {key: float(read[key]) for key in _REAL if type(read.get(key)) in (int, float)}
     repetition = read.get("penalty_repeat", read.get("repetition_penalty"))
-    if type(repetition) in (int, float):
+    if isinstance(repetition, int | float) and not isinstance(repetition, bool):
         found["penalty_repeat"] = float(repetition)
     return found

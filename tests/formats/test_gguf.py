@@ -274,7 +274,6 @@ def test_the_file_says_what_it_is_and_how_it_was_made(tmp_path: Path) -> None:
         "general.type": "model",
         "general.name": "Tiny Model",
         "accullm.source": "owner/Tiny Model@abc",
-        "general.quantized_by": "AccuLLM",
         "general.quantization_version": 2,
         "general.file_type": 0,
         "llama.block_count": 2,

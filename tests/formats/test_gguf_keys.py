@@ -84,7 +84,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
         "qwen2.rope.freq_base": 1000000.0,
     },
 }
-OURS = ("accullm.config", "accullm.plan", "accullm.source", "accullm.source_sha256", "general.quantized_by")
+OURS = ("accullm.config", "accullm.plan", "accullm.source", "accullm.source_sha256")
 # What llama.cpp reckons by itself where nothing is said; of other architectures its script writes them, too.
 SAID_ALWAYS = ("attention.key_length", "attention.value_length", "rope.dimension_count", "vocab_size")
 BLOCK = ("attn_k", "attn_norm", "attn_output", "attn_q", "attn_v", "ffn_down", "ffn_gate", "ffn_norm", "ffn_up")

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from accullm_cli.commands.inspect import inspect
+from accullm_cli.commands.inspect import FileRow, inspect
 from accullm_cli.commands.verify import verify
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, open_artifact
@@ -58,6 +58,10 @@ def test_inspect_names_what_tensors_are_stored_as(place: str, written: Path, dow
     single = 3 * 64 + 64 + 2 * 32  # norms, and biases of q, k and v
     assert (rows["F32"].tensors, rows["F32"].weights, rows["F32"].bits_per_weight) == (6, single, 32)
     assert list(rows) == ["Q8_0", "Q4_0", "F32"]
+    assert [row.encoding for row in found.linears] == ["Q4_0", "Q8_0", "Q4_0", "Q8_0", "Q4_0", "Q8_0", "Q4_0"]
+    assert found.path == str(path)
+    if place != "ours":
+        assert found.files == (FileRow("model.gguf", (downloads / "model.gguf").stat().st_size),)
     bits = 4.5 * four + 8.5 * eight + 32 * single
     assert found.all_bits_per_weight == pytest.approx(bits / (four + eight + single))
 
