@@ -1,7 +1,7 @@
 """Keys of config.json that transformers wrote up to version 4, for programs that read no others.
 
-Version 5 writes rotary frequencies, the order of layers and the number of experts under new keys. A program that does not know these takes
-its own default, and computes something else without a word.
+Version 5 writes rotary frequencies, the order of layers and the number of experts under new keys. A program that does
+not know these takes its own default, and computes something else without a word.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 
 def with_earlier_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with `rope_theta`, `rope_scaling`, `rope_local_base_freq`, `partial_rotary_factor`,
-    `sliding_window_pattern` and `num_experts` where only `rope_parameters`, `layer_types` and `num_local_experts` say the
-    same; nothing that is there changes.
+    """A config.json with the earlier keys, where only the new ones say the same; nothing that is there changes.
+
+    `rope_theta`, `rope_scaling`, `rope_local_base_freq` and `partial_rotary_factor` are made of `rope_parameters`,
+    `sliding_window_pattern` of `layer_types`, and `num_experts` of `num_local_experts`.
     """
     changed = dict(config)
     text = config.get("text_config")

@@ -3,9 +3,9 @@
 For a linear P with weight [N, K], b bits and group size g; value = (code - zero) * scale:
 
 - P.qweight int32 [K*b/32, N]: codes packed densely along K, least significant bits first.
-- P.qzeros int32 [K/g, N*b/32]: zero points packed along N, each less one (checkpoint_format "gptq"), or as they are
-  ("gptq_v2", a format of its own here). So the first has no zero point of 0: of 2**b - 1, which some writers store for
-  it, some readers make 0 and others 2**b.
+- P.qzeros int32 [K/g, N*b/32]: zero points packed along N, each less one in version 1, and as they are in version 2 (a
+  format of its own here; checkpoint_format says which). So version 1 has no zero point of 0: of 2**b - 1, which some
+  writers store for it, some readers make 0 and others 2**b.
 - P.scales float16 [K/g, N]; P.g_idx int32 [K]: the group of each input feature.
 
 Linears that differ from the rest are named in `dynamic`: "+:REGEX" with what they have, "-:REGEX" for those left as
@@ -25,6 +25,7 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.assemble import assemble, placing, refuse
 from accullm_cli.formats.base import Parts
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.earlier_keys import with_earlier_keys
 from accullm_cli.formats.manifest import Manifest, manifest_of
 from accullm_cli.formats.shards import TensorFiles, read_json
@@ -35,8 +36,6 @@ from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.packing import pack, unpack
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 
-# What is added to stored zero points, by checkpoint_format, which is what the formats are called here.
-ZEROS_FROM = {"gptq": 1, "gptq_v2": 0}
 WIDTHS = (2, 3, 4, 8)
 # What vLLM calls the modules that it makes of several linears.
 FUSED_NAMES = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
@@ -44,10 +43,14 @@ FUSED_NAMES |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
 
 class GptqFormat:
-    """Writer and reader of GPTQ's format, in one of its versions."""
+    """Writer and reader of GPTQ's format, in one of its versions.
 
-    def __init__(self, name: str) -> None:
+    name: also the checkpoint_format. less: what zero points are stored less by.
+    """
+
+    def __init__(self, name: str, less: int) -> None:
         self.name = name
+        self.less = less
 
     def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
         """Bytes that are stored for a linear: zero points in any case, and the group of each input feature."""
@@ -66,7 +69,7 @@ class GptqFormat:
 
         def encoded(name: str, stored: StoredLinear) -> dict[str, torch.Tensor]:
             assert isinstance(stored, QuantizedLinear)
-            return encode(stored, ZEROS_FROM[self.name])
+            return encode(stored, self.less)
 
         assemble(directory, parts, self.name, config, placing(parts.plan, encoded))
         self.open(directory)
@@ -79,12 +82,17 @@ class GptqFormat:
         """
         files = TensorFiles.open(directory)
         manifest = manifest_of(directory, self.name)
-        added = _added_to_zeros(directory)
-        plan = derived_plan(directory, files, added) if manifest is None else manifest.plan
-        return GptqArtifact(directory, self.name, plan, files, manifest, added)
+        if (version := _version(directory)) != self.name:
+            known = sorted(name for name, format in CAPABILITIES.items() if FORMAT.name in (name, format.quant_method))
+            raise AccullmError(
+                f"is GPTQ in format {version}, of which only {' and '.join(known)} are supported",
+                directory / "config.json",
+            )
+        plan = derived_plan(directory, files, self.less) if manifest is None else manifest.plan
+        return GptqArtifact(directory, self.name, plan, files, manifest, self.less)
 
 
-FORMAT = GptqFormat("gptq")
+FORMAT = GptqFormat("gptq", less=1)
 
 
 class GptqArtifact(StoredArtifact):
@@ -147,7 +155,7 @@ def encode(linear: QuantizedLinear, less: int = 1) -> dict[str, torch.Tensor]:
     """The format's tensors, by suffix, of a linear without outliers.
 
     Args:
-        less: what zero points are stored less by, see `ZEROS_FROM`; none of them is below it.
+        less: see `GptqFormat`; no zero point is below it.
     """
     zeros = linear.zeros
     if zeros is None:
@@ -192,7 +200,7 @@ def decode(tensors: Mapping[str, torch.Tensor], row: LinearPlan, added: int, whe
     """The inverse of `encode`.
 
     Args:
-        added: to zero points, see `ZEROS_FROM`.
+        added: to stored zero points.
 
     Raises:
         AccullmError: `g_idx` does not give each group its number of input features.
@@ -240,15 +248,11 @@ def linear_schema(row: LinearPlan) -> dict[str, TensorSchema]:
     }
 
 
-def _added_to_zeros(path: Path) -> int:
+def _version(path: Path) -> object:
+    """The checkpoint_format of an artifact; older tools wrote it under another key, or none."""
     config = read_json(path / "config.json").get("quantization_config")
     config = config if isinstance(config, dict) else {}
-    version = config.get("checkpoint_format", config.get("format")) or "gptq"
-    if version not in ZEROS_FROM:
-        raise AccullmError(
-            f"is GPTQ in format {version}, of which only {' and '.join(ZEROS_FROM)} are supported", path / "config.json"
-        )
-    return ZEROS_FROM[version]
+    return config.get("checkpoint_format", config.get("format")) or FORMAT.name
 
 
 def derived_plan(path: Path, files: TensorFiles, added: int) -> Plan:

@@ -7,4 +7,4 @@ from __future__ import annotations
 
 from accullm_cli.formats.gptq import GptqFormat
 
-FORMAT = GptqFormat("gptq_v2")
+FORMAT = GptqFormat("gptq_v2", less=0)

@@ -357,7 +357,7 @@ def _adapter_lines(plan: Plan) -> Iterator[str]:
     if not kind:
         return
     yield f"Outlier features are in the folder `{FOLDER}`: a low-rank adapter (LoRA) that belongs to these"
-    yield from ("weights. What was measured is both together.", "", "```python")
+    yield from ("weights. What was measured is both together; the weights alone lose more.", "", "```python")
     room = ADAPTERS[kind].room(largest_rank(plan))
     yield from (line.format(folder=FOLDER, rank=room) for line in ADAPTERS[kind].loading)
     yield from ("```", "")
