@@ -11,30 +11,24 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.main import get_command
 
 from accullm_cli import __version__
 from accullm_cli.config_file import presets_of
-from accullm_cli.config_options import config_schema
-from accullm_cli.console import Console, dry_run_text, json_text, render, text_table
+from accullm_cli.console import Console, dry_run_text, json_text, text_table
 from accullm_cli.errors import EXIT_FAULT, EXIT_MACHINE, EXIT_NOT_SO, EXIT_OK, EXIT_USAGE, AccullmError
 from accullm_cli.failure import failure_of, one_line
 from accullm_cli.flags import (
     Call,
     ConfigFiles,
-    DiagnoseBy,
-    DiagnoseTokens,
-    DiagnoseWindows,
     DryRun,
     Effort,
     Fresh,
     Json,
-    MaxMeanKl,
     Original,
     Quiet,
     Ray,
@@ -42,24 +36,25 @@ from accullm_cli.flags import (
     ZooJunit,
     ZooOut,
     ZooSummary,
-    complete_model,
     configured,
 )
+from accullm_cli.outcome import Outcome, result_of
 from accullm_cli.processors import usable_cores
+from accullm_cli.questions import (
+    compare_command,
+    diagnose_command,
+    doctor_command,
+    inspect_command,
+    models_command,
+    schema_command,
+    verify_command,
+)
 
 if TYPE_CHECKING:
     from accullm_cli.measure.result import ModelResult, Report
 
 # The variables by which a user says how OpenMP's threads wait.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command leaves: the text for stdout and the exit code."""
-
-    text: str
-    code: int = EXIT_OK
 
 
 class Interrupted(BaseException):
@@ -243,11 +238,6 @@ def _dry_run(call: Call, planned: Any) -> Outcome:
     return Outcome(json_text(dry_run=planned) if call.as_json else dry_run_text(planned))
 
 
-def _result(as_json: bool, name: str, value: object, code: int = EXIT_OK) -> Outcome:
-    """A result that is itself what was asked for: a table, or JSON under `name`."""
-    return Outcome(json_text(**{name: value}) if as_json else render(value), code)
-
-
 def zoo_command(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The zoo file: a configuration file with `models`.")],
@@ -274,7 +264,7 @@ def zoo_command(
     from accullm_cli.zoo import conversions
 
     if dry_run:
-        return _result(as_json, "zoo", conversions.plan_zoo(zoo))
+        return result_of(as_json, "zoo", conversions.plan_zoo(zoo))
     estimates = conversions.check_zoo(zoo)
     convert = conversions.convert_here(fresh)
     if ray is not None:
@@ -304,102 +294,6 @@ def _zoo_results(console: Console, results: Sequence[ModelResult], as_json: bool
     code = next(code for code in (EXIT_FAULT, EXIT_USAGE, EXIT_MACHINE, EXIT_NOT_SO, EXIT_OK) if code in codes)
     paths = "\n".join(str(report.artifact) for result in results for report in result.reports)
     return Outcome(json_text(zoo=tuple(results)) if as_json else paths, code)
-
-
-# -- questions ---------------------------------------------------------------------------------------------
-
-
-def inspect_command(
-    ctx: typer.Context,
-    path: Annotated[str, typer.Argument(metavar="PATH", autocompletion=complete_model, help="A model or an artifact.")],
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> Outcome:
-    """What is in a model or an artifact: bits per weight by layer, outliers, provenance."""
-    ctx.obj.verbose = verbose
-    from accullm_cli.commands.inspect import inspect
-
-    return _result(as_json, "inspection", inspect(Path(path)))
-
-
-def compare_command(
-    ctx: typer.Context,
-    first: Annotated[str, typer.Argument(metavar="A", help="The directory of an artifact.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="That of another artifact, or of the original.")],
-    max_mean_kl: MaxMeanKl = None,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> Outcome:
-    """Two artifacts, or an artifact and its original, side by side."""
-    ctx.obj.verbose = verbose
-    from accullm_cli.commands.compare import compare
-
-    comparison = compare(Path(first), Path(second), max_mean_kl=max_mean_kl)
-    return _result(as_json, "comparison", comparison, EXIT_NOT_SO if comparison.exceeded else EXIT_OK)
-
-
-def diagnose_command(
-    ctx: typer.Context,
-    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="The artifact's directory.")],
-    original: Original = None,
-    by: DiagnoseBy = "block",
-    windows: DiagnoseWindows = 4,
-    seq_len: DiagnoseTokens = 256,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> Outcome:
-    """Where an artifact's loss comes from: each block or linear back to full precision, what that gains, what it costs.
-
-    The parts are ranked by their gain in mean KL; the advice is the change that gains most per bit.
-    """
-    ctx.obj.verbose, ctx.obj.quiet = verbose, quiet
-    if by not in ("block", "linear"):
-        raise AccullmError(f"{by!r} is no part of a model", "--by", "give block or linear")
-    from accullm_cli.commands.diagnose import diagnose
-
-    part: Literal["block", "linear"] = "block" if by == "block" else "linear"
-    found = diagnose(Path(artifact), original, part, windows, seq_len, progress=ctx.obj.progress)
-    return _result(as_json, "diagnosis_of_loss", found)
-
-
-def verify_command(
-    ctx: typer.Context,
-    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="The artifact's directory.")],
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> Outcome:
-    """Hold every file of an artifact against its manifest, and every tensor against its schema."""
-    ctx.obj.verbose = verbose
-    from accullm_cli.commands.verify import verify
-
-    verification = verify(Path(artifact))
-    return _result(as_json, "verification", verification, EXIT_NOT_SO if verification.problems else EXIT_OK)
-
-
-def doctor_command(ctx: typer.Context, as_json: Json = False, verbose: Verbose = False) -> Outcome:
-    """What this machine has and lacks: Python, torch, GPU, kernels; and how to get what is missing."""
-    ctx.obj.verbose = verbose
-    from accullm_cli.commands.doctor import doctor
-
-    diagnosis = doctor()
-    failed = any(check.required and not check.ok for check in diagnosis.checks)
-    return _result(as_json, "diagnosis", diagnosis, EXIT_NOT_SO if failed else EXIT_OK)
-
-
-def models_command(ctx: typer.Context, as_json: Json = False, verbose: Verbose = False) -> Outcome:
-    """The model names that stand for a source, with size and origin."""
-    ctx.obj.verbose = verbose
-    from accullm_cli.commands.models import models
-
-    return _result(as_json, "models", models())
-
-
-def schema_command() -> Outcome:
-    """The JSON Schema of the configuration file, for editors and other programs."""
-    import json
-
-    return Outcome(json.dumps(config_schema(), indent=1))
 
 
 # -- the application ---------------------------------------------------------------------------------------

@@ -24,13 +24,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports run from a layer to itself or to a later one.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__", "__main__", "cli", "flags", "console"}),
+    frozenset({"__init__", "__main__", "cli", "questions", "outcome", "flags", "console"}),
     frozenset({"pipeline", "search", "zoo", "commands"}),
     frozenset({"stages"}),
     frozenset({"measure", "report", "formats", "kernels", "model", "tasks", "hf", "hybrid", "lazy_weight", "vllm"}),
     frozenset({"quant"}),
     frozenset({"config", "config_options", "config_file", "resources", "places", "run", "lock", "processors"})
-    | frozenset({"failure", "progress", "units", "values", "errors"}),
+    | frozenset({"failure", "json_text", "progress", "units", "values", "errors"}),
 )
 MAX_LINES = 450
 HEAVY = {"torch", "numba", "transformers", "numpy", "safetensors", "matplotlib", "huggingface_hub", "gguf"}
@@ -159,7 +159,7 @@ def test_names_of_formats_stand_in_their_files_and_declarations_alone():
     """Everybody else asks for capabilities. The native format has the name of the program, which stands everywhere."""
     declared = ("formats/capabilities.py", "config.py", "cli.py")  # the examples of the last two name one
     # A package of that name reads sources of that kind, which stages may speak of.
-    sources = {"gguf": ("model/", "stages/job.py", "stages/reading.py")}
+    sources = {"gguf": ("model/", "places.py", "stages/reading.py", "zoo/file.py")}
     for name in list(FORMATS)[1:]:
         own = (*(f"formats/{name.replace('-', '_')}{end}" for end in (".py", "_")), *declared, *sources.get(name, ()))
         others = [path for path in SOURCES if not str(path.relative_to(PACKAGE)).startswith(own)]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
 from accullm_cli import cli
 from accullm_cli.config_options import options
+from accullm_cli.measure.result import ModelResult
 from tests.cli.fakes import (
     CONVERTING,
     ROOT,
@@ -103,6 +106,20 @@ def test_every_example_parses(accullm, pipeline, answer, example, tmp_path, monk
         "models": (),
     }.items():
         answer(name, value)
+    conversions = types.ModuleType("accullm_cli.zoo.conversions")
+    cluster = types.ModuleType("accullm_cli.zoo.cluster")
+    done = ModelResult("m-int4", "m", 0, "", 1.0, ())
+    conversions.__dict__.update(
+        check_zoo=lambda zoo: {},
+        plan_zoo=lambda zoo: (),
+        convert_here=lambda fresh: None,
+        convert_zoo=lambda *given: (done,),
+    )
+    cluster.convert_on_ray = lambda address, estimates: None
+    for module in (conversions, cluster):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("accullm_cli.zoo.conversions", conversions, raising=False)
+    Path("zoo.yaml").write_text("models: [llama-7b]\n")
     words = shlex.split(example.removeprefix("art=$(").removesuffix(")").partition(" > ")[0])
     assert words[0] == "accullm"
     code, _, err = accullm(*words[1:])
