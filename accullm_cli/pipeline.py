@@ -171,26 +171,26 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
         AccullmError: it is not an artifact, or it was made from another model than the original.
     """
     run = config.machine.run or artifact.with_name(f"{artifact.resolve().name}.validation")
-    artifact = artifact_in(artifact)
-    if artifact.is_file():
-        artifact = adopted(artifact, run / "adopted")
-    opened = open_artifact(artifact)
-    provenance = opened.manifest.provenance if opened.manifest is not None else {}
-    check_format(config, opened.format)
-    if Path(config.model).resolve() == artifact.resolve():
-        config = config.model_copy(update={"model": named_original(artifact, provenance)})
-    with _open_job(config, progress, fresh, run=run, converts=False) as job:
-        # The name alone proves nothing: the content must be the one it was made from.
-        made_from = provenance.get("source_sha256")
-        if made_from is not None and made_from != job.source.sha256:
-            raise AccullmError(
-                f"was made from another model than {job.source.origin}", artifact, "name its original with --original"
-            )
-        check_sizes(job, artifact)
-        check_texts(job, calibrates=False)
-        check_items(job)
-        outcomes = list(walk(job, [READING, *measurements(job, {opened.format: artifact})]))
-        return _written(job, (_finish_report(job, opened.format, artifact, outcomes),))[0]
+    given = artifact_in(artifact)
+    with tempfile.TemporaryDirectory() as scratch:
+        artifact = adopted(given, Path(scratch) / given.stem) if given.is_file() else given
+        opened = open_artifact(artifact)
+        provenance = opened.manifest.provenance if opened.manifest is not None else {}
+        check_format(config, opened.format)
+        if Path(config.model).resolve() in (artifact.resolve(), given.resolve()):
+            config = config.model_copy(update={"model": named_original(given, provenance)})
+        with _open_job(config, progress, fresh, run=run, converts=False) as job:
+            # The name alone proves nothing: the content must be the one it was made from.
+            made_from = provenance.get("source_sha256")
+            if made_from is not None and made_from != job.source.sha256:
+                raise AccullmError(
+                    f"was made from another model than {job.source.origin}", given, "name its original with --original"
+                )
+            check_sizes(job, artifact, given)
+            check_texts(job, calibrates=False)
+            check_items(job)
+            outcomes = list(walk(job, [READING, *measurements(job, {opened.format: artifact})]))
+            return _written(job, (_finish_report(job, opened.format, artifact, outcomes, shown=given),))[0]
 
 
 def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, only: str | None = None) -> DryRun:
@@ -353,10 +353,12 @@ def _finish_report(
     outcomes: Sequence[StageOutcome],
     trials: tuple[Trial, ...] = (),
     destination: Path | None = None,
+    shown: Path | None = None,
 ) -> Report:
     """Judge the contract, write the report, and put the measured figures into the artifact.
 
     Args:
+        shown: what people call the artifact, where that is not its directory.
         trials: of a golden search.
         destination: directory of the report, where it is not the job's own.
     """
@@ -364,7 +366,8 @@ def _finish_report(
     artifact = open_artifact(directory)
     found = what_was_found(job, format_name)
     bits_per_weight = artifact.bits_per_weight
-    size = sum((directory / name).stat().st_size for name in own_files(directory))
+    files = [shown] if shown is not None and shown.is_file() else [directory / name for name in own_files(directory)]
+    size = sum(path.stat().st_size for path in files)
     own = [outcome for outcome in outcomes if outcome.format in ("", format_name)]
     records = tuple(dict.fromkeys(sentence for outcome in own for sentence in outcome.record.records))
     requirements = [parse_requirement(text) for text in job.config.validation.require]
@@ -379,7 +382,7 @@ def _finish_report(
         schema_version=REPORT_SCHEMA_VERSION,
         model=job.source.origin,
         source_sha256=job.source.sha256,
-        artifact=str(directory),
+        artifact=str(shown or directory),
         format=format_name,
         artifact_sha256=artifact_sha256(directory),
         bits_per_weight=bits_per_weight,

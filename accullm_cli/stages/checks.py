@@ -142,11 +142,11 @@ def check_positions(job: Job) -> None:
         )
 
 
-def check_sizes(job: Job, artifact: Path) -> None:
+def check_sizes(job: Job, artifact: Path, given: Path) -> None:
     """Refuse an artifact that cannot have been made from the source, whoever made it.
 
     Args:
-        artifact: its directory.
+        artifact: its directory. given: what people call it.
     """
     config = read_json(artifact / "config.json")
     for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
@@ -154,7 +154,7 @@ def check_sizes(job: Job, artifact: Path) -> None:
         if None not in (own, original) and own != original:
             raise AccullmError(
                 f"was made from another model than {job.source.origin}: its {key} is {own}, and that one's {original}",
-                artifact,
+                given,
                 "name its original with --original",
             )
 

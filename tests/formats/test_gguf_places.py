@@ -110,10 +110,10 @@ def job_of(**config: Any) -> Any:
 
 
 def test_an_original_of_other_sizes_is_refused(written: Path) -> None:
-    check_sizes(job_of(hidden_size=64, num_hidden_layers=1, vocab_size=264), written)
-    check_sizes(job_of(text_config={}), written)  # sizes that are elsewhere are not compared
+    check_sizes(job_of(hidden_size=64, num_hidden_layers=1, vocab_size=264), written, written)
+    check_sizes(job_of(text_config={}), written, written)  # sizes that are elsewhere are not compared
     with pytest.raises(AccullmError) as caught:
-        check_sizes(job_of(hidden_size=64, num_hidden_layers=30), written)
+        check_sizes(job_of(hidden_size=64, num_hidden_layers=30), written, written)
     assert caught.value.line() == (
         f"{written}: was made from another model than other: its num_hidden_layers is 1, and that one's 30; "
         "name its original with --original"

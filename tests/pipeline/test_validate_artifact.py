@@ -14,9 +14,10 @@ from accullm_cli.pipeline import (
     dry_run,
     validate_artifact,
 )
+from tests.llama_cpp import byte_tokenizer
 from tests.pipeline.observe import refusal, snapshot
 from tests.streaming import fast_config
-from tests.tiny import make_checkpoint
+from tests.tiny import edit_config, make_checkpoint
 
 
 @pytest.fixture
@@ -113,3 +114,21 @@ def test_windows_longer_than_the_model_reads_are_refused(tmp_path: Path) -> None
     longer = fast_config(source, tmp_path / "out", calibration__seq_len=300)
     assert refusal(lambda: validate_artifact(tmp_path / "out", longer)) == line
     assert refusal(lambda: convert(longer)) == line
+
+
+def test_a_file_alone_is_an_artifact(tmp_path: Path) -> None:
+    """A downloaded GGUF file, in a directory in which nothing else of it may lie."""
+    model = make_checkpoint("llama-tied", tmp_path / "model")
+    edit_config(model, vocab_size=260)
+    byte_tokenizer().save_pretrained(model)
+    sets = {"export__format": '["gguf"]', "plan__outliers": "null", "plan__group_size": "null"}
+    expected = convert(fast_config(model, tmp_path / "out", **sets))
+    file = tmp_path / "downloads" / "some-model.gguf"
+    file.parent.mkdir()
+    shutil.copy(next((tmp_path / "out").glob("*.gguf")), file)
+    report = validate_artifact(file, fast_config(model, tmp_path / "out", **sets))
+    assert report.measurements == expected.measurements
+    assert (report.artifact, report.artifact_bytes) == (str(file), file.stat().st_size)
+    assert sorted(path.name for path in file.parent.iterdir()) == [file.name, f"{file.name}.validation"]
+    again = validate_artifact(file, fast_config(model, tmp_path / "out", **sets))
+    assert [stage.reason for stage in again.stages] == ["up to date"] * 3
