@@ -188,7 +188,7 @@ def call(
                 convert_all(config)
                 code, line = EXIT_OK, ""
             except Exception as error:
-                code, line = failure_of(error)
+                line, code = failure_of(error)
                 if code == EXIT_FAULT:
                     line = f"{line}\n{traceback.format_exc()}"
             operations.watches = False

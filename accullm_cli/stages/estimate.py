@@ -124,15 +124,15 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
 def _disk_bytes(job: Job, decoder: Decoder, plan: Plan, stored: int, of_linears: float) -> int:
     """Files of a conversion to the job's format, when there are most of them.
 
-    The artifact; its shards in the run directory, which the native format links; what calibrate leaves; and while a
-    block is rounded, the streams (twice, as new ones are written beside the old) and what the original made of it.
+    What calibrate leaves, the linears' shards in the run directory, and then either, while the last block is rounded,
+    the streams (twice, as new ones are written beside the old) and what the original made of it, or the artifact, which
+    in the native format links to the shards.
     """
     calibration, rounding = job.config.calibration, job.config.rounding
     tokens = calibration.samples * calibration.seq_len
     hidden = decoder.model.get_input_embeddings().weight.shape[1]
-    if job.config.search.golden:
-        stored *= 2  # the plan that is the best so far, and the one that is tried
-    shards = 0 if job.format == NATIVE else of_linears
+    artifact = stored - (of_linears if job.format == NATIVE else 0)
+    best = stored if job.config.search.golden else 0  # the best plan so far, beside the one that is tried
     measured = sum(windows * length for windows, length in (shape_of(job, text) for text in texts_of(job)))
     references = measured * (2 * FLOAT * hidden + BYTES_PER_TOKEN)
     statistics = STATISTICS_PER_FEATURE * FLOAT * sum(linear.in_features for linear in plan.linears.values())
@@ -144,7 +144,7 @@ def _disk_bytes(job: Job, decoder: Decoder, plan: Plan, stored: int, of_linears:
         if rounding.target == "corrected":
             inputs = ({(slot.name.rpartition(".")[0], slot.in_features) for slot in slots} for slots in decoder.slots)
             working += FLOAT * tokens * max(2 * hidden + sum(width for _, width in distinct) for distinct in inputs)
-    return int(stored + shards + references + statistics + gradients + working)
+    return int(best + of_linears + references + statistics + gradients + max(working, artifact))
 
 
 def _largest_average(job: Job) -> float | None:

@@ -149,7 +149,7 @@ def test_the_next_block_need_not_be_there_yet(tmp_path: Path) -> None:
     for shard in second - first:
         shard.unlink()
     decoder.load_block(0)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(AccullmError, match="changed while it was being converted"):
         decoder.load_block(1)
 
 

@@ -61,11 +61,11 @@ def test_the_size_is_that_of_the_artifacts_tensors_and_tokenizer(
     assert expected.artifact_bytes == tensor_bytes(tmp_path / "out") + tokenizer_bytes(source)
 
 
-def wide_model(directory: Path) -> Path:
+def wide_model(directory: Path, layers: int = 1) -> Path:
     """Large enough that JSON and headers are small beside its tensors."""
     torch.manual_seed(0)
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "vocab_size": 260}
-    config = LlamaConfig(num_hidden_layers=1, tie_word_embeddings=True, **shape)
+    config = LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, **shape)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return directory
@@ -98,7 +98,7 @@ def files_of(directory: Path) -> int:
 def test_the_disk_is_what_all_files_take_when_there_are_most(
     settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = wide_model(tmp_path / "model")
+    source = wide_model(tmp_path / "model", layers=3)
     expected = estimated(source, tmp_path / "dry", **settings)
     place = tmp_path / "place"
     most = 0
@@ -112,7 +112,7 @@ def test_the_disk_is_what_all_files_take_when_there_are_most(
     monkeypatch.setattr(streams.Captures, "__exit__", look)
     monkeypatch.setattr(streams, "SECONDS_BETWEEN_STORES", 0.0)
     with opened(short_config(source, place / "out", **settings)) as job:
-        run_to(job, "export")
+        run_to(job, "validate")
     most = max(most, files_of(place))
     assert 0.95 * most < expected.disk_bytes < 1.6 * most
 
@@ -200,7 +200,7 @@ def test_a_long_document_takes_memory_for_all_of_its_tokens(tmp_path: Path) -> N
 def test_a_large_vocabulary_takes_the_memory_of_its_logits(tmp_path: Path) -> None:
     """Validation holds those of one window: here some 800 MB, beside which the model is nothing."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 200_000}
-    config = LlamaConfig(num_hidden_layers=1, tie_word_embeddings=True, **shape)
+    config = LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, **shape)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     settings = {"calibration__seq_len": 256, "calibration__samples": 1, "validation__windows": 2}

@@ -36,6 +36,7 @@ DEPENDS: dict[str, tuple[Any, set[str]]] = {
     "plan.outliers": (0.1, {"profile"}),
     "plan.outlier_adapter": (True, {"profile"}),
     "plan.embedding_bits": (8, {"profile"}),
+    "plan.encodings": ("['integer']", {"profile"}),
     "plan.keep": ("['*.down_proj']", {"profile"}),
     "rounding.method": ("stochastic", {"quantize"}),
     "rounding.outlier_mode": ("compensating", {"quantize"}),
