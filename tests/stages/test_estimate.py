@@ -200,7 +200,7 @@ def test_a_long_document_takes_memory_for_all_of_its_tokens(tmp_path: Path) -> N
 def test_a_large_vocabulary_takes_the_memory_of_its_logits(tmp_path: Path) -> None:
     """Validation holds those of one window: here some 800 MB, beside which the model is nothing."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 200_000}
-    config = LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, **shape)
+    config = LlamaConfig(num_hidden_layers=1, tie_word_embeddings=True, **shape)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     settings = {"calibration__seq_len": 256, "calibration__samples": 1, "validation__windows": 2}
