@@ -168,8 +168,7 @@ class PlanOptions(Section):
     encodings: Annotated[list[str], Distinct] = option(
         [],
         "The ways to store a linear that a plan may choose from, by the names in docs/formats.md; give it again for "
-        "several. Default: all that the format has, but for those that a runtime multiplies by more slowly than by "
-        "larger ones.",
+        "several. Default: all that the format has, but for those marked 'on request', which save little and are slow.",
         example="Q4_K",
     )
     keep: Annotated[list[str], Distinct] = option(

@@ -263,7 +263,7 @@ def make_model(directory: Path) -> Path:
 
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=260, max_position_embeddings=256)
+    config = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=260, max_position_embeddings=1024)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

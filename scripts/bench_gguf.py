@@ -194,7 +194,7 @@ def draw(measured: Mapping[str, Sequence[Row]]) -> str:
                 axes.plot(sizes, values, form, color=colour, label=label, markersize=4)
             for row in theirs:
                 axes.annotate(
-                    f"  {row.name.removeprefix(THEIRS)}", (row.bytes / 1e6, row.mean_kl), fontsize=6, va="center"
+                    f"   {row.name.removeprefix(THEIRS)}", (row.bytes / 1e6, row.mean_kl), fontsize=6, va="center"
                 )
             axes.set_yscale("log")
             plain_numbers(axes.yaxis)

@@ -266,7 +266,7 @@ ADAPTERS: Mapping[str, AdapterKind] = {
 
 def _blocks(name: str, bits: int, group_size: int, symmetric: bool) -> Storable:
     """One of ggml's types."""
-    # On CPUs llama.cpp takes longer to multiply by these than by Q8_0 (docs/gguf.md).
+    # A plan gains little by these, and on CPUs llama.cpp takes longest to multiply by them (docs/gguf.md).
     return Storable(name, (bits,), (group_size,), symmetric=(symmetric,), on_request=name in ("Q4_1", "Q5_1"))
 
 

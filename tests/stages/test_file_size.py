@@ -67,5 +67,5 @@ def test_the_file_is_no_larger_and_not_much_smaller(asked: list[str], tmp_path: 
         row.get("encoding") for row in json.loads((tmp_path / "out" / "accullm.json").read_text())["linears"].values()
     }
     assert len(encodings) > 1
-    # What is slower than what is larger has to be asked for.
+    # What saves little and is slow has to be asked for.
     assert encodings <= set(asked) if asked else encodings.isdisjoint({"Q4_1", "Q5_1"})
