@@ -193,9 +193,8 @@ def draw(measured: Mapping[str, Sequence[Row]]) -> str:
                 sizes, values = [row.bytes / 1e6 for row in ordered], [row.mean_kl for row in ordered]
                 axes.plot(sizes, values, form, color=colour, label=label, markersize=4)
             for row in theirs:
-                axes.annotate(
-                    f"   {row.name.removeprefix(THEIRS)}", (row.bytes / 1e6, row.mean_kl), fontsize=6, va="center"
-                )
+                label, place = row.name.removeprefix(THEIRS), (row.bytes / 1e6, row.mean_kl)
+                axes.annotate(label, place, (4, 0), textcoords="offset points", fontsize=6, va="center")
             axes.set_yscale("log")
             plain_numbers(axes.yaxis)
             axes.set_title(model, fontsize=9)
