@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -175,10 +175,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def interpreter(text: str) -> tuple[str, str]:
     """The value of --peer."""
-    tool, equals, python = text.partition("=")
-    if not equals or tool not in {peer.tool for peer in PEERS}:
-        raise argparse.ArgumentTypeError(f"{text!r} is not TOOL=PYTHON")
-    return tool, python
+    return named_python(text, "TOOL", {peer.tool for peer in PEERS})
+
+
+def named_python(text: str, what: str, names: Container[str]) -> tuple[str, str]:
+    """A program's name, which must be one of these, and the Python where it is installed, of NAME=PYTHON."""
+    name, equals, python = text.partition("=")
+    if not equals or name not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}=PYTHON")
+    return name, python
 
 
 def missing(peer: Peer, interpreters: Mapping[str, str]) -> str | None:

@@ -31,7 +31,18 @@ from pathlib import Path
 import bench_peers
 import numpy as np
 import torch
-from bench_peers import PEERS, Peer, Reference, interpreter, interval, lacking, missing, shared_features, unfit
+from bench_peers import (
+    PEERS,
+    Peer,
+    Reference,
+    interpreter,
+    interval,
+    lacking,
+    missing,
+    named_python,
+    shared_features,
+    unfit,
+)
 from demo_models import DEMO, MODELS, model_directory, results_directory
 
 from accullm_cli.errors import EXIT_NOT_SO, EXIT_OK, AccullmError
@@ -155,10 +166,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def client_python(text: str) -> tuple[str, str]:
     """The value of --client."""
-    name, equals, python = text.partition("=")
-    if not equals or name not in {client.name for client in CLIENTS}:
-        raise argparse.ArgumentTypeError(f"{text!r} is not CLIENT=PYTHON")
-    return name, python
+    return named_python(text, "CLIENT", {client.name for client in CLIENTS})
 
 
 def installed(client: Client, options: argparse.Namespace) -> bool:

@@ -15,7 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from accullm_cli.formats import FORMATS, artifact_format, open_artifact
-from accullm_cli.formats.base import ModelShape, Parts
+from accullm_cli.formats.base import ModelShape, Objection, Parts
+from accullm_cli.formats.objections import objections
 from accullm_cli.quant.encodings.affine import AffineLinear
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
@@ -296,3 +297,11 @@ def edit_config(directory: Path, **changes: object) -> None:
     changed = {**config["quantization_config"], **changes}
     config["quantization_config"] = {key: value for key, value in changed.items() if value is not None}
     (directory / "config.json").write_text(json.dumps(config))
+
+
+def expert_objections(format: str, *rows: LinearPlan, named: bool = True) -> list[Objection]:
+    """What a format objects to in experts; `named`: their names in checkpoints are known."""
+    plan = Plan({row.name: row for row in rows})
+    stored_as = {row.name: (f"{row.name}.part",) for row in rows} if named else {}
+    shape = ModelShape("gpt_oss", torch.float16, dict.fromkeys(plan.linears, "expert"), stored_as=stored_as)
+    return objections(format, plan, shape)

@@ -14,7 +14,7 @@ from accullm_cli.formats.base import ModelShape, Objection
 from accullm_cli.formats.objections import nearest_group_sizes
 from accullm_cli.formats.objections import objections as objections_of
 from accullm_cli.quant.plan import LinearPlan, Plan
-from tests.artifacts import empty, make_parts
+from tests.artifacts import empty, expert_objections, make_parts
 from tests.formats.compressed import row_of
 from tests.tiny import tiny_llama
 
@@ -69,21 +69,14 @@ def test_other_kinds_of_layers() -> None:
     ]
 
 
-def expert_objections(*rows: LinearPlan, named: bool = True) -> list[Objection]:
-    plan = Plan({row.name: row for row in rows})
-    stored_as = {row.name: (f"{row.name}.part",) for row in rows} if named else {}
-    shape = ModelShape("gpt_oss", torch.float16, dict.fromkeys(plan.linears, "expert"), stored_as=stored_as)
-    return objections_of("compressed-tensors", plan, shape)
-
-
 def experts(**changes: object) -> tuple[LinearPlan, LinearPlan]:
     row = dataclasses.replace(row_of("layers.0.mlp.experts.gate_up_proj.0"), symmetric=True)
     return row, dataclasses.replace(row, name="layers.1.mlp.experts.down_proj.0", **changes)
 
 
 def test_experts_without_names_of_their_own() -> None:
-    assert expert_objections(*experts()) == []
-    assert expert_objections(*experts(), named=False) == [
+    assert expert_objections("compressed-tensors", *experts()) == []
+    assert expert_objections("compressed-tensors", *experts(), named=False) == [
         Objection(
             "compressed-tensors stores experts one by one, and transformers has no names of that kind for "
             "layers.0.mlp.experts.gate_up_proj of a gpt_oss model",
@@ -93,7 +86,9 @@ def test_experts_without_names_of_their_own() -> None:
 
 
 def test_experts_with_zero_points() -> None:
-    assert expert_objections(*(dataclasses.replace(row, symmetric=False) for row in experts())) == [
+    assert expert_objections(
+        "compressed-tensors", *(dataclasses.replace(row, symmetric=False) for row in experts())
+    ) == [
         Objection(
             "compressed-tensors holds symmetric grids of experts only, and that of layers.0.mlp.experts.gate_up_proj.0 "
             "is not (and 1 more)",
@@ -120,7 +115,7 @@ def test_experts_with_zero_points() -> None:
     ],
 )
 def test_experts_of_several_layers_need_one_scheme(changes: dict[str, object], what: str, hint: str) -> None:
-    assert expert_objections(*experts(**changes)) == [Objection(what, hint)]
+    assert expert_objections("compressed-tensors", *experts(**changes)) == [Objection(what, hint)]
 
 
 def test_float16_scales_for_a_bfloat16_model() -> None:

@@ -20,7 +20,7 @@ from accullm_cli.formats.mlx import decode, encode, place_of, quantization
 from accullm_cli.formats.objections import objections as objections_of
 from accullm_cli.quant.encodings.affine import AffineLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
-from tests.artifacts import Made, change_tensors, empty, make_parts, quantize_affine, write
+from tests.artifacts import Made, change_tensors, empty, expert_objections, make_parts, quantize_affine, write
 from tests.tiny import tiny_gemma3, tiny_llama, tiny_mixtral, tokens
 
 try:
@@ -368,13 +368,6 @@ def test_other_kinds_of_layers_also_where_they_are_kept(bits: int) -> None:
     ]
 
 
-def expert_objections(*rows: LinearPlan, named: bool = True) -> list[Objection]:
-    plan = Plan({row.name: row for row in rows})
-    stored_as = {row.name: (f"{row.name}.part",) for row in rows} if named else {}
-    shape = ModelShape("gpt_oss", torch.float16, dict.fromkeys(plan.linears, "expert"), stored_as=stored_as)
-    return objections_of("mlx", plan, shape)
-
-
 @pytest.mark.parametrize(
     ("other", "named", "what", "hint"),
     [
@@ -396,12 +389,12 @@ def expert_objections(*rows: LinearPlan, named: bool = True) -> list[Objection]:
 )
 def test_experts_that_do_not_fit(other: dict[str, int], named: bool, what: str, hint: str) -> None:
     rows = linear("layers.0.mlp.experts.up.0"), linear("layers.0.mlp.experts.up.1", **other)
-    assert expert_objections(rows[0], linear("layers.0.mlp.experts.up.1")) == []
-    assert expert_objections(*rows, named=named) == [Objection(what, hint)]
+    assert expert_objections("mlx", rows[0], linear("layers.0.mlp.experts.up.1")) == []
+    assert expert_objections("mlx", *rows, named=named) == [Objection(what, hint)]
 
 
 def test_experts_that_are_to_be_kept() -> None:
-    assert expert_objections(linear("layers.0.mlp.experts.up.0", bits=16)) == [
+    assert expert_objections("mlx", linear("layers.0.mlp.experts.up.0", bits=16)) == [
         Objection(
             "mlx stores experts as codes only, and layers.0.mlp.experts.up.0 is to stay in 16 bits",
             "keep none of them, or export to the format accullm",
