@@ -292,7 +292,8 @@ def _open_job(
     with ExitStack() as held:
         held.enter_context(directory.locked())
         held.enter_context(directory.removed_if_refused())
-        for artifact in artifact_paths(config).values() if converts else ():
+        writes_artifact = converts and only in (None, "export", "validate")
+        for artifact in artifact_paths(config).values() if writes_artifact else ():
             held.enter_context(locked_output(artifact))
         threads = held.enter_context(_threads(directory, config))
         job = Job(config, directory, open_source(config.model, directory.path, progress), progress, only, fresh)

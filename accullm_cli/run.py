@@ -37,6 +37,7 @@ Code = Literal[
 # What the hub has of the source beside what was fetched.
 HUB_RECORDS = "hub-files.json"
 LOCK = ".lock"
+MANIFEST = "manifest.json"
 # What a run directory holds before its first stage has written anything.
 _BEFORE_ANY_STAGE = {LOCK, "run.yaml", "source-hashes.json", HUB_RECORDS}
 
@@ -143,11 +144,13 @@ class RunDirectory:
         """Refuse a directory that holds something else than a run.
 
         Raises:
-            AccullmError: it is a file, or has files and no lock file, which is the first thing in a run.
+            AccullmError: it is a file, or has files and neither a lock file, which is the first thing in a run, nor a
+                manifest, as a copy without hidden files has.
         """
         if self.path.is_file():
             raise AccullmError("is a file, not a directory", self.path, "give another directory with --run")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.file(LOCK).exists():
+        is_run = self.file(LOCK).exists() or self.file(MANIFEST).exists()
+        if self.path.is_dir() and any(self.path.iterdir()) and not is_run:
             raise AccullmError("holds something else than a run", self.path, "give another directory with --run")
 
     def remove(self, patterns: Iterable[str]) -> None:
@@ -182,7 +185,7 @@ class RunDirectory:
 
     def stages(self) -> dict[str, StageRecord]:
         """The finished stages by name; empty for a new run."""
-        path = self.file("manifest.json")
+        path = self.file(MANIFEST)
         if not path.exists():
             return {}
         try:
@@ -213,7 +216,7 @@ class RunDirectory:
         stages = self.stages()
         stages[stage] = record
         content = {"format_version": 1, "stages": {name: asdict(entry) for name, entry in stages.items()}}
-        write_text(self.file("manifest.json"), json.dumps(content, indent=1, sort_keys=True))
+        write_text(self.file(MANIFEST), json.dumps(content, indent=1, sort_keys=True))
 
 
 @contextmanager

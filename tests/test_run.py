@@ -348,6 +348,16 @@ def test_of_a_refused_run_the_lock_goes_last(run, monkeypatch):
     assert not run.path.exists()
 
 
+def test_a_copy_without_its_hidden_files_is_still_a_run(run):
+    run.path.mkdir()
+    run.file("notes.txt").write_text("")
+    with pytest.raises(AccullmError, match="holds something else than a run"):
+        run.check()
+    run.finish("calibrate", record())
+    run.check()
+    assert run.stages() == {"calibrate": record()}
+
+
 def test_files_are_removed_by_name_and_by_pattern(run):
     for name in ("calibrate/block-00000.safetensors", "calibrate/streams.safetensors", "plan.json", "plan.json.old"):
         write_text(run.file(name), "")
