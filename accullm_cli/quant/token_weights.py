@@ -6,7 +6,8 @@ instead of sum_t y_t y_t^T (GuidedQuant, arXiv 2505.07004, weighs tokens by thei
 The squared gradient of a single token is one draw of a very noisy number, and only some windows have one. What it
 depends on most can be seen from the token's input: in models with massive activations (arXiv 2402.17762) a few tokens
 have inputs a thousand times as large, and behind a norm they count a million times less. So w is taken to be a
-function of |y_t|^2, the mean of |g_t|^2 over the tokens with inputs of about that size.
+function of |y_t|^2, the mean of |g_t|^2 over the tokens with inputs of about that size. And no token counts more than
+the median one does: a few tokens can have most of the squared gradient, and the text would be rounded for them alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class TokenWeights:
     """A step function of the squared norm of a token's input.
 
     edges: float32 [B - 1], ascending, of log |y|^2.
-    weights: float32 [B]; their mean over the tokens that it was fitted to is 1.
+    weights: float32 [B]; 1 for the median of the tokens that it was fitted to, and at most 1.
     """
 
     edges: torch.Tensor
@@ -54,7 +55,7 @@ class TokenWeights:
         mean = squares.double().mean()
         # As if each step had one more token, of the mean: few tokens say little, and none nothing.
         weights = (total / mean + 1) / (count + 1)
-        return cls(edges, (weights * len(size) / (weights @ count)).float())
+        return cls(edges, (weights / weights[step].median()).clamp_max(1).float())
 
     @classmethod
     def mean(cls, of: Sequence[TokenWeights]) -> TokenWeights:

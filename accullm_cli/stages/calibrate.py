@@ -33,7 +33,7 @@ from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.streams import advance
 from accullm_cli.stages.texts import calibration_inputs, calibration_of, write_calibration
 
-VERSION = 6
+VERSION = 7
 # Statistics choose outlier features and weigh the errors of grids: second moments of so many windows do, unless there
 # are experts, each of which sees few of the tokens.
 STATISTICS_WINDOWS = 32
