@@ -32,7 +32,9 @@ from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.keyed import is_made_for, write_keyed
 
-# Positions whose sums of probabilities are held at once: a vocabulary may have a quarter of a million tokens.
+# Logits that are computed at once, and positions whose sums of probabilities are held: a vocabulary may have a quarter
+# of a million tokens.
+_LOGITS = 1 << 25
 _ROWS = 64
 
 
@@ -150,24 +152,26 @@ def _of_the_loss(decoder: Decoder, hidden: torch.Tensor, seed: int) -> tuple[tor
     rows, columns = torch.zeros(head.weight.shape[0]), torch.zeros(head.weight.shape[1])
     gradients = []
     try:
+        size = max(1, _LOGITS // head.weight.shape[0])
         for number, window in enumerate(hidden):
-            inputs = window[None].clone().requires_grad_()
-            passed.clear()
-            logits = decoder.logits(inputs)
-            ((read, given),) = passed
-            # Of the negative log-likelihood with respect to the logits: the probabilities, less 1 at the token.
-            of_logits = torch.softmax(logits[0].detach().float(), -1)
-            of_logits[torch.arange(len(of_logits)), draw_tokens(of_logits, seed, number)] -= 1
-            gradient, of_head = torch.autograd.grad(logits, (inputs, given), of_logits[None].to(logits.dtype))
-            gradients.append(gradient)
-            squares = of_head[0].float().square()
-            rows += (squares * read[0].detach().float().square().sum(1, keepdim=True)).sum(0)
-            columns += squares.sum(1) @ read[0].detach().float().square()
+            for first in range(0, len(window), size):
+                inputs = window[None, first : first + size].clone().requires_grad_()
+                passed.clear()
+                logits = decoder.logits(inputs)
+                ((read, given),) = passed
+                # Of the negative log-likelihood with respect to the logits: the probabilities, less 1 at the token.
+                of_logits = torch.softmax(logits[0].detach().float(), -1)
+                of_logits[torch.arange(len(of_logits)), draw_tokens(of_logits, seed, number, first)] -= 1
+                gradient, of_head = torch.autograd.grad(logits, (inputs, given), of_logits[None].to(logits.dtype))
+                gradients.append(gradient[0])
+                squares, energy = of_head[0].float().square(), read[0].detach().float().square()
+                rows += energy.sum(1) @ squares
+                columns += squares.sum(1) @ energy
     finally:
         handle.remove()
     decoder.release_outside()
     tokens = hidden.shape[0] * hidden.shape[1]
-    return torch.cat(gradients), {"rows": rows / tokens, "columns": columns / tokens}
+    return torch.cat(gradients).view_as(hidden), {"rows": rows / tokens, "columns": columns / tokens}
 
 
 def _of_the_input(job: Job, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -177,17 +181,17 @@ def _of_the_input(job: Job, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"columns": gradient.float().square().flatten(0, -2).mean(0), "energy": energy}
 
 
-def draw_tokens(probabilities: torch.Tensor, seed: int, window: int) -> torch.Tensor:
+def draw_tokens(probabilities: torch.Tensor, seed: int, window: int, first: int = 0) -> torch.Tensor:
     """A token for each position by its probabilities, from random numbers that no device makes differently.
 
     Args:
-        probabilities: float32 [T, V], of a window's positions.
+        probabilities: float32 [T, V], of a window's positions from `first` on.
         window: its number.
 
     Returns:
         int64 [T].
     """
-    numbers = uniform(seed, window, torch.arange(len(probabilities)), 1).double()
+    numbers = uniform(seed, window, first + torch.arange(len(probabilities)), 1).double()
     drawn = []
     for rows, own in zip(probabilities.split(_ROWS), numbers.split(_ROWS), strict=True):
         reached = rows.cumsum(-1, dtype=torch.float64)

@@ -16,7 +16,7 @@ def tokens(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_the_function_behind_noisy_squares_is_found() -> None:
-    """|g|^2 is 1 / |x|^2 times a square of a normal number; means over steps are near the truth's own, up to its median."""
+    """|g|^2 is 1 / |x|^2 times a square of a normal number; means over steps are near the truth's own up to 1."""
     rows = tokens(20_000)
     norms = rows.square().sum(1)
     noise = torch.randn(len(rows), generator=torch.Generator().manual_seed(1)).square()

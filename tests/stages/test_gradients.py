@@ -47,15 +47,21 @@ def whole_backward(source: Path, ids: torch.Tensor, seed: int) -> tuple[list[tor
     embedding = model.get_input_embeddings()
     embedding.register_forward_hook(lambda module, args, result: result.requires_grad_())
     logits = model(input_ids=ids).logits
-    probabilities = torch.softmax(logits.detach().double(), -1).numpy()
-    drawn = torch.empty_like(ids)
-    for window, position in np.ndindex(*ids.shape):
-        number = float(uniform(seed, window, torch.arange(ids.shape[1]), 1)[position])
-        drawn[window, position] = int((np.cumsum(probabilities[window, position]) <= number).sum())
+    drawn = drawn_tokens(torch.softmax(logits.detach().double(), -1), seed)
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum")
     found = torch.autograd.grad(loss, [*made, *outputs.values()])
     of_linears = zip(outputs, found[len(made) :], strict=True)
     return list(found[: len(made)]), {name: rows_of(gradient) for name, gradient in of_linears}
+
+
+def drawn_tokens(probabilities: torch.Tensor, seed: int) -> torch.Tensor:
+    """The token for which the sum of probabilities [S, T, V] passes a random number, [S, T]."""
+    windows, length, _ = probabilities.shape
+    drawn = torch.empty(windows, length, dtype=torch.int64)
+    for window, position in np.ndindex(windows, length):
+        number = float(uniform(seed, window, torch.arange(length), 1)[position])
+        drawn[window, position] = int((np.cumsum(probabilities[window, position].numpy()) <= number).sum())
+    return drawn
 
 
 def near(found: torch.Tensor, expected: torch.Tensor, digits: float) -> None:
@@ -101,8 +107,13 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     assert torch.equal(drawn, gradients.draw_tokens(probabilities * 2, 5, 2))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
-def test_gradients_are_those_of_one_backward_pass(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "logits"), [("llama", None), ("gpt2", None), ("gemma2", 1000), ("mixtral", 1)])
+def test_gradients_are_those_of_one_backward_pass(
+    name: str, logits: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few logits are computed at once."""
+    if logits is not None:
+        monkeypatch.setattr(gradients, "_LOGITS", logits)
     source = make_checkpoint(name, tmp_path / "model")
     config = short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS, machine__seed=3)
     with opened(config) as job:
@@ -118,6 +129,27 @@ def test_gradients_are_those_of_one_backward_pass(name: str, tmp_path: Path) -> 
     assert not list((run / "calibrate").glob("input-*"))
     kept = {f"calibrate/{kind}-0000{index}.safetensors" for index in range(2) for kind in ("gradient", "sensitivity")}
     assert kept <= set(outcome.record.outputs)
+
+
+def test_the_heads_rows_and_columns_are_weighed_by_the_gradients_of_its_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "_LOGITS", 3000)
+    source = make_checkpoint("llama", tmp_path / "model")
+    config = short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS, machine__seed=3)
+    with opened(config) as job:
+        run_to(job, "calibrate")
+        rows, columns = gradients.load_head_gradient(job)
+    ids = load_file(tmp_path / "out.run/tokens.safetensors")["calibration"][:WINDOWS]
+    model, read = reference_model(source), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with torch.no_grad():
+        probabilities = torch.softmax(model(input_ids=ids).logits.double(), -1)
+    drawn = nn.functional.one_hot(drawn_tokens(probabilities, 3), probabilities.shape[-1])
+    squares = (probabilities - drawn).square().flatten(0, 1)
+    inputs = read[0].double().square().flatten(0, 1)
+    near(rows, (squares * inputs.sum(1, keepdim=True)).mean(0), 0.01)
+    near(columns, squares.sum(1) @ inputs / len(inputs), 0.01)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
