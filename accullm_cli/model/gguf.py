@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accullm_cli.errors import AccullmError
+from accullm_cli.errors import AccullmError, is_refusal_of_library
 from accullm_cli.model.gguf_file import PLAIN, GgufFile, GgufTensor, read_gguf
 from accullm_cli.model.gguf_metadata import settle
 from accullm_cli.progress import Event, Progress, silent
@@ -145,7 +145,9 @@ def _open(path: Path) -> _Contents:
         raise AccullmError("names no architecture (general.architecture)", path, "download or copy it again")
     try:
         settings = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
-    except (ValueError, KeyError, IndexError, TypeError):
+    except BaseException as error:
+        if not is_refusal_of_library(error):
+            raise
         raise AccullmError(
             f"architecture {architecture} cannot be read from GGUF by the installed transformers",
             path,
@@ -201,7 +203,9 @@ def _build_skeleton(contents: _Contents) -> tuple[PreTrainedModel, list[str]]:
             return AutoModelForCausalLM.from_config(config), unused
     except AccullmError as error:
         raise AccullmError(error.what, contents.path, error.hint) from None
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except BaseException as error:
+        if not is_refusal_of_library(error):
+            raise
         reason = " ".join(str(error).split())
         raise AccullmError(
             f"architecture {contents.architecture} is not a causal language model of transformers ({reason})",
@@ -316,7 +320,9 @@ def _read_tokenizer(path: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, ImportError) as error:
+    except BaseException as error:
+        if not is_refusal_of_library(error):
+            raise
         reason = " ".join(repr(error).split())
         raise AccullmError(
             f"holds no tokenizer that transformers can read ({reason})",
