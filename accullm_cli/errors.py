@@ -50,3 +50,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     # torch has a type of its own, which must not be imported here.
     is_memory_error = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_memory_error or "can't allocate memory" in str(error)
+
+
+def is_refusal_of_library(error: BaseException) -> bool:
+    """Whether an exception says that another library's code cannot read what it was given.
+
+    It is for calls of such code alone, which computes with whatever a file says: then it may be any exception, and a
+    panic of Rust, but none of our own, and not that memory ran out.
+    """
+    is_theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    return is_theirs and not isinstance(error, AccullmError) and not is_out_of_memory(error)

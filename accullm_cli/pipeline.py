@@ -20,6 +20,7 @@ from accullm_cli.measure.contract import judge, parse_requirement
 from accullm_cli.measure.measurement import Figure, exactly, judged_figures
 from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, Report, Trial
 from accullm_cli.model.alias import aliases
+from accullm_cli.model.gguf_parts import files_of
 from accullm_cli.model.source import describe_source, open_source
 from accullm_cli.places import artifact_path, artifact_paths, run_path
 from accullm_cli.processors import usable_cores
@@ -367,7 +368,8 @@ def _finish_report(
     artifact = open_artifact(directory)
     found = what_was_found(job, format_name)
     bits_per_weight = artifact.bits_per_weight
-    files = [shown] if shown is not None and shown.is_file() else [directory / name for name in own_files(directory)]
+    own_names = [directory / name for name in own_files(directory)]
+    files = files_of(shown) if shown is not None and shown.is_file() else own_names
     size = sum(path.stat().st_size for path in files)
     own = [outcome for outcome in outcomes if outcome.format in ("", format_name)]
     records = tuple(dict.fromkeys(sentence for outcome in own for sentence in outcome.record.records))

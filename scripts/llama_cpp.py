@@ -23,6 +23,7 @@ PLACE = Path(__file__).resolve().parents[1] / "work" / "llama.cpp"
 
 # enum llama_ftype, those that people use.
 FILE_TYPES = {
+    "F32": 0,
     "F16": 1,
     "Q4_0": 2,
     "Q4_1": 3,
@@ -226,7 +227,7 @@ class LlamaCpp:
         importance: Mapping[str, np.ndarray] | None = None,
         threads: int = 1,
     ) -> None:
-        """llama.cpp's own quantization of an unquantized file.
+        """llama.cpp's own quantization of a file; to F32, of a quantized one, its own dequantization.
 
         Args:
             file_type: of FILE_TYPES.
@@ -238,6 +239,7 @@ class LlamaCpp:
         self.said.clear()
         params = self.api.llama_model_quantize_default_params()
         params.nthread, params.ftype = threads, FILE_TYPES[file_type]
+        params.allow_requantize = file_type == "F32"
         entries = (_Importance * (len(importance or {}) + 1))()  # ended by an empty one
         arrays = [np.ascontiguousarray(values, dtype=np.float32) for values in (importance or {}).values()]
         for entry, name, values in zip(entries, importance or {}, arrays, strict=False):

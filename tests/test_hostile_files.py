@@ -1,131 +1,94 @@
 """Files that somebody else wrote, damaged in every way: each is read, or refused in one line, and none leads elsewhere.
 
-ACCULLM_FUZZ=2000 tries as many of each kind; by default there are few, always the same.
+scripts/bench_fuzz.py does the same with as many inputs as one likes.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import random
+import pickle
 import shutil
-import struct
-import sys
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from accullm_cli.commands.verify import verify
 from accullm_cli.config_file import load_config
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats import open_artifact
 from accullm_cli.formats.manifest import read_manifest
 from accullm_cli.json_text import parse_json
 from accullm_cli.model.files import inside
-from accullm_cli.model.json_lines import parse_json_lines
+from accullm_cli.model.gguf import import_gguf
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.source import describe_source
-from accullm_cli.model.tokenizer import load_tokenizer, tokenizer_records
-from accullm_cli.model.weights import read_weights
 from accullm_cli.pipeline import convert
-from accullm_cli.zoo.file import read_zoo
+from tests.scripts.loading import load_script
 from tests.tiny import edit_config, make_checkpoint, tiny_config
 
-EXAMPLES = int(os.environ.get("ACCULLM_FUZZ", "25"))
-FEW = settings(
-    max_examples=EXAMPLES,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+script = load_script("bench_fuzz")
+INPUTS = 25
 DEEP = "[" * 100_000
-# In the place of any value of a JSON file. Counts that are merely large are no damage: such models exist.
-HOSTILE: list[Any] = [
-    *(None, True, -1, 0, 7, 1.5, float("nan"), float("inf"), "", "x", [], {}, [[]], {"": None}),
-    *("../secret", "{secret}", "a\0b", "\ud800", "x" * 5000, "models--o--n/blobs/x", [{}], {"a": {"b": []}}),
-]
 
 
-def damaged_bytes(content: bytes, seed: int) -> bytes:
-    """A few bytes changed, left out, doubled or put in; or cut short."""
-    draw = random.Random(seed)
-    damaged = bytearray(content)
-    for _ in range(draw.randint(1, 4)):
-        place = draw.randrange(len(damaged) + 1)
-        kind = draw.randrange(5)
-        if kind == 0:
-            damaged[place : place + 1] = bytes([draw.randrange(256)])
-        elif kind == 1:
-            del damaged[place : place + draw.randint(1, 20)]
-        elif kind == 2:
-            damaged[place:place] = damaged[place : place + draw.randint(1, 50)]
-        elif kind == 3:
-            damaged[place:place] = draw.choice(
-                [b"\0", b"\xff\xfe", b'"', b"{", b"]", b"!!int ''", b"&a *a", b"9" * 5000]
-            )
-        elif draw.random() < 0.3:
-            del damaged[place:]
-    return bytes(damaged)
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return script.prepare(tmp_path_factory.mktemp("fuzzed"))
 
 
-def damaged_json(content: Any, seed: int, secret: Path) -> str:
-    """One or two values anywhere replaced or left out."""
-    draw = random.Random(seed)
-    damaged = json.loads(json.dumps(content))
-    for _ in range(draw.randint(1, 2)):
-        places = list(_places(damaged))
-        if not places:
-            break
-        holder, key = draw.choice(places)
-        if isinstance(holder, dict) and draw.random() < 0.2:
-            del holder[key]
-            continue
-        value = draw.choice(HOSTILE)
-        holder[key] = str(secret) if value == "{secret}" else json.loads(json.dumps(value))
-    return json.dumps(damaged)
+@pytest.fixture(scope="module")
+def watch(fuzzed: Any) -> Any:
+    return script.Watch(fuzzed.secret)
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    for key in list(keys)[:200]:
-        yield value, key
-        yield from _places(value[key])
+@pytest.mark.parametrize("kind", script.KINDS)
+def test_what_is_damaged_is_read_or_refused_in_one_line(kind: str, fuzzed: Any, watch: Any) -> None:
+    attack = script.KINDS[kind][0](fuzzed)
+    attack_whole = [script.attempt(attack, seed, watch) for seed in range(INPUTS)]
+    assert attack_whole == [""] * INPUTS
 
 
-# -- what is opened ------------------------------------------------------------------------------------------------
-
-_opened: list[str] = []
-_watching = False
+# -- what would not be survived ------------------------------------------------------------------------------------
 
 
-def _note(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watching and event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
-        _opened.append(os.fsdecode(arguments[0]))
+def _loops(seed: int) -> None:
+    while True:
+        pass
 
 
-@pytest.fixture(scope="module", autouse=True)
-def watch() -> None:
-    sys.addaudithook(_note)  # which stays as long as the process
+@pytest.mark.parametrize(
+    ("attack", "why"),
+    [
+        (lambda seed: None, ""),
+        (lambda seed: [][seed], "IndexError: list index out of range"),
+        (_loops, "takes more than 0.2 s of a CPU"),
+        (lambda seed: pickle.loads(b"cos\nsystem\n."), "leads to pickle.find_class('os', 'system')"),
+        (lambda seed: read_manifest(Path("absent")), ""),
+    ],
+)
+def test_what_is_not_survived_is_seen(attack: Any, why: str, watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "LONGEST", 0.2)
+    assert script.attempt(attack, 0, watch) == why
 
 
-def read_or_refuse(read: Callable[[], object], secret: Path) -> str:
-    """The line of the refusal; "" where there is none. Anything else is raised."""
-    global _watching
-    _opened.clear()
-    _watching = True
-    line = ""
-    try:
-        read()
-    except AccullmError as error:
-        line = error.line()
-    finally:
-        _watching = False
-    assert not [name for name in _opened if os.path.realpath(name) == str(secret)]
-    return line
+def test_a_look_outside_of_the_directory_is_seen(fuzzed: Any, watch: Any) -> None:
+    link = fuzzed.directory / "link"
+    link.symlink_to(fuzzed.secret)
+    assert script.attempt(lambda seed: link.read_text(), 0, watch) == "reads a file outside of the directory"
+
+
+def test_a_crash_is_one_fault_and_the_others_go_on(fuzzed: Any, watch: Any) -> None:
+    def attack(seed: int) -> None:
+        if seed == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if seed == 5:
+            raise KeyError(seed)
+
+    faults = list(script.in_slices("x", attack, range(2, 7), watch))
+    assert [(fault.seed, fault.why) for fault in faults] == [(3, "the process ended with -9"), (5, "KeyError: 5")]
 
 
 # -- kinds of files ------------------------------------------------------------------------------------------------
@@ -164,101 +127,12 @@ def _look_at(place: Path) -> None:
     build_skeleton(place)
 
 
-@FEW
-@given(seed=st.integers(0, 2**32), as_json=st.booleans())
-def test_config_json(seed: int, as_json: bool, place: Path, whole: Path, damage: Any) -> None:
-    content = (whole / "config.json").read_bytes()
-    secret = place.parent / "secret"
-    damage("config.json", damaged_json(json.loads(content), seed, secret) if as_json else damaged_bytes(content, seed))
-    read_or_refuse(lambda: _look_at(place), secret)
-
-
-@FEW
-@given(seed=st.integers(0, 2**32), as_json=st.booleans())
-def test_the_index_of_shards(seed: int, as_json: bool, place: Path, whole: Path, damage: Any) -> None:
-    name = "model.safetensors.index.json"
-    content = (whole / name).read_bytes()
-    secret = place.parent / "secret"
-    damage(name, damaged_json(json.loads(content), seed, secret) if as_json else damaged_bytes(content, seed))
-    read_or_refuse(lambda: read_weights(place, {path.name for path in place.iterdir()}), secret)
-
-
-@FEW
-@given(seed=st.integers(0, 2**32), as_json=st.booleans())
-def test_a_shards_header(seed: int, as_json: bool, place: Path, whole: Path, damage: Any) -> None:
-    name = "model-00001-of-00004.safetensors"
-    content = (whole / name).read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header, data = content[8 : 8 + length], content[8 + length :]
-    secret = place.parent / "secret"
-    if as_json:
-        header = damaged_json(json.loads(header), seed, secret).encode()
-        damage(name, struct.pack("<Q", len(header)) + header + data)
-    else:
-        damage(name, damaged_bytes(content[: 8 + length], seed) + data)
-    read_or_refuse(lambda: read_weights(place, {path.name for path in place.iterdir()}), secret)
-
-
-@FEW
-@given(
-    seed=st.integers(0, 2**32),
-    file=st.sampled_from(["tokenizer.json", "tokenizer_config.json"]),
-    whole_file=st.booleans(),
-)
-def test_the_tokenizer(seed: int, file: str, whole_file: bool, place: Path, whole: Path, damage: Any) -> None:
-    content = (whole / file).read_bytes()
-    secret = place.parent / "secret"
-    damage(file, damaged_bytes(content, seed) if whole_file else damaged_json(json.loads(content), seed, secret))
-    read_or_refuse(lambda: (load_tokenizer(place), tokenizer_records(place)), secret)
-
-
-@FEW
-@given(seed=st.integers(0, 2**32))
-def test_yaml(seed: int, tmp_path: Path) -> None:
-    text = 'calibration: {samples: 2, text: "a.txt"}\nplan:\n  bits: 4\n  keep: [a, b]\n'
-    text += "validation:\n  require: [mean_kl<=1]\n"
-    path = tmp_path / "zoo.yaml"
-    secret = tmp_path / "secret"
-    secret.touch()
-    path.write_bytes(damaged_bytes(text.encode(), seed))
-    read_or_refuse(lambda: load_config("m", [path]), secret)
-    path.write_bytes(damaged_bytes(f"{text}models:\n  - a/b\n  - {{model: c/d, plan: {{bits: 3}}}}\n".encode(), seed))
-    read_or_refuse(lambda: read_zoo(path), secret)
-
-
-@FEW
-@given(seed=st.integers(0, 2**32))
-def test_json_lines(seed: int, tmp_path: Path) -> None:
-    rows = [
-        {"messages": [{"role": "user", "content": "a"}], "tools": []},
-        {"messages": [{"role": "x", "content": None}]},
-    ]
-    text = "\n".join(damaged_json(row, seed + number, tmp_path) for number, row in enumerate(rows))
-    read_or_refuse(lambda: parse_json_lines(text, tmp_path / "a.jsonl"), tmp_path / "secret")
-    changed = damaged_bytes(json.dumps(rows[0]).encode(), seed).decode(errors="replace")
-    read_or_refuse(lambda: parse_json_lines(changed, tmp_path / "a.txt"), tmp_path / "secret")
-
-
 @pytest.fixture(scope="module")
 def artifact(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("artifact").resolve()
     (directory / "secret").touch()
     convert(tiny_config(whole, directory / "out", rounding__method="nearest", rounding__grid="minmax"))
     return directory / "out"
-
-
-@FEW
-@given(seed=st.integers(0, 2**32), as_json=st.booleans())
-def test_a_manifest(seed: int, as_json: bool, artifact: Path) -> None:
-    path = artifact / "accullm.json"
-    content, secret = path.read_bytes(), artifact.parent / "secret"
-    try:
-        damaged = damaged_json(json.loads(content), seed, secret).encode() if as_json else damaged_bytes(content, seed)
-        path.write_bytes(damaged)
-        read_or_refuse(lambda: read_manifest(artifact), secret)
-        read_or_refuse(lambda: verify(artifact), secret)
-    finally:
-        path.write_bytes(content)
 
 
 # -- what was found ------------------------------------------------------------------------------------------------
@@ -341,6 +215,49 @@ def test_a_manifest_that_names_a_file_elsewhere(artifact: Path) -> None:
             verify(artifact)
     finally:
         path.write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ('"bits": 4', '"bits": "4"', "TypeError: the numbers that describe {} are none"),
+        ('"bits": 4', '"bits": 0', "ValueError: {} is no linear"),
+    ],
+)
+def test_a_manifest_of_other_things_than_numbers(old: str, new: str, what: str, artifact: Path) -> None:
+    path = artifact / "accullm.json"
+    content = path.read_text()
+    try:
+        path.write_text(content.replace(old, new))
+        with pytest.raises(AccullmError) as refused:
+            read_manifest(artifact)
+    finally:
+        path.write_text(content)
+    line = f"not a manifest of format version 2 ({what.format('model.layers.0.self_attn.q_proj')})"
+    assert refused.value.line() == f"{path}: {line}; copy the artifact again"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        (
+            "tokenizer.ggml.merges",
+            ["t q"],
+            "holds no tokenizer that transformers can read (Exception('Error while initializing BPE: Token `tq` out of "
+            "vocabulary'))",
+        ),
+        ("llama.embedding_length", "x", "architecture llama is not a causal language model of transformers ("),
+    ],
+)
+def test_a_gguf_file_that_transformers_cannot_read(key: str, value: Any, line: str, tmp_path: Path) -> None:
+    metadata, tensors = script.gguf_model()
+    path = tmp_path / "a.gguf"
+    path.write_bytes(script.gguf_head(metadata | {key: value}, tensors) + script.gguf_data(tensors))
+    for read in (lambda: import_gguf(path, tmp_path / "out"), lambda: open_artifact(path)):
+        with pytest.raises(AccullmError) as refused:
+            read()
+        assert refused.value.line().startswith(f"{path}: {line}")
+        assert refused.value.line().endswith("; give the model's safetensors checkpoint")
 
 
 def test_json_is_parsed_as_before() -> None:

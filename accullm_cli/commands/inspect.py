@@ -14,6 +14,7 @@ from accullm_cli.formats.adapters import FOLDER
 from accullm_cli.formats.manifest import flat_facts
 from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json
 from accullm_cli.formats.stored import StoredArtifact
+from accullm_cli.model.gguf_parts import files_of
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan
 
 # How many of a linear's outlier features are named.
@@ -126,7 +127,9 @@ def inspect(path: Path) -> Inspection:
         return _inspect_checkpoint(path)
     found, file = _inspect_artifact(open_artifact(path)), artifact_in(path)
     # Of a file by itself, what it is opened in is no concern of anybody.
-    files = (FileRow(file.name, file.stat().st_size),) if file.is_file() else found.files
+    files = found.files
+    if file.is_file():
+        files = tuple(FileRow(part.name, part.stat().st_size) for part in files_of(file))
     return replace(found, path=str(path), files=files)
 
 

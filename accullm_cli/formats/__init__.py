@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.capabilities import CAPABILITIES
+from accullm_cli.model.gguf_parts import files_of
 
 if TYPE_CHECKING:
     from accullm_cli.formats.base import Format
@@ -57,6 +58,8 @@ def artifact_format(path: Path) -> str | None:
 def artifact_in(path: Path) -> Path:
     """The one file that is an artifact, of a directory that holds no other weights; else the path itself.
 
+    Of an artifact in several parts, the first.
+
     Raises:
         AccullmError: there are several such files; its config.json is not JSON.
     """
@@ -65,6 +68,8 @@ def artifact_in(path: Path) -> Path:
     names = sorted(file.name for file in path.iterdir() if file.is_file())
     suffixes = tuple(own.suffix for own in CAPABILITIES.values() if own.suffix)
     found = [name for name in names if name.endswith(suffixes)]
+    later = {part.name for name in found for part in files_of(path / name)[1:]}
+    found = [name for name in found if name not in later]
     if not found or any(name.endswith(".safetensors") for name in names):
         return path
     if len(found) > 1:

@@ -44,7 +44,9 @@ def adopt(path: Path, directory: Path, format_name: str, schemes: dict[str, _Sch
     content = read_json(directory / "config.json")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     architecture = architecture_of(config)
-    (directory / path.name).symlink_to(path.resolve())
+    files = path, *file.others
+    for part in files:
+        (directory / part.name).symlink_to(part.resolve())
     own = {"quantization_config": {"quant_method": format_name, "file": path.name}}
     write_text(directory / "config.json", json.dumps({**content, **own}, indent=2) + "\n")
     model = build_skeleton(directory)
@@ -71,7 +73,7 @@ def adopt(path: Path, directory: Path, format_name: str, schemes: dict[str, _Sch
     shape = ModelShape(str(content.get("model_type", "")), dtype, kinds)
     plan = Plan(linears, embeddings=embeddings)
     parts = Parts(content, {}, plan, shape, (), iter(()), facts)
-    write_card(directory, parts, format_name, path.stat().st_size)
+    write_card(directory, parts, format_name, sum(part.stat().st_size for part in files))
     write_manifest(directory, parts, format_name)
 
 

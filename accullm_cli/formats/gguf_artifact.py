@@ -40,7 +40,8 @@ class GgufTensors(TensorFiles):
         placed = {piece.name for pieces in layout.pieces.values() for piece in pieces}
         for name in file.tensors:
             if name not in placed and name != ROPE_FACTORS:
-                raise AccullmError(f"tensor {name} has no place in the model", file.path, "copy the artifact again")
+                path = file.tensors[name].path
+                raise AccullmError(f"tensor {name} has no place in the model", path, "copy the artifact again")
         for parameter in layout.parameters:
             infos |= self._infos(parameter)
         super().__init__(file.path.parent, infos)
@@ -57,6 +58,7 @@ class GgufTensors(TensorFiles):
             tensor = self.file.tensors.get(piece.name)
             if tensor is None:
                 raise AccullmError(f"tensor {piece.name} is missing", path, "copy the artifact again")
+            path = tensor.path
             rows = piece.rows[1] - piece.rows[0] if piece.rows else shape[-2 if len(shape) > 1 else 0]
             wanted = (*shape[:-2], rows, shape[-1]) if len(shape) > 1 else (rows,)
             if tensor.shape != wanted:

@@ -159,6 +159,11 @@ def check_version(version: object, where: Path) -> None:
 
 def _linear_plan(name: str, entry: Mapping[str, Any], dtype: torch.dtype) -> LinearPlan:
     out_features, in_features = entry["shape"]
+    numbers = out_features, in_features, entry["bits"], entry["group_size"], entry.get("scale_bits", 16)
+    if not all(type(number) is int for number in (*numbers, entry.get("outliers", 0))):
+        raise TypeError(f"the numbers that describe {name} are none")
+    if min(out_features, in_features) < 1 or not 1 <= entry["bits"] <= 16 or not isinstance(entry["symmetric"], bool):
+        raise ValueError(f"{name} is no linear")
     return LinearPlan(
         name=name,
         out_features=out_features,

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.json_text import parse_json
-from accullm_cli.model.integrity import TensorInfo, read_header
+from accullm_cli.model.integrity import TensorInfo, read_header, read_tensor
 from accullm_cli.run import machine_errors, write_file, write_text
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -41,13 +40,9 @@ def tensors_of(path: Path) -> dict[str, TensorInfo]:
 class TensorFiles:
     """All tensors of a directory's safetensors files, by name. A tensor is read when asked for and not kept."""
 
-    def __init__(
-        self, directory: Path, infos: Mapping[str, TensorInfo], stored: Mapping[str, str] | None = None
-    ) -> None:
-        """stored: of tensors that have another name in their file, that name."""
+    def __init__(self, directory: Path, infos: Mapping[str, TensorInfo]) -> None:
         self.directory = directory
         self.infos = infos
-        self._stored = stored or {}
 
     @classmethod
     def open(cls, directory: Path, of_artifact: bool = True) -> TensorFiles:
@@ -84,26 +79,18 @@ class TensorFiles:
     def renamed(self, stored: Mapping[str, str]) -> TensorFiles:
         """The same tensors under other names, each of them given with the one that it has now."""
         renaming = {old: new for new, old in stored.items() if old in self.infos}
-        infos = {renaming.get(name, name): info for name, info in self.infos.items()}
-        before = {renaming.get(name, name): old for name, old in self._stored.items()}
-        return TensorFiles(self.directory, infos, {new: old for old, new in renaming.items()} | before)
+        return TensorFiles(self.directory, {renaming.get(name, name): info for name, info in self.infos.items()})
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype."""
         return self.tensors((name,))[name]
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors, each file opened once."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
+        """Several tensors."""
+        for name in (names := tuple(names)):
             if name not in self.infos:
                 raise AccullmError(f"tensor {name} is missing", self.directory)
-            by_file.setdefault(self.infos[name].file, []).append(name)
-        found: dict[str, torch.Tensor] = {}
-        for file, wanted in by_file.items():
-            with safe_open(file, framework="pt") as handle:
-                found |= {name: handle.get_tensor(self._stored.get(name, name)) for name in wanted}
-        return found
+        return {name: read_tensor(self.infos[name]) for name in names}
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.model.integrity import TensorInfo
+from accullm_cli.model.integrity import TensorInfo, read_rows, read_tensor
 from accullm_cli.model.names import Destination, destinations
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import find_blocks
@@ -148,14 +147,12 @@ def _same_values(tensors: Mapping[str, TensorInfo], first: str, second: str) -> 
     if one.shape != other.shape:
         return False
     rows = max(1, _CHUNK // max(1, math.prod(one.shape[1:])))
-    with safe_open(one.file, framework="pt") as left, safe_open(other.file, framework="pt") as right:
-        if not one.shape:
-            return torch.equal(left.get_tensor(first).float(), right.get_tensor(second).float())
-        parts = left.get_slice(first), right.get_slice(second)
-        return all(
-            torch.equal(parts[0][start : start + rows].float(), parts[1][start : start + rows].float())
-            for start in range(0, one.shape[0], rows)
-        )
+    if not one.shape:
+        return torch.equal(read_tensor(one).float(), read_tensor(other).float())
+    return all(
+        torch.equal(read_rows(one, start, start + rows).float(), read_rows(other, start, start + rows).float())
+        for start in range(0, one.shape[0], rows)
+    )
 
 
 def _without_ties(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,8 +275,7 @@ class _Judge:
         """Why a tensor of a module that runs changes nothing; None where it may change something."""
         if len(rest) > 1 or len(self.tensors[stored].shape) != 1 or rest[0] not in ("bias", "weight"):
             return None
-        with safe_open(self.tensors[stored].file, framework="pt") as file:
-            values = file.get_tensor(stored).float()
+        values = read_tensor(self.tensors[stored]).float()
         if rest[0] == "bias" and not bool(values.any()):
             return "a bias of zeros changes nothing"
         # A norm whose class has no weight; some keep it as its difference to one.

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -20,6 +20,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.integrity import read_tensor
 from accullm_cli.model.names import destinations
 from accullm_cli.model.source import ModelSource, TensorInfo, check_finite, check_shapes
 
@@ -105,8 +106,7 @@ class Checkpoint:
             if not name.startswith(prefixes) and name not in without:
                 yield name, self.read(name)
         for name in self.source.kept:
-            with safe_open(self.source.tensors[name].file, framework="pt") as file:
-                yield name, file.get_tensor(name)
+            yield name, read_tensor(self.source.tensors[name])
 
     def read(self, name: str) -> torch.Tensor:
         """One parameter or buffer in its stored dtype; the model does not keep a parameter."""
@@ -179,21 +179,13 @@ class Checkpoint:
     # -- tensors -------------------------------------------------------------------------------------------
 
     def _load(self, names: set[str]) -> None:
-        by_file: dict[str, list[str]] = {}
-        for stored in dict.fromkeys(part for name in names for part in self._sources[name]):
-            by_file.setdefault(str(self.source.tensors[stored].file), []).append(stored)
-        files = [*map(Path, by_file)]
+        parts = {part: self.source.tensors[part] for name in names for part in self._sources[name]}
+        files = sorted({info.file for info in parts.values()})
         try:
-            handles = [safe_open(file, framework="pt") for file in by_file]
-            slices = {
-                self._loaded_as.get(stored, stored): handle.get_slice(stored)
-                for handle, stored_names in zip(handles, by_file.values(), strict=True)
-                for stored in stored_names
-            }
-        except (OSError, SafetensorError):
+            self._convert({self._loaded_as.get(part, part): _Stored(info) for part, info in parts.items()})
+        except AccullmError:
             self.source.check_unchanged(files)
             raise
-        self._convert(slices)
         self.source.check_unchanged(files)
         for name in names:
             try:
@@ -232,6 +224,16 @@ class Checkpoint:
             )
         if info.error_msgs:
             raise AccullmError(f"cannot be read ({' '.join(info.error_msgs[0].split())})", self.source.directory, hint)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor that transformers reads when it wants it, as it does those of an opened safetensors file."""
+
+    info: TensorInfo
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        return read_tensor(self.info)[key]
 
 
 def _by_file(infos: Iterable[TensorInfo]) -> dict[Path, list[TensorInfo]]:

@@ -1,7 +1,7 @@
 """Import a GGUF file as a Hugging Face directory, one tensor at a time.
 
 Names, permutations and the configuration come from transformers' own GGUF mapping, so that the result is the model
-that transformers would load from the file; but the weights are streamed from a memory map into one safetensors file,
+that transformers would load from the file; but the weights are streamed, a tensor at a time, into one safetensors file,
 whatever the model's size. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -17,25 +17,25 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accullm_cli.errors import AccullmError
+from accullm_cli.errors import AccullmError, is_refusal_of_library
+from accullm_cli.model.gguf_file import PLAIN, GgufFile, GgufTensor, read_gguf
 from accullm_cli.model.gguf_metadata import settle
 from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.run import machine_errors, sync_directory
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
     from transformers import PreTrainedModel
 
 MARKER = "imported.json"
 # Of what an import makes of a file; an import of another version is made again.
 _VERSION = 2
 
-_UNQUANTIZED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SAFETENSORS_NAME = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 # The parameters of Llama 3.1, 3.2 and 3.3, which differ in `factor` alone. GGUF stores what they amount to, a factor
@@ -52,12 +52,14 @@ _LLAMA3_ROPE = {
 class _Contents:
     """An opened GGUF file.
 
+    tensors: those of all parts, if it is the first of several.
     settings: the model's configuration as transformers' mapping gives it.
     metadata: by key; None for the tokenizer's lists.
     """
 
     path: Path
-    reader: GGUFReader
+    file: GgufFile
+    tensors: Sequence[GgufTensor]
     architecture: str
     settings: Mapping[str, Any]
     metadata: Mapping[str, Any]
@@ -80,6 +82,10 @@ def import_gguf(path: Path, directory: Path, progress: Progress = silent) -> tup
         if (records := _read_records(directory)) is not None:
             return records
         contents = _open(path)
+        if contents.file.others:
+            # What is made of it is held against what transformers makes of the file, which knows no parts.
+            what = f"one of {1 + len(contents.file.others)} parts of a model"
+            raise AccullmError(what, path, "join them with 'llama-gguf-split --merge' first")
         temporary = directory.with_name(f".{directory.name}.tmp")
         try:
             with machine_errors(directory):
@@ -107,7 +113,7 @@ def describe_gguf(path: Path, directory: Path) -> torch.dtype:
     contents = _open(path)
     model, _ = _build_skeleton(contents)
     _, names = _map_names(contents, model)
-    dtype = _choose_dtype([tensor for tensor in contents.reader.tensors if tensor.name in names])
+    dtype = _choose_dtype([tensor for tensor in contents.tensors if tensor.name in names])
     _write_description(model, dtype, _read_tokenizer(contents.path), directory)
     return dtype
 
@@ -130,42 +136,35 @@ def _read_records(directory: Path) -> tuple[str, ...] | None:
 
 
 def _open(path: Path) -> _Contents:
-    """Map the file into memory and read its metadata."""
-    from gguf import GGUFReader
+    """Read the file's metadata."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    try:
-        # Maps every tensor, so that a file that is cut short is noticed here.
-        reader = GGUFReader(path)
-        architecture = str(reader.fields["general.architecture"].contents())
-        parts = reader.fields.get("split.count")
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise AccullmError(f"damaged or not a GGUF file ({reason})", path, "download or copy it again") from None
-    if parts is not None and int(parts.contents()) > 1:
-        raise AccullmError(
-            f"one of {int(parts.contents())} parts of a model", path, "join them with 'llama-gguf-split --merge' first"
-        )
+    file = read_gguf(path)
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise AccullmError("names no architecture (general.architecture)", path, "download or copy it again")
     try:
         settings = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
-    except (ValueError, KeyError, IndexError, TypeError):
+    except BaseException as error:
+        if not is_refusal_of_library(error):
+            raise
         raise AccullmError(
             f"architecture {architecture} cannot be read from GGUF by the installed transformers",
             path,
             "give the model's safetensors checkpoint",
         ) from None
     metadata = {
-        key: None if key.startswith("tokenizer.") and len(field.data) > 1 else field.contents()
-        for key, field in reader.fields.items()
+        key: None if key.startswith("tokenizer.") and isinstance(value, list) and len(value) > 1 else value
+        for key, value in file.metadata.items()
     }
-    return _Contents(path, reader, architecture, settings, metadata)
+    return _Contents(path, file, tuple(file.tensors.values()), architecture, settings, metadata)
 
 
 def _write(contents: _Contents, directory: Path, progress: Progress) -> list[str]:
     """Fill `directory`; returns the records."""
     model, unused = _build_skeleton(contents)
     processor, names = _map_names(contents, model)
-    tensors = [tensor for tensor in contents.reader.tensors if tensor.name in names]
+    tensors = [tensor for tensor in contents.tensors if tensor.name in names]
     dtype = _choose_dtype(tensors)
     records = [*_describe(contents, tensors, dtype, names, model.config.num_hidden_layers), *unused]
 
@@ -190,7 +189,7 @@ def _build_skeleton(contents: _Contents) -> tuple[PreTrainedModel, list[str]]:
     """The model on the meta device, for its names and shapes, and sentences about metadata that nothing follows."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    stored = {tensor.name: tensor for tensor in contents.reader.tensors}
+    stored = {tensor.name: tensor for tensor in contents.tensors}
     try:
         config = AutoConfig.from_pretrained(contents.path.parent, gguf_file=contents.path.name)
         unused = settle(contents.metadata, contents.architecture, config)
@@ -198,13 +197,15 @@ def _build_skeleton(contents: _Contents) -> tuple[PreTrainedModel, list[str]]:
         if "output.weight" in stored:  # what the file has is used, whatever the class does by itself
             config.tie_word_embeddings = False
         if "token_embd.weight" in stored:
-            # A tokenizer may have more tokens than the embedding has rows; GGUF's shapes are the wrong way round.
-            config.vocab_size = int(stored["token_embd.weight"].shape[-1])
+            # A tokenizer may have more tokens than the embedding has rows.
+            config.vocab_size = stored["token_embd.weight"].shape[0]
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config), unused
     except AccullmError as error:
         raise AccullmError(error.what, contents.path, error.hint) from None
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except BaseException as error:
+        if not is_refusal_of_library(error):
+            raise
         reason = " ".join(str(error).split())
         raise AccullmError(
             f"architecture {contents.architecture} is not a causal language model of transformers ({reason})",
@@ -221,12 +222,12 @@ def _restore_rope_scaling(contents: _Contents, config: Any) -> None:
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    stored = [tensor for tensor in contents.reader.tensors if tensor.name.startswith("rope_")]
+    stored = [tensor for tensor in contents.tensors if tensor.name.startswith("rope_")]
     if not stored:
         return
     plain = (config.rope_parameters or {}).get("rope_type") == "default"
     if plain and [tensor.name for tensor in stored] == ["rope_freqs.weight"]:
-        factors = torch.tensor(stored[0].data, dtype=torch.float32)
+        factors = torch.tensor(_dequantized(contents, stored[0]), dtype=torch.float32)
         theta = config.rope_parameters["rope_theta"]
         config.rope_parameters = {**_LLAMA3_ROPE, "rope_theta": theta, "factor": round(float(factors.max()), 4)}
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -250,7 +251,7 @@ def _map_names(contents: _Contents, model: PreTrainedModel) -> tuple[Any, dict[s
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise AccullmError(f"its tensors cannot be named ({reason})", contents.path) from None
-    stored = {tensor.name for tensor in contents.reader.tensors}
+    stored = {tensor.name for tensor in contents.tensors}
     used = {name: names[name] for name in names if name in stored}
     # A tied head is not stored; named_parameters lists it once, under its first name.
     required = dict(model.named_parameters())
@@ -260,17 +261,17 @@ def _map_names(contents: _Contents, model: PreTrainedModel) -> tuple[Any, dict[s
     return processor, used
 
 
-def _choose_dtype(tensors: Sequence[ReaderTensor]) -> torch.dtype:
+def _choose_dtype(tensors: Sequence[GgufTensor]) -> torch.dtype:
     """The dtype of most weights in matrices; the first of float16, bfloat16 and float32 where they draw."""
     weights: Counter[torch.dtype] = Counter(dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), 0))
     for tensor in tensors:
         if len(tensor.shape) > 1:
-            weights[_UNQUANTIZED.get(tensor.tensor_type.name, torch.float16)] += int(tensor.n_elements)
+            weights[PLAIN.get(tensor.kind, torch.float16)] += prod(tensor.shape)
     return weights.most_common(1)[0][0]
 
 
 def _describe(
-    contents: _Contents, tensors: Sequence[ReaderTensor], dtype: torch.dtype, names: Mapping[str, str], blocks: int
+    contents: _Contents, tensors: Sequence[GgufTensor], dtype: torch.dtype, names: Mapping[str, str], blocks: int
 ) -> list[str]:
     """What the import changes or leaves out, known before it starts.
 
@@ -278,11 +279,11 @@ def _describe(
         AccullmError: it would leave out a tensor that the model computes with.
     """
     records = []
-    types = Counter(tensor.tensor_type.name for tensor in tensors if tensor.tensor_type.name not in _UNQUANTIZED)
+    types = Counter(tensor.kind.name for tensor in tensors if tensor.kind not in PLAIN)
     if types:
         kinds = ", ".join(f"{kind} ({count} tensors)" for kind, count in types.most_common())
         records.append(f"source weights are {kinds} in the GGUF file; dequantized to {_name(dtype)}")
-    unused = [tensor.name for tensor in contents.reader.tensors if tensor.name not in names]
+    unused = [tensor.name for tensor in contents.tensors if tensor.name not in names]
     unused = [name for name in unused if not name.startswith("rope_")]  # those have been understood
     for name in unused:
         if _changes_function(name, blocks):
@@ -319,7 +320,9 @@ def _read_tokenizer(path: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, ImportError) as error:
+    except BaseException as error:
+        if not is_refusal_of_library(error):
+            raise
         reason = " ".join(repr(error).split())
         raise AccullmError(
             f"holds no tokenizer that transformers can read ({reason})",
@@ -338,13 +341,11 @@ def _write_weights(
     progress: Progress,
 ) -> int:
     """Stream all tensors into a safetensors file; returns how many float32 tensors changed by the cast."""
-    from gguf import dequantize
-
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # Experts may arrive in several tensors that the processor merges into one parameter, through this dict.
     merged: dict[str, torch.Tensor] = {}
     pending = Counter(names.values())
-    tensors = [tensor for tensor in contents.reader.tensors if tensor.name in names]
+    tensors = [tensor for tensor in contents.tensors if tensor.name in names]
     rounded = 0
     progress(Event("source", "start", f"importing {contents.path.name}", total=len(tensors)))
     with open(target, "wb") as file:
@@ -353,20 +354,19 @@ def _write_weights(
             name = names[tensor.name]
             try:
                 result = processor.process(
-                    weights=dequantize(tensor.data, tensor.tensor_type),
+                    weights=_dequantized(contents, tensor),
                     name=tensor.name,
                     tensor_key_mapping=names,
                     parsed_parameters={"tensors": merged},
                 )
             except RuntimeError:
                 raise AccullmError(
-                    f"tensor {tensor.name} is quantized as {tensor.tensor_type.name}, which cannot be read",
+                    f"tensor {tensor.name} is quantized as {tensor.kind.name}, which cannot be read",
                     contents.path,
                     "give another quantization, or the model's safetensors checkpoint",
                 ) from None
             pending[name] -= 1
             if result.name is not None:
-                # A copy: the file is mapped read-only, and torch wants memory that it may write.
                 merged[name] = torch.tensor(result.weights, dtype=torch.float32)
             if pending[name] == 0:
                 weights = merged.pop(name)
@@ -382,6 +382,18 @@ def _write_weights(
         os.fsync(file.fileno())
     progress(Event("source", "end"))
     return rounded
+
+
+def _dequantized(contents: _Contents, tensor: GgufTensor) -> Any:
+    """The values of a tensor, float32 in its shape.
+
+    Raises:
+        NotImplementedError: of a type that `gguf` does not read.
+    """
+    from gguf import dequantize
+
+    octets = contents.file.octets(tensor.name).view(*tensor.shape[:-1], tensor.row_bytes)
+    return dequantize(octets.numpy(), tensor.kind)
 
 
 def _write_header(file: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, int]:
@@ -404,7 +416,7 @@ def _write_header(file: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch
 
 
 def _write_tensor(
-    file: Any, position: int, weights: torch.Tensor, dtype: torch.dtype, stored: ReaderTensor, path: Path
+    file: Any, position: int, weights: torch.Tensor, dtype: torch.dtype, stored: GgufTensor, path: Path
 ) -> bool:
     """Cast and write one tensor [as the model has it], float32; returns whether a float32 tensor lost anything."""
     cast = weights.to(dtype).contiguous()
@@ -412,7 +424,7 @@ def _write_tensor(
         raise AccullmError(f"tensor {stored.name} holds values beyond the range of {_name(dtype)}", path)
     file.seek(position)
     file.write(cast.flatten().view(torch.uint8).numpy().data)
-    return stored.tensor_type.name == "F32" and not torch.equal(cast.float(), weights)
+    return PLAIN.get(stored.kind) == torch.float32 and not torch.equal(cast.float(), weights)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,7 +5,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from collections.abc import Mapping
@@ -13,12 +12,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.gguf_parts import part_name
+from accullm_cli.model.integrity import read_octets
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -28,6 +29,9 @@ MOST_DIMENSIONS = 4
 # Nested arrays have no use so far; a chain of them is an attempt to exhaust the stack.
 DEEPEST_ARRAY = 2
 _LONGEST_NAME = 1 << 12
+# Of the parts that llama-gguf-split makes of a file; the first has all other keys, too.
+_NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
+_MIXED = "the parts must be of one model: download or copy them again"
 
 _SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -52,8 +56,9 @@ PLAIN = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: ggml's type, the shape with the length of rows last, its bytes in the file, the last excluded."""
+    """One tensor: its file, ggml's type, the shape with the length of rows last, its bytes there, the last excluded."""
 
+    path: Path
     name: str
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -67,21 +72,20 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An opened file. metadata: by key; arrays are lists."""
+    """An opened file, or the first of the parts of a model with the tensors of all.
+
+    metadata: by key; arrays are lists. others: the other parts.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    others: tuple[Path, ...] = ()
 
     def octets(self, name: str) -> torch.Tensor:
         """A tensor's bytes, uint8 [rows, bytes of a row]."""
         tensor = self.tensors[name]
-        with open(self.path, "rb") as file:
-            file.seek(tensor.begin)
-            content = file.read(tensor.end - tensor.begin)
-        if len(content) != tensor.end - tensor.begin:
-            raise AccullmError("was cut short while it was read", self.path, "copy it again")
-        return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, tensor.row_bytes)
+        return read_octets(tensor.path, tensor.begin, tensor.end).view(-1, tensor.row_bytes)
 
     def values(self, name: str) -> torch.Tensor:
         """An unquantized tensor in its stored dtype."""
@@ -90,18 +94,70 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the head of a file; no weight is read.
+    """Read the head of a file, and of the other parts of its model where it is the first of several; no weight is read.
 
     Raises:
-        AccullmError: it is absent, no GGUF file, of a version that is not known, cut short, or contradicts itself.
+        AccullmError: it is absent, no GGUF file, of a version that is not known, cut short, or contradicts itself; it
+            is another part than the first, or one is missing or of another model.
     """
+    first = _read_head(path)
+    count = first.metadata.get(_COUNT, 1)
+    if type(count) is not int or count < 2:
+        return first
+    _check_part(first, 1, count)
+    return _with_others(first, count)
+
+
+def _with_others(first: GgufFile, count: int) -> GgufFile:
+    """A model in so many parts."""
+    if part_name(first.path, 1, count) != first.path:
+        hint = f"give them the names that they had, NAME-00001-of-{count:05d}.gguf and so on"
+        raise AccullmError(f"is the first of {count} parts of a model, which its name does not say", first.path, hint)
+    found, others = dict(first.tensors), []
+    for number in range(2, count + 1):
+        path = part_name(first.path, number, count)
+        assert path is not None
+        if not path.is_file():
+            raise AccullmError(f"part {number} of {count} is missing", path, "put it beside the first")
+        part = _read_head(path)
+        _check_part(part, number, count)
+        for name in part.tensors:
+            if name in found:
+                raise AccullmError(f"tensor {name} is in {found[name].path.name}, too", path, _MIXED)
+        found |= part.tensors
+        others.append(path)
+    promised = first.metadata.get(_TENSORS, len(found))
+    if promised != len(found):
+        what = f"promises {promised} tensors in all parts of the model ({_TENSORS}), and they hold {len(found)}"
+        raise AccullmError(what, first.path, _MIXED)
+    return GgufFile(first.path, first.metadata, found, tuple(others))
+
+
+def _check_part(part: GgufFile, number: int, count: int) -> None:
+    """Refuse a part that is not the one that was to be here."""
+    own = part.metadata.get(_NUMBER), part.metadata.get(_COUNT)
+    if own == (number - 1, count):
+        return
+    if number > 1:
+        raise AccullmError(
+            f"is not part {number} of {count} ({_NUMBER}, {_COUNT} = {own[0]}, {own[1]})", part.path, _MIXED
+        )
+    first = part_name(part.path, 1, count)
+    raise AccullmError(
+        f"is a part of a model in {count} parts, and not the first",
+        part.path,
+        f"give {first}" if first is not None and first != part.path else "give the first",
+    )
+
+
+def _read_head(path: Path) -> GgufFile:
+    """What one file holds."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
                 raise _refusal(path, "the file is empty")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return _Head(path, content, size).read()
+            return _Head(path, file, size).read()
     except FileNotFoundError:
         raise AccullmError("file is missing", path, "copy or download it again") from None
     except OSError as error:
@@ -111,8 +167,8 @@ def read_gguf(path: Path) -> GgufFile:
 class _Head:
     """A place in a file, which goes on with each number that is read."""
 
-    def __init__(self, path: Path, content: mmap.mmap, size: int) -> None:
-        self.path, self.content, self.size, self.place = path, content, size, 0
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self.path, self.file, self.size, self.place = path, file, size, 0
 
     def read(self) -> GgufFile:
         if self.take(4, "the magic number") != MAGIC:
@@ -150,7 +206,9 @@ class _Head:
     def take(self, count: int, what: str) -> bytes:
         if count > self.size - self.place:
             raise _refusal(self.path, f"the file ends within {what}, which takes {count:,} bytes")
-        found = self.content[self.place : self.place + count]
+        found = self.file.read(count)
+        if len(found) < count:
+            raise _refusal(self.path, f"it was cut short within {what} while it was read")
         self.place += count
         return found
 
@@ -219,7 +277,7 @@ class _Head:
         begin, size = data + offset, prod(shape) // block * octets
         if begin + size > self.size:
             raise _refusal(self.path, f"tensor {name} ends at {begin + size:,}, and the file at {self.size:,}")
-        return GgufTensor(name, kind, shape, begin, begin + size)
+        return GgufTensor(self.path, name, kind, shape, begin, begin + size)
 
     def check_overlap(self, tensors: Mapping[str, GgufTensor]) -> None:
         ordered = sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end))

@@ -100,6 +100,49 @@ def read_header(path: Path, of_source: bool = True) -> dict[str, TensorInfo]:
     return tensors
 
 
+def read_octets(path: Path, begin: int, end: int) -> torch.Tensor:
+    """The bytes of a file from `begin` to before `end`, uint8.
+
+    They are read, and not mapped: whoever touches a mapped page of a file that was cut short is killed (SIGBUS).
+
+    Raises:
+        AccullmError: the file ends before.
+    """
+    found = torch.empty(end - begin, dtype=torch.uint8)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(begin)
+            room = found.numpy().data
+            while len(room):
+                count = file.readinto(room)
+                if not count:
+                    raise AccullmError("was cut short while it was read", path, "copy or download it again")
+                room = room[count:]
+    except OSError as error:
+        raise AccullmError(f"cannot be read ({(error.strerror or str(error)).lower()})", path) from None
+    return found
+
+
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """A stored tensor in its dtype.
+
+    Raises:
+        AccullmError: as for `read_octets`.
+    """
+    return read_octets(info.file, info.begin, info.end).view(info.torch_dtype).view(info.shape)
+
+
+def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    """Rows of a stored tensor, from `start` to before `stop` or the last.
+
+    Raises:
+        AccullmError: as for `read_octets`.
+    """
+    size, stop = info.bytes // info.shape[0], min(stop, info.shape[0])
+    content = read_octets(info.file, info.begin + start * size, info.begin + stop * size)
+    return content.view(info.torch_dtype).view(stop - start, *info.shape[1:])
+
+
 def _tensor_info(path: Path, data: int, entry: Mapping[str, Any]) -> TensorInfo:
     """One entry of a header; its offsets count from the header's end at byte `data`."""
     begin, end = entry["data_offsets"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from accullm_cli.errors import AccullmError, is_out_of_memory
+from accullm_cli.errors import AccullmError, is_refusal_of_library
 from accullm_cli.json_text import parse_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
@@ -26,9 +26,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except BaseException as error:
-        # Of other libraries' code alone. What tokenizers cannot parse, it says by bare Exceptions and panics of Rust.
-        is_theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        if not is_theirs or is_out_of_memory(error):
+        if not is_refusal_of_library(error):
             raise
         _refuse_code(directory)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -10,6 +10,7 @@ from typing import Any
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import ModelShape
+from accullm_cli.model.gguf_parts import files_of
 from accullm_cli.quant.budget import Choices
 from accullm_cli.quant.plan import Plan
 from accullm_cli.stages.job import Job
@@ -26,7 +27,7 @@ def file_bytes(text: str) -> int:
     """
     path = Path(text).expanduser()
     if path.is_file():
-        return path.stat().st_size
+        return sum(part.stat().st_size for part in files_of(path))
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?|)b?\s*", text, re.IGNORECASE)
     if found is None:
         raise AccullmError(f"{text!r} is neither a size nor a file", FLAG, "give 105MB, say, or the path of a file")

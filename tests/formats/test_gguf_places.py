@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader, GGUFWriter
 
+from accullm_cli.commands.compare import compare
 from accullm_cli.commands.inspect import FileRow, inspect
 from accullm_cli.commands.verify import verify
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, open_artifact
+from accullm_cli.model.source import open_source
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages.checks import check_config, check_sizes
+from accullm_cli.stages.file_size import file_bytes
 from tests.artifacts import empty
 from tests.formats.test_gguf import build, parts_of
+from tests.llama_cpp import llama_cpp
 from tests.tiny import tiny_config
 
 NAME = "Tiny-Model.gguf"
@@ -103,6 +110,109 @@ def test_a_configuration_of_no_model_is_one_line(written: Path, tmp_path: Path) 
     content = {key: value for key, value in json.loads(path.read_text()).items() if key != "model_type"}
     path.write_text(json.dumps(content))
     assert refusal(tmp_path / "artifact") == f"{path}: names no model_type that is read; copy the artifact again"
+
+
+# -- parts -------------------------------------------------------------------------------------------------
+
+
+def split(path: Path, directory: Path, tensors: int = 6) -> Path:
+    """The same model in parts of so many tensors, by the `gguf` package; the first of them."""
+    reader = GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = GGUFWriter(directory / "model.gguf", architecture, split_max_tensors=tensors)
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            sub_type = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return min(directory.iterdir())
+
+
+@pytest.fixture
+def parts(written: Path, tmp_path: Path) -> Path:
+    """The first of three parts, in a directory of their own."""
+    path = split(written / NAME, empty(tmp_path / "parts"))
+    assert [file.name for file in sorted(path.parent.iterdir())] == [f"model-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    return path
+
+
+def test_a_model_in_parts_is_the_model_in_one_file(parts: Path, written: Path) -> None:
+    whole, found = open_artifact(written), open_artifact(parts)
+    assert found.plan.quantized == whole.plan.quantized
+    assert sorted(found.names()) == sorted(whole.names())
+    for name in whole.plan.quantized:
+        assert torch.equal(found.linear(name).dequantize(), whole.linear(name).dequantize())
+    for name in whole.names():
+        assert torch.equal(found.tensor(name), whole.tensor(name))
+    assert verify(parts).intact
+    files = tuple(FileRow(part.name, part.stat().st_size) for part in sorted(parts.parent.iterdir()))
+    for place in (parts, parts.parent):
+        inspection = inspect(place)
+        assert inspection.files == files
+        assert inspection.encodings == inspect(written).encodings
+    assert file_bytes(str(parts)) == sum(row.bytes for row in files)
+    assert {row.relative_difference for row in compare(parts, written).linears} == {0.0}
+
+
+def test_llama_cpp_takes_these_parts_for_a_model(parts: Path, written: Path) -> None:
+    ids = list(range(20))
+    with llama_cpp().model(written / NAME, len(ids)) as whole, llama_cpp().model(parts, len(ids)) as found:
+        assert np.array_equal(whole.logits(ids), found.logits(ids))
+
+
+def test_another_part_than_the_first_is_refused(parts: Path) -> None:
+    second = parts.with_name("model-00002-of-00003.gguf")
+    assert refusal(second) == f"{second}: is a part of a model in 3 parts, and not the first; give {parts}"
+    parts.unlink()
+    found = f"{parts.parent}: holds 2 files each of which may be a model, {second.name} and model-00003-of-00003.gguf"
+    assert refusal(parts.parent) == f"{found}; give the path of one"
+
+
+def test_a_missing_part_is_named(parts: Path) -> None:
+    third = parts.with_name("model-00003-of-00003.gguf")
+    third.unlink()
+    line = f"{third}: part 3 of 3 is missing; put it beside the first"
+    assert refusal(parts) == refusal(parts.parent) == line
+    assert verify(parts).problems == (line,)
+
+
+def test_parts_that_were_renamed_are_refused(parts: Path) -> None:
+    path = parts.rename(parts.with_name("other.gguf"))
+    assert refusal(path) == (
+        f"{path}: is the first of 3 parts of a model, which its name does not say; "
+        "give them the names that they had, NAME-00001-of-00003.gguf and so on"
+    )
+
+
+def test_parts_of_several_models_are_refused(parts: Path, written: Path, tmp_path: Path) -> None:
+    hint = "the parts must be of one model: download or copy them again"
+    second, third = (parts.with_name(f"model-0000{number}-of-00003.gguf") for number in (2, 3))
+    whole = third.read_bytes()
+    shutil.copy(second, third)
+    assert refusal(parts) == f"{third}: is not part 3 of 3 (split.no, split.count = 1, 3); {hint}"
+    shutil.copy(written / NAME, third)
+    assert refusal(parts) == f"{third}: is not part 3 of 3 (split.no, split.count = None, None); {hint}"
+    third.write_bytes(whole)
+    other = split(written / NAME, empty(tmp_path / "other"), 5)  # in three, of five each
+    shutil.copy(other.with_name(second.name), second)
+    assert refusal(parts) == f"{second}: tensor blk.0.attn_v.bias is in {parts.name}, too; {hint}"
+    third.write_bytes(other.with_name(third.name).read_bytes())
+    counts = (b"split.tensors.count" + struct.pack("<Ii", 5, count) for count in (14, 15))  # 5: of type INT32
+    parts.write_bytes(other.read_bytes().replace(*counts))
+    what = "promises 15 tensors in all parts of the model (split.tensors.count), and they hold 14"
+    assert refusal(parts) == f"{parts}: {what}; {hint}"
+
+
+def test_a_model_in_parts_is_not_converted_from(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(AccullmError) as caught:
+        open_source(str(parts), tmp_path / "cache")
+    line = f"{parts}: one of 3 parts of a model; join them with 'llama-gguf-split --merge' first"
+    assert caught.value.line() == line
 
 
 def job_of(**config: Any) -> Any:

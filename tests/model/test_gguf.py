@@ -49,7 +49,6 @@ def write(
     architecture: str = "llama",
     tokenizer: bool = True,
     scale: float = 1.0,
-    parts: int = 0,
     metadata: dict[str, Any] | None = None,
     tokens: Sequence[str] = TOKENS,
 ) -> Path:
@@ -64,8 +63,6 @@ def write(
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    if parts:
-        writer.add_uint16("split.count", parts)
     if tokenizer:
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(tokens)
@@ -343,7 +340,7 @@ def test_a_file_that_ends_within_its_metadata_is_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"GGML" + bytes(100), "GGUF magic invalid"), (b"", "cannot mmap an empty file")],
+    [(b"GGML" + bytes(100), "it does not begin with GGUF"), (b"", "the file is empty")],
 )
 def test_what_is_no_gguf_file_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "tiny.gguf"
@@ -351,9 +348,10 @@ def test_what_is_no_gguf_file_is_refused(tmp_path: Path, content: bytes, reason:
     assert refusal(path) == f"{path}: damaged or not a GGUF file ({reason}); download or copy it again"
 
 
-def test_one_part_of_several_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "tiny.gguf", parts=3)
-    assert refusal(path) == (f"{path}: one of 3 parts of a model; join them with 'llama-gguf-split --merge' first")
+def test_a_file_of_no_architecture_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf")
+    path.write_bytes(path.read_bytes().replace(b"general.architecture", b"general.a_chitecture"))
+    assert refusal(path) == f"{path}: names no architecture (general.architecture); download or copy it again"
 
 
 def test_an_architecture_that_transformers_does_not_read_is_refused(tmp_path: Path) -> None:
