@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -14,11 +15,17 @@ from accullm_cli.report import plots
 RENDERED = plots._rendered
 
 
+def pytest_collection_finish() -> None:
+    """A conversion collects garbage behind two models, which need not go through all modules and tests each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _packaged_texts_are_read_once() -> Iterator[None]:
     """Looking through Python's files takes longer than all the rest of a tiny conversion."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("code", "licences", "headers"):
+        for name in ("code", "licences", "headers", "held_out_runs"):
             patch.setattr(packaged_text, name, cache(getattr(packaged_text, name)))
         yield
 

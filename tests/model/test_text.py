@@ -142,10 +142,8 @@ def test_calibration_shares_no_run_of_lines_with_validation() -> None:
 
 def test_without_the_cut_calibration_would_share_runs_with_validation() -> None:
     """The topic "compound" holds the topics "if", "for", ...: a split by document alone would leak."""
-    code, unseen = packaged_text.code("calibration"), packaged_text.code("held out")
-    held_out = packaged_text.runs_of([*unseen, *packaged_text.prose("held out", unseen)])
-    seen = packaged_text.runs_of(packaged_text.prose("calibration", code))
-    assert len(seen & held_out) > 100
+    seen = packaged_text.runs_of(packaged_text.prose("calibration", packaged_text.code("calibration")))
+    assert len(seen & packaged_text.held_out_runs()) > 100
 
 
 def _lines(text: str) -> list[str]:
