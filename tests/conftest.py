@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
+import torch
 from matplotlib.figure import Figure
+from transformers import initialization
 
 from accullm_cli.model import packaged_text
 from accullm_cli.report import plots
@@ -27,6 +30,27 @@ def _packaged_texts_are_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("code", "licences", "headers", "held_out_runs"):
             patch.setattr(packaged_text, name, cache(getattr(packaged_text, name)))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_waits_for_the_disk() -> Iterator[None]:
+    """Some seventy times for a tiny conversion, and no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _weights_without_memory_get_no_numbers() -> Iterator[None]:
+    """On the meta device torch runs its normal distribution in Python: an eighth of a tiny conversion."""
+    normal = initialization.TORCH_INIT_FUNCTIONS["normal_"]
+
+    def fill(tensor: torch.Tensor, **options: object) -> torch.Tensor:
+        return tensor if tensor.is_meta else normal(tensor, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(initialization.TORCH_INIT_FUNCTIONS, "normal_", fill)
         yield
 
 
