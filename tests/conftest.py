@@ -6,14 +6,16 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from matplotlib.figure import Figure
-from transformers import initialization
 
 from accullm_cli.model import packaged_text
 from accullm_cli.report import plots
+
+if TYPE_CHECKING:
+    import torch
 
 RENDERED = plots._rendered
 
@@ -44,6 +46,8 @@ def _nothing_waits_for_the_disk() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _weights_without_memory_get_no_numbers() -> Iterator[None]:
     """On the meta device torch runs its normal distribution in Python: an eighth of a tiny conversion."""
+    from transformers import initialization  # which the process that only hands out tests need not load
+
     normal = initialization.TORCH_INIT_FUNCTIONS["normal_"]
 
     def fill(tensor: torch.Tensor, **options: object) -> torch.Tensor:
