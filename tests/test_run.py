@@ -1,40 +1,23 @@
-"""The run directory: why a stage runs, files that appear at once, the lock, and what the machine refuses."""
+"""The run directory: why a stage runs, and files that appear at once."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
 import os
-import re
-import socket
 import stat
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from accullm_cli.errors import AccullmError, MachineError
-from accullm_cli.lock import HeldError, locked
+from accullm_cli.errors import AccullmError
 from accullm_cli.run import (
     Reason,
     RunDirectory,
     StageRecord,
-    available_memory,
     compare_inputs,
-    existing_parent,
     file_sha256,
     key_of,
-    locked_output,
-    machine_error,
-    machine_errors,
-    peak_memory,
     write_file,
     write_text,
 )
@@ -235,103 +218,11 @@ def test_the_hash_of_a_file_is_sha256_of_its_bytes(tmp_path):
     assert file_sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-# -- the lock ----------------------------------------------------------------------------------------------
-
-HOLD = """
-import sys; from pathlib import Path; from accullm_cli.run import RunDirectory, locked_output
-what, path = sys.argv[1], Path(sys.argv[2])
-with RunDirectory(path).locked() if what == "run" else locked_output(path): print('held', flush=True); sys.stdin.read()
-"""
-
-
-@contextmanager
-def held_elsewhere(what: str, path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds a lock until it is killed."""
-    command = [sys.executable, "-c", HOLD, what, str(path)]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        yield holder
-    finally:
-        holder.kill()
-        holder.wait()
-
-
-@pytest.mark.parametrize(("what", "flag"), [("run", "--run"), ("output", "--out")])
-def test_who_holds_a_directory_is_said_and_a_killed_holder_leaves_nothing_that_is_refused(tmp_path, what, flag):
-    path = tmp_path / "new" / "here"
-
-    def lock() -> AbstractContextManager[None]:
-        return RunDirectory(path).locked() if what == "run" else locked_output(path)
-
-    with held_elsewhere(what, path) as holder:
-        with pytest.raises(HeldError) as refused, lock():
-            pass
-        assert refused.value.exit_code == 2
-        since = re.search(r"since (.*) UTC", refused.value.line())[1]
-        datetime.strptime(since, "%Y-%m-%d %H:%M:%S")
-        assert refused.value.line() == (
-            f"{path}: is in use by process {holder.pid} on {socket.gethostname()} since {since} UTC "
-            f"(-c {what} {path}); wait for it to end, or give another directory with {flag}"
-        )
-    if what == "output":
-        assert os.listdir(path.parent) == [".here.lock"]  # of the one that was killed
-    with lock():
-        pass
-    assert what == "run" or os.listdir(path.parent) == []
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}', "\x00\xff"])
-def test_a_holder_that_has_not_said_who_it_is(tmp_path, content):
-    path = tmp_path / "lock"
-    path.write_text(content, encoding="latin-1")
-    with open(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(HeldError, match="is in use by another accullm process; wait"), locked(path, path, "wait"):
-            pass
-
-
-def test_a_holder_is_shown_on_one_line(tmp_path):
-    path = tmp_path / "lock"
-    command = "accullm convert 'a\nb' " + 99 * "long "
-    path.write_text(json.dumps({"pid": 7, "host": "there", "command": command, "since": "2026-11-30 08:15:02"}))
-    with open(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(HeldError) as refused, locked(path, path, "wait"):
-            pass
-    shown = "process 7 on there since 2026-11-30 08:15:02 UTC (accullm convert 'a b' long"
-    assert refused.value.what.startswith(f"is in use by {shown}")
-    assert refused.value.what.endswith("…)")
-
-
-def test_a_lock_file_that_was_removed_while_it_was_opened_is_no_lock(tmp_path, monkeypatch):
-    path = tmp_path / "lock"
-    flock, removed = fcntl.flock, []
-
-    def slow(file: object, how: int) -> None:
-        flock(file, how)
-        if not removed:  # the holder before, who ends just now
-            removed.append(path.unlink())
-
-    monkeypatch.setattr("fcntl.flock", slow)
-    with locked(path, path, ""):
-        assert path.exists()
-        with pytest.raises(HeldError), locked(path, path, ""):
-            pass
-
-
-def test_a_file_system_without_locks_is_refused(run, monkeypatch):
-    def no_locks(file: object, how: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    with pytest.raises(MachineError) as refused, run.locked():
-        pass
-    assert refused.value.line() == (
-        f"{run.path}: cannot be locked (No locks available): its file system keeps no locks; give a directory on "
-        "another one with --out and --run"
-    )
+def test_files_are_removed_by_name_and_by_pattern(run):
+    for name in ("calibrate/block-00000.safetensors", "calibrate/streams.safetensors", "plan.json", "plan.json.old"):
+        write_text(run.file(name), "")
+    run.remove(["calibrate/*", "plan.json", "absent.json"])
+    assert [path.name for path in run.path.rglob("*") if path.is_file() and path.name != ".lock"] == ["plan.json.old"]
 
 
 def test_of_a_refused_run_the_lock_goes_last(run, monkeypatch):
@@ -356,112 +247,3 @@ def test_a_copy_without_its_hidden_files_is_still_a_run(run):
     run.finish("calibrate", record())
     run.check()
     assert run.stages() == {"calibrate": record()}
-
-
-def test_files_are_removed_by_name_and_by_pattern(run):
-    for name in ("calibrate/block-00000.safetensors", "calibrate/streams.safetensors", "plan.json", "plan.json.old"):
-        write_text(run.file(name), "")
-    run.remove(["calibrate/*", "plan.json", "absent.json"])
-    assert [path.name for path in run.path.rglob("*") if path.is_file() and path.name != ".lock"] == ["plan.json.old"]
-
-
-def test_the_lock_is_free_again_after_use(run):
-    for _ in range(2):
-        with run.locked():
-            assert run.path.is_dir()
-
-
-# -- what the machine refuses ------------------------------------------------------------------------------
-
-
-def test_a_full_disk_is_one_line_with_what_is_free(tmp_path, monkeypatch):
-    path = tmp_path / "shard"
-
-    def full(*paths: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_234_567_890})())
-    with pytest.raises(MachineError) as refused:
-        write_text(path, "x")
-    assert refused.value.exit_code == 4
-    assert refused.value.line() == (
-        f"{path}: no space left on the disk (1,235 MB free); free some and run the same command again"
-    )
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_full_disk_reported_by_safetensors_is_the_same_line(tmp_path):
-    class SafetensorError(Exception):
-        pass
-
-    with pytest.raises(MachineError, match="no space left on the disk"), machine_errors(tmp_path):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
-def test_other_safetensors_errors_pass_through(tmp_path):
-    class SafetensorError(Exception):
-        pass
-
-    with pytest.raises(SafetensorError), machine_errors(tmp_path):
-        raise SafetensorError("InvalidHeaderLength")
-
-
-@pytest.mark.parametrize(
-    ("number", "reason"),
-    [
-        (errno.EROFS, "read-only file system"),
-        (errno.EACCES, "permission denied"),
-        (errno.EPERM, "operation not permitted"),
-    ],
-)
-def test_a_path_that_cannot_be_written_names_the_way_out(number, reason):
-    assert machine_error(OSError(number, "?"), Path("out")).line() == (
-        f"out: cannot be written ({reason}); give a writable path with --out or --run"
-    )
-
-
-def test_any_other_refusal_of_the_system_can_be_resumed():
-    error = machine_error(OSError(errno.EIO, "Input/output error"), Path("out"))
-    assert error.line() == "out: cannot be written (Input/output error); run the same command again to resume"
-    assert error.exit_code == 4
-
-
-def test_the_run_directory_on_a_read_only_place_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MachineError, match="cannot be written"), RunDirectory(tmp_path / "file" / "run").locked():
-        pass
-
-
-def test_the_nearest_existing_parent_may_be_the_path_itself(tmp_path):
-    assert existing_parent(tmp_path) == tmp_path
-    assert existing_parent(tmp_path / "a" / "b") == tmp_path
-
-
-def test_peak_memory_counts_bytes_of_this_process():
-    held = bytearray(64 << 20)
-    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
-    assert 64 << 20 < peak_memory() < 64 << 30
-
-
-# -- memory ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("files", "available"),
-    [
-        ({"meminfo": "MemTotal: 9 kB\nMemAvailable:    2000 kB\n"}, 2_048_000),
-        ({"meminfo": "MemAvailable: 2000 kB\n", "memory.max": "max\n"}, 2_048_000),
-        ({"meminfo": "MemAvailable: 2000 kB\n", "memory.max": "900000\n", "memory.current": "100000\n"}, 800_000),
-        ({"meminfo": "MemAvailable: 2 kB\n", "memory.max": "900000\n", "memory.current": "100000\n"}, 2_048),
-        ({"meminfo": "MemAvailable: 2 kB\n", "memory.max": "5\n", "memory.current": "6\n"}, 0),
-        ({}, None),
-    ],
-)
-def test_available_memory_is_the_less_of_what_the_machine_and_the_control_group_leave(
-    files, available, tmp_path, monkeypatch
-):
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr("accullm_cli.run.Path", lambda path: tmp_path / Path(path).name)
-    assert available_memory() == available

@@ -81,8 +81,7 @@ def _for_calibration(cutter: _Cutter, text: str, samples: int, seed: int) -> _Fo
     if text == "self":
         raise AccullmError("is text that the model samples; it is found in no file", "calibration text self")
     if text == "default":
-        code, unseen = packaged_text.code("calibration"), packaged_text.code("held out")
-        held_out = packaged_text.runs_of([*unseen, *packaged_text.prose("held out", unseen)])
+        code, held_out = packaged_text.code("calibration"), packaged_text.held_out_runs()
         documents = {
             "prose": packaged_text.prose("calibration", code),
             "code": code,

@@ -18,6 +18,7 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.source import ModelSource
+from accullm_cli.model.structure import read_structure
 from accullm_cli.model.text import Windows
 from accullm_cli.model.tokenizer import load_tokenizer
 from accullm_cli.places import artifact_paths
@@ -98,7 +99,8 @@ def place_of(format: str) -> str:
 def open_decoder(job: Job) -> Decoder:
     """The source's decoder, without weights yet; refuses a checkpoint that does not fit its configuration."""
     model = build_skeleton(job.source.directory, job.source.untied)
-    return Decoder(model, Checkpoint(job.source, model))
+    structure = job.kept("structure", lambda: read_structure(model))
+    return Decoder(model, Checkpoint(job.source, model), structure)
 
 
 def section_inputs(section: str, values: Section, *fields: str) -> dict[str, str]:

@@ -126,39 +126,36 @@ def test_the_public_names_come_from_the_package():
 # -- threads that wait -------------------------------------------------------------------------------------
 
 
-def settings_of_openmp(**user: str) -> dict[str, str]:
-    """What the OpenMP runtime says that it read when a command loaded torch: one that loads little else."""
+def test_waiting_threads_sleep():
+    """By what the OpenMP runtime says that it read when a command loaded torch: one that loads little else."""
     environment = {name: value for name, value in os.environ.items() if name not in cli.WAITING}
-    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT), **user}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT)}
     program = "from accullm_cli.cli import main; main(['verify', 'no/such/artifact'])"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     lines = [line.partition("] ")[2] or line for line in ended.stderr.splitlines() if " = " in line]
-    return {name.strip(): value.strip().strip("'") for name, _, value in (line.partition(" = ") for line in lines)}
-
-
-@pytest.mark.parametrize(
-    ("user", "expected"),
-    [
-        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
-        ({"GOMP_SPINCOUNT": "77"}, {"GOMP_SPINCOUNT": "77"}),
-    ],
-)
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(user, expected):
-    read = settings_of_openmp(**user)
+    read = {name.strip(): value.strip().strip("'") for name, _, value in (line.partition(" = ") for line in lines)}
     if "GOMP_SPINCOUNT" not in read:
         pytest.skip("torch does not run on libgomp here")
-    assert {name: read[name] for name in expected} == expected
+    assert (read["OMP_WAIT_POLICY"], read["GOMP_SPINCOUNT"]) == ("PASSIVE", "0")
+
+
+@pytest.mark.parametrize("name", [*cli.WAITING, None])
+def test_what_the_user_says_of_waiting_stands(name, monkeypatch):
+    for other in cli.WAITING:
+        monkeypatch.setenv(other, "")
+        monkeypatch.delenv(other)
+    monkeypatch.delitem(sys.modules, "torch")
+    if name is not None:
+        monkeypatch.setenv(name, "as the user says")
+    cli.let_waiting_threads_sleep()
+    expected = {"OMP_WAIT_POLICY": "PASSIVE"} if name is None else {name: "as the user says"}
+    assert {name: os.environ[name] for name in cli.WAITING if name in os.environ} == expected
 
 
 def test_where_torch_is_there_already_the_environment_is_left_alone(monkeypatch):
     for name in cli.WAITING:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
-    cli.let_waiting_threads_sleep()
-    assert "OMP_WAIT_POLICY" not in os.environ
-    monkeypatch.delitem(sys.modules, "torch")
-    monkeypatch.setenv("KMP_BLOCKTIME", "1")
     cli.let_waiting_threads_sleep()
     assert "OMP_WAIT_POLICY" not in os.environ
 

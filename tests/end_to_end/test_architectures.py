@@ -71,7 +71,6 @@ def test_feedback_loses_less_than_nearest(name: str, tmp_path: Path) -> None:
     assert kl["feedback"] < 0.9 * kl["nearest"]
 
 
-@pytest.mark.usefixtures("drawn_figures")
 def test_eight_bits_lose_hardly_anything(tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
     four = convert(tiny_config(source, tmp_path / "four", plan__bits=4)).figure("mean_kl").value
@@ -94,6 +93,7 @@ def test_compressed_tensors_as_the_stock_loader_reads_it_is_what_was_measured(tm
         assert found == pytest.approx(report.figure("mean_kl").value, rel=0.03)
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_generates_text(tmp_path: Path) -> None:
     source = make_checkpoint("llama-tied", tmp_path / "model")
     convert(tiny_config(source, tmp_path / "out"))

@@ -17,7 +17,7 @@ from accullm_cli.stages.stage import walk
 from accullm_cli.tasks import is_right
 from tests.end_to_end.test_real_model import smollm2  # noqa: F401  a fixture
 
-ITEMS = 25  # of each of two tasks
+ITEMS = 10  # of each of two tasks
 
 
 def test_teacher_forced_exactness_is_what_generate_gives(smollm2: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -44,4 +44,4 @@ def test_teacher_forced_exactness_is_what_generate_gives(smollm2: Path, tmp_path
             assert said[answer.place] == answer.other
         right += answer.is_right
     assert len(questions) == 2 * ITEMS
-    assert 10 < right < 2 * ITEMS - 10
+    assert 4 < right < 2 * ITEMS - 4

@@ -15,12 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, artifact_format, open_artifact
-from accullm_cli.formats.base import ModelShape, Objection
 from accullm_cli.formats.mlx import decode, encode, place_of, quantization
-from accullm_cli.formats.objections import objections as objections_of
 from accullm_cli.quant.encodings.affine import AffineLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
-from tests.artifacts import Made, change_tensors, empty, expert_objections, make_parts, quantize_affine, write
+from tests.artifacts import Made, change_tensors, empty, make_parts, quantize_affine, write
 from tests.tiny import tiny_gemma3, tiny_llama, tiny_mixtral, tokens
 
 try:
@@ -152,9 +150,10 @@ def test_the_plan_of_a_foreign_artifact_is_derived(tmp_path: Path) -> None:
 
 
 def test_config_says_what_most_have_and_what_differs() -> None:
-    rows = {name: linear(name, bits, size) for name, bits, size in (("a", 4, 64), ("b", 4, 32), ("c", 4, 64))}
-    kept = LinearPlan("d", 96, 64, 16, -1, False)
-    plan = Plan({**rows, "d": kept}, embeddings={"e": linear("e", 8, 64)})
+    schemes = {"a": (4, 64), "b": (4, 32), "c": (4, 64), "d": (16, -1), "e": (8, 64)}
+    rows = {name: LinearPlan(name, 96, 1536, *scheme, False, encoding="affine") for name, scheme in schemes.items()}
+    embeddings = {"e": rows.pop("e")}
+    plan = Plan(rows, embeddings=embeddings)
     places = {name: place_of(name, {}, {}) for name in plan.quantized}
     assert quantization(plan, places) == {
         "group_size": 64,
@@ -287,128 +286,6 @@ def test_values_that_are_no_numbers_are_found(tmp_path: Path) -> None:
     tensors[f"{UP_PROJ}.biases"][3, 1] = float("nan")
     save_file(tensors, block)
     assert list(open_artifact(directory).problems()) == [f"{UP_PROJ}: biases holds NaN or infinity"]
-
-
-# -- objections ----------------------------------------------------------------------------------------------
-
-
-def linear(name: str = "p", bits: int = 4, group_size: int = 64, **others: object) -> LinearPlan:
-    row = LinearPlan(name, 96, 1536, bits, group_size, False, encoding="affine")
-    return dataclasses.replace(row, **others)
-
-
-def objections(*linears: LinearPlan, kind: str = "linear", dtype: torch.dtype = torch.float16) -> list[Objection]:
-    plan = Plan({row.name: row for row in linears})
-    return objections_of("mlx", plan, ModelShape("llama", dtype, dict.fromkeys(plan.linears, kind)))
-
-
-def test_what_fits_has_no_objection() -> None:
-    kept = LinearPlan("kept", 96, 577, 16, 128, False)
-    rows = [linear(f"{bits}.{size}", bits, size) for bits in WIDTHS for size in (32, 64, 128)]
-    assert objections(*rows, kept) == []
-
-
-@pytest.mark.parametrize(
-    ("row", "what", "hint"),
-    [
-        (
-            linear(bits=7),
-            "mlx holds 2, 3, 4, 5, 6 or 8 bits, and p has 7",
-            "use --bits 2, 3, 4, 5, 6 or 8, or export to the format accullm",
-        ),
-        (
-            linear(group_size=96),
-            "mlx holds groups of 32, 64 or 128 input features, and p has 96",
-            "use --group-size 32, 64 or 128, or export to the format accullm",
-        ),
-        (
-            linear(group_size=-1),
-            "mlx holds groups of 32, 64 or 128 input features, and p has -1",
-            "use --group-size 32, 64 or 128, or export to the format accullm",
-        ),
-        (
-            linear(group_size=128, in_features=576),
-            "mlx needs a group size that divides the 576 input features of p, and 128 does not",
-            "use --group-size 32 or 64, or export to the format accullm",
-        ),
-        (
-            linear(outlier_index=(1, 2)),
-            "mlx holds outlier features in an adapter, and those of p are to be in its own files",
-            "add --outlier-adapter, or use --outliers 0, or export to the format accullm",
-        ),
-        (
-            linear(encoding="integer"),
-            "mlx does not store the encoding integer, which p is to have",
-            "run profile again for this format",
-        ),
-        (
-            linear(symmetric=True),
-            "mlx holds asymmetric grids only, and that of p is not",
-            "use --no-symmetric",
-        ),
-        (
-            linear(scale_bits=6),
-            "mlx stores scales of 16 bits, and those of p have 6",
-            "leave out --scale-bits, or export to the format accullm",
-        ),
-    ],
-)
-def test_what_does_not_fit(row: LinearPlan, what: str, hint: str) -> None:
-    assert objections(row) == [Objection(what, hint)]
-
-
-@pytest.mark.parametrize("bits", [4, 16])
-def test_other_kinds_of_layers_also_where_they_are_kept(bits: int) -> None:
-    """mlx_lm would look for them under other names."""
-    assert objections(linear(bits=bits), kind="conv1d") == [
-        Objection(
-            "mlx holds torch.nn.Linear and stacked experts only, and p is a Conv1D layer",
-            "export to the format accullm",
-        )
-    ]
-
-
-@pytest.mark.parametrize(
-    ("other", "named", "what", "hint"),
-    [
-        (
-            {"bits": 8},
-            True,
-            "readers of mlx take all experts of a parameter to be stored alike, and layers.0.mlp.experts.up.0 and its "
-            "partners are stored in several ways",
-            "give them one number of bits and one group size, or export to the format accullm",
-        ),
-        (
-            {},
-            False,
-            "mlx stores experts one by one, and transformers has no names of that kind for layers.0.mlp.experts.up of "
-            "a gpt_oss model",
-            "export to the format accullm",
-        ),
-    ],
-)
-def test_experts_that_do_not_fit(other: dict[str, int], named: bool, what: str, hint: str) -> None:
-    rows = linear("layers.0.mlp.experts.up.0"), linear("layers.0.mlp.experts.up.1", **other)
-    assert expert_objections("mlx", rows[0], linear("layers.0.mlp.experts.up.1")) == []
-    assert expert_objections("mlx", *rows, named=named) == [Objection(what, hint)]
-
-
-def test_experts_that_are_to_be_kept() -> None:
-    assert expert_objections("mlx", linear("layers.0.mlp.experts.up.0", bits=16)) == [
-        Objection(
-            "mlx stores experts as codes only, and layers.0.mlp.experts.up.0 is to stay in 16 bits",
-            "keep none of them, or export to the format accullm",
-        )
-    ]
-
-
-def test_float16_scales_for_a_bfloat16_model() -> None:
-    assert objections(linear(), dtype=torch.bfloat16) == [
-        Objection(
-            "mlx stores scales in the model's dtype bfloat16, and the plan has float16 ones",
-            "ask for the format before profile runs, which then plans scales that both hold: --format mlx",
-        )
-    ]
 
 
 # -- a mixture of experts ------------------------------------------------------------------------------------
