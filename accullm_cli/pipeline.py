@@ -220,7 +220,7 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
                 for name, its in found.items()
             ),
             stages=tuple(_foreseen(job)),
-            device=describe_device(job.device),
+            device=describe_device(job.compute.device),
             bits_per_weight=estimated.bits_per_weight,
             artifact_bytes=estimated.artifact_bytes,
             size_is_exact=estimated.size_is_exact,

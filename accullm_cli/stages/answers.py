@@ -28,8 +28,8 @@ from accullm_cli.model.tokenizer import check_ids
 from accullm_cli.run import Reason, write_text
 from accullm_cli.stages.artifact_weights import open_artifact_decoder
 from accullm_cli.stages.asking import Asker, Logits, by_blocks, by_whole_model
-from accullm_cli.stages.job import Job, machine_inputs, open_decoder
-from accullm_cli.stages.precision import products
+from accullm_cli.stages.compute import Compute
+from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.validate import foreseen_sha256
 from accullm_cli.tasks import draw, family_of, is_right, parse_tasks
@@ -134,7 +134,7 @@ def original_answers(purpose: Purpose) -> Stage:
             "source:sha256": job.source.sha256,
             "version:answers": str(VERSION),
             **task_inputs(job, purpose),
-            **machine_inputs(),
+            **Compute().inputs(),
         }
 
     def work(job: Job, decision: Decision) -> Work:
@@ -155,12 +155,12 @@ def artifact_answers(format_name: str, artifact: Path, purpose: Purpose) -> Stag
             "input:artifact": foreseen_sha256(job, before, format_name, artifact),
             f"input:{purpose.original}": before[purpose.original].key,
             "version:answers": str(VERSION),
-            **machine_inputs(job.device),
+            **job.compute.inputs(),
         }
 
     def work(job: Job, decision: Decision) -> Work:
         decoder = open_artifact_decoder(artifact)
-        logits_of = by_whole_model(job, artifact) if job.device.type == "cuda" else by_blocks(decoder)
+        logits_of = by_whole_model(job, artifact) if job.compute.device.type == "cuda" else by_blocks(decoder)
         questions = _as_the_original_spells_them(job, purpose)
         return _answer(job, decision, purpose, format_name, questions, decoder, logits_of)
 
@@ -221,7 +221,7 @@ def _answer(
     prompter, _ = questions_of(job, purpose)
     path = _path(job, purpose, format_name)
     asker = Asker(job, decision, path, prompter.ends, decoder, logits_of)
-    with products("float32"):
+    with job.compute.products("float32"):
         answered = _by_known_texts(prompter, asker, asked)
         wrong = {n: entry.question for n, entry in answered.items() if not entry.answer.is_right}
         compared = _first_of_each_task(asked) if format_name is None else set()

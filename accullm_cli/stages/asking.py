@@ -219,7 +219,7 @@ def by_blocks(decoder: Decoder) -> Logits:
 
 def by_whole_model(job: Job, artifact: Path) -> Logits:
     """By the whole artifact on a GPU, in the precision in which it will be used there."""
-    model = load_artifact(artifact, job.device, compute_dtype(job.device, job.source.config))
+    model = load_artifact(artifact, job.compute.device, compute_dtype(job.compute.device, job.source.config))
 
     def logits_of(portion: Sequence[Row], places: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
         for row, wanted in zip(portion, places, strict=True):

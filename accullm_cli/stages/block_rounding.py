@@ -26,10 +26,8 @@ from accullm_cli.quant.stats import GramMatrices
 from accullm_cli.quant.token_weights import TokenWeights, shared_weights
 from accullm_cli.run import write_file
 from accullm_cli.stages.calibrate import PROBE_TOKENS, load_block_stats, stats_path
-from accullm_cli.stages.device import loops_of
 from accullm_cli.stages.gradients import load_gradient, load_token_weights
 from accullm_cli.stages.job import Job
-from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.streams import Captures
 
 # Gram matrices that are accumulated in one pass; the experts of a step come in parts of this size.
@@ -79,13 +77,13 @@ def round_with_streams(
             dense = [group for group in groups if slot_of[group[0]].expert is None]
             wanted = _Wanted.of(trace, dense) if corrected else _Wanted()
             gradient = load_gradient(job, index) if job.config.rounding.method == "feedback" else None
-            with products(precision_of(job)):
+            with job.compute.products():
                 fishers = _run_original(pair, original, dense, wanted, captures, gradient)
         known: tuple[str, ...] = ()
         for part in parts:
             follows = shortcuts[len(known) : len(known) + 1]
             kept = frozenset(group[0] for group in part).intersection(follows)
-            with products(precision_of(job)):
+            with job.compute.products():
                 grams = _accumulate(pair, trace, part, rounded, captures, corrected, weights_of, known, kept)
             # Only as a whole are the first of the shortcuts one.
             known += tuple(kept)
@@ -101,7 +99,7 @@ def round_with_streams(
                         gram.take_hessian(),
                         gram.take_pulls(weights),
                         fishers={name: fishers.pop(name) for name in group if name in fishers},
-                        loops=loops_of(job.config),
+                        loops=job.compute.loops,
                     )
                 for name, result in found.items():
                     slot_of[name].write(pair.rounded, result.linear.dequantize(torch.float32))
@@ -109,7 +107,7 @@ def round_with_streams(
                         # Nobody reads the original's weight any more.
                         slot_of[name].write(pair.original, slot_of[name].read(pair.rounded))
                 results |= found
-        with products(precision_of(job)):
+        with job.compute.products():
             for batch, rows in enumerate(batches(*rounded.shape[:2])):
                 rounded[rows] = decoder.run(index, pair.rounded, rounded[rows], _known_inputs(captures, batch, known))
     return results
@@ -128,7 +126,7 @@ def round_without_streams(job: Job, plan: Plan, pair: BlockPair) -> dict[str, Ro
                     rounding_options(job, plan),
                     stored_dtype(pair.decoder, pair.index, slot),
                     importance=entry.second_moment if entry.tokens else None,
-                    loops=loops_of(job.config),
+                    loops=job.compute.loops,
                 )
     return rounded
 

@@ -22,12 +22,12 @@ from accullm_cli.model.slots import LinearSlot
 from accullm_cli.model.tokenizer import tokenizer_records
 from accullm_cli.quant.grid import minmax_grid, row_chunks
 from accullm_cli.quant.stats import FeatureMoments, InputStats
+from accullm_cli.stages.compute import Compute
 from accullm_cli.stages.embedding_loss import measure_embedding_losses
 from accullm_cli.stages.gradients import keep_input, run_backward
-from accullm_cli.stages.job import Job, machine_inputs, open_decoder
+from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.keyed import is_made_for, write_keyed
 from accullm_cli.stages.passes import Passenger, block_keys, run_blocks
-from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.reference import missing_references
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.streams import advance
@@ -49,7 +49,7 @@ def calibrate(job: Job, decision: Decision) -> Work:
     windows = calibration_of(job)
     tokens = write_calibration(job, windows)
     decoder = open_decoder(job)
-    with products("float32"):
+    with job.compute.products("float32"):
         decoder.load_outside()
         statistics = Statistics(job, decoder, windows.ids, decision.key)
         references = missing_references(job, decoder)
@@ -74,8 +74,8 @@ def calibrate_inputs(job: Job, before: Before) -> dict[str, str]:
         **seed,
         **calibration_inputs(job),
         **({"config:embeddings": "measured"} if _counts_embeddings(job) else {}),
-        **machine_inputs(),
-        "machine:precision": precision_of(job),
+        **Compute().inputs(),
+        "machine:precision": job.compute.precision,
     }
 
 
@@ -147,7 +147,7 @@ class Statistics(Passenger):
         hidden = self.streams["hidden"]
         if self._with_gradient:
             keep_input(self._job, self.decoder, index, hidden[: self._with_gradient])
-        with products(precision_of(self._job)):
+        with self._job.compute.products():
             if index < self.finished:
                 advance(self.decoder, index, block, hidden)
             else:
@@ -159,7 +159,7 @@ class Statistics(Passenger):
         gradients: tuple[Path, ...] = ()
         if self._with_gradient:
             last = self.streams["hidden"][: self._with_gradient]
-            with products(precision_of(self._job)):
+            with self._job.compute.products():
                 gradients = run_backward(self._job, self.decoder, "calibrate", self._key, last)
             if _counts_embeddings(self._job):
                 ids = self._ids[: self._with_gradient]

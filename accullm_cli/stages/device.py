@@ -12,23 +12,12 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.kernels.matmul import why_no_kernels
 from accullm_cli.kernels.rounding_check import checked_loops
-from accullm_cli.quant.loops import Loops
-
-
-def device_of(config: Config) -> torch.device:
-    """What `--device` names; 'auto' is the CPU for as long as the kernels have not run on a GPU."""
-    name = config.machine.device
-    return torch.device("cpu") if name == "auto" else torch.device("cuda", 0) if name == "cuda" else torch.device(name)
-
-
-def loops_of(config: Config) -> Loops:
-    """What rounds weights there."""
-    return checked_loops(device_of(config))
+from accullm_cli.stages.compute import compute_of
 
 
 def wants_speed(config: Config) -> bool:
     """Whether tokens per second are measured: where it is asked for, and always on a GPU."""
-    return config.validation.speed or device_of(config).type == "cuda"
+    return config.validation.speed or compute_of(config).device.type == "cuda"
 
 
 def check_device(config: Config, only_validates: bool) -> None:
@@ -40,7 +29,7 @@ def check_device(config: Config, only_validates: bool) -> None:
     Raises:
         AccullmError: one line that says what is missing, or which kernel is wrong there.
     """
-    device, where = device_of(config), f"--device {config.machine.device}"
+    device, where = compute_of(config).device, f"--device {config.machine.device}"
     if device.type == "cpu":
         return
     if not torch.cuda.is_available():

@@ -19,7 +19,6 @@ from accullm_cli.quant.plan import Plan
 from accullm_cli.quant.rounding import round_linears
 from accullm_cli.quant.stats import GramMatrices
 from accullm_cli.stages.block_rounding import evidence_saved, rounding_options
-from accullm_cli.stages.device import loops_of
 from accullm_cli.stages.job import Job
 
 # Weights that are rounded at once: the dozen float32 matrices of their size weigh no more than a large block. The
@@ -57,7 +56,7 @@ def round_embedding(
         pulls = {} if drift is None else {name: drift @ weight.T}
         with evidence_saved(job):
             found = round_linears(
-                {name: weight}, {name: own}, options, stored.dtype, hessian, pulls, loops=loops_of(job.config)
+                {name: weight}, {name: own}, options, stored.dtype, hessian, pulls, loops=job.compute.loops
             )[name]
         # How many were clamped differs from part to part.
         of_part = f"rows {done} to {done + len(weight) - 1}: " if len(weight) < len(stored) else ""

@@ -17,7 +17,6 @@ from accullm_cli.stages.asking import PORTION, bytes_of, fits
 from accullm_cli.stages.calibrate import measured_windows
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.model_shape import source_dtype
-from accullm_cli.stages.precision import products
 from accullm_cli.stages.texts import SEARCH, shape_of, texts_of, windows_of
 
 FLOAT = 4
@@ -116,7 +115,7 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
         operations += asked.operations(job, decoder, linear_weights, hidden, vocabulary)
     peak = BASE_BYTES + FLOAT * (largest + streams)
     peak += FLOAT * 4 * max(TOKENS_PER_BATCH, longest) * widest
-    seconds = operations / (SHARE_OF_FULL_SPEED * _operations_per_second())
+    seconds = operations / (SHARE_OF_FULL_SPEED * _operations_per_second(job))
     disk = _disk_bytes(job, decoder, plan, stored, of_linears)
     return Estimated(bits_per_weight, stored, most is None, int(peak), disk, round(seconds, 1))
 
@@ -232,10 +231,10 @@ def _may_write(decoder: Decoder) -> bool:
     return free is None or fits(bytes_of(decoder), free)
 
 
-def _operations_per_second() -> float:
+def _operations_per_second(job: Job) -> float:
     """What a float32 matrix product reaches here, measured in a moment."""
     left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
-    with products("float32"):
+    with job.compute.products("float32"):
         left @ right
         started = time.perf_counter()
         for _ in range(10):

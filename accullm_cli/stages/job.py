@@ -23,10 +23,9 @@ from accullm_cli.model.tokenizer import load_tokenizer
 from accullm_cli.places import artifact_paths
 from accullm_cli.progress import Progress
 from accullm_cli.run import RunDirectory
-from accullm_cli.stages.device import device_of
+from accullm_cli.stages.compute import Compute, compute_of
 
 T = TypeVar("T")
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,9 @@ class Job:
         return found
 
     @property
-    def device(self) -> torch.device:
-        """Where weights are rounded and artifacts run."""
-        return device_of(self.config)
+    def compute(self) -> Compute:
+        """Where and how it computes."""
+        return self.kept("compute", lambda: compute_of(self.config))
 
     @property
     def artifacts(self) -> dict[str, Path]:
@@ -105,17 +104,6 @@ def section_inputs(section: str, values: Section, *fields: str) -> dict[str, str
     """The stage inputs that a configuration section gives: `config:SECTION.FIELD` to its value."""
     chosen = fields or tuple(type(values).model_fields)
     return {f"config:{section}.{field}": repr(getattr(values, field)) for field in chosen}
-
-
-def machine_inputs(device: torch.device = CPU) -> dict[str, str]:
-    """What the bytes of a result depend on beside inputs and algorithm: sums differ between kinds of CPU and GPU."""
-    return {
-        "machine:device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "machine:instruction set": torch.backends.cpu.get_cpu_capability(),
-        "machine:threads": str(torch.get_num_threads()),
-        "version:torch": torch.__version__,
-        "version:transformers": transformers.__version__,
-    }
 
 
 def versions() -> dict[str, str]:

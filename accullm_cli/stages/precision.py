@@ -17,17 +17,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from accullm_cli.stages.job import Job
-
 Precision = Literal["bfloat16", "float32"]
 # Relative errors of a product of 256 x 256 x 256: about 3e-7 in float32, 2e-3 with elements rounded to bfloat16.
 ROUNDED = 1e-5
 
 
-def precision_of(job: Job) -> Precision:
-    """Of the products of calibrate and quantize on this machine."""
-    fast = job.config.machine.precision == "auto" and (onednn_rounds() or _multiplies_bfloat16())
-    return "bfloat16" if fast else "float32"
+def usual_precision() -> Precision:
+    """Of the products of calibrate and quantize on this machine, where nobody asks for another."""
+    return "bfloat16" if onednn_rounds() or _multiplies_bfloat16() else "float32"
 
 
 @contextmanager

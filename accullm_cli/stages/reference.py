@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.stages.job import Job, machine_inputs, open_decoder
+from accullm_cli.stages.compute import Compute
+from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.keyed import facts_of, is_made_for, write_keyed
 from accullm_cli.stages.passes import Passenger, run_blocks
-from accullm_cli.stages.precision import products
 from accullm_cli.stages.stage import Before, Decision, Stage, Work, decide
 from accullm_cli.stages.streams import advance
 from accullm_cli.stages.texts import Text, text_inputs, texts_of, windows_of
@@ -35,14 +35,14 @@ def reference(text: Text) -> Stage:
             "source:sha256": job.source.sha256,
             "version:reference": str(VERSION),
             **text_inputs(job, text),
-            **machine_inputs(),
+            **Compute().inputs(),
         }
 
     def work(job: Job, decision: Decision) -> Work:
         path = _path(job, text)
         if not is_made_for(path, decision.key):  # calibrate makes it along with its own
             decoder = open_decoder(job)
-            with products("float32"):
+            with job.compute.products("float32"):
                 decoder.load_outside()
                 streams = ReferenceStreams(job, decoder, text, decision.key)
                 decoder.release_outside()

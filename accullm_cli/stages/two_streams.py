@@ -13,7 +13,6 @@ from accullm_cli.quant.plan import Plan
 from accullm_cli.run import key_of
 from accullm_cli.stages.calibrate import PROBE_TOKENS
 from accullm_cli.stages.job import Job
-from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.streams import StreamStore, advance
 from accullm_cli.stages.texts import load_calibration
 from accullm_cli.stages.units import Unit, block_unit, linear_of, shard_path
@@ -31,7 +30,7 @@ class TwoStreams:
     def __init__(self, job: Job, decoder: Decoder, embedding: StoredLinear | None, restored: _Restored | None) -> None:
         """`embedding`: what the rounded model's stream begins with, where that is not the original's."""
         self._decoder = decoder
-        self._precision = precision_of(job)
+        self._compute = job.compute
         self._store = _stream_store(job)
         ids = load_calibration(job)
         reads_original = job.config.rounding.target == "corrected" or job.config.gradient_samples > 0
@@ -82,7 +81,7 @@ class TwoStreams:
             linear_plan = plan.linears[slot.name]
             if linear_plan.bits < 16:
                 slot.write(rounded_block, linear_of(tensors, linear_plan).dequantize(torch.float32))
-        with products(self._precision):
+        with self._compute.products():
             if self.original is not None:
                 advance(self._decoder, index, block, self.original)
             advance(self._decoder, index, rounded_block, self.rounded)

@@ -33,9 +33,8 @@ from accullm_cli.run import file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights
 from accullm_cli.stages.device import compute_dtype, describe_device
 from accullm_cli.stages.export import known_files
-from accullm_cli.stages.job import Job, machine_inputs
+from accullm_cli.stages.job import Job
 from accullm_cli.stages.passes import Passenger, run_blocks
-from accullm_cli.stages.precision import products
 from accullm_cli.stages.reference import described, load_reference
 from accullm_cli.stages.shipped import TOKENS, check_shipped
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
@@ -63,11 +62,11 @@ def validation(format_name: str, artifact: Path, text: Text, alone: bool = False
             "input:reference": before[text.reference].key,
             "config:machine.seed": str(job.config.machine.seed),
             "version:validate": str(VERSION),
-            **machine_inputs(job.device),
+            **job.compute.inputs(),
         }
 
     def work(job: Job, decision: Decision) -> Work:
-        with products("float32"):
+        with job.compute.products("float32"):
             fidelity, records = _measure(job, decision, artifact, text, alone)
         path = fidelity_path(job, format_name, text, alone)
         write_text(path, json.dumps(asdict(fidelity), indent=1))
@@ -131,7 +130,7 @@ def _measure(
     decoder = Decoder(model, ArtifactWeights(artifact, model, structure), structure)
     reference = load_reference(job, text)
     ids = reference["ids"]
-    device = job.device
+    device = job.compute.device
     logits_of = _on_gpu(job, directory, device) if device.type == "cuda" else _by_blocks(job, decision, decoder, ids)
 
     decoder.load_outside()

@@ -12,16 +12,14 @@ from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.loops import COMPILED, Loops
 from accullm_cli.stages import device as module
+from accullm_cli.stages.compute import Compute, compute_of
 from accullm_cli.stages.device import (
     check_device,
     check_format,
     compute_dtype,
     describe_device,
-    device_of,
-    loops_of,
     wants_speed,
 )
-from accullm_cli.stages.job import machine_inputs
 from tests.tiny import tiny_config
 
 GPU = torch.device("cuda", 0)
@@ -48,7 +46,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int, reason: str | None = None)
     [("auto", torch.device("cpu")), ("cpu", torch.device("cpu")), ("cuda", GPU), ("cuda:3", torch.device("cuda", 3))],
 )
 def test_names_of_devices(name: str, device: torch.device) -> None:
-    assert device_of(on(name)) == device
+    assert compute_of(on(name)).device == device
 
 
 @pytest.mark.parametrize(
@@ -97,7 +95,7 @@ def test_where_kernels_round_otherwise_than_the_cpu_nothing_is_converted(monkeyp
 
 
 def test_on_a_cpu_the_compiled_loops_round() -> None:
-    assert loops_of(on("auto")) is COMPILED
+    assert compute_of(on("auto")).loops is COMPILED
 
 
 @pytest.mark.parametrize(
@@ -137,9 +135,11 @@ def test_gpus_compute_in_16_bits(
 
 def test_a_result_of_a_gpu_is_not_taken_for_one_of_the_cpu_or_of_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of kind {device.index}")
-    kinds = [machine_inputs(device)["machine:device"] for device in (torch.device("cpu"), GPU, torch.device("cuda", 1))]
+    kinds = [
+        Compute(device).inputs()["machine:device"] for device in (torch.device("cpu"), GPU, torch.device("cuda", 1))
+    ]
     assert kinds == ["cpu", "GPU of kind 0", "GPU of kind 1"]
-    assert machine_inputs() == machine_inputs(torch.device("cpu"))
+    assert Compute() == Compute(torch.device("cpu"))
     assert describe_device(GPU) == "GPU of kind 0"
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from accullm_cli.config import Calibration
-from accullm_cli.stages.job import machine_inputs, section_inputs
+from accullm_cli.stages.compute import Compute
+from accullm_cli.stages.job import section_inputs
 
 
 def test_a_section_gives_an_input_for_each_field() -> None:
@@ -23,9 +24,9 @@ def test_the_number_of_threads_is_an_input() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        two = machine_inputs()
+        two = Compute().inputs()
         torch.set_num_threads(1)
-        one = machine_inputs()
+        one = Compute().inputs()
     finally:
         torch.set_num_threads(before)
     assert {name for name in one if one[name] != two[name]} == {"machine:threads"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from accullm_cli.pipeline import convert
-from accullm_cli.stages import block_rounding, calibrate, precision, quantize, validate
+from accullm_cli.stages import precision
+from accullm_cli.stages.compute import Compute
 from accullm_cli.stages.precision import Bfloat16Products, Precision, onednn_rounds, products
 from tests.streaming import short_config
 from tests.tiny import make_checkpoint
@@ -118,16 +119,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     """(module, precision) of all that is computed; the products themselves stay float32."""
     found: set[tuple[str, str]] = set()
 
-    def watch(name: str) -> object:
-        @contextmanager
-        def watched(wanted: Precision) -> Iterator[None]:
-            found.add((name, wanted))
-            yield
+    def watched(compute: Compute, wanted: Precision | None = None) -> AbstractContextManager[None]:
+        module = sys._getframe(1).f_globals["__name__"].rpartition(".")[2]
+        found.add((module, wanted or compute.precision))
+        return nullcontext()
 
-        return watched
-
-    for module in (calibrate, quantize, block_rounding, validate):
-        monkeypatch.setattr(module, "products", watch(module.__name__.rpartition(".")[2]))
+    monkeypatch.setattr(Compute, "products", watched)
     return found
 
 

@@ -11,7 +11,7 @@ from accullm_cli.kernels.launch import Launch
 from accullm_cli.kernels.rounding import cuda_loops
 from accullm_cli.kernels.rounding_check import checked_loops
 from accullm_cli.quant.loops import Loops
-from accullm_cli.stages import device as module
+from accullm_cli.stages import compute as module
 from tests.cuda_emulation import emulate, needs_compiler
 from tests.streaming import opened, run_to, short_config
 from tests.tiny import make_checkpoint
