@@ -23,7 +23,7 @@ from accullm_cli.model.alias import aliases
 from accullm_cli.model.source import describe_source, open_source
 from accullm_cli.places import artifact_path, artifact_paths, run_path
 from accullm_cli.processors import usable_cores
-from accullm_cli.progress import Progress, silent
+from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.report import write_junit, write_report, write_summary
 from accullm_cli.run import Reason, RunDirectory, locked_output, write_text
 from accullm_cli.search import known_plans, search
@@ -35,7 +35,7 @@ from accullm_cli.stages.checks import (
     preflight,
     refuse_golden,
 )
-from accullm_cli.stages.device import check_format, describe_device
+from accullm_cli.stages.device import check_format, chosen_device, describe_device
 from accullm_cli.stages.estimate import Estimated, estimate
 from accullm_cli.stages.graph import conversion, shared_by_plans
 from accullm_cli.stages.job import Job, versions
@@ -296,6 +296,8 @@ def _open_job(
             held.enter_context(locked_output(artifact))
         threads = held.enter_context(_threads(directory, config))
         job = Job(config, directory, open_source(config.model, directory.path, progress), progress, only, fresh)
+        if told := chosen_device(config):
+            progress(Event("device", "record", told))
         check_positions(job)
         if converts:
             preflight(job)

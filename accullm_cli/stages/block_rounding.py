@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.model.blocks import Decoder, Trace, batches
+from accullm_cli.model.blocks import Decoder, Trace
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.quant.feedback import NumericalError
 from accullm_cli.quant.plan import Plan
@@ -68,11 +68,14 @@ def round_with_streams(
         quantized = [names for group in step if (names := _quantized_names(group, plan))]
         parts += _parts_in_memory(quantized, slot_of)
     groups = [group for part in parts for group in part]
-    weights_of = shared_weights(load_token_weights(job, index), groups)
+    weights_of = {
+        name: TokenWeights(own.edges.to(decoder.device), own.weights.to(decoder.device))
+        for name, own in shared_weights(load_token_weights(job, index), groups).items()
+    }
     results: dict[str, RoundedLinear] = {}
     corrected = job.config.rounding.target == "corrected"
     fishers: dict[str, torch.Tensor] = {}
-    with Captures(job.run.path) as captures:
+    with Captures(job.run.path, decoder.device, job.compute.room()) as captures:
         if original is not None:
             dense = [group for group in groups if slot_of[group[0]].expert is None]
             wanted = _Wanted.of(trace, dense) if corrected else _Wanted()
@@ -108,7 +111,7 @@ def round_with_streams(
                         slot_of[name].write(pair.original, slot_of[name].read(pair.rounded))
                 results |= found
         with job.compute.products():
-            for batch, rows in enumerate(batches(*rounded.shape[:2])):
+            for batch, rows in enumerate(decoder.batches(rounded)):
                 rounded[rows] = decoder.run(index, pair.rounded, rounded[rows], _known_inputs(captures, batch, known))
     return results
 
@@ -198,8 +201,9 @@ def _run_original(
         For each linear of the groups the Fisher matrix of its outputs, [N, N]; empty without a gradient.
     """
     names = [name for group in groups for name in group] if gradient is not None else []
-    grams = {name: GramMatrices(pair.slot_of[name].out_features) for name in names}
-    for batch, rows in enumerate(batches(*original.shape[:2])):
+    device = pair.decoder.device
+    grams = {name: GramMatrices(pair.slot_of[name].out_features, device=device) for name in names}
+    for batch, rows in enumerate(pair.decoder.batches(original)):
 
         def keep_input(name: str, value: torch.Tensor, batch: int = batch) -> None:
             if name in wanted.inputs:
@@ -215,13 +219,13 @@ def _run_original(
 
         # The last batch with a gradient may have it for some of its windows only.
         own = None if gradient is None else gradient[rows]
-        hidden = original[rows].clone().requires_grad_(own is not None and len(own) > 0)
+        hidden = original[rows].to(device, copy=True).requires_grad_(own is not None and len(own) > 0)
         output = pair.decoder.run_capturing(
             pair.index, pair.original, hidden, keep_input, keep_sum, on_gradient=add_gradient
         )
         assert output is not None
         if own is not None and len(own):
-            output[: len(own)].backward(own.float())
+            output[: len(own)].backward(own.to(device).float())
         original[rows] = output.detach()
     found = {name: gram.take_hessian() for name, gram in grams.items()}
     return {name: fisher for name, fisher in found.items() if fisher is not None}
@@ -258,6 +262,7 @@ def _accumulate(
             slot_of[group[0]].in_features,
             group[0] in with_drift,
             {name: slot_of[name].out_features for name in group if name in summed},
+            device=pair.decoder.device,
         )
         for group in groups
     }
@@ -286,7 +291,7 @@ def _accumulate(
         own = _known_inputs(captures, batch, known)
         pair.decoder.run_capturing(pair.index, pair.rounded, rounded[rows], add, add_sum, frozenset(awaited), known=own)
 
-    for batch, rows in enumerate(batches(*rounded.shape[:2])):
+    for batch, rows in enumerate(pair.decoder.batches(rounded)):
         add_batch(batch, rows)
     return grams
 

@@ -22,7 +22,6 @@ from accullm_cli.model.slots import LinearSlot
 from accullm_cli.model.tokenizer import tokenizer_records
 from accullm_cli.quant.grid import minmax_grid, row_chunks
 from accullm_cli.quant.stats import FeatureMoments, InputStats
-from accullm_cli.stages.compute import Compute
 from accullm_cli.stages.embedding_loss import measure_embedding_losses
 from accullm_cli.stages.gradients import keep_input, run_backward
 from accullm_cli.stages.job import Job, open_decoder
@@ -74,7 +73,7 @@ def calibrate_inputs(job: Job, before: Before) -> dict[str, str]:
         **seed,
         **calibration_inputs(job),
         **({"config:embeddings": "measured"} if _counts_embeddings(job) else {}),
-        **Compute().inputs(),
+        **job.compute.inputs(),
         "machine:precision": job.compute.precision,
     }
 
@@ -174,7 +173,7 @@ def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden:
     """Run a block over the calibration stream, in place, and measure each of its distinct inputs."""
     groups = [group for step in decoder.trace(index, block, hidden[:1, :PROBE_TOKENS]).steps for group in step]
     slot_of = {slot.name: slot for slot in decoder.slots[index]}
-    moments = {group[0]: FeatureMoments(slot_of[group[0]].in_features) for group in groups}
+    moments = {group[0]: FeatureMoments(slot_of[group[0]].in_features, decoder.device) for group in groups}
 
     def add(name: str, value: torch.Tensor) -> None:
         if name in moments:
@@ -189,7 +188,7 @@ def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden:
 def _damage(block: nn.Module, slot: LinearSlot) -> dict[int, torch.Tensor]:
     """||w - nearest(w)||^2 of each column for each candidate group size."""
     weight = slot.read(block)
-    damage = {size: torch.zeros(weight.shape[1]) for size in DAMAGE_GROUP_SIZES}
+    damage = {size: weight.new_zeros(weight.shape[1]) for size in DAMAGE_GROUP_SIZES}
     for rows in row_chunks(weight):
         for size, total in damage.items():
             grid = minmax_grid(rows, DAMAGE_BITS, size, symmetric=False)

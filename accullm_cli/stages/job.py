@@ -97,7 +97,7 @@ def place_of(format: str) -> str:
 def open_decoder(job: Job) -> Decoder:
     """The source's decoder, without weights yet; refuses a checkpoint that does not fit its configuration."""
     model = build_skeleton(job.source.directory, job.source.untied)
-    return Decoder(model, Checkpoint(job.source, model))
+    return Decoder(model, Checkpoint(job.source, model), None, job.compute.device, job.compute.tokens)
 
 
 def section_inputs(section: str, values: Section, *fields: str) -> dict[str, str]:

@@ -105,6 +105,15 @@ def test_where_onednn_rounds_float32_does_without_it(
         assert torch.backends.mkldnn.matmul.fp32_precision == used
 
 
+@pytest.mark.parametrize(("wanted", "used"), [("tf32", "tf32"), ("float32", "ieee")])
+def test_a_gpu_rounds_where_it_may(wanted: Precision, used: str) -> None:
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [setting.fp32_precision for setting in settings]
+    with products(wanted, torch.device("cuda")):
+        assert [setting.fp32_precision for setting in settings] == [used, used]
+    assert [setting.fp32_precision for setting in settings] == before
+
+
 def test_an_older_torch_computes_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_has_onednn", lambda: False)
     precision.onednn_rounds.cache_clear()

@@ -1,0 +1,78 @@
+"""Whole conversions as if there were a GPU, whose tensors refuse to meet others: byte for byte those of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from accullm_cli.pipeline import convert
+from accullm_cli.progress import Event
+from tests.quant import elsewhere
+from tests.quant.elsewhere import Elsewhere
+from tests.stages.gpu import NAME, a_gpu
+from tests.streaming import short_config
+from tests.tiny import make_checkpoint
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which needs no stand-in")
+
+GRADIENTS: dict[str, object] = {"calibration__gradient_samples": 2}
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "linear")}
+TASKS: dict[str, object] = {"validation__tasks": "arithmetic:easy", "validation__task_items": 2}
+CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "feedback": ("llama", {}),
+    "an average of bits, embeddings, tasks": ("llama-tied", {**GRADIENTS, **TASKS, "plan__bits": 4.5}),
+    "experts at random, embeddings": ("qwen2-moe", {"rounding__method": "stochastic", "plan__embedding_bits": 8}),
+    "nearest": ("gpt2", {"rounding__method": "nearest"}),
+    "compensating outliers": ("gemma3", {"rounding__outlier_mode": "compensating", "plan__outliers": 0.05}),
+}
+
+
+def files_of(place: Path) -> dict[str, bytes]:
+    """What a conversion leaves: its artifact and all stages' tensors and answers, but not when it was made."""
+    found = {}
+    for directory in (place / "out", place / "out.run"):
+        for path in directory.rglob("*"):
+            if path.suffix == ".safetensors" or "answers" in path.name or path.name.startswith("original"):
+                found[str(path.relative_to(place))] = path.read_bytes()
+    return found
+
+
+def keyless(content: bytes) -> bytes:
+    """A file of tensors without its header, which holds the key that it was made for."""
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def without_keys(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: keyless(content) if name.endswith(".safetensors") else content for name, content in files.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_conversion_on_a_gpu_leaves_the_bytes_of_the_cpus(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, settings = CASES[case]
+    settings = {"machine__precision": "float32", **settings}
+    source = make_checkpoint(kind, tmp_path / "model")
+    convert(short_config(source, tmp_path / "cpu" / "out", machine__device="cpu", **settings))
+    told: list[Event] = []
+    on_the_cpu: set[str] = set()
+
+    def watched(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if function._schema.name in PRODUCTS and not any(isinstance(value, Elsewhere) for value in args):
+            on_the_cpu.add(told[-1].stage)
+        return computed(function, args, kwargs)
+
+    computed = elsewhere.compute
+    with a_gpu(monkeypatch), monkeypatch.context() as patched:
+        patched.setattr(elsewhere, "compute", watched)
+        convert(short_config(source, tmp_path / "gpu" / "out", machine__device="auto", **settings), told.append)
+    # What a source or an artifact is held against is plain transformers.
+    assert on_the_cpu <= {"reading", "validate accullm"}
+    assert f"computes on {NAME}; --device cpu leaves it alone" in [event.label for event in told]
+    here, there = (without_keys(files_of(tmp_path / place)) for place in ("cpu", "gpu"))
+    assert here.keys() == there.keys()
+    assert [name for name in here if here[name] != there[name]] == []
