@@ -32,13 +32,14 @@ from accullm_cli.stages.checks import (
     check_config,
     check_positions,
     check_sizes,
+    check_speed,
     preflight,
     refuse_golden,
 )
 from accullm_cli.stages.device import check_format, chosen_device, describe_device
 from accullm_cli.stages.estimate import Estimated, estimate
 from accullm_cli.stages.graph import conversion, shared_by_plans
-from accullm_cli.stages.job import Job, versions
+from accullm_cli.stages.job import Job, open_decoder, versions
 from accullm_cli.stages.measures import found as what_was_found
 from accullm_cli.stages.measures import measurements
 from accullm_cli.stages.profile import make_plan
@@ -187,6 +188,8 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
                     f"was made from another model than {job.source.origin}", given, "name its original with --original"
                 )
             check_sizes(job, artifact, given)
+            if config.validation.speed:
+                check_speed(job, open_decoder(job))
             check_texts(job, calibrates=False)
             check_items(job)
             outcomes = list(walk(job, [READING, *measurements(job, {opened.format: artifact})]))

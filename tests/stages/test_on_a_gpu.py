@@ -11,6 +11,7 @@ import torch
 
 from accullm_cli.pipeline import convert
 from accullm_cli.progress import Event
+from tests.llama_cpp import byte_tokenizer
 from tests.quant import elsewhere
 from tests.quant.elsewhere import Elsewhere
 from tests.stages.gpu import NAME, a_gpu
@@ -20,13 +21,24 @@ from tests.tiny import make_checkpoint
 GRADIENTS: dict[str, object] = {"calibration__gradient_samples": 2}
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "linear")}
 TASKS: dict[str, object] = {"validation__tasks": "arithmetic:easy", "validation__task_items": 2}
+FILE: dict[str, object] = {"export__format": "[gguf]", "plan__outliers": "null", "plan__group_size": "null"}
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "feedback": ("llama", {}),
     "an average of bits, embeddings, tasks": ("llama-tied", {**GRADIENTS, **TASKS, "plan__bits": 4.5}),
     "experts at random, embeddings": ("qwen2-moe", {"rounding__method": "stochastic", "plan__embedding_bits": 8}),
     "nearest": ("gpt2", {"rounding__method": "nearest"}),
-    "compensating outliers": ("gemma3", {"rounding__outlier_mode": "compensating", "plan__outliers": 0.05}),
+    "compensating outliers": ("gemma3", {"rounding__outlier_mode": "compensating"}),
+    "outliers in an adapter": ("llama", {"export__format": "[compressed-tensors]", "plan__outlier_adapter": True}),
+    "blocks of a file": ("llama", {**GRADIENTS, **FILE, "plan__bits": 5.5}),
 }
+
+
+def make_source(kind: str, place: Path, settings: Mapping[str, object]) -> Path:
+    """A tiny model, for a file with a tokenizer that its readers have."""
+    source = make_checkpoint(kind, place)
+    if settings.items() >= FILE.items():
+        byte_tokenizer().save_pretrained(source)
+    return source
 
 
 def files_of(place: Path) -> dict[str, bytes]:
@@ -34,7 +46,7 @@ def files_of(place: Path) -> dict[str, bytes]:
     found = {}
     for directory in (place / "out", place / "out.run"):
         for path in directory.rglob("*"):
-            if path.suffix == ".safetensors" or "answers" in path.name or path.name.startswith("original"):
+            if path.suffix in (".safetensors", ".gguf") or "answers" in path.name or path.name.startswith("original"):
                 found[str(path.relative_to(place))] = path.read_bytes()
     return found
 
@@ -55,7 +67,7 @@ def test_a_conversion_on_a_gpu_leaves_the_bytes_of_the_cpus(
 ) -> None:
     kind, settings = CASES[case]
     settings = {"machine__precision": "float32", **settings}
-    source = make_checkpoint(kind, tmp_path / "model")
+    source = make_source(kind, tmp_path / "model", settings)
     convert(short_config(source, tmp_path / "cpu" / "out", machine__device="cpu", **settings))
     told: list[Event] = []
     on_the_cpu: set[str] = set()
@@ -84,7 +96,7 @@ def test_a_conversion_on_a_real_gpu_is_as_near_as_the_cpus(case: str, tmp_path: 
     """Its sums differ in their last bits, and so do few of the codes; a second one repeats the first."""
     pytest.importorskip("cupy")
     kind, settings = CASES[case]
-    source = make_checkpoint(kind, tmp_path / "model")
+    source = make_source(kind, tmp_path / "model", settings)
     reports = {
         place: convert(short_config(source, tmp_path / place / "out", machine__device=device, **settings))
         for place, device in (("cpu", "cpu"), ("gpu", "cuda"), ("again", "cuda"))
