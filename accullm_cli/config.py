@@ -259,7 +259,7 @@ class Validation(Section):
     speed: bool = option(
         False,
         "Also measure tokens per second of the artifact and of the original, for a prompt and for one token after the "
-        "other. Each is loaded whole. With --device cuda this is always measured.",
+        "other. Each is loaded whole, one after the other.",
     )
     tasks: str = option(
         "none",
@@ -308,8 +308,8 @@ class Machine(Section):
     )
     device: str = option(
         "auto",
-        "Where quantize rounds and validate runs the artifact. 'auto' is 'cpu' so far; 'cuda' or 'cuda:N' uses the "
-        "CUDA kernels, and validate then runs the whole model at once, in 16 bits. The rest stays on the CPU.",
+        "Where everything is computed: forward passes, sums, gradients, rounding and measures, one block at a time. "
+        "'auto' is the first GPU, where torch and the CUDA kernels can use one, and else the CPU; which GPU is said.",
         example="cuda:0",
         allowed="auto, cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
@@ -324,7 +324,7 @@ class Machine(Section):
     precision: Literal["auto", "float32"] = option(
         "auto",
         "Precision of the matrix products in calibrate and quantize: 'auto' rounds their elements to bfloat16 on CPUs "
-        "that multiply those faster (AMX, AVX512_BF16). Validation always computes in float32.",
+        "that multiply those faster (AMX, AVX512_BF16), and to TF32 on GPUs. Validation always computes in float32.",
     )
     seed: int = option(0, "Seed of every random choice.", allowed="0 to 2**63 - 1", ge=0, lt=2**63)
 

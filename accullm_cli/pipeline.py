@@ -24,7 +24,7 @@ from accullm_cli.model.gguf_parts import files_of
 from accullm_cli.model.source import describe_source, open_source
 from accullm_cli.places import artifact_path, artifact_paths, run_path
 from accullm_cli.processors import usable_cores
-from accullm_cli.progress import Progress, silent
+from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.report import write_junit, write_report, write_summary
 from accullm_cli.run import Reason, RunDirectory, locked_output, write_text
 from accullm_cli.search import known_plans, search
@@ -33,13 +33,14 @@ from accullm_cli.stages.checks import (
     check_config,
     check_positions,
     check_sizes,
+    check_speed,
     preflight,
     refuse_golden,
 )
-from accullm_cli.stages.device import check_format, describe_device
+from accullm_cli.stages.device import check_format, chosen_device, describe_device
 from accullm_cli.stages.estimate import Estimated, estimate
 from accullm_cli.stages.graph import conversion, shared_by_plans
-from accullm_cli.stages.job import Job, versions
+from accullm_cli.stages.job import Job, open_decoder, versions
 from accullm_cli.stages.measures import found as what_was_found
 from accullm_cli.stages.measures import measurements
 from accullm_cli.stages.profile import make_plan
@@ -188,6 +189,8 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
                     f"was made from another model than {job.source.origin}", given, "name its original with --original"
                 )
             check_sizes(job, artifact, given)
+            if config.validation.speed:
+                check_speed(job, open_decoder(job))
             check_texts(job, calibrates=False)
             check_items(job)
             outcomes = list(walk(job, [READING, *measurements(job, {opened.format: artifact})]))
@@ -221,7 +224,7 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
                 for name, its in found.items()
             ),
             stages=tuple(_foreseen(job)),
-            device=describe_device(job.device),
+            device=describe_device(job.compute.device),
             bits_per_weight=estimated.bits_per_weight,
             artifact_bytes=estimated.artifact_bytes,
             size_is_exact=estimated.size_is_exact,
@@ -298,6 +301,8 @@ def _open_job(
             held.enter_context(locked_output(artifact))
         threads = held.enter_context(_threads(directory, config))
         job = Job(config, directory, open_source(config.model, directory.path, progress), progress, only, fresh)
+        if told := chosen_device(config):
+            progress(Event("device", "record", told))
         check_positions(job)
         if converts:
             preflight(job)

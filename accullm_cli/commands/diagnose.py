@@ -29,7 +29,7 @@ from accullm_cli.model.tokenizer import check_ids, load_tokenizer
 from accullm_cli.pipeline import named_original
 from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.stages.artifact_weights import ArtifactWeights, open_artifact_decoder
-from accullm_cli.stages.precision import products
+from accullm_cli.stages.compute import ON_CPU
 from accullm_cli.stages.streams import POSITIONS, advance
 
 STAGE = "diagnose"
@@ -114,7 +114,7 @@ def diagnose(
         assert isinstance(small.weights, ArtifactWeights)
         stored = small.weights.artifact
         assert isinstance(stored, StoredArtifact)
-        with products("float32"):
+        with ON_CPU.products():
             measured = _measure(full, small, stored, text.ids, by, progress)
         origin = source.origin
     first, *parts = measured

@@ -75,6 +75,8 @@ class Weights(Protocol):
 class Decoder:
     """A decoder-only model. Streams of hidden states are float32 [windows, tokens, features]; token ids int64.
 
+    It computes on one device: what it is given is sent there, and what comes out is left there.
+
     Where blocks are passed more that depends on the tokens, that lies behind the hidden states in a stream's features.
 
     `load_outside()` must come before `embed` and `logits`. Between those, `release_outside()` makes room for blocks:
@@ -84,10 +86,21 @@ class Decoder:
         model: the skeleton, with parameters on the meta device.
         weights: what fills it.
         structure: of the model, where that is known.
+        device: where it computes; by default where torch makes tensors.
+        together: tokens that go through a block at once.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: Weights, structure: Structure | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: Weights,
+        structure: Structure | None = None,
+        device: torch.device | None = None,
+        together: int = TOKENS_PER_BATCH,
+    ) -> None:
         self.model = model
+        self.device = device or torch.get_default_device()
+        self._together = together
         self.weights = weights
         self.structure = structure or read_structure(model)
         self.block_names = list(self.structure.blocks)
@@ -110,13 +123,21 @@ class Decoder:
         # What text does not reach takes no memory, but lies where the rest does: models ask their first parameter.
         for name in self.structure.unused.intersection(self._unloaded):
             module_name, _, attribute = name.rpartition(".")
-            idle = torch.zeros(()).expand(self._unloaded[name].shape)
+            idle = torch.zeros((), device=self.device).expand(self._unloaded[name].shape)
             setattr(self.model.get_submodule(module_name), attribute, nn.Parameter(idle, requires_grad=False))
         self.model.tie_weights()
-        for parameter in self.model.parameters():
-            if parameter.device.type != "meta":
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(False)
+        sent: dict[int, nn.Parameter] = {}
+        for name in self._unloaded:
+            module_name, _, attribute = name.rpartition(".")
+            parameter = self.model.get_parameter(name)
+            if parameter.device.type != "meta" and name not in self.structure.unused:
+                if id(parameter) not in sent:
+                    sent[id(parameter)] = nn.Parameter(parameter.data.to(self.device).float(), requires_grad=False)
+                setattr(self.model.get_submodule(module_name), attribute, sent[id(parameter)])
+        for module in self.model.modules():
+            for attribute, buffer in module._buffers.items():
+                if buffer is not None and buffer.device.type != "meta":
+                    module._buffers[attribute] = buffer.to(self.device)
         self.model.tie_weights()
 
     def release_outside(self) -> None:
@@ -130,7 +151,7 @@ class Decoder:
         self.weights.load([self.block_names[index]])
         if index + 1 < len(self.block_names):
             self.weights.warm(self.block_names[index + 1])
-        return self._block(index).float().requires_grad_(False)
+        return self._block(index).to(self.device).float().requires_grad_(False)
 
     def release_block(self, index: int) -> None:
         self.weights.release(self.block_names[index])
@@ -163,7 +184,7 @@ class Decoder:
                 raise _EnoughError
             return hidden
 
-        self._run_shell(ids, record)
+        self._run_shell(ids.to(self.device), record)
         layout = Layout.of(values)
         self._layout = self._layout or layout
         known = self._calls.setdefault((ids.shape[0], ids.shape[1]), calls)
@@ -180,12 +201,16 @@ class Decoder:
         return stream[..., : self._layout.features]
 
     def embed_all(self, ids: torch.Tensor) -> torch.Tensor:
-        """As `embed`, for any number of windows, some of them at a time; [windows, tokens, hidden], written once."""
+        """As `embed`, for any number of windows, some of them at a time; [windows, tokens, hidden], written once.
+
+        It lies where the ids do; beside a GPU in pinned memory, which that reads at full speed.
+        """
         hidden = torch.zeros(0, ids.shape[1], 1)
-        for rows in batches(*ids.shape):
+        for rows in self.batches(ids):
             part = self.embed(ids[rows])
             if not rows.start:
-                hidden = part.new_empty(len(ids), *part.shape[1:])
+                pinned = part.is_cuda and not ids.is_cuda
+                hidden = torch.empty(len(ids), *part.shape[1:], dtype=part.dtype, device=ids.device, pin_memory=pinned)
             hidden[rows] = part
         return hidden
 
@@ -194,9 +219,13 @@ class Decoder:
 
         `embed` does that, too; this is for windows whose hidden states are there already.
         """
-        rows = batches(*ids.shape)
+        rows = self.batches(ids)
         for some in rows[:1] + rows[1:][-1:]:  # the last batch may be a smaller one
             self.embed(ids[some])
+
+    def batches(self, stream: torch.Tensor) -> list[slice]:
+        """Slices of the windows of a stream, or of ids [windows, tokens], that go through a block at once."""
+        return batches(stream.shape[0], stream.shape[1], self._together)
 
     def run(
         self,
@@ -214,7 +243,7 @@ class Decoder:
         """
         assert self._layout is not None
         call, shape = self._calls[hidden.shape[0], hidden.shape[1]][index], self.structure.calls[index]
-        states, *extras = self._layout.split(hidden)
+        states, *extras = self._layout.split(hidden.to(self.device))
         values = {path: extras[number - 1] for path, number in call.extras.items()}
         args, kwargs = replace_at(call.args, call.kwargs, {shape.hidden: states, **values})
         shortcut = Shortcut(block, self.slots[index], known, filler) if known else nullcontext()
@@ -369,8 +398,8 @@ class Decoder:
     def _run_shell_behind(self, stream: torch.Tensor) -> Any:
         """As `_run_shell`, from the last block's output on."""
         assert self._layout is not None
-        states = self._layout.split(stream)[0]
-        ids = torch.zeros(stream.shape[:2], dtype=torch.int64)
+        states = self._layout.split(stream.to(self.device))[0]
+        ids = torch.zeros(stream.shape[:2], dtype=torch.int64, device=self.device)
         return self._run_shell(ids, lambda index, hidden, args, kwargs: states)
 
     @contextmanager
@@ -394,7 +423,7 @@ class Decoder:
                 del block.forward
 
 
-def batches(windows: int, tokens: int) -> list[slice]:
-    """Slices of windows that go through a block at once."""
-    size = max(1, TOKENS_PER_BATCH // tokens)
+def batches(windows: int, tokens: int, together: int = TOKENS_PER_BATCH) -> list[slice]:
+    """Slices of windows that go through a block at once, of about `together` tokens."""
+    size = max(1, together // tokens)
     return [slice(start, min(start + size, windows)) for start in range(0, windows, size)]

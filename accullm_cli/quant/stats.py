@@ -29,13 +29,13 @@ class InputStats:
 
 
 class FeatureMoments:
-    """Accumulates the light statistics of one input over batches."""
+    """Accumulates the light statistics of one input over batches, on the device of its rows."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, device: torch.device | None = None) -> None:
         self.tokens = 0
-        self._square_sum = torch.zeros(features, dtype=torch.float64)
-        self._maximum = torch.zeros(features)
-        self._beyond = torch.zeros(features, dtype=torch.int64)
+        self._square_sum = torch.zeros(features, dtype=torch.float64, device=device)
+        self._maximum = torch.zeros(features, device=device)
+        self._beyond = torch.zeros(features, dtype=torch.int64, device=device)
 
     def add(self, rows: torch.Tensor) -> None:
         """Add rows [T, K]."""
@@ -71,6 +71,7 @@ class GramMatrices:
         features: K.
         with_drift: O and P are X W^T and Y W^T. Then all linears share Y^T (X - Y) / T [K, K], the drift.
         outputs: for each linear whose outputs are given by `add_output`, their number N.
+        device: of all rows and sums.
     """
 
     def __init__(
@@ -79,12 +80,16 @@ class GramMatrices:
         with_drift: bool = False,
         outputs: Mapping[str, int] | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
+        def zeros(columns: int) -> torch.Tensor:
+            return torch.zeros(features, columns, dtype=dtype, device=device)
+
         self.tokens = 0
         self._weight = 0.0
-        self._hessian: torch.Tensor | None = torch.zeros(features, features, dtype=dtype)
-        self._drift = torch.zeros(features, features, dtype=dtype) if with_drift else None
-        self._pulls = {name: torch.zeros(features, count, dtype=dtype) for name, count in (outputs or {}).items()}
+        self._hessian: torch.Tensor | None = zeros(features)
+        self._drift = zeros(features) if with_drift else None
+        self._pulls = {name: zeros(count) for name, count in (outputs or {}).items()}
 
     def add(
         self,

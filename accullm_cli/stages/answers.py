@@ -27,9 +27,8 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.tokenizer import check_ids
 from accullm_cli.run import Reason, write_text
 from accullm_cli.stages.artifact_weights import open_artifact_decoder
-from accullm_cli.stages.asking import Asker, Logits, by_blocks, by_whole_model
-from accullm_cli.stages.job import Job, machine_inputs, open_decoder
-from accullm_cli.stages.precision import products
+from accullm_cli.stages.asking import Asker
+from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.validate import foreseen_sha256
 from accullm_cli.tasks import draw, family_of, is_right, parse_tasks
@@ -134,13 +133,13 @@ def original_answers(purpose: Purpose) -> Stage:
             "source:sha256": job.source.sha256,
             "version:answers": str(VERSION),
             **task_inputs(job, purpose),
-            **machine_inputs(),
+            **job.compute.inputs(),
         }
 
     def work(job: Job, decision: Decision) -> Work:
         decoder = open_decoder(job)
         _, questions = questions_of(job, purpose)
-        work = _answer(job, decision, purpose, None, questions, decoder, by_blocks(decoder))
+        work = _answer(job, decision, purpose, None, questions, decoder)
         return Work(work.outputs, (*job.source.records, *work.records))
 
     files = (f"{purpose.place}original*.json",)
@@ -155,14 +154,13 @@ def artifact_answers(format_name: str, artifact: Path, purpose: Purpose) -> Stag
             "input:artifact": foreseen_sha256(job, before, format_name, artifact),
             f"input:{purpose.original}": before[purpose.original].key,
             "version:answers": str(VERSION),
-            **machine_inputs(job.device),
+            **job.compute.inputs(),
         }
 
     def work(job: Job, decision: Decision) -> Work:
-        decoder = open_artifact_decoder(artifact)
-        logits_of = by_whole_model(job, artifact) if job.device.type == "cuda" else by_blocks(decoder)
+        decoder = open_artifact_decoder(artifact, job.compute)
         questions = _as_the_original_spells_them(job, purpose)
-        return _answer(job, decision, purpose, format_name, questions, decoder, logits_of)
+        return _answer(job, decision, purpose, format_name, questions, decoder)
 
     files = (f"{purpose.place}answers-{format_name}*.json",)
     name = purpose.measuring.format(format_name)
@@ -198,7 +196,7 @@ def _path(job: Job, purpose: Purpose, format_name: str | None) -> Path:
 def answer_items(job: Job, stage: str, key: str, purpose: Purpose, name: str, decoder: Decoder) -> None:
     """Have any weights answer, for `load_answers` with this name in the place of a format's; `key` names them."""
     decision, questions = Decision(stage, {"key": key}, Reason("new")), _as_the_original_spells_them(job, purpose)
-    _answer(job, decision, purpose, name, questions, decoder, by_blocks(decoder))
+    _answer(job, decision, purpose, name, questions, decoder)
 
 
 def _as_the_original_spells_them(job: Job, purpose: Purpose) -> list[Question]:
@@ -215,13 +213,12 @@ def _answer(
     format_name: str | None,
     asked: Sequence[Question],
     decoder: Decoder,
-    logits_of: Logits,
 ) -> Work:
     """Write down how a model answers: the original where no format is named."""
     prompter, _ = questions_of(job, purpose)
     path = _path(job, purpose, format_name)
-    asker = Asker(job, decision, path, prompter.ends, decoder, logits_of)
-    with products("float32"):
+    asker = Asker(job, decision, path, prompter.ends, decoder)
+    with job.compute.products("float32"):
         answered = _by_known_texts(prompter, asker, asked)
         wrong = {n: entry.question for n, entry in answered.items() if not entry.answer.is_right}
         compared = _first_of_each_task(asked) if format_name is None else set()

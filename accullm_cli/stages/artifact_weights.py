@@ -15,6 +15,7 @@ from accullm_cli.formats.base import Artifact
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import Structure, read_structure
+from accullm_cli.stages.compute import ON_CPU, Compute
 
 
 class ArtifactWeights:
@@ -92,9 +93,10 @@ class ArtifactWeights:
                 raise AccullmError(f"tensor {prefix}.{name} is missing", self.artifact.path, "copy the artifact again")
 
 
-def open_artifact_decoder(directory: Path) -> Decoder:
+def open_artifact_decoder(directory: Path, compute: Compute = ON_CPU) -> Decoder:
     """A finished artifact as a decoder whose blocks are in memory one at a time, dequantized."""
     model = build_skeleton(directory)
     structure = read_structure(model)
     artifact = open_artifact(directory).placed(model, structure)
-    return Decoder(model, ArtifactWeights(artifact, model, structure), structure)
+    weights = ArtifactWeights(artifact, model, structure)
+    return Decoder(model, weights, structure, compute.device, compute.tokens)

@@ -19,12 +19,10 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.measure.answers import Score, accepted_at, score_nodes
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.progress import Event
-from accullm_cli.run import UP_TO_DATE, available_memory, write_text
-from accullm_cli.stages.device import compute_dtype
+from accullm_cli.run import UP_TO_DATE, write_text
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.stage import Decision
 from accullm_cli.stages.streams import POSITIONS, advance
-from accullm_cli.stages.whole_model import load_artifact
 from accullm_cli.tasks.prompt import Question
 from accullm_cli.units import size
 
@@ -54,14 +52,12 @@ class Asker:
         path: of what will be made of the answers. Beside it is kept what is finished, so that an interrupted call
             goes on from there.
         ends: the tokens of which any ends an answer.
-        decoder: of the model, for it to write. logits_of: how rows go through it.
+        decoder: of the model.
     """
 
-    def __init__(
-        self, job: Job, decision: Decision, path: Path, ends: Sequence[int], decoder: Decoder, logits_of: Logits
-    ) -> None:
+    def __init__(self, job: Job, decision: Decision, path: Path, ends: Sequence[int], decoder: Decoder) -> None:
         self._job, self._stage, self._ends = job, decision.stage, ends
-        self._decoder, self._logits_of = decoder, logits_of
+        self._decoder, self._logits_of = decoder, by_blocks(decoder)
         self._finished = _Finished(path, decision.key)
 
     def scores(self, what: str, questions: Mapping[int, Question]) -> dict[int, list[Score]]:
@@ -91,7 +87,7 @@ class Asker:
 
     def lacks(self) -> str:
         """Why the model cannot write: "it takes 28 GB of memory, of which ..."; "" where it can."""
-        needed, free = bytes_of(self._decoder), available_memory()
+        needed, free = bytes_of(self._decoder), self._job.compute.free_memory()
         if free is None or fits(needed, free):
             return ""
         return f"it takes {size(needed)} of memory, of which {size(free)} are free"
@@ -211,21 +207,8 @@ def by_blocks(decoder: Decoder) -> Logits:
         decoder.load_outside()
         # The final norm and the output head see each position alone.
         for part in torch.cat([hidden[number] for number in range(len(portion))]).split(POSITIONS):
-            yield decoder.logits(part[None])[0]
+            yield decoder.logits(part[None])[0].cpu()
         decoder.release_outside()
-
-    return logits_of
-
-
-def by_whole_model(job: Job, artifact: Path) -> Logits:
-    """By the whole artifact on a GPU, in the precision in which it will be used there."""
-    model = load_artifact(artifact, job.device, compute_dtype(job.device, job.source.config))
-
-    def logits_of(portion: Sequence[Row], places: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
-        for row, wanted in zip(portion, places, strict=True):
-            with torch.no_grad():
-                logits = model(torch.tensor([row.ids], device=model.device), use_cache=False).logits[0]
-            yield logits[list(wanted)].float()
 
     return logits_of
 
@@ -245,7 +228,7 @@ def fits(needed: int, free: int) -> bool:
 
 @torch.no_grad()
 def _written(decoder: Decoder, question: Question, ends: Sequence[int], limit: int) -> list[int]:
-    prompt = torch.tensor([question.prompt])
+    prompt = torch.tensor([question.prompt], device=decoder.device)
     ids: torch.Tensor = decoder.model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

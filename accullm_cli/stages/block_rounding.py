@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.model.blocks import Decoder, Trace, batches
+from accullm_cli.model.blocks import Decoder, Trace
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.quant.feedback import NumericalError
 from accullm_cli.quant.plan import Plan
@@ -26,10 +26,8 @@ from accullm_cli.quant.stats import GramMatrices
 from accullm_cli.quant.token_weights import TokenWeights, shared_weights
 from accullm_cli.run import write_file
 from accullm_cli.stages.calibrate import PROBE_TOKENS, load_block_stats, stats_path
-from accullm_cli.stages.device import loops_of
 from accullm_cli.stages.gradients import load_gradient, load_token_weights
 from accullm_cli.stages.job import Job
-from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.streams import Captures
 
 # Gram matrices that are accumulated in one pass; the experts of a step come in parts of this size.
@@ -70,22 +68,25 @@ def round_with_streams(
         quantized = [names for group in step if (names := _quantized_names(group, plan))]
         parts += _parts_in_memory(quantized, slot_of)
     groups = [group for part in parts for group in part]
-    weights_of = shared_weights(load_token_weights(job, index), groups)
+    weights_of = {
+        name: TokenWeights(own.edges.to(decoder.device), own.weights.to(decoder.device))
+        for name, own in shared_weights(load_token_weights(job, index), groups).items()
+    }
     results: dict[str, RoundedLinear] = {}
     corrected = job.config.rounding.target == "corrected"
     fishers: dict[str, torch.Tensor] = {}
-    with Captures(job.run.path) as captures:
+    with Captures(job.run.path, decoder.device, job.compute.room()) as captures:
         if original is not None:
             dense = [group for group in groups if slot_of[group[0]].expert is None]
             wanted = _Wanted.of(trace, dense) if corrected else _Wanted()
             gradient = load_gradient(job, index) if job.config.rounding.method == "feedback" else None
-            with products(precision_of(job)):
+            with job.compute.products():
                 fishers = _run_original(pair, original, dense, wanted, captures, gradient)
         known: tuple[str, ...] = ()
         for part in parts:
             follows = shortcuts[len(known) : len(known) + 1]
             kept = frozenset(group[0] for group in part).intersection(follows)
-            with products(precision_of(job)):
+            with job.compute.products():
                 grams = _accumulate(pair, trace, part, rounded, captures, corrected, weights_of, known, kept)
             # Only as a whole are the first of the shortcuts one.
             known += tuple(kept)
@@ -101,7 +102,7 @@ def round_with_streams(
                         gram.take_hessian(),
                         gram.take_pulls(weights),
                         fishers={name: fishers.pop(name) for name in group if name in fishers},
-                        loops=loops_of(job.config),
+                        loops=job.compute.loops,
                     )
                 for name, result in found.items():
                     slot_of[name].write(pair.rounded, result.linear.dequantize(torch.float32))
@@ -109,8 +110,8 @@ def round_with_streams(
                         # Nobody reads the original's weight any more.
                         slot_of[name].write(pair.original, slot_of[name].read(pair.rounded))
                 results |= found
-        with products(precision_of(job)):
-            for batch, rows in enumerate(batches(*rounded.shape[:2])):
+        with job.compute.products():
+            for batch, rows in enumerate(decoder.batches(rounded)):
                 rounded[rows] = decoder.run(index, pair.rounded, rounded[rows], _known_inputs(captures, batch, known))
     return results
 
@@ -128,7 +129,7 @@ def round_without_streams(job: Job, plan: Plan, pair: BlockPair) -> dict[str, Ro
                     rounding_options(job, plan),
                     stored_dtype(pair.decoder, pair.index, slot),
                     importance=entry.second_moment if entry.tokens else None,
-                    loops=loops_of(job.config),
+                    loops=job.compute.loops,
                 )
     return rounded
 
@@ -200,8 +201,9 @@ def _run_original(
         For each linear of the groups the Fisher matrix of its outputs, [N, N]; empty without a gradient.
     """
     names = [name for group in groups for name in group] if gradient is not None else []
-    grams = {name: GramMatrices(pair.slot_of[name].out_features) for name in names}
-    for batch, rows in enumerate(batches(*original.shape[:2])):
+    device = pair.decoder.device
+    grams = {name: GramMatrices(pair.slot_of[name].out_features, device=device) for name in names}
+    for batch, rows in enumerate(pair.decoder.batches(original)):
 
         def keep_input(name: str, value: torch.Tensor, batch: int = batch) -> None:
             if name in wanted.inputs:
@@ -217,13 +219,13 @@ def _run_original(
 
         # The last batch with a gradient may have it for some of its windows only.
         own = None if gradient is None else gradient[rows]
-        hidden = original[rows].clone().requires_grad_(own is not None and len(own) > 0)
+        hidden = original[rows].to(device, copy=True).requires_grad_(own is not None and len(own) > 0)
         output = pair.decoder.run_capturing(
             pair.index, pair.original, hidden, keep_input, keep_sum, on_gradient=add_gradient
         )
         assert output is not None
         if own is not None and len(own):
-            output[: len(own)].backward(own.float())
+            output[: len(own)].backward(own.to(device).float())
         original[rows] = output.detach()
     found = {name: gram.take_hessian() for name, gram in grams.items()}
     return {name: fisher for name, fisher in found.items() if fisher is not None}
@@ -260,6 +262,7 @@ def _accumulate(
             slot_of[group[0]].in_features,
             group[0] in with_drift,
             {name: slot_of[name].out_features for name in group if name in summed},
+            device=pair.decoder.device,
         )
         for group in groups
     }
@@ -288,7 +291,7 @@ def _accumulate(
         own = _known_inputs(captures, batch, known)
         pair.decoder.run_capturing(pair.index, pair.rounded, rounded[rows], add, add_sum, frozenset(awaited), known=own)
 
-    for batch, rows in enumerate(batches(*rounded.shape[:2])):
+    for batch, rows in enumerate(pair.decoder.batches(rounded)):
         add_batch(batch, rows)
     return grams
 

@@ -24,10 +24,9 @@ from accullm_cli.quant.grid import minmax_grid, row_chunks
 from accullm_cli.quant.stats import FeatureMoments, InputStats
 from accullm_cli.stages.embedding_loss import measure_embedding_losses
 from accullm_cli.stages.gradients import keep_input, run_backward
-from accullm_cli.stages.job import Job, machine_inputs, open_decoder
+from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.keyed import is_made_for, write_keyed
 from accullm_cli.stages.passes import Passenger, block_keys, run_blocks
-from accullm_cli.stages.precision import precision_of, products
 from accullm_cli.stages.reference import missing_references
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.streams import advance
@@ -49,7 +48,7 @@ def calibrate(job: Job, decision: Decision) -> Work:
     windows = calibration_of(job)
     tokens = write_calibration(job, windows)
     decoder = open_decoder(job)
-    with products("float32"):
+    with job.compute.products("float32"):
         decoder.load_outside()
         statistics = Statistics(job, decoder, windows.ids, decision.key)
         references = missing_references(job, decoder)
@@ -74,8 +73,8 @@ def calibrate_inputs(job: Job, before: Before) -> dict[str, str]:
         **seed,
         **calibration_inputs(job),
         **({"config:embeddings": "measured"} if _counts_embeddings(job) else {}),
-        **machine_inputs(),
-        "machine:precision": precision_of(job),
+        **job.compute.inputs(),
+        "machine:precision": job.compute.precision,
     }
 
 
@@ -147,7 +146,7 @@ class Statistics(Passenger):
         hidden = self.streams["hidden"]
         if self._with_gradient:
             keep_input(self._job, self.decoder, index, hidden[: self._with_gradient])
-        with products(precision_of(self._job)):
+        with self._job.compute.products():
             if index < self.finished:
                 advance(self.decoder, index, block, hidden)
             else:
@@ -159,7 +158,7 @@ class Statistics(Passenger):
         gradients: tuple[Path, ...] = ()
         if self._with_gradient:
             last = self.streams["hidden"][: self._with_gradient]
-            with products(precision_of(self._job)):
+            with self._job.compute.products():
                 gradients = run_backward(self._job, self.decoder, "calibrate", self._key, last)
             if _counts_embeddings(self._job):
                 ids = self._ids[: self._with_gradient]
@@ -174,7 +173,7 @@ def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden:
     """Run a block over the calibration stream, in place, and measure each of its distinct inputs."""
     groups = [group for step in decoder.trace(index, block, hidden[:1, :PROBE_TOKENS]).steps for group in step]
     slot_of = {slot.name: slot for slot in decoder.slots[index]}
-    moments = {group[0]: FeatureMoments(slot_of[group[0]].in_features) for group in groups}
+    moments = {group[0]: FeatureMoments(slot_of[group[0]].in_features, decoder.device) for group in groups}
 
     def add(name: str, value: torch.Tensor) -> None:
         if name in moments:
@@ -189,7 +188,7 @@ def _measure_and_advance(decoder: Decoder, index: int, block: nn.Module, hidden:
 def _damage(block: nn.Module, slot: LinearSlot) -> dict[int, torch.Tensor]:
     """||w - nearest(w)||^2 of each column for each candidate group size."""
     weight = slot.read(block)
-    damage = {size: torch.zeros(weight.shape[1]) for size in DAMAGE_GROUP_SIZES}
+    damage = {size: weight.new_zeros(weight.shape[1]) for size in DAMAGE_GROUP_SIZES}
     for rows in row_chunks(weight):
         for size, total in damage.items():
             grid = minmax_grid(rows, DAMAGE_BITS, size, symmetric=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from accullm_cli.config import Config
-from accullm_cli.errors import AccullmError
+from accullm_cli.errors import AccullmError, MachineError
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.shards import read_json
 from accullm_cli.measure.contract import check_needed, parse_requirement, search_demands
@@ -15,7 +15,7 @@ from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages.answers import check_items
 from accullm_cli.stages.calibrate import CALIBRATE
-from accullm_cli.stages.device import check_device, check_format
+from accullm_cli.stages.device import check_device, check_format, compute_dtype
 from accullm_cli.stages.export import check_output
 from accullm_cli.stages.file_size import FLAG, file_bytes
 from accullm_cli.stages.job import Job, open_decoder
@@ -23,6 +23,7 @@ from accullm_cli.stages.profile import make_plan, refuse_impossible
 from accullm_cli.stages.reading import READING
 from accullm_cli.stages.texts import check_texts
 from accullm_cli.tasks import check_tasks, parse_tasks
+from accullm_cli.units import size
 
 
 def check_config(config: Config, run: RunDirectory, converts: bool, only_validates: bool) -> None:
@@ -159,6 +160,22 @@ def check_sizes(job: Job, artifact: Path, given: Path) -> None:
             )
 
 
+def check_speed(job: Job, decoder: Decoder) -> None:
+    """Refuse to time a model that does not fit into memory: the original and the artifact are each loaded whole.
+
+    Raises:
+        MachineError: says what it takes.
+    """
+    if not job.config.validation.speed:
+        return
+    weights = sum(parameter.numel() for parameter in decoder.model.parameters())
+    needed = weights * compute_dtype(job.compute.device, job.source.config).itemsize
+    free = job.compute.free_memory()
+    if free is not None and needed > free:
+        what = f"loads the original whole, which takes {size(needed)} of memory, of which {size(free)} are free"
+        raise MachineError(what, "--speed", "leave it out, or free memory")
+
+
 def preflight(job: Job) -> Decoder:
     """Refuse what cannot end well before the first forward pass: output directories, and what formats cannot hold."""
     for directory in job.artifacts.values():
@@ -166,6 +183,7 @@ def preflight(job: Job) -> Decoder:
     check_texts(job, calibrates=True)
     check_items(job)
     decoder = open_decoder(job)
+    check_speed(job, decoder)
     for own in map(job.of, job.artifacts):
         refuse_impossible(own, make_plan(own, decoder), decoder)
     return decoder

@@ -1,4 +1,4 @@
-"""Where weights are rounded and artifacts run: on the CPU, or on a GPU through the CUDA kernels."""
+"""Which devices a job may compute on, and what they are called."""
 
 from __future__ import annotations
 
@@ -12,23 +12,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.kernels.matmul import why_no_kernels
 from accullm_cli.kernels.rounding_check import checked_loops
-from accullm_cli.quant.loops import Loops
-
-
-def device_of(config: Config) -> torch.device:
-    """What `--device` names; 'auto' is the CPU for as long as the kernels have not run on a GPU."""
-    name = config.machine.device
-    return torch.device("cpu") if name == "auto" else torch.device("cuda", 0) if name == "cuda" else torch.device(name)
-
-
-def loops_of(config: Config) -> Loops:
-    """What rounds weights there."""
-    return checked_loops(device_of(config))
-
-
-def wants_speed(config: Config) -> bool:
-    """Whether tokens per second are measured: where it is asked for, and always on a GPU."""
-    return config.validation.speed or device_of(config).type == "cuda"
+from accullm_cli.stages.compute import FIRST_GPU, compute_of
 
 
 def check_device(config: Config, only_validates: bool) -> None:
@@ -40,7 +24,7 @@ def check_device(config: Config, only_validates: bool) -> None:
     Raises:
         AccullmError: one line that says what is missing, or which kernel is wrong there.
     """
-    device, where = device_of(config), f"--device {config.machine.device}"
+    device, where = compute_of(config).device, f"--device {config.machine.device}"
     if device.type == "cpu":
         return
     if not torch.cuda.is_available():
@@ -48,6 +32,8 @@ def check_device(config: Config, only_validates: bool) -> None:
     count = torch.cuda.device_count()
     if device.index >= count:
         raise AccullmError(f"there is no such GPU among {count}", where, f"give cuda:0 to cuda:{count - 1}")
+    if only_validates and not config.validation.speed:
+        return
     reason = why_no_kernels(device, torch.float16)
     if reason is not None:
         raise AccullmError(f"the CUDA kernels cannot run there: {reason}", where, "give cpu")
@@ -55,16 +41,26 @@ def check_device(config: Config, only_validates: bool) -> None:
         checked_loops(device)
 
 
+def chosen_device(config: Config) -> str:
+    """What is to be said of the device that `--device auto` found; "" where there is no GPU to speak of."""
+    if config.machine.device != "auto" or not torch.cuda.is_available():
+        return ""
+    device = compute_of(config).device
+    if device.type == "cuda":
+        return f"computes on {describe_device(device)}; --device cpu leaves it alone"
+    name, reason = describe_device(FIRST_GPU), why_no_kernels(FIRST_GPU, torch.float16)
+    return f"computes on the CPU, as the CUDA kernels cannot run on {name}: {reason}"
+
+
 def check_format(config: Config, name: str) -> None:
-    """Refuse to run an artifact whose linears no kernel reads.
+    """Refuse to time an artifact whose linears no kernel reads.
 
     Raises:
-        AccullmError: speed is to be measured, or a GPU used, with a format that they do not multiply by.
+        AccullmError: speed is to be measured with a format that they do not multiply by.
     """
-    if wants_speed(config) and not CAPABILITIES[name].kernels:
+    if config.validation.speed and not CAPABILITIES[name].kernels:
         others = " and ".join(other for other, format in CAPABILITIES.items() if format.kernels)
-        where = "--speed" if config.validation.speed else f"--device {config.machine.device}"
-        raise AccullmError(f"the kernels multiply by the format {others}, not by {name}", where, "leave it out")
+        raise AccullmError(f"the kernels multiply by the format {others}, not by {name}", "--speed", "leave it out")
 
 
 def compute_dtype(device: torch.device, source: Mapping[str, Any]) -> torch.dtype:

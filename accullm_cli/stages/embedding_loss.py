@@ -52,17 +52,18 @@ def measure_embedding_losses(job: Job, decoder: Decoder, key: str, ids: torch.Te
     assert isinstance(decoder.weights, Checkpoint)
     tensors: dict[str, torch.Tensor] = {}
     for slot in find_embeddings(decoder.model):
-        weight = decoder.weights.read(slot.parameter)
+        weight = decoder.weights.read(slot.parameter).to(decoder.device)
         rows, columns = [], []
         if slot.is_head:
-            of_rows, of_columns = load_head_gradient(job)
+            of_rows, of_columns = (of_head.to(weight.device) for of_head in load_head_gradient(job))
             rows.append(of_rows / of_rows.sum())
             columns.append(of_columns)
         if slot.is_looked_up:
-            gradient, energy = load_embedding_gradient(job)
+            gradient, energy = (of_input.to(weight.device) for of_input in load_embedding_gradient(job))
+            tokens = ids.flatten().to(weight.device)
             # What a model multiplies by after looking up.
-            looked_up = weight[ids.flatten()].float().square().mean()
-            rows.append(torch.bincount(ids.flatten(), minlength=len(weight)).float() / ids.numel())
+            looked_up = weight[tokens].float().square().mean()
+            rows.append(torch.bincount(tokens, minlength=len(weight)).float() / len(tokens))
             columns.append(gradient * (energy / looked_up))
         for size in sizes:
             damages = _damage(weight, torch.stack(rows), size)
@@ -74,7 +75,7 @@ def measure_embedding_losses(job: Job, decoder: Decoder, key: str, ids: torch.Te
 
 def _damage(weight: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
     """The squared change that rounding makes to each column [n, K], its rows weighed in n ways, [n, N]."""
-    damage = torch.zeros(len(rows), weight.shape[1])
+    damage = rows.new_zeros(len(rows), weight.shape[1])
     done = 0
     for part in row_chunks(weight):
         values = part.float()

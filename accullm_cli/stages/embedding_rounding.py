@@ -12,14 +12,13 @@ from dataclasses import replace
 
 import torch
 
-from accullm_cli.model.blocks import Decoder, batches
+from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.model.embeddings import EmbeddingSlot
 from accullm_cli.quant.plan import Plan
 from accullm_cli.quant.rounding import round_linears
 from accullm_cli.quant.stats import GramMatrices
 from accullm_cli.stages.block_rounding import evidence_saved, rounding_options
-from accullm_cli.stages.device import loops_of
 from accullm_cli.stages.job import Job
 
 # Weights that are rounded at once: the dozen float32 matrices of their size weigh no more than a large block. The
@@ -50,19 +49,19 @@ def round_embedding(
     records: list[str] = []
     done = 0
     for rows in stored.split(max(1, ELEMENTS_TOGETHER // slot.in_features)):
-        weight = rows.float()
+        weight = rows.to(decoder.device).float()
         # A name of its own, by which stochastic rounding draws numbers of its own.
         name = f"{slot.name} part {len(parts)}"
         own = replace(plan.embeddings[slot.name], name=name, out_features=len(weight))
         pulls = {} if drift is None else {name: drift @ weight.T}
         with evidence_saved(job):
             found = round_linears(
-                {name: weight}, {name: own}, options, stored.dtype, hessian, pulls, loops=loops_of(job.config)
+                {name: weight}, {name: own}, options, stored.dtype, hessian, pulls, loops=job.compute.loops
             )[name]
         # How many were clamped differs from part to part.
         of_part = f"rows {done} to {done + len(weight) - 1}: " if len(weight) < len(stored) else ""
         done += len(weight)
-        parts.append(found.linear.to_tensors())
+        parts.append({suffix: tensor.cpu() for suffix, tensor in found.linear.to_tensors().items()})
         records += [of_part + sentence for sentence in found.records]
     return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}, records
 
@@ -78,9 +77,9 @@ def head_gram(
         rounded: those of the model quantized so far.
     """
     corrected = job.config.rounding.target == "corrected" and not slot.is_looked_up
-    gram = GramMatrices(slot.in_features, with_drift=corrected)
+    gram = GramMatrices(slot.in_features, corrected, device=decoder.device)
     decoder.load_outside()
-    for rows in batches(*rounded.shape[:2]):
+    for rows in decoder.batches(rounded):
         before = decoder.head_input(original[rows]).flatten(0, -2) if corrected and original is not None else None
         gram.add(decoder.head_input(rounded[rows]).flatten(0, -2), before)
     decoder.release_outside()

@@ -11,13 +11,11 @@ from accullm_cli.formats import FORMATS, NATIVE
 from accullm_cli.formats.adapters import linear_bytes
 from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
 from accullm_cli.quant.plan import Plan
-from accullm_cli.run import available_memory
 from accullm_cli.stages.answers import JUDGED, SEARCHED, most_written, questions_of, wants_tasks
 from accullm_cli.stages.asking import PORTION, bytes_of, fits
 from accullm_cli.stages.calibrate import measured_windows
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.model_shape import source_dtype
-from accullm_cli.stages.precision import products
 from accullm_cli.stages.texts import SEARCH, shape_of, texts_of, windows_of
 
 FLOAT = 4
@@ -111,12 +109,12 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
         asked = _Asked.of(job)
         longest = max(longest, asked.longest)
         streams = max(streams, hidden * max(PORTION, asked.longest))
-        if asked.written and _may_write(decoder):
+        if asked.written and _may_write(job, decoder):
             largest = max(largest, all_weights)
         operations += asked.operations(job, decoder, linear_weights, hidden, vocabulary)
     peak = BASE_BYTES + FLOAT * (largest + streams)
     peak += FLOAT * 4 * max(TOKENS_PER_BATCH, longest) * widest
-    seconds = operations / (SHARE_OF_FULL_SPEED * _operations_per_second())
+    seconds = operations / (SHARE_OF_FULL_SPEED * _operations_per_second(job))
     disk = _disk_bytes(job, decoder, plan, stored, of_linears)
     return Estimated(bits_per_weight, stored, most is None, int(peak), disk, round(seconds, 1))
 
@@ -222,22 +220,25 @@ class _Asked:
         models = 1 + len(job.config.export.format)
         attention = 2 * hidden * len(decoder.block_names) * self.squares  # causal: half of all pairs, twice
         asked = models * (2 * weights * self.tokens + attention + 2 * hidden * vocabulary * self.places)
-        if not _may_write(decoder):
+        if not _may_write(job, decoder):
             return asked
         return asked + SHARE_WRITTEN * self.written * OPERATIONS_PER_WEIGHT_READ * (weights + hidden * vocabulary)
 
 
-def _may_write(decoder: Decoder) -> bool:
-    free = available_memory()
+def _may_write(job: Job, decoder: Decoder) -> bool:
+    free = job.compute.free_memory()
     return free is None or fits(bytes_of(decoder), free)
 
 
-def _operations_per_second() -> float:
-    """What a float32 matrix product reaches here, measured in a moment."""
-    left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
-    with products("float32"):
-        left @ right
+def _operations_per_second(job: Job) -> float:
+    """What a float32 matrix product reaches where the job computes, measured in a moment."""
+    device = job.compute.device
+    rows, columns = (512, 1024) if device.type == "cpu" else (8192, 8192)
+    left, right = torch.ones(rows, columns, device=device), torch.ones(columns, columns, device=device)
+    with job.compute.products("float32"):
+        float((left @ right)[0, 0])  # waits for a GPU
         started = time.perf_counter()
         for _ in range(10):
-            left @ right
-        return 10 * 2.0 * 512 * 1024 * 1024 / (time.perf_counter() - started)
+            product = left @ right
+        float(product[0, 0])
+        return 10 * 2.0 * rows * columns * columns / (time.perf_counter() - started)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from accullm_cli.model.blocks import Decoder, batches
+from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.slots import LinearSlot
 from accullm_cli.progress import Event
 from accullm_cli.quant.philox import uniform
@@ -149,21 +149,22 @@ def _of_the_loss(decoder: Decoder, hidden: torch.Tensor, seed: int) -> tuple[tor
     head = decoder.model.get_output_embeddings()
     passed: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = head.register_forward_hook(lambda module, args, output: passed.append((args[0], output)))
-    rows, columns = torch.zeros(head.weight.shape[0]), torch.zeros(head.weight.shape[1])
+    rows, columns = (head.weight.new_zeros(count) for count in head.weight.shape)
     gradients = []
     try:
         size = max(1, _LOGITS // head.weight.shape[0])
         for number, window in enumerate(hidden):
             for first in range(0, len(window), size):
-                inputs = window[None, first : first + size].clone().requires_grad_()
+                inputs = window[None, first : first + size].to(decoder.device, copy=True).requires_grad_()
                 passed.clear()
                 logits = decoder.logits(inputs)
                 ((read, given),) = passed
                 # Of the negative log-likelihood with respect to the logits: the probabilities, less 1 at the token.
                 of_logits = torch.softmax(logits[0].detach().float(), -1)
-                of_logits[torch.arange(len(of_logits)), draw_tokens(of_logits, seed, number, first)] -= 1
+                drawn = draw_tokens(of_logits, seed, number, first)
+                of_logits[torch.arange(len(drawn), device=drawn.device), drawn] -= 1
                 gradient, of_head = torch.autograd.grad(logits, (inputs, given), of_logits[None].to(logits.dtype))
-                gradients.append(gradient[0])
+                gradients.append(gradient[0].cpu())
                 squares, energy = of_head[0].float().square(), read[0].detach().float().square()
                 rows += energy.sum(1) @ squares
                 columns += squares.sum(1) @ energy
@@ -191,7 +192,8 @@ def draw_tokens(probabilities: torch.Tensor, seed: int, window: int, first: int 
     Returns:
         int64 [T].
     """
-    numbers = uniform(seed, window, first + torch.arange(len(probabilities)), 1).double()
+    positions = first + torch.arange(len(probabilities), device=probabilities.device)
+    numbers = uniform(seed, window, positions, 1).double()
     drawn = []
     for rows, own in zip(probabilities.split(_ROWS), numbers.split(_ROWS), strict=True):
         reached = rows.cumsum(-1, dtype=torch.float64)
@@ -204,17 +206,18 @@ def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor
     hidden = load_file(_input_path(job, index))["hidden"]
     gradient = load_file(gradient_path(job, index))["gradient"]
     block = decoder.load_block(index)
-    of_linears = {slot.name: _OfLinear(slot) for slot in decoder.slots[index]}
+    of_linears = {slot.name: _OfLinear(slot, decoder.device) for slot in decoder.slots[index]}
 
     def add(name: str, of_output: torch.Tensor, value: torch.Tensor) -> None:
         of_linears[name].add(value, of_output)
 
     found = []
-    for rows in batches(*hidden.shape[:2]):
-        inputs = hidden[rows].float().requires_grad_()
+    for rows in decoder.batches(hidden):
+        inputs = hidden[rows].to(decoder.device).float().requires_grad_()
         output = decoder.run_capturing(index, block, inputs, lambda name, value: None, on_gradient=add)
         assert output is not None
-        found.append(torch.autograd.grad(output, inputs, gradient[rows].float())[0])
+        of_output = gradient[rows].to(decoder.device).float()
+        found.append(torch.autograd.grad(output, inputs, of_output)[0].cpu())
     decoder.release_block(index)
     tensors = {}
     for slot in decoder.slots[index]:
@@ -228,8 +231,8 @@ def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor
 class _OfLinear:
     """What gradients say of one linear, summed up over batches."""
 
-    def __init__(self, slot: LinearSlot) -> None:
-        self.sensitivity = torch.zeros(slot.in_features, dtype=torch.float64)
+    def __init__(self, slot: LinearSlot, device: torch.device) -> None:
+        self.sensitivity = torch.zeros(slot.in_features, dtype=torch.float64, device=device)
         # Of an expert's few tokens no function of their size can be told.
         self._weighs_tokens = slot.expert is None
         self._norms: list[torch.Tensor] = []
@@ -242,8 +245,8 @@ class _OfLinear:
         magnitudes = rows.reshape(len(squares), -1).square()
         self.sensitivity += squares @ magnitudes
         if self._weighs_tokens:
-            self._norms.append(magnitudes.sum(1))
-            self._squares.append(squares)
+            self._norms.append(magnitudes.sum(1).cpu())
+            self._squares.append(squares.cpu())
 
     def token_weights(self) -> TokenWeights | None:
         """None of an expert, and where the loss does not depend on the linear."""

@@ -24,10 +24,9 @@ from accullm_cli.model.tokenizer import load_tokenizer
 from accullm_cli.places import artifact_paths
 from accullm_cli.progress import Progress
 from accullm_cli.run import RunDirectory
-from accullm_cli.stages.device import device_of
+from accullm_cli.stages.compute import Compute, compute_of
 
 T = TypeVar("T")
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,9 @@ class Job:
         return found
 
     @property
-    def device(self) -> torch.device:
-        """Where weights are rounded and artifacts run."""
-        return device_of(self.config)
+    def compute(self) -> Compute:
+        """Where and how it computes."""
+        return self.kept("compute", lambda: compute_of(self.config))
 
     @property
     def artifacts(self) -> dict[str, Path]:
@@ -100,24 +99,13 @@ def open_decoder(job: Job) -> Decoder:
     """The source's decoder, without weights yet; refuses a checkpoint that does not fit its configuration."""
     model = build_skeleton(job.source.directory, job.source.untied)
     structure = job.kept("structure", lambda: read_structure(model))
-    return Decoder(model, Checkpoint(job.source, model), structure)
+    return Decoder(model, Checkpoint(job.source, model), structure, job.compute.device, job.compute.tokens)
 
 
 def section_inputs(section: str, values: Section, *fields: str) -> dict[str, str]:
     """The stage inputs that a configuration section gives: `config:SECTION.FIELD` to its value."""
     chosen = fields or tuple(type(values).model_fields)
     return {f"config:{section}.{field}": repr(getattr(values, field)) for field in chosen}
-
-
-def machine_inputs(device: torch.device = CPU) -> dict[str, str]:
-    """What the bytes of a result depend on beside inputs and algorithm: sums differ between kinds of CPU and GPU."""
-    return {
-        "machine:device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "machine:instruction set": torch.backends.cpu.get_cpu_capability(),
-        "machine:threads": str(torch.get_num_threads()),
-        "version:torch": torch.__version__,
-        "version:transformers": transformers.__version__,
-    }
 
 
 def versions() -> dict[str, str]:

@@ -15,10 +15,14 @@ from accullm_cli.run import write_file
 
 
 def write_keyed(path: Path, key: str, tensors: Mapping[str, torch.Tensor], **facts: Any) -> None:
-    """Write tensors that were made for `key`, and facts about them (what JSON can hold) to read with `facts_of`."""
+    """Write tensors that were made for `key`, and facts about them (what JSON can hold) to read with `facts_of`.
+
+    They come from whatever device they are on.
+    """
     # One entry: safetensors writes several in an order that differs from run to run.
     metadata = {"made": json.dumps({"key": key, **facts})}
-    write_file(path, lambda temporary: save_file(dict(tensors), temporary, metadata=metadata))
+    here = {name: tensor.cpu() for name, tensor in tensors.items()}
+    write_file(path, lambda temporary: save_file(here, temporary, metadata=metadata))
 
 
 def facts_of(path: Path) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from accullm_cli.stages.answers import (
     questions_of,
     wants_tasks,
 )
-from accullm_cli.stages.device import wants_speed
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.reference import reference
 from accullm_cli.stages.speed import load_speed, speed
@@ -122,7 +121,7 @@ MEASURES: tuple[Measure, ...] = (
     _on_tasks(JUDGED, searched=(SEARCHED,)),
     Measure(
         SPEED,
-        wanted=lambda job: wants_speed(job.config),
+        wanted=lambda job: job.config.validation.speed,
         needs=lambda job: (),
         run=lambda job, format_name, artifact: speed(format_name, artifact),
         found=lambda job, format_name: speed_found(load_speed(job)),

@@ -33,8 +33,7 @@ from accullm_cli.quant.rounding import RoundedLinear
 from accullm_cli.run import UP_TO_DATE, Reason, compare_inputs, file_sha256, key_of
 from accullm_cli.stages.block_rounding import BlockPair, round_with_streams, round_without_streams
 from accullm_cli.stages.embedding_rounding import head_gram, round_embedding
-from accullm_cli.stages.job import Job, machine_inputs, open_decoder, place_of, section_inputs
-from accullm_cli.stages.precision import precision_of, products
+from accullm_cli.stages.job import Job, open_decoder, place_of, section_inputs
 from accullm_cli.stages.profile import load_plan
 from accullm_cli.stages.stage import Before, Decision, Stage, Work, named
 from accullm_cli.stages.two_streams import TwoStreams
@@ -48,7 +47,7 @@ def quantize(job: Job, decision: Decision) -> Work:
     plan = load_plan(job.own("plan.json"))
     # What is particular to a block comes from its rows of the plan, not from the plan as a whole.
     shared = {name: value for name, value in decision.inputs.items() if not name.startswith("input:profile")}
-    with products("float32"):
+    with job.compute.products("float32"):
         return _quantize(job, open_decoder(job), plan, shared, decision.reason.code == "forced")
 
 
@@ -59,7 +58,7 @@ def quantize_inputs(job: Job, before: Before) -> dict[str, str]:
     streams: dict[str, str] = {}
     if rounding.method != "nearest":
         streams = section_inputs("rounding", rounding, "outlier_mode", "target", "damping")
-        streams["machine:precision"] = precision_of(job)
+        streams["machine:precision"] = job.compute.precision
     seed = {"config:machine.seed": str(job.config.machine.seed)} if rounding.method == "stochastic" else {}
     return {
         "source:sha256": job.source.sha256,
@@ -69,7 +68,7 @@ def quantize_inputs(job: Job, before: Before) -> dict[str, str]:
         **section_inputs("rounding", rounding, "method", "grid"),
         **streams,
         **seed,
-        **machine_inputs(job.device),
+        **job.compute.inputs(),
     }
 
 

@@ -108,7 +108,7 @@ def _place(job: Job, decoder: Decoder, is_gguf: bool) -> tuple[Path | None, str]
 
 @torch.no_grad()
 def logits_by_blocks(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [windows, T, vocabulary] by the decoder's blocks, one of them in memory at a time."""
+    """Logits [windows, T, vocabulary], on the CPU, by the decoder's blocks, one of them in memory at a time."""
     decoder.load_outside()
     hidden = decoder.embed(ids)
     decoder.release_outside()
@@ -116,6 +116,6 @@ def logits_by_blocks(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
         hidden = decoder.run(index, decoder.load_block(index), hidden)
         decoder.release_block(index)
     decoder.load_outside()
-    logits = decoder.logits(hidden)
+    logits = decoder.logits(hidden).cpu()
     decoder.release_outside()
     return logits

@@ -16,12 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.stages.job import Job, machine_inputs, open_decoder
+from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.keyed import facts_of, is_made_for, write_keyed
 from accullm_cli.stages.passes import Passenger, run_blocks
-from accullm_cli.stages.precision import products
 from accullm_cli.stages.stage import Before, Decision, Stage, Work, decide
-from accullm_cli.stages.streams import advance
+from accullm_cli.stages.streams import advance, copy_of
 from accullm_cli.stages.texts import Text, text_inputs, texts_of, windows_of
 
 VERSION = 1
@@ -35,14 +34,14 @@ def reference(text: Text) -> Stage:
             "source:sha256": job.source.sha256,
             "version:reference": str(VERSION),
             **text_inputs(job, text),
-            **machine_inputs(),
+            **job.compute.inputs(),
         }
 
     def work(job: Job, decision: Decision) -> Work:
         path = _path(job, text)
         if not is_made_for(path, decision.key):  # calibrate makes it along with its own
             decoder = open_decoder(job)
-            with products("float32"):
+            with job.compute.products("float32"):
                 decoder.load_outside()
                 streams = ReferenceStreams(job, decoder, text, decision.key)
                 decoder.release_outside()
@@ -85,7 +84,7 @@ class ReferenceStreams(Passenger):
         super().__init__(decoder, self._windows.ids, key, self._path.with_name("reference-streams.safetensors"))
 
     def begin(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"hidden": hidden, "floor": self._rounded(hidden.clone())}
+        return {"hidden": hidden, "floor": self._rounded(copy_of(hidden))}
 
     def go_through(self, index: int, block: nn.Module) -> None:
         super().go_through(index, block)
@@ -117,5 +116,5 @@ def _negative_log_likelihood(decoder: Decoder, hidden: torch.Tensor, ids: torch.
     rows = []
     for window, tokens in zip(hidden, ids, strict=True):
         logits = decoder.logits(window[None])[0, :-1].float()
-        rows.append(nn.functional.cross_entropy(logits, tokens[1:], reduction="none"))
+        rows.append(nn.functional.cross_entropy(logits, tokens[1:].to(logits.device), reduction="none").cpu())
     return torch.stack(rows)

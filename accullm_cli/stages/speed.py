@@ -21,7 +21,7 @@ from accullm_cli.measure.result import Speed, Throughput
 from accullm_cli.progress import Event
 from accullm_cli.run import write_text
 from accullm_cli.stages.device import compute_dtype, describe_device
-from accullm_cli.stages.job import Job, machine_inputs
+from accullm_cli.stages.job import Job
 from accullm_cli.stages.reference import load_reference
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.texts import VALIDATION
@@ -44,7 +44,7 @@ def speed(format_name: str, artifact: Path) -> Stage:
             "input:artifact": foreseen_sha256(job, before, format_name, artifact),
             "input:reference": before[VALIDATION.reference].key,
             "version:speed": str(VERSION),
-            **machine_inputs(job.device),
+            **job.compute.inputs(),
         }
 
     def work(job: Job, decision: Decision) -> Work:
@@ -64,7 +64,7 @@ def load_speed(job: Job) -> Speed:
 
 
 def _measure(job: Job, artifact: Path) -> Speed:
-    device = job.device
+    device = job.compute.device
     dtype = compute_dtype(device, job.source.config)
     prompt, following = (ids.to(device) for ids in _prompt_and_next(job))
     job.progress(Event(STAGE, "step", "the artifact", None, 0, 2))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from accullm_cli.errors import MachineError
-from accullm_cli.model.blocks import Decoder, batches
+from accullm_cli.model.blocks import Decoder
 from accullm_cli.run import machine_errors
 from accullm_cli.stages.keyed import facts_of, write_keyed
 
@@ -32,7 +32,7 @@ def advance(
     on_input: Callable[[str, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Run a block over a stream [windows, tokens, hidden], in place; `on_input` as for `Decoder.run_capturing`."""
-    for rows in batches(*hidden.shape[:2]):
+    for rows in decoder.batches(hidden):
         if on_input is None:
             hidden[rows] = decoder.run(index, block, hidden[rows])
         else:
@@ -40,6 +40,11 @@ def advance(
             assert output is not None  # nothing was asked for at which it would stop
             hidden[rows] = output
     return hidden
+
+
+def copy_of(stream: torch.Tensor) -> torch.Tensor:
+    """A second stream of the same values, in the same kind of memory."""
+    return torch.empty_like(stream, pin_memory=stream.is_pinned()).copy_(stream)
 
 
 class StreamStore:
@@ -69,14 +74,17 @@ class StreamStore:
 
 
 class Captures:
-    """What one block of the original made of each batch, float32, on disk until the block is rounded.
+    """What one block of the original made of each batch, float32, until the block is rounded.
 
-    For every input of every token that is more than memory should hold; as a file it stays in the system's cache as
-    long as there is room, and it has no name, so that nothing is left of it whatever happens.
+    It stays on its device as long as there is room, and else lies on disk: for every input of every token that is more
+    than memory should hold. As a file it stays in the system's cache as long as there is room there, and it has no
+    name, so that nothing is left of it whatever happens.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, device: torch.device, room: int = 0) -> None:
+        """`room`: bytes that may be kept on the device."""
+        self._directory, self._device, self._room = directory, device, room
+        self._kept: dict[tuple[int, str], torch.Tensor] = {}
         with machine_errors(directory):
             self._file = tempfile.TemporaryFile(dir=directory, buffering=0)
         self._places: dict[tuple[int, str], tuple[int, torch.Size]] = {}
@@ -89,6 +97,7 @@ class Captures:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
+        self._kept.clear()
 
     def write(self, batch: int, name: str, value: torch.Tensor) -> None:
         """Keep a tensor.
@@ -96,7 +105,11 @@ class Captures:
         Raises:
             MachineError: the disk is full.
         """
-        content = value.contiguous().numpy().data.cast("B")
+        if value.nbytes <= self._room:
+            self._room -= value.nbytes
+            self._kept[batch, name] = value.clone()
+            return
+        content = value.cpu().contiguous().numpy().data.cast("B")
         with machine_errors(self._directory):
             self._file.seek(self._end)
             done = 0
@@ -106,11 +119,13 @@ class Captures:
         self._end += len(content)
 
     def read(self, batch: int, name: str) -> torch.Tensor:
-        """The tensor that was kept under this batch and name.
+        """The tensor that was kept under this batch and name, on the device.
 
         Raises:
             MachineError: the disk does not give it back.
         """
+        if (batch, name) in self._kept:
+            return self._kept[batch, name]
         start, shape = self._places[batch, name]
         content = bytearray(4 * math.prod(shape))
         view, done = memoryview(content), 0
@@ -121,4 +136,4 @@ class Captures:
                 if not count:
                     raise MachineError("a working file ends too early", self._directory, "run the same command again")
                 done += count
-        return torch.frombuffer(content, dtype=torch.float32).view(shape)
+        return torch.frombuffer(content, dtype=torch.float32).view(shape).to(self._device)

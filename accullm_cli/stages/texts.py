@@ -24,7 +24,8 @@ from accullm_cli.model.text import (
 )
 from accullm_cli.model.tokenizer import check_ids
 from accullm_cli.run import key_of
-from accullm_cli.stages.job import Job, machine_inputs, section_inputs
+from accullm_cli.stages.compute import ON_CPU
+from accullm_cli.stages.job import Job, section_inputs
 from accullm_cli.stages.keyed import facts_of, is_made_for, write_keyed
 
 CALIBRATION = "calibration"
@@ -135,7 +136,7 @@ def calibration_inputs(job: Job) -> dict[str, str]:
 
 def _calibration_key(job: Job) -> str:
     """What calibration's tokens are kept for."""
-    return key_of({**_asked_for(job), **machine_inputs(), "source:sha256": job.source.sha256})
+    return key_of({**_asked_for(job), **ON_CPU.inputs(), "source:sha256": job.source.sha256})
 
 
 def check_texts(job: Job, calibrates: bool) -> None:

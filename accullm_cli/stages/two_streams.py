@@ -13,8 +13,7 @@ from accullm_cli.quant.plan import Plan
 from accullm_cli.run import key_of
 from accullm_cli.stages.calibrate import PROBE_TOKENS
 from accullm_cli.stages.job import Job
-from accullm_cli.stages.precision import precision_of, products
-from accullm_cli.stages.streams import StreamStore, advance
+from accullm_cli.stages.streams import StreamStore, advance, copy_of
 from accullm_cli.stages.texts import load_calibration
 from accullm_cli.stages.units import Unit, block_unit, linear_of, shard_path
 
@@ -31,7 +30,7 @@ class TwoStreams:
     def __init__(self, job: Job, decoder: Decoder, embedding: StoredLinear | None, restored: _Restored | None) -> None:
         """`embedding`: what the rounded model's stream begins with, where that is not the original's."""
         self._decoder = decoder
-        self._precision = precision_of(job)
+        self._compute = job.compute
         self._store = _stream_store(job)
         ids = load_calibration(job)
         reads_original = job.config.rounding.target == "corrected" or job.config.gradient_samples > 0
@@ -45,7 +44,7 @@ class TwoStreams:
             if embedding is not None:
                 module = decoder.model.get_input_embeddings()
                 module.weight = nn.Parameter(torch.empty(0), False)  # the original's makes room
-                module.weight = nn.Parameter(embedding.dequantize(torch.float32), False)
+                module.weight = nn.Parameter(embedding.to(decoder.device).dequantize(torch.float32), False)
                 self.rounded = decoder.embed_all(ids)
         else:
             self.position, self.rounded = restored[0], restored[1]["rounded"]
@@ -53,7 +52,7 @@ class TwoStreams:
             decoder.learn_calls(ids)
         decoder.release_outside()
         if self.original is self.rounded:
-            self.original = self.rounded.clone()
+            self.original = copy_of(self.rounded)
 
     @classmethod
     def needed(
@@ -81,8 +80,9 @@ class TwoStreams:
         for slot in self._decoder.slots[index]:
             linear_plan = plan.linears[slot.name]
             if linear_plan.bits < 16:
-                slot.write(rounded_block, linear_of(tensors, linear_plan).dequantize(torch.float32))
-        with products(self._precision):
+                linear = linear_of(tensors, linear_plan).to(self._decoder.device)
+                slot.write(rounded_block, linear.dequantize(torch.float32))
+        with self._compute.products():
             if self.original is not None:
                 advance(self._decoder, index, block, self.original)
             advance(self._decoder, index, rounded_block, self.rounded)

@@ -98,7 +98,8 @@ def write_unit(
 ) -> UnitRecord:
     """Write a unit's shard, and then its record: without that it counts as not rounded."""
     path = shard_path(job, unit.name)
-    write_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    here = {name: tensor.cpu() for name, tensor in tensors.items()}
+    write_file(path, lambda temporary: save_file(here, temporary, metadata={"format": "pt"}))
     record = UnitRecord(inputs, file_sha256(path), relative_errors, records)
     write_text(path.with_suffix(".json"), json.dumps(asdict(record), indent=1))
     return record

@@ -1,15 +1,14 @@
 """validate: run the exported artifact against the original on held-out text.
 
-The artifact's weights are read back from its files: on the CPU a block at a time, dequantized to float32; on a GPU all
-at once, multiplied by the CUDA kernels in 16 bits. The original's blocks are not run again: calibrate left its last
-hidden states, which the output head turns into its exact logits. That is the artifact's own head, or, where this is
-quantized, the one in the source.
+The artifact's weights are read back from its files a block at a time, dequantized to float32. The original's blocks are
+not run again: calibrate left its last hidden states, which the output head turns into its exact logits. That is the
+artifact's own head, or, where this is quantized, the one in the source.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch import nn
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
 from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, own_files
-from accullm_cli.formats.shards import dtype_name
 from accullm_cli.measure.divergence import Divergence
 from accullm_cli.measure.result import Estimate, Fidelity
 from accullm_cli.model.blocks import Decoder
@@ -31,16 +29,14 @@ from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import read_structure
 from accullm_cli.run import file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights
-from accullm_cli.stages.device import compute_dtype, describe_device
+from accullm_cli.stages.device import describe_device
 from accullm_cli.stages.export import known_files
-from accullm_cli.stages.job import Job, machine_inputs
+from accullm_cli.stages.job import Job
 from accullm_cli.stages.passes import Passenger, run_blocks
-from accullm_cli.stages.precision import products
 from accullm_cli.stages.reference import described, load_reference
 from accullm_cli.stages.shipped import TOKENS, check_shipped
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.texts import VALIDATION, Text, windows_of
-from accullm_cli.stages.whole_model import load_artifact
 
 VERSION = 4
 # What the name of the stage ends with that leaves out an artifact's adapter.
@@ -63,11 +59,11 @@ def validation(format_name: str, artifact: Path, text: Text, alone: bool = False
             "input:reference": before[text.reference].key,
             "config:machine.seed": str(job.config.machine.seed),
             "version:validate": str(VERSION),
-            **machine_inputs(job.device),
+            **job.compute.inputs(),
         }
 
     def work(job: Job, decision: Decision) -> Work:
-        with products("float32"):
+        with job.compute.products("float32"):
             fidelity, records = _measure(job, decision, artifact, text, alone)
         path = fidelity_path(job, format_name, text, alone)
         write_text(path, json.dumps(asdict(fidelity), indent=1))
@@ -128,17 +124,16 @@ def _measure(
     artifact = open_artifact(directory).placed(model, structure)
     if alone:
         artifact = artifact.without_adapter()
-    decoder = Decoder(model, ArtifactWeights(artifact, model, structure), structure)
+    compute = job.compute
+    decoder = Decoder(model, ArtifactWeights(artifact, model, structure), structure, compute.device, compute.tokens)
     reference = load_reference(job, text)
     ids = reference["ids"]
-    device = job.device
-    logits_of = _on_gpu(job, directory, device) if device.type == "cuda" else _by_blocks(job, decision, decoder, ids)
+    hidden = _last_hidden(job, decision, decoder, ids)
 
     decoder.load_outside()
-    decoder.learn_calls(ids[:1])  # on a GPU nothing was embedded, and what a stream consists of is not known
     records: tuple[str, ...] = ()
-    if device.type == "cpu" and text is VALIDATION and not alone:  # on a GPU, what is measured is what users load
-        records = check_shipped(artifact, ids[0, :TOKENS], logits_of(0, ids[0])[:TOKENS])
+    if text is VALIDATION and not alone:
+        records = check_shipped(artifact, ids[0, :TOKENS], decoder.logits(hidden[:1])[0, :TOKENS].cpu())
     originals_head = _head_weight(job) if artifact.plan.embeddings else None
     divergence = Divergence()
     for window in range(len(ids)):
@@ -146,39 +141,20 @@ def _measure(
             original = decoder.logits(reference["hidden"][window : window + 1])[0]
             floor = decoder.logits(reference["floor"][window : window + 1])[0]
         _check_head(original, ids[window], reference["negative_log_likelihood"][window], directory)
-        divergence.add(original, logits_of(window, ids[window]), ids[window], floor)
+        divergence.add(original, decoder.logits(hidden[window : window + 1])[0], ids[window], floor)
     found = divergence.finish(described(job, text), job.config.machine.seed)
-    found = replace(found, text_sha256=windows_of(job, text).sha256)
-    if device.type == "cpu":
-        return found, records
-    dtype = compute_dtype(device, job.source.config)
-    return replace(found, arithmetic=f"{dtype_name(dtype)} on {describe_device(device)}"), records
+    arithmetic = found.arithmetic if compute.device.type == "cpu" else f"float32 on {describe_device(compute.device)}"
+    return replace(found, arithmetic=arithmetic, text_sha256=windows_of(job, text).sha256), records
 
 
-# The artifact's, [T, vocabulary], for a window's number and ids [T].
-Logits = Callable[[int, torch.Tensor], torch.Tensor]
-
-
-def _on_gpu(job: Job, directory: Path, device: torch.device) -> Logits:
-    """By the whole model, in the precision in which it will be used there."""
-    model = load_artifact(directory, device, compute_dtype(device, job.source.config))
-
-    @torch.no_grad()
-    def logits_of(window: int, ids: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model(ids[None].to(model.device), use_cache=False).logits[0]
-        return found.float().cpu()
-
-    return logits_of
-
-
-def _by_blocks(job: Job, decision: Decision, decoder: Decoder, ids: torch.Tensor) -> Logits:
-    """By all windows' last hidden states, and the output head that the decoder has by then."""
+def _last_hidden(job: Job, decision: Decision, decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    """The last block's output on all windows, [V, T, hidden]."""
     decoder.load_outside()
     passenger = Passenger(decoder, ids, decision.key, job.run.file(_streams_name(decision.stage)))
     decoder.release_outside()
     run_blocks(job, decision.stage, decoder, [passenger])
     passenger.arrived()
-    return lambda window, ids: decoder.logits(passenger.streams["hidden"][window : window + 1])[0]
+    return passenger.streams["hidden"]
 
 
 def _streams_name(stage: str) -> str:
@@ -186,10 +162,11 @@ def _streams_name(stage: str) -> str:
 
 
 def _head_weight(job: Job) -> nn.Parameter:
-    """The weight of the original's output head, in float32."""
+    """The weight of the original's output head, in float32, where the job computes."""
     model = build_skeleton(job.source.directory, job.source.untied)
     (slot,) = (slot for slot in find_embeddings(model) if slot.is_head)
-    return nn.Parameter(Checkpoint(job.source, model).read(slot.parameter).float(), requires_grad=False)
+    weight = Checkpoint(job.source, model).read(slot.parameter).to(job.compute.device)
+    return nn.Parameter(weight.float(), requires_grad=False)
 
 
 @contextmanager
@@ -214,6 +191,6 @@ def _check_head(logits: torch.Tensor, ids: torch.Tensor, expected: torch.Tensor,
     Raises:
         AccullmError: the original's likelihoods come out different from what its own head gave.
     """
-    found = nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
+    found = nn.functional.cross_entropy(logits[:-1].float(), ids[1:].to(logits.device), reduction="none").cpu()
     if not bool(((found - expected).abs() <= HEAD_TOLERANCE).all()):
         raise AccullmError("final norm or output head differ from the original's", directory, "export again")

@@ -25,7 +25,8 @@ def load_original(job: Job, device: torch.device, dtype: torch.dtype) -> PreTrai
     """The source, every weight of it in `dtype`; experts run one after another, as the artifact's do."""
     decoder = open_decoder(job)
     for index in range(len(decoder.block_names)):
-        decoder.load_block(index)
+        for parameter in decoder.load_block(index).parameters():
+            parameter.data = parameter.data.to(dtype)
     decoder.load_outside()
     for parameter in decoder.model.parameters():
         parameter.data = parameter.data.to(dtype)

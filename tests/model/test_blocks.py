@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
-from accullm_cli.model import blocks
 from accullm_cli.model.blocks import Decoder, batches
 from tests.streaming import random_ids, reference_model, streamed
 from tests.tiny import CONFIGS, make_checkpoint
@@ -193,9 +192,8 @@ def test_tied_weights_are_one_tensor_when_loaded_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("windows", "tokens", "size"), [(7, 64, 3), (4, 1000, 1), (2, 16, 100), (0, 16, 5)])
-def test_batches_cover_every_window_once(windows: int, tokens: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "TOKENS_PER_BATCH", 64 * 3 + 1)
-    slices = batches(windows, tokens)
+def test_batches_cover_every_window_once(windows: int, tokens: int, size: int) -> None:
+    slices = batches(windows, tokens, together=64 * 3 + 1)
     assert [window for rows in slices for window in range(windows)[rows]] == list(range(windows))
     limit = max(1, (64 * 3 + 1) // tokens)
     assert all(rows.stop - rows.start <= limit for rows in slices)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from accullm_cli.progress import Event
 from tests.scripts.loading import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 script = load_script("bench_kernels")
 check = load_script("gpu_check")
+blocks = load_script("time_blocks")
 clock = load_script("time_rounding")
 
 
@@ -113,12 +116,17 @@ def test_the_table_has_a_line_for_each_row() -> None:
 
 def test_everything_is_run_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     ran: list[tuple[str, ...]] = []
+    told = {"blocks": "32 blocks: 9.0 min", "demo": "mean KL 0.04"}
 
     class Finished:
         returncode = 0
 
-    def run(command: tuple[str, ...], **kwargs: Any) -> Finished:
+    def run(command: tuple[str, ...], stdout: Any, timeout: float, **kwargs: Any) -> Finished:
         ran.append(command)
+        if command[1].endswith("kernel_table.py"):
+            raise subprocess.TimeoutExpired(command, timeout)
+        assert 0 < timeout <= check.LIMIT < 8 * 60
+        stdout.write(told.get(Path(stdout.name).stem, ""))
         result = Finished()
         result.returncode = 3 if command[-1] == "doctor" else 0
         return result
@@ -128,24 +136,82 @@ def test_everything_is_run_in_one_call(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(check.shutil, "which", lambda name: "/opt/compute-sanitizer")
     monkeypatch.setattr(check.subprocess, "run", run)
+    monkeypatch.setattr(check, "DEMO", Path("tests"))
     assert check.main([str(tmp_path / "out")]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"Some GPU, torch {torch.__version__}; output in {tmp_path / 'out'}"
-    assert [line.split(":")[0] for line in lines[1:]] == [
-        "doctor", "tests", "machine_code", "rounding", "bench", "bench_bfloat16", "memcheck", "racecheck",
+    assert lines[:2] == [
+        f"Some GPU, torch {torch.__version__}; output in {tmp_path / 'out'}",
+        "demo: tests is missing (make demo prepares it), left out",
+    ]
+    assert [line.split(":")[0] for line in lines[2:]] == [
+        "doctor", "tests", "blocks", "blocks_with_gradients", "machine_code", "rounding", "bench", "bench_bfloat16",
+        "memcheck", "racecheck", "blocks",
     ]  # fmt: skip
-    assert lines[1].startswith("doctor: FAILED with 3 in ")
-    assert ran[2][-1] == "90"
-    assert ran[6][:3] == ("/opt/compute-sanitizer", "--tool", "memcheck")
+    assert lines[2].startswith("doctor: FAILED with 3 in ")
+    assert lines[6].startswith("machine_code: NOT FINISHED in ")
+    assert lines[-1] == "blocks: 32 blocks: 9.0 min"
+    assert ran[4][-1] == "90"
+    assert ran[8][:3] == ("/opt/compute-sanitizer", "--tool", "memcheck")
     for command in ran:
         for part in command:
             assert not part.startswith("scripts/") or (ROOT / part).is_file()
+
+
+def test_the_demo_is_converted_where_it_was_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(check, "DEMO", tmp_path)
+    (step,) = (step for step in check.steps(90, None, tmp_path) if step.name == "demo")
+    assert step.command[2:5] == ("accullm_cli", "convert", str(tmp_path))
+    (tmp_path / "demo.txt").write_text("  mean KL 0.0405 nats\n")
+    assert check.figures(tmp_path) == ["demo: mean KL 0.0405 nats"]
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path: Path, capsys: Any) -> None:
+    assert not check.run(check.Step("late", ("false",)), tmp_path, 0.0)
+    assert capsys.readouterr().out == "late: left out, as there is no time left\n"
+    assert not check.run(check.Step("slow", ("sleep", "9"), 0.01), tmp_path, 5.0)
+    assert capsys.readouterr().out.startswith("slow: NOT FINISHED in 0 s")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys: Any) -> None:
     assert check.main([]) == 1
     assert capsys.readouterr().err == "error: torch sees no GPU; accullm doctor says why\n"
+
+
+# -- scripts/time_blocks.py --------------------------------------------------------------------------------
+
+
+def test_blocks_are_counted_by_their_shapes() -> None:
+    shape = blocks.Shape(hidden=4, intermediate=6, tokens=100, measured=10, with_gradient=0, held_out=5)
+    assert shape.weights == 4 * 16 + 3 * 24
+    # Forward passes, the Gram matrices of three inputs of 4 features and one of 6, each with its drift.
+    operations, moved = shape.work("quantize", "block")
+    assert operations == 2 * 136 * 250 + 4 * (3 * 16 + 36) * 100
+    assert moved == 2 * 136 + 8 * 4 * 4 * 100
+
+
+def test_a_stage_is_told_by_its_last_block(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    now = iter((0.0, 5.0, 7.0, 7.5, 10.0, 14.0))
+    monkeypatch.setattr(blocks.time, "perf_counter", lambda: next(now))
+    clock = blocks.Clock(blocks.Shape(4, 6, 100, 10, 0, 5), layers=2)
+    for kind, label in (("start", ""), ("step", "block 1/2"), ("step", "block 2/2"), ("end", "")):
+        clock.progress(Event("quantize", kind, label))
+    lines = [line.split(" | ")[1:3] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["block", "2.000 s"], ["beside its blocks", "0.500 s"]]
+    assert clock.minutes == pytest.approx((32 * 2 + 0.5) / 60)
+    for kind in ("start", "end"):
+        clock.progress(Event("reading", kind))
+    assert clock.minutes == pytest.approx((32 * 2 + 0.5 + 32 / 2 * 4) / 60)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_blocks_are_not_timed_where_there_is_no_gpu(tmp_path: Path, capsys: Any) -> None:
+    assert blocks.main(["--work", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "error: --device cuda: torch sees no GPU; give cpu; accullm doctor says what is missing\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 # -- scripts/time_rounding.py ------------------------------------------------------------------------------

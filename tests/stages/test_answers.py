@@ -27,6 +27,7 @@ from accullm_cli.stages.answers import (
     original_answers,
     questions_of,
 )
+from accullm_cli.stages.compute import Compute
 from accullm_cli.stages.measures import found
 from accullm_cli.stages.stage import finished, walk
 from accullm_cli.tasks import FAMILIES
@@ -169,7 +170,7 @@ def test_an_interrupted_call_goes_on_behind_the_last_portion(
     monkeypatch.setattr(module, "PORTION", 200)
     config = asking(copier, tmp_path / "out")
     ran: list[int] = []
-    by_blocks = answers.by_blocks
+    by_blocks = module.by_blocks
 
     def counted(decoder):  # type: ignore[no-untyped-def]
         logits_of = by_blocks(decoder)
@@ -180,7 +181,7 @@ def test_an_interrupted_call_goes_on_behind_the_last_portion(
 
         return wrapped
 
-    monkeypatch.setattr(answers, "by_blocks", counted)
+    monkeypatch.setattr(module, "by_blocks", counted)
 
     def stop(event: Event) -> None:
         if len(ran) == 3 and event.kind == "step":
@@ -313,7 +314,7 @@ def test_an_answer_that_means_the_same_is_right_and_becomes_one_of_the_known(
     original, artifact = answered("lenient")
     assert all(answer.is_right for answer in (*original, *artifact))
     assert [answer.path for answer in original] == [answer.path for answer in artifact]
-    monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    monkeypatch.setattr(Compute, "free_memory", lambda compute: 1000)
     with opened(config) as job:
         (sentence,) = run_alone(job, original_answers(JUDGED)).record.records
     assert sentence == (
@@ -404,7 +405,7 @@ def test_what_the_original_wrote_is_not_written_again(
 def test_without_room_to_write_no_agreement_is_told(
     copier: Path, faithful: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    monkeypatch.setattr(Compute, "free_memory", lambda compute: 1000)
     tasks = mixed_items(tmp_path / "mixed.jsonl", copier)
     config = asking(copier, tmp_path / "out", validation__tasks=tasks, validation__require="[agreement>=1%]")
     report = validate_artifact(faithful, config)

@@ -11,20 +11,19 @@ import torch
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.loops import COMPILED, Loops
+from accullm_cli.stages import compute
 from accullm_cli.stages import device as module
+from accullm_cli.stages.compute import Compute, compute_of
 from accullm_cli.stages.device import (
     check_device,
     check_format,
+    chosen_device,
     compute_dtype,
     describe_device,
-    device_of,
-    loops_of,
-    wants_speed,
 )
-from accullm_cli.stages.job import machine_inputs
 from tests.tiny import tiny_config
 
-GPU = torch.device("cuda", 0)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def on(device: str, **settings: object) -> Config:
@@ -39,16 +38,17 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int, reason: str | None = None)
     """As if torch saw so many GPUs, on which the kernels can run unless there is a reason."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(module, "why_no_kernels", lambda device, dtype: reason)
-    monkeypatch.setattr(module, "checked_loops", checked_loops)
+    for where in (module, compute):
+        monkeypatch.setattr(where, "why_no_kernels", lambda device, dtype: reason)
+        monkeypatch.setattr(where, "checked_loops", checked_loops)
 
 
 @pytest.mark.parametrize(
     ("name", "device"),
-    [("auto", torch.device("cpu")), ("cpu", torch.device("cpu")), ("cuda", GPU), ("cuda:3", torch.device("cuda", 3))],
+    [("cpu", torch.device("cpu")), ("cuda", GPU), ("cuda:3", torch.device("cuda", 3))],
 )
 def test_names_of_devices(name: str, device: torch.device) -> None:
-    assert device_of(on(name)) == device
+    assert compute_of(on(name)).device == device
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,45 @@ def test_devices_that_are_there_and_others(
     name: str, count: int, reason: str | None, line: str | None, only_validates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(monkeypatch, count, reason)
+    config = on(name, validation__speed=only_validates)  # which, as rounding does, needs the kernels
     if line is None:
-        check_device(on(name), only_validates)
+        check_device(config, only_validates)
         return
     with pytest.raises(AccullmError) as refusal:
-        check_device(on(name), only_validates)
+        check_device(config, only_validates)
     assert refusal.value.line() == line
+
+
+def test_what_only_measures_needs_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 1, "CuPy is missing")
+    check_device(on("cuda"), only_validates=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "reason", "device", "line"),
+    [
+        (0, None, CPU, ""),
+        (2, None, GPU, "computes on Some GPU; --device cpu leaves it alone"),
+        (1, "no CuPy", CPU, "computes on the CPU, as the CUDA kernels cannot run on Some GPU: no CuPy"),
+    ],
+)
+def test_a_gpu_is_used_where_it_can_be(
+    count: int, reason: str | None, device: torch.device, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, count, reason)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    assert compute_of(on("auto")).device == device
+    assert chosen_device(on("auto")) == line
+    assert chosen_device(on("cpu")) == chosen_device(on("cuda")) == ""
+
+
+def test_what_products_round_to_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    usual, asked = (compute_of(on("cuda", machine__precision=name)) for name in ("auto", "float32"))
+    assert (usual.precision, asked.precision) == ("tf32", "float32")
+    assert usual.inputs()["machine:tokens a batch"] == str(compute.TOKENS_OF_A_GPU)
+    assert "machine:tokens a batch" not in compute_of(on("cpu")).inputs()
 
 
 def test_where_kernels_round_otherwise_than_the_cpu_nothing_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,25 +130,22 @@ def test_where_kernels_round_otherwise_than_the_cpu_nothing_is_converted(monkeyp
 
 
 def test_on_a_cpu_the_compiled_loops_round() -> None:
-    assert loops_of(on("auto")) is COMPILED
+    assert compute_of(on("cpu")).loops is COMPILED
 
 
-@pytest.mark.parametrize(
-    ("config", "where"), [(on("cuda"), "--device cuda"), (on("cpu", validation__speed=True), "--speed")]
-)
-def test_kernels_read_one_format(config: Config, where: str) -> None:
-    assert wants_speed(config)
+def test_kernels_read_one_format() -> None:
+    config = on("cpu", validation__speed=True)
     check_format(config, "accullm")
     with pytest.raises(AccullmError) as refusal:
         check_format(config, "compressed-tensors")
     assert refusal.value.line() == (
-        f"{where}: the kernels multiply by the format accullm, not by compressed-tensors; leave it out"
+        "--speed: the kernels multiply by the format accullm, not by compressed-tensors; leave it out"
     )
 
 
-def test_without_either_any_format_is_measured() -> None:
-    assert not wants_speed(on("auto"))
-    check_format(on("auto"), "compressed-tensors")
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_without_speed_any_format_is_measured_anywhere(device: str) -> None:
+    check_format(on(device), "compressed-tensors")
 
 
 @pytest.mark.parametrize(
@@ -137,9 +167,11 @@ def test_gpus_compute_in_16_bits(
 
 def test_a_result_of_a_gpu_is_not_taken_for_one_of_the_cpu_or_of_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of kind {device.index}")
-    kinds = [machine_inputs(device)["machine:device"] for device in (torch.device("cpu"), GPU, torch.device("cuda", 1))]
+    kinds = [
+        Compute(device).inputs()["machine:device"] for device in (torch.device("cpu"), GPU, torch.device("cuda", 1))
+    ]
     assert kinds == ["cpu", "GPU of kind 0", "GPU of kind 1"]
-    assert machine_inputs() == machine_inputs(torch.device("cpu"))
+    assert Compute() == Compute(torch.device("cpu"))
     assert describe_device(GPU) == "GPU of kind 0"
 
 

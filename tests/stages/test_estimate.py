@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from accullm_cli.stages import estimate as stage
 from accullm_cli.stages import streams
+from accullm_cli.stages.compute import Compute
 from accullm_cli.stages.estimate import Estimated, estimate
 from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.profile import make_plan
@@ -138,7 +139,7 @@ def test_references_are_held_beside_the_text_that_is_measured(tmp_path: Path) ->
 
 
 def test_gradients_take_more_time_and_a_blocks_fisher_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "_operations_per_second", lambda: 1e9)
+    monkeypatch.setattr(stage, "_operations_per_second", lambda job: 1e9)
     source = wide_model(tmp_path / "model")
     settings = {"calibration__samples": 10_000, "validation__windows": 2}
     without = estimated(source, tmp_path / "out", **settings)
@@ -151,7 +152,7 @@ def test_gradients_take_more_time_and_a_blocks_fisher_matrices(tmp_path: Path, m
 
 def test_nearest_rounding_runs_no_block_in_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of the time of a conversion on much text is the passes of error feedback."""
-    monkeypatch.setattr(stage, "_operations_per_second", lambda: 1e9)
+    monkeypatch.setattr(stage, "_operations_per_second", lambda job: 1e9)
     source = make_checkpoint("llama", tmp_path / "model")
     much = {"calibration__samples": 10_000, "validation__windows": 2}
     nearest = estimated(source, tmp_path / "out", rounding__method="nearest", **much).seconds
@@ -163,12 +164,12 @@ def test_nearest_rounding_runs_no_block_in_quantize(tmp_path: Path, monkeypatch:
 def test_tasks_take_their_tokens_twice_and_what_the_original_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "_operations_per_second", lambda: 1e9)
+    monkeypatch.setattr(stage, "_operations_per_second", lambda job: 1e9)
     source = wide_model(tmp_path / "model")
     items = tmp_path / "mine.jsonl"
     items.write_text("\n".join(json.dumps({"prompt": "a" * 100, "answer": "b" * 9}) for _ in range(30)))
     memory: list[int | None] = [None]
-    monkeypatch.setattr(stage, "available_memory", lambda: memory[0])
+    monkeypatch.setattr(Compute, "free_memory", lambda compute: memory[0])
     without = estimated(source, tmp_path / "out")
     with_tasks = estimated(source, tmp_path / "out", validation__tasks=items)
     memory[0] = 1000

@@ -9,7 +9,6 @@ import pytest
 
 from accullm_cli.config_options import options
 from accullm_cli.stages.graph import conversion, measurements
-from accullm_cli.stages.precision import precision_of
 from accullm_cli.stages.stage import foresee
 from tests.streaming import opened, short_config, write_text
 from tests.tiny import make_checkpoint
@@ -94,7 +93,7 @@ def test_an_option_is_in_the_keys_of_what_depends_on_it_and_in_no_other(key: str
     value, expected = DEPENDS[key]
     if key == "machine.precision":
         with opened(short_config(llama, llama.with_name("out"), machine__precision="auto")) as job:
-            expected = expected if precision_of(job) == "bfloat16" else set()
+            expected = expected if job.compute.precision == "bfloat16" else set()
     assert changed(inputs_of(llama), inputs_of(llama, **{key.replace(".", "__"): value})) == expected
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from accullm_cli.config import Calibration
 from accullm_cli.model.structure import Structure, read_structure
 from accullm_cli.stages import job as job_module
-from accullm_cli.stages.job import machine_inputs, open_decoder, section_inputs
+from accullm_cli.stages.compute import Compute
+from accullm_cli.stages.job import open_decoder, section_inputs
 from tests.streaming import fast_config, opened
 from tests.tiny import make_checkpoint
 
@@ -31,9 +32,9 @@ def test_the_number_of_threads_is_an_input() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        two = machine_inputs()
+        two = Compute().inputs()
         torch.set_num_threads(1)
-        one = machine_inputs()
+        one = Compute().inputs()
     finally:
         torch.set_num_threads(before)
     assert {name for name in one if one[name] != two[name]} == {"machine:threads"}

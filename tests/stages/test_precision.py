@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from accullm_cli.pipeline import convert
-from accullm_cli.stages import block_rounding, calibrate, precision, quantize, validate
+from accullm_cli.stages import precision
+from accullm_cli.stages.compute import Compute
 from accullm_cli.stages.precision import Bfloat16Products, Precision, onednn_rounds, products
 from tests.streaming import short_config
 from tests.tiny import make_checkpoint
@@ -104,6 +105,15 @@ def test_where_onednn_rounds_float32_does_without_it(
         assert torch.backends.mkldnn.matmul.fp32_precision == used
 
 
+@pytest.mark.parametrize(("wanted", "used"), [("tf32", "tf32"), ("float32", "ieee")])
+def test_a_gpu_rounds_where_it_may(wanted: Precision, used: str) -> None:
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [setting.fp32_precision for setting in settings]
+    with products(wanted, torch.device("cuda")):
+        assert [setting.fp32_precision for setting in settings] == [used, used]
+    assert [setting.fp32_precision for setting in settings] == before
+
+
 def test_an_older_torch_computes_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_has_onednn", lambda: False)
     precision.onednn_rounds.cache_clear()
@@ -118,16 +128,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     """(module, precision) of all that is computed; the products themselves stay float32."""
     found: set[tuple[str, str]] = set()
 
-    def watch(name: str) -> object:
-        @contextmanager
-        def watched(wanted: Precision) -> Iterator[None]:
-            found.add((name, wanted))
-            yield
+    def watched(compute: Compute, wanted: Precision | None = None) -> AbstractContextManager[None]:
+        module = sys._getframe(1).f_globals["__name__"].rpartition(".")[2]
+        found.add((module, wanted or compute.precision))
+        return nullcontext()
 
-        return watched
-
-    for module in (calibrate, quantize, block_rounding, validate):
-        monkeypatch.setattr(module, "products", watch(module.__name__.rpartition(".")[2]))
+    monkeypatch.setattr(Compute, "products", watched)
     return found
 
 

@@ -12,6 +12,7 @@ from accullm_cli.errors import MachineError
 from accullm_cli.stages import streams
 from accullm_cli.stages.streams import Captures, StreamStore
 
+CPU = torch.device("cpu")
 STATES = {"original": torch.arange(6.0).view(1, 2, 3), "rounded": torch.ones(1, 2, 3)}
 
 
@@ -79,7 +80,7 @@ def test_captures_come_back_by_batch_and_name(tmp_path: Path) -> None:
         for batch in range(3)
         for name, width in (("input a", 7), ("sum b", 1))
     }
-    with Captures(tmp_path) as captures:
+    with Captures(tmp_path, CPU) as captures:
         for (batch, name), value in kept.items():
             captures.write(batch, name, value)
         for (batch, name), value in reversed(kept.items()):
@@ -88,20 +89,20 @@ def test_captures_come_back_by_batch_and_name(tmp_path: Path) -> None:
 
 def test_a_capture_keeps_what_was_there_when_it_was_written(tmp_path: Path) -> None:
     rows = torch.arange(6.0).view(2, 3)
-    with Captures(tmp_path) as captures:
+    with Captures(tmp_path, CPU) as captures:
         captures.write(0, "transposed", rows.T)
         rows.zero_()
         assert captures.read(0, "transposed").tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
 
 
 def test_captures_leave_no_file_behind(tmp_path: Path) -> None:
-    with Captures(tmp_path) as captures:
+    with Captures(tmp_path, CPU) as captures:
         captures.write(0, "a", torch.ones(1000))
         assert list(tmp_path.iterdir()) == []  # no name even while it is open
 
 
 def test_a_working_file_that_was_cut_is_a_refusal(tmp_path: Path) -> None:
-    with Captures(tmp_path) as captures:
+    with Captures(tmp_path, CPU) as captures:
         captures.write(0, "a", torch.ones(1000))
         captures._file.truncate(100)
         with pytest.raises(MachineError, match=r"a working file ends too early"):
@@ -109,7 +110,7 @@ def test_a_working_file_that_was_cut_is_a_refusal(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_a_refusal_that_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Captures(tmp_path) as captures:
+    with Captures(tmp_path, CPU) as captures:
 
         class Full:
             def seek(self, place: int) -> None:
