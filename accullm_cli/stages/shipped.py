@@ -1,7 +1,8 @@
 """shipped: is what was measured what users get? The artifact by `from_pretrained`, against the blocks of validate.
 
 Validation dequantizes weights and runs a block at a time; users load the whole artifact, on modules that multiply
-packed weights. Where modeling code and those modules do not fit each other, only this shows it.
+packed weights. Where modeling code and those modules do not fit each other, only this shows it. On a GPU the kernels
+multiply, in 16 bits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import nn
 
 from accullm_cli.errors import NotSoError, is_out_of_memory
 from accullm_cli.formats.capabilities import ADAPTERS, CAPABILITIES
+from accullm_cli.formats.shards import dtype_name
 from accullm_cli.formats.stored import StoredArtifact
+from accullm_cli.kernels.launch import GEMV_TOKENS
 from accullm_cli.kernels.packed import PACKED_TOKENS
 from accullm_cli.measure.agreement import largest_difference
 from accullm_cli.model.blocks import Decoder
@@ -26,13 +29,18 @@ from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import read_structure
 from accullm_cli.run import available_memory
 from accullm_cli.stages.artifact_weights import ArtifactWeights
+from accullm_cli.stages.compute import Compute
+from accullm_cli.stages.device import describe_device
 from accullm_cli.stages.reading import logits_by_blocks
+from accullm_cli.stages.whole_model import load_artifact
 from accullm_cli.units import size
 
 # Of a validation window. Up to PACKED_TOKENS of them are multiplied by packed weights, more by dequantized ones.
 TOKENS = 2 * PACKED_TOKENS
 # Of the memory that is free, what the artifact in float32 may take.
 SHARE_OF_MEMORY = 0.5
+# Mean KL divergence that products in 16 bits may bring, in nats: they bring some thousandths, and wrong ones several.
+KERNELS_KL = 0.03
 _HINT = "do not use it; report it with the model's config.json"
 
 
@@ -76,6 +84,46 @@ def check_shipped(artifact: StoredArtifact, ids: torch.Tensor, measured: torch.T
                 _HINT,
             )
     return records
+
+
+def check_kernels(
+    artifact: StoredArtifact, compute: Compute, dtype: torch.dtype, ids: torch.Tensor, measured: torch.Tensor
+) -> tuple[str, ...]:
+    """Run the beginning of a window by the kernels, on the GPU and in the dtype that the artifact is used in there.
+
+    Args:
+        ids, measured: as for `check_shipped`.
+
+    Returns: what that came to, or why it could not be done.
+
+    Raises:
+        NotSoError: the kernels make something else of it.
+    """
+    who = f"in {dtype_name(dtype)} on {describe_device(compute.device)}"
+    needed, free = sum(info.bytes for info in artifact.files.infos.values()), compute.free_memory()
+    if free is not None and needed > SHARE_OF_MEMORY * free:
+        return (f"the kernels did not run it {who}: it takes {size(needed)} of memory, of which {size(free)} are free",)
+    model = load_artifact(artifact.path, compute.device, dtype)
+    differences = []
+    # By the kernels for a prompt, and for a few tokens.
+    for prompt in (ids, ids[:GEMV_TOKENS]):
+        with torch.no_grad():
+            logits = model(prompt[None].to(compute.device), use_cache=False).logits[0].float().cpu()
+        differences.append(_mean_kl(measured[: len(prompt)], logits))
+        if not differences[-1] <= KERNELS_KL:
+            differences[-1] = _mean_kl(_run_alone(artifact, prompt), logits)
+    worst = max(differences, key=lambda kl: (math.isnan(kl), kl))
+    if not worst <= KERNELS_KL:
+        what = f"the kernels make something else of the artifact {who} than was measured: a mean KL of {worst:.3g} nats"
+        raise NotSoError(what, artifact.path, "give --device cpu, and report it")
+    return (f"the kernels multiplied by it {who}: a mean KL of {worst:.2g} nats from what was measured",)
+
+
+def _mean_kl(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Of distributions given by logits [T, vocabulary]."""
+    known = expected.double().log_softmax(-1)
+    terms = known.exp() * (known - found.double().log_softmax(-1))
+    return float(terms.where(known > -torch.inf, 0.0).sum(-1).mean())
 
 
 def _run_alone(artifact: StoredArtifact, ids: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """validate: run the exported artifact against the original on held-out text.
 
-The artifact's weights are read back from its files a block at a time, dequantized to float32. The original's blocks are
-not run again: calibrate left its last hidden states, which the output head turns into its exact logits. That is the
-artifact's own head, or, where this is quantized, the one in the source.
+The artifact's weights are read back from its files a block at a time, dequantized to float32. Modules that multiply by
+packed weights, on a GPU the kernels, are held against that (`stages.shipped`). The original's blocks are not run again:
+calibrate left its last hidden states, which the output head turns into its exact logits. That is the artifact's own
+head, or, where this is quantized, the one in the source.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.manifest import CARD_NAME, MANIFEST_NAME, own_files
 from accullm_cli.measure.divergence import Divergence
 from accullm_cli.measure.result import Estimate, Fidelity
@@ -29,12 +31,12 @@ from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import read_structure
 from accullm_cli.run import file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights
-from accullm_cli.stages.device import describe_device
+from accullm_cli.stages.device import compute_dtype, describe_device
 from accullm_cli.stages.export import known_files
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.passes import Passenger, run_blocks
 from accullm_cli.stages.reference import described, load_reference
-from accullm_cli.stages.shipped import TOKENS, check_shipped
+from accullm_cli.stages.shipped import TOKENS, check_kernels, check_shipped
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.texts import VALIDATION, Text, windows_of
 
@@ -133,7 +135,11 @@ def _measure(
     decoder.load_outside()
     records: tuple[str, ...] = ()
     if text is VALIDATION and not alone:
-        records = check_shipped(artifact, ids[0, :TOKENS], decoder.logits(hidden[:1])[0, :TOKENS].cpu())
+        measured = decoder.logits(hidden[:1])[0, :TOKENS].cpu()
+        records = check_shipped(artifact, ids[0, :TOKENS], measured)
+        if compute.device.type == "cuda" and CAPABILITIES[artifact.format].kernels:
+            dtype = compute_dtype(compute.device, job.source.config)
+            records += check_kernels(artifact, compute, dtype, ids[0, :TOKENS], measured)
     originals_head = _head_weight(job) if artifact.plan.embeddings else None
     divergence = Divergence()
     for window in range(len(ids)):

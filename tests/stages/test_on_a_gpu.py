@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from accullm_cli import hybrid
+from accullm_cli.errors import NotSoError
+from accullm_cli.kernels.matmul import hybrid_matmul
 from accullm_cli.pipeline import convert
+from accullm_cli.places import run_path
 from accullm_cli.progress import Event
+from accullm_cli.run import RunDirectory
 from tests.llama_cpp import byte_tokenizer
 from tests.quant import elsewhere
 from tests.quant.elsewhere import Elsewhere
@@ -80,13 +85,34 @@ def test_a_conversion_on_a_gpu_leaves_the_bytes_of_the_cpus(
     computed = elsewhere.compute
     with a_gpu(monkeypatch), monkeypatch.context() as patched:
         patched.setattr(elsewhere, "compute", watched)
-        convert(short_config(source, tmp_path / "gpu" / "out", machine__device="auto", **settings), told.append)
+        config = short_config(source, tmp_path / "gpu" / "out", machine__device="auto", **settings)
+        report = convert(config, told.append)
+    by_kernels = [record for record in report.records if record.startswith("the kernels multiplied by it in bfloat16")]
+    assert len(by_kernels) == ("export__format" not in settings)
     # What a source or an artifact is held against is plain transformers.
     assert on_the_cpu <= {"reading", "validate accullm"}
     assert f"computes on {NAME}; --device cpu leaves it alone" in [event.label for event in told]
     here, there = (without_keys(files_of(tmp_path / place)) for place in ("cpu", "gpu"))
     assert here.keys() == there.keys()
     assert [name for name in here if here[name] != there[name]] == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which needs no stand-in")
+def test_kernels_that_make_something_else_of_an_artifact_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return -hybrid_matmul(x, *rest) if x.dtype == torch.bfloat16 else hybrid_matmul(x, *rest)
+
+    monkeypatch.setattr(hybrid, "hybrid_matmul", wrong)
+    source = make_checkpoint("llama", tmp_path / "model")
+    config = short_config(source, tmp_path / "out", rounding__method="nearest")
+    with a_gpu(monkeypatch), pytest.raises(NotSoError) as refused:
+        convert(config)
+    assert refused.value.line().startswith(
+        f"{tmp_path}/out: the kernels make something else of the artifact in bfloat16 on {NAME} than was measured: a "
+    )
+    assert "validate accullm" not in RunDirectory(run_path(config)).stages()
 
 
 @pytest.mark.gpu
