@@ -14,6 +14,8 @@ from accullm_cli.pipeline import (
     dry_run,
     validate_artifact,
 )
+from tests.artifacts import empty
+from tests.formats.test_gguf_places import split
 from tests.llama_cpp import byte_tokenizer
 from tests.pipeline.observe import refusal, snapshot
 from tests.streaming import fast_config
@@ -132,3 +134,8 @@ def test_a_file_alone_is_an_artifact(tmp_path: Path) -> None:
     assert sorted(path.name for path in file.parent.iterdir()) == [file.name, f"{file.name}.validation"]
     again = validate_artifact(file, fast_config(model, tmp_path / "out", **sets))
     assert [stage.reason for stage in again.stages] == ["up to date"] * 3
+    first = split(file, empty(tmp_path / "parts"), 12)
+    report = validate_artifact(first, fast_config(model, tmp_path / "out", **sets))
+    assert report.measurements == expected.measurements
+    assert report.artifact_bytes == sum(part.stat().st_size for part in first.parent.glob("*.gguf"))
+    assert len(list(first.parent.glob("*.gguf"))) > 1
