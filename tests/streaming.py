@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,15 @@ def short_config(model: Path, out: Path, **settings: object) -> Config:
 def fast_config(model: Path, out: Path, **settings: object) -> Config:
     """As `short_config`, rounded in the fastest way: where it does not matter how well."""
     return short_config(model, out, **(FAST | settings))
+
+
+def copy_run(out: Path, place: Path) -> Path:
+    """Copy an artifact and the run directory beside it, which a test may change: they are where their manifest says."""
+    copy = shutil.copytree(out, place / out.name)
+    run = shutil.copytree(out.with_name(f"{out.name}.run"), place / f"{out.name}.run")
+    manifest = run / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(out), str(copy)))
+    return copy
 
 
 @contextmanager

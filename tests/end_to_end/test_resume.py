@@ -18,7 +18,7 @@ from accullm_cli.lock import HeldError
 from accullm_cli.pipeline import convert
 from accullm_cli.progress import Event
 from accullm_cli.stages import streams
-from tests.streaming import short_config
+from tests.streaming import copy_run, short_config
 from tests.tiny import make_checkpoint, tiny_config
 
 KILLS = 24
@@ -172,6 +172,18 @@ def test_an_exception_behind_any_unit_leaves_a_run_that_goes_on(
     assert contents(tmp_path / "out") == with_embeddings
 
 
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    convert(tiny_config(model, out))
+    return out
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return copy_run(finished, tmp_path)
+
+
 def events_of(config: object) -> list[str]:
     lines: list[str] = []
 
@@ -185,15 +197,13 @@ def events_of(config: object) -> list[str]:
     return [line for line in lines if not line.startswith("source")]
 
 
-def test_a_second_call_finds_everything_done(model: Path, tmp_path: Path) -> None:
-    convert(tiny_config(model, tmp_path / "out"))
+def test_a_second_call_finds_everything_done(model: Path, copied: Path) -> None:
     stages = ("reading", "calibrate", "profile", "quantize", "export", "reference", "validate accullm")
-    assert events_of(tiny_config(model, tmp_path / "out")) == [f"{stage}: up to date" for stage in stages]
+    assert events_of(tiny_config(model, copied)) == [f"{stage}: up to date" for stage in stages]
 
 
-def test_a_new_rounding_option_reruns_from_quantize_and_says_why(model: Path, tmp_path: Path) -> None:
-    convert(tiny_config(model, tmp_path / "out"))
-    assert events_of(tiny_config(model, tmp_path / "out", rounding__damping=0.02)) == [
+def test_a_new_rounding_option_reruns_from_quantize_and_says_why(model: Path, copied: Path) -> None:
+    assert events_of(tiny_config(model, copied, rounding__damping=0.02)) == [
         "reading: up to date",
         "calibrate: up to date",
         "profile: up to date",
@@ -206,15 +216,13 @@ def test_a_new_rounding_option_reruns_from_quantize_and_says_why(model: Path, tm
     ]
 
 
-def test_a_new_contract_measures_nothing_again(model: Path, tmp_path: Path) -> None:
-    convert(tiny_config(model, tmp_path / "out"))
-    config = tiny_config(model, tmp_path / "out", validation__require="[mean_kl<=9]")
+def test_a_new_contract_measures_nothing_again(model: Path, copied: Path) -> None:
+    config = tiny_config(model, copied, validation__require="[mean_kl<=9]")
     assert all(line.endswith(": up to date") for line in events_of(config))
 
 
-def test_a_changed_plan_of_the_last_block_keeps_the_blocks_before_it(model: Path, tmp_path: Path) -> None:
-    convert(tiny_config(model, tmp_path / "out"))
-    run = tmp_path / "out.run"
+def test_a_changed_plan_of_the_last_block_keeps_the_blocks_before_it(model: Path, copied: Path) -> None:
+    run = copied.with_name("out.run")
     plan = json.loads((run / "plan.json").read_text())
     name = next(name for name in plan["linears"] if ".layers.1." in name)
     plan["linears"][name]["bits"] = 8
@@ -224,7 +232,7 @@ def test_a_changed_plan_of_the_last_block_keeps_the_blocks_before_it(model: Path
     manifest["stages"]["profile"]["outputs"] = {}
     del manifest["stages"]["quantize"]
     (run / "manifest.json").write_text(json.dumps(manifest))
-    assert events_of(tiny_config(model, tmp_path / "out"))[3:6] == [
+    assert events_of(tiny_config(model, copied))[3:6] == [
         "quantize: new",
         "block 1/2: up to date",
         "block 2/2: config changed (plan)",
@@ -266,15 +274,33 @@ def test_two_conversions_do_not_share_a_directory(shared: str, model: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.run"]
 
 
+def flipped(file: Path) -> bytes:
+    """A weight file's content with one bit of its last tensor changed."""
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def changed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a conversion makes of the model that has changed."""
+    place = tmp_path_factory.mktemp("changed")
+    source = shutil.copytree(model, place / "model")
+    (source / "model.safetensors").write_bytes(flipped(source / "model.safetensors"))
+    convert(tiny_config(source, place / "out"))
+    return contents(place / "out")
+
+
 @pytest.mark.parametrize("stage", ["calibrate", "quantize"])
 @pytest.mark.parametrize("how", ["written to", "replaced", "removed"])
-def test_a_source_that_changes_while_it_is_read_is_refused(stage: str, how: str, model: Path, tmp_path: Path) -> None:
+def test_a_source_that_changes_while_it_is_read_is_refused(
+    stage: str, how: str, model: Path, changed: dict[str, str], tmp_path: Path
+) -> None:
     """Nothing is made of two models; when the file stands still, the same command converts what is there then."""
     source = tmp_path / "model"
     shutil.copytree(model, source)
     file = source / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
+    content = flipped(file)
 
     def change(event: Event) -> None:
         if event.stage == stage and event.kind == "step" and event.label == "block 1/2":
@@ -293,5 +319,4 @@ def test_a_source_that_changes_while_it_is_read_is_refused(stage: str, how: str,
     )
     file.write_bytes(content)
     convert(tiny_config(source, tmp_path / "out"))
-    convert(tiny_config(source, tmp_path / "fresh"))
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert contents(tmp_path / "out") == changed

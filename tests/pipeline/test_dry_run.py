@@ -20,7 +20,7 @@ from accullm_cli.pipeline import (
     run_stage,
 )
 from tests.pipeline.observe import refusal, snapshot
-from tests.streaming import fast_config, write_text
+from tests.streaming import copy_run, fast_config, write_text
 from tests.tiny import make_checkpoint
 
 ALL = ["reading", "calibrate", "profile", "quantize", "export", "reference", "validate accullm"]
@@ -93,12 +93,7 @@ def test_an_average_of_five_is_not_a_width_of_five(llama: Path, tmp_path: Path) 
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
-    """A finished artifact and its run directory, which a test may change: they are where their manifest says."""
-    shutil.copytree(finished, tmp_path / "out")
-    shutil.copytree(finished.with_name("out.run"), tmp_path / "out.run")
-    manifest = tmp_path / "out.run" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(str(finished), str(tmp_path / "out")))
-    return tmp_path / "out"
+    return copy_run(finished, tmp_path)
 
 
 def planned_and_done(config: Config) -> tuple[list[PlannedStage], list[PlannedStage]]:
