@@ -2,12 +2,12 @@
 
     python scripts/gpu_check.py [FOLDER]        default: work/gpu_check
 
-Runs, one after the other, and within LIMIT: doctor; the tests with the marker `gpu` (among them whole conversions, and
-that rounding gives the codes of the CPU); a conversion of random blocks of Llama-7B's shape, stage by stage, without
-gradients and with them; a conversion of the demo's model, where it was prepared; the table of machine code for this
-GPU; the time that rounding a block of Llama-7B takes; the benchmarks of products; and some of the tests under
-compute-sanitizer's memcheck and racecheck where it is installed: they are slow, and last. Each one's output lies in
-FOLDER; a line for each says whether it passed, and what there was no time for. Exits with 1 if one did not.
+Runs, one after the other, and within LIMIT: doctor; the tests with the marker `gpu` that convert whole models; a
+conversion of random blocks of Llama-7B's shape, stage by stage; one of the demo's model, where it was prepared; the
+tests of the kernels (among them that rounding gives the codes of the CPU); random blocks with gradients; the table of
+machine code for this GPU; the time that rounding a block of Llama-7B takes; the benchmarks of products; and some of the
+tests under compute-sanitizer's memcheck and racecheck where it is installed: they are slow, and last. Each one's output
+lies in FOLDER; a line for each says whether it passed, and what there was no time for. Exits with 1 if one did not.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 7.5 * 60  # seconds in all: a machine may be lent for less than ten minutes
-GPU_TESTS = ("-m", "pytest", "-m", "gpu", "-ra", "tests/kernels", "tests/stages", "tests/pipeline/test_speed.py")
+GPU_TESTS = ("-m", "pytest", "-m", "gpu", "-ra")
+KERNELS, CONVERSIONS = ("tests/kernels",), ("tests/stages", "tests/pipeline/test_speed.py")
 # Small shapes, every kernel.
-SANITIZED = (*GPU_TESTS, "-k", "odd_shapes or dequantizing or rounding_tile or rounding_descent or graph")
+SANITIZED = (*GPU_TESTS, *KERNELS, "-k", "odd_shapes or dequantizing or rounding_tile or rounding_descent or graph")
 DEMO = Path("work/smollm2-135m")
 
 
@@ -43,9 +44,10 @@ def steps(architecture: int, sanitizer: str | None, folder: Path) -> list[Step]:
     blocks = (python, "scripts/time_blocks.py", "--work", str(folder / "blocks"))
     found = [
         Step("doctor", (python, "-m", "accullm_cli", "doctor")),
-        Step("tests", (python, *GPU_TESTS), 150),
+        Step("conversions", (python, *GPU_TESTS, *CONVERSIONS), 120),
         Step("blocks", blocks, 90),
-        Step("blocks_with_gradients", (*blocks, "--layers", "1", "--samples", "64", "--gradients", "64"), 90),
+        Step("tests", (python, *GPU_TESTS, *KERNELS), 120),
+        Step("blocks_with_gradients", (*blocks, "--layers", "1", "--samples", "64", "--gradients", "64"), 60),
         Step("machine_code", (python, "scripts/kernel_table.py", str(architecture))),
         Step("rounding", (python, "scripts/time_rounding.py")),
         Step("bench", (python, "scripts/bench_kernels.py")),
@@ -54,7 +56,7 @@ def steps(architecture: int, sanitizer: str | None, folder: Path) -> list[Step]:
     if (ROOT / DEMO / "config.json").exists():
         out = ("--out", str(folder / "demo"), "--run", str(folder / "demo.run"))
         given = ("convert", str(DEMO), *out, "--device", "cuda", "--samples", "64", "--fresh")
-        found.insert(4, Step("demo", (python, "-m", "accullm_cli", *given)))
+        found.insert(3, Step("demo", (python, "-m", "accullm_cli", *given)))
     if sanitizer is not None:
         found += [
             Step(tool, (sanitizer, "--tool", tool, "--error-exitcode", "9", python, *SANITIZED))

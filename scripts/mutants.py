@@ -211,6 +211,22 @@ MUTANTS = (
         "kl.append(_kl(artifact, original))",
         ("tests/measure/test_divergence.py",),
     ),
+    Mutant(
+        "what is kept of a block on the device changes with what it was taken from",
+        "accullm_cli/stages/streams.py",
+        "self._kept[batch, name] = value.clone()",
+        "self._kept[batch, name] = value",
+        ("tests/stages/test_streams.py",),
+        quick=True,
+    ),
+    Mutant(
+        "results of another number of tokens at a time are taken for the same",
+        "accullm_cli/stages/compute.py",
+        "if self.tokens == TOKENS_PER_BATCH else",
+        "if self.tokens else",
+        ("tests/stages/test_device.py",),
+        quick=True,
+    ),
     # -- products on a CPU ---------------------------------------------------------------------------------
     Mutant(
         "weights in the middle between two of bfloat16 are rounded up",

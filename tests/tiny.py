@@ -186,9 +186,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(model: Path, out: Path, **settings: object) -> Config:
-    """A configuration of small windows, in float32 on every CPU; `settings` are keys with __ for the dot."""
+    """A configuration of small windows, on a CPU and in float32 on every one; `settings` are keys with __ for dots."""
     sets = ["calibration.samples=6", "calibration.seq_len=48", "validation.windows=3", "plan.group_size=32"]
     sets += ["plan.outliers=0.05", "machine.threads=1", "validation.other_text=none", f"export.out={out}"]
-    sets += ["machine.precision=float32"]
+    sets += ["machine.precision=float32", "machine.device=cpu"]
     sets += [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
     return load_config(str(model), sets=sets)

@@ -42,9 +42,9 @@ def products(precision: Precision, device: torch.device | None = None) -> Iterat
     with ExitStack() as stack:
         if device is not None and device.type == "cuda":
             stack.enter_context(_tensor_cores(precision != "float32"))
-        if _has_onednn() and not (precision == "float32" and onednn_rounds()):
+        elif _has_onednn() and not (precision == "float32" and onednn_rounds()):
             stack.enter_context(_onednn())
-        if precision == "bfloat16" and not onednn_rounds() and _multiplies_bfloat16():
+        if precision == "bfloat16" and not onednn_rounds() and _multiplies_bfloat16():  # never asked of a GPU
             stack.enter_context(Bfloat16Products())
         yield
 

@@ -23,7 +23,7 @@ from accullm_cli.progress import Event, Progress
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages.estimate import Estimated
 from accullm_cli.zoo.conversions import Converter, Estimates, convert_entry, told_of
-from accullm_cli.zoo.file import Entry, with_threads
+from accullm_cli.zoo.file import Entry, on_machine
 
 # How often a conversion may lose its node.
 RETRIES = 3
@@ -96,7 +96,7 @@ def _convert_all(
     task = ray.remote(max_calls=1, max_retries=RETRIES)(_convert_one)
     waiting: dict[Any, Entry] = {}
     try:
-        for entry in _with_all_threads(ray, entries):
+        for entry in _settled(ray, entries):
             needed = resources_of(entry, estimates[entry.name])
             _warn_of_no_node(ray, entry, needed, progress)
             waiting[task.options(name=entry.name, **needed).remote(entry, os.getcwd(), events)] = entry
@@ -123,14 +123,20 @@ def _convert_one(entry: Entry, directory: str, events: Any) -> ModelResult:
     return convert_entry(entry, told_of(entry, lambda event: events.put(event)), patience=PATIENCE)
 
 
-def _with_all_threads(ray: ModuleType, entries: Sequence[Entry]) -> list[Entry]:
-    """Entries that say nothing of threads get those that their run began with, else all of the smallest node."""
+def _settled(ray: ModuleType, entries: Sequence[Entry]) -> list[Entry]:
+    """Entries that leave it to the node where they run.
+
+    Those that say nothing of threads get those that their run began with, else all of the smallest node. Those that
+    name no device get the CPU: of a GPU that a node has, Ray knows nothing that was not asked for.
+    """
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     smallest = min([count for count in cores if count], default=1)
-    return [
-        with_threads(entry, chosen_threads(RunDirectory(run_path(entry.config)), entry.config) or smallest)
-        for entry in entries
-    ]
+    found = []
+    for entry in entries:
+        threads = chosen_threads(RunDirectory(run_path(entry.config)), entry.config) or smallest
+        device = entry.config.machine.device
+        found.append(on_machine(entry, threads, "cpu" if device == "auto" else device))
+    return found
 
 
 def _warn_of_no_node(ray: ModuleType, entry: Entry, needed: Mapping[str, float], progress: Progress) -> None:

@@ -137,7 +137,7 @@ def _refuse_shared_places(entries: Iterable[Entry]) -> None:
                 raise AccullmError(what, entry.where, f"give each a {key} of its own")
 
 
-def with_threads(entry: Entry, threads: int) -> Entry:
-    """The same model, converted with so many threads."""
-    machine = entry.config.machine.model_copy(update={"threads": threads})
+def on_machine(entry: Entry, threads: int, device: str) -> Entry:
+    """The same model, converted with so many threads and on this device."""
+    machine = entry.config.machine.model_copy(update={"threads": threads, "device": device})
     return replace(entry, config=entry.config.model_copy(update={"machine": machine}))

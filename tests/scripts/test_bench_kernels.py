@@ -144,14 +144,14 @@ def test_everything_is_run_in_one_call(tmp_path: Path, monkeypatch: pytest.Monke
         "demo: tests is missing (make demo prepares it), left out",
     ]
     assert [line.split(":")[0] for line in lines[2:]] == [
-        "doctor", "tests", "blocks", "blocks_with_gradients", "machine_code", "rounding", "bench", "bench_bfloat16",
-        "memcheck", "racecheck", "blocks",
+        "doctor", "conversions", "blocks", "tests", "blocks_with_gradients", "machine_code", "rounding", "bench",
+        "bench_bfloat16", "memcheck", "racecheck", "blocks",
     ]  # fmt: skip
     assert lines[2].startswith("doctor: FAILED with 3 in ")
-    assert lines[6].startswith("machine_code: NOT FINISHED in ")
+    assert lines[7].startswith("machine_code: NOT FINISHED in ")
     assert lines[-1] == "blocks: 32 blocks: 9.0 min"
-    assert ran[4][-1] == "90"
-    assert ran[8][:3] == ("/opt/compute-sanitizer", "--tool", "memcheck")
+    assert ran[5][-1] == "90"
+    assert ran[9][:3] == ("/opt/compute-sanitizer", "--tool", "memcheck")
     for command in ran:
         for part in command:
             assert not part.startswith("scripts/") or (ROOT / part).is_file()

@@ -19,7 +19,7 @@ from tests.quant.elsewhere import THERE, as_if_there_were_a_gpu
 
 NAME = "Some GPU"
 # Of its memory, what is free: enough for a tiny model, but in the share that captures get not for all of them.
-FREE, SHARE = 1 << 21, 1 / 32
+FREE, SHARE = 1 << 21, 1 / 16
 
 
 @contextmanager
@@ -49,6 +49,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         patched.setattr(torch.cuda, "is_available", lambda: True)
         patched.setattr(torch.cuda, "device_count", lambda: 1)
         patched.setattr(torch.cuda, "get_device_name", lambda device: NAME)
+        patched.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patched.setattr(torch.cuda, "mem_get_info", lambda device: (FREE, 2 * FREE))
         for name in ("memory_reserved", "memory_allocated"):
             patched.setattr(torch.cuda, name, lambda device: 0)

@@ -104,6 +104,15 @@ def test_a_gpu_is_used_where_it_can_be(
     assert chosen_device(on("cpu")) == chosen_device(on("cuda")) == ""
 
 
+def test_half_of_a_gpus_free_memory_is_room_for_what_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)  # by torch, which uses a third of it
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert Compute(GPU).free_memory() == 1200
+    assert Compute(GPU).room() == 600
+    assert Compute().room() == 0
+
+
 def test_what_products_round_to_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from accullm_cli.config_options import options
 from accullm_cli.stages.graph import conversion, measurements
@@ -57,7 +58,7 @@ DEPENDS: dict[str, tuple[Any, set[str]]] = {
     "search.max_bits_per_weight": (5, set()),
     "search.max_plans": (2, set()),
     "machine.run": ("{tmp}/run", set()),
-    "machine.device": ("cpu", set()),
+    "machine.device": ("cuda", {"calibrate", "quantize", *SEEDED}),
     "machine.threads": (1, set()),  # in keys as what torch uses
     "machine.precision": ("auto", {"calibrate", "quantize"}),
     "machine.seed": (1, {"calibrate", *SEEDED}),
@@ -89,7 +90,10 @@ def changed(before: dict[str, dict[str, str]], after: dict[str, dict[str, str]])
 
 
 @pytest.mark.parametrize("key", [option.key for option in options()])
-def test_an_option_is_in_the_keys_of_what_depends_on_it_and_in_no_other(key: str, llama: Path) -> None:
+def test_an_option_is_in_the_keys_of_what_depends_on_it_and_in_no_other(
+    key: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     value, expected = DEPENDS[key]
     if key == "machine.precision":
         with opened(short_config(llama, llama.with_name("out"), machine__precision="auto")) as job:

@@ -95,6 +95,18 @@ def test_a_capture_keeps_what_was_there_when_it_was_written(tmp_path: Path) -> N
         assert captures.read(0, "transposed").tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
 
 
+def test_captures_lie_on_disk_where_the_device_has_no_room_left(tmp_path: Path) -> None:
+    rows = torch.arange(6.0).view(2, 3)
+    with Captures(tmp_path, CPU, room=rows.nbytes + 1) as captures:
+        captures.write(0, "on the device", rows)
+        captures.write(0, "on disk", rows)
+        rows.zero_()
+        captures._file.truncate(0)
+        assert captures.read(0, "on the device").tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+        with pytest.raises(MachineError, match="ends too early"):
+            captures.read(0, "on disk")
+
+
 def test_captures_leave_no_file_behind(tmp_path: Path) -> None:
     with Captures(tmp_path, CPU) as captures:
         captures.write(0, "a", torch.ones(1000))
