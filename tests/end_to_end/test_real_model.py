@@ -16,7 +16,7 @@ from accullm_cli.measure.result import Report
 from accullm_cli.pipeline import convert
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ["calibration.samples=8", "calibration.seq_len=256", "validation.windows=4", "validation.other_text=none"]
+SETTINGS = ["calibration.samples=16", "calibration.seq_len=256", "validation.windows=4", "validation.other_text=none"]
 
 
 @pytest.fixture(scope="module")
