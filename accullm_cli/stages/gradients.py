@@ -120,7 +120,7 @@ def run_backward(job: Job, decoder: Decoder, stage: str, key: str, last: torch.T
     total = len(decoder.block_names)
     keys = [key_of({"stage": key, "gradient": str(index)}) for index in range(total)]
     if not (is_made_for(gradient_path(job, total - 1), keys[-1]) and is_made_for(_head_path(job), keys[-1])):
-        gradient, of_head = _of_the_loss(decoder, last, job.config.machine.seed)
+        gradient, of_head = _of_the_loss(decoder, last, job, stage)
         write_keyed(_head_path(job), keys[-1], of_head)
         write_keyed(gradient_path(job, total - 1), keys[-1], {"gradient": gradient.to(torch.bfloat16)})
     for index in reversed(range(total)):
@@ -143,7 +143,9 @@ def run_backward(job: Job, decoder: Decoder, stage: str, key: str, last: torch.T
     return (*of_blocks, _head_path(job), _embedding_path(job))
 
 
-def _of_the_loss(decoder: Decoder, hidden: torch.Tensor, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _of_the_loss(
+    decoder: Decoder, hidden: torch.Tensor, job: Job, stage: str
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The gradient with respect to the last block's output, and what it says of the output head."""
     decoder.load_outside()
     head = decoder.model.get_output_embeddings()
@@ -161,13 +163,15 @@ def _of_the_loss(decoder: Decoder, hidden: torch.Tensor, seed: int) -> tuple[tor
                 ((read, given),) = passed
                 # Of the negative log-likelihood with respect to the logits: the probabilities, less 1 at the token.
                 of_logits = torch.softmax(logits[0].detach().float(), -1)
-                drawn = draw_tokens(of_logits, seed, number, first)
+                drawn = draw_tokens(of_logits, job.config.machine.seed, number, first)
                 of_logits[torch.arange(len(drawn), device=drawn.device), drawn] -= 1
                 gradient, of_head = torch.autograd.grad(logits, (inputs, given), of_logits[None].to(logits.dtype))
                 gradients.append(gradient[0].cpu())
                 squares, energy = of_head[0].float().square(), read[0].detach().float().square()
                 rows += energy.sum(1) @ squares
                 columns += squares.sum(1) @ energy
+            label = f"head gradient {number + 1}/{len(hidden)}"
+            job.progress(Event(stage, "step", label, None, number + 1, len(hidden)))
     finally:
         handle.remove()
     decoder.release_outside()

@@ -29,6 +29,7 @@ from accullm_cli.model.checkpoint import Checkpoint
 from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import read_structure
+from accullm_cli.progress import Event
 from accullm_cli.run import file_sha256, key_of, write_text
 from accullm_cli.stages.artifact_weights import ArtifactWeights
 from accullm_cli.stages.device import compute_dtype, describe_device
@@ -148,6 +149,7 @@ def _measure(
             floor = decoder.logits(reference["floor"][window : window + 1])[0]
         _check_head(original, ids[window], reference["negative_log_likelihood"][window], directory)
         divergence.add(original, decoder.logits(hidden[window : window + 1])[0], ids[window], floor)
+        job.progress(Event(decision.stage, "step", f"window {window + 1}/{len(ids)}", None, window + 1, len(ids)))
     found = divergence.finish(described(job, text), job.config.machine.seed)
     arithmetic = found.arithmetic if compute.device.type == "cpu" else f"float32 on {describe_device(compute.device)}"
     return replace(found, arithmetic=arithmetic, text_sha256=windows_of(job, text).sha256), records
