@@ -162,7 +162,9 @@ def _linear_plan(name: str, entry: Mapping[str, Any], dtype: torch.dtype) -> Lin
     numbers = out_features, in_features, entry["bits"], entry["group_size"], entry.get("scale_bits", 16)
     if not all(type(number) is int for number in (*numbers, entry.get("outliers", 0))):
         raise TypeError(f"the numbers that describe {name} are none")
-    if min(out_features, in_features) < 1 or not 1 <= entry["bits"] <= 16 or not isinstance(entry["symmetric"], bool):
+    _, _, bits, group_size, scale_bits = numbers
+    is_whole = min(out_features, in_features) > 0 and (group_size > 0 or group_size == -1)
+    if not is_whole or not {bits, scale_bits} <= {*range(1, 17)} or not isinstance(entry["symmetric"], bool):
         raise ValueError(f"{name} is no linear")
     return LinearPlan(
         name=name,
