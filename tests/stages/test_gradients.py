@@ -171,7 +171,7 @@ def test_a_massive_input_counts_as_little_as_what_it_becomes() -> None:
     """One token has an input a thousand times as large and no gradient: it decides nothing."""
     gradient, rows = torch.ones(4, 3), torch.ones(4, 2)
     gradient[0], rows[0] = 0.0, 1000.0
-    found = gradients._OfLinear(SLOT)
+    found = gradients._OfLinear(SLOT, torch.device("cpu"))
     found.add(rows, gradient)
     assert found.sensitivity.tolist() == [3.0, 3.0]
     weights = found.token_weights()
@@ -180,14 +180,14 @@ def test_a_massive_input_counts_as_little_as_what_it_becomes() -> None:
 
 
 def test_what_the_loss_does_not_depend_on_has_no_weights() -> None:
-    found = gradients._OfLinear(SLOT)
+    found = gradients._OfLinear(SLOT, torch.device("cpu"))
     assert found.token_weights() is None
     found.add(torch.ones(4, 2), torch.zeros(4, 3))
     assert found.token_weights() is None
 
 
 def test_an_expert_has_sensitivities_but_no_weights() -> None:
-    found = gradients._OfLinear(replace(SLOT, kind="expert", expert=0, experts=2))
+    found = gradients._OfLinear(replace(SLOT, kind="expert", expert=0, experts=2), torch.device("cpu"))
     found.add(torch.ones(4, 2), torch.ones(4, 3))
     assert found.sensitivity.tolist() == [4.0, 4.0]
     assert found.token_weights() is None
