@@ -14,6 +14,7 @@ from accullm_cli.kernels.rounding import cuda_loops
 from accullm_cli.kernels.rounding_check import checked_loops
 from accullm_cli.quant.loops import COMPILED, Loops
 from accullm_cli.stages import compute, device
+from accullm_cli.stages.precision import products
 from tests.cuda_emulation import COMPILER, emulate
 from tests.quant.elsewhere import THERE, as_if_there_were_a_gpu
 
@@ -45,6 +46,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             patched.setattr(module, "why_no_kernels", lambda device, dtype: None)
             patched.setattr(module, "checked_loops", loops)
         patched.setattr(compute, "TOKENS_OF_A_GPU", compute.TOKENS_PER_BATCH)
+        patched.setattr(compute, "products", lambda precision, device: products(precision))
         patched.setattr(compute, "SHARE_OF_MEMORY", SHARE)
         patched.setattr(torch.cuda, "is_available", lambda: True)
         patched.setattr(torch.cuda, "device_count", lambda: 1)
