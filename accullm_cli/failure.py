@@ -6,8 +6,11 @@ import errno
 import re
 from pathlib import Path
 
-from accullm_cli.errors import EXIT_FAULT, EXIT_MACHINE, AccullmError, is_out_of_memory
+from accullm_cli.errors import EXIT_FAULT, EXIT_MACHINE, EXIT_USAGE, AccullmError, is_out_of_memory
 from accullm_cli.run import machine_error
+
+# Of a name, as many characters are shown.
+SHOWN = 80
 
 
 def failure_of(error: Exception, verbose: bool = False) -> tuple[str, int]:
@@ -23,6 +26,12 @@ def failure_of(error: Exception, verbose: bool = False) -> tuple[str, int]:
         return AccullmError("out of memory", None, hint).line(), EXIT_MACHINE
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return machine_error(error, Path(error.filename or ".")).line(), EXIT_MACHINE
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename)
+        shown = name if len(name) <= SHOWN else f"{name[:SHOWN]}…"
+        return AccullmError(
+            "no file can have a name that long", one_line(shown), "check its spelling"
+        ).line(), EXIT_USAGE
     fault = one_line(f"{type(error).__name__}: {error}").rstrip(": ")
     hint = "please report it with the traceback above" if verbose else "run with --verbose for the traceback"
     return f"{fault}; this is a fault of accullm; {hint}", EXIT_FAULT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def verify(path: Path) -> Verification:
 def _file_problems(path: Path, manifest: Manifest) -> Iterator[str]:
     for name, entry in manifest.files.items():
         file = path / name
-        if not file.is_file():
+        if not os.path.isfile(file):  # nor is one whose name is too long
             yield f"{name} is missing"
         elif file.stat().st_size != entry.bytes:
             yield f"{name} has {file.stat().st_size} bytes, expected {entry.bytes}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def _entries(path: Path, item: yaml.Node, shared: Mapping[str, Setting], place: 
 
 def _models(model: str, where: str) -> list[str]:
     """The paths that a pattern matches, in order; whatever is no pattern stands for itself."""
-    if not glob.has_magic(model) or Path(model).exists():
+    if not glob.has_magic(model) or os.path.exists(model):
         return [model]
     # Beside models there may be notes and scripts; whether a directory is one is for the source to say.
     found = [path for path in sorted(glob.glob(model)) if Path(path).is_dir() or path.endswith(".gguf")]

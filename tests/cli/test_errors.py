@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from accullm_cli.errors import AccullmError, MachineError
@@ -59,6 +61,11 @@ MEMORY = (
         (MemoryError(), 4, MEMORY),
         (OutOfMemoryError("CUDA out of memory."), 4, MEMORY),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 4, MEMORY),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", 300 * "a"),
+            2,
+            f"{80 * 'a'}…: no file can have a name that long; check its spelling",
+        ),
         (
             KeyError("x"),
             1,

@@ -101,6 +101,16 @@ def test_a_missing_file_is_named_once_with_what_it_prevents(tmp_path: Path) -> N
     )
 
 
+def test_a_file_whose_name_no_file_can_have_is_missing(tmp_path: Path) -> None:
+    directory = export(tmp_path)
+    name = 300 * "a"
+    manifest = directory / "accullm.json"
+    content = json.loads(manifest.read_text())
+    content["files"][name] = content["files"]["README.md"]
+    manifest.write_text(json.dumps(content))
+    assert verify(directory).problems == (f"{name} is missing",)
+
+
 def test_extra_files_but_not_hidden_ones(tmp_path: Path) -> None:
     directory = export(tmp_path)
     (directory / "pytorch_model.bin").write_bytes(b"")

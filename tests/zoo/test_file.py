@@ -101,6 +101,10 @@ def test_presets_come_before_what_all_models_share(tmp_path: Path) -> None:
             "{f}:2: a list is not a mapping of keys; write `plan:` and below it, indented, `bits: VALUE`",
         ),
         (
+            f"models:\n  - {300 * 'a'}/*\n",
+            f"{{f}}:2: model: no directory and no GGUF file matches {300 * 'a'}/*; check its spelling",
+        ),
+        (
             "models:\n  - {d}/none/*\n",
             "{f}:2: model: no directory and no GGUF file matches {d}/none/*; check its spelling",
         ),
