@@ -105,6 +105,12 @@ def headers() -> list[Document]:
     return documents
 
 
+def held_out_runs() -> set[str]:
+    """The line runs of everything that is held out."""
+    unseen = code("held out")
+    return runs_of([*unseen, *prose("held out", unseen)])
+
+
 def runs_of(documents: Iterable[Document]) -> set[str]:
     """The line runs of all these documents."""
     return {run for document in documents for run in line_runs(document.text)}

@@ -26,6 +26,7 @@ from accullm_cli.model.packaged_text import line_runs
 from accullm_cli.model.text import (
     Windows,
     calibration_windows,
+    mixed,
     other_sources,
     other_windows,
     search_windows,
@@ -314,8 +315,9 @@ def test_a_directory_is_refused(tmp_path: Path) -> None:
 # -- other texts -------------------------------------------------------------------------------------------------
 
 
-def test_self_sampled_text_is_not_found_here() -> None:
-    assert refusal("self") == "calibration text self: is text that the model samples; it is found in no file"
+@pytest.mark.parametrize("text", ["self", "self-chat"])
+def test_text_that_the_model_samples_is_not_found_here(text: str) -> None:
+    assert refusal(text) == f"calibration text {text}: is text that the model samples; it is found in no file"
 
 
 def test_a_hub_dataset_needs_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,10 +471,44 @@ def test_every_further_kind_is_seeded_and_no_part_of_calibrations_text() -> None
         assert calibration.isdisjoint(itertools.chain(*map(line_runs, text_of(found, tokenizer))))
 
 
-def documents(kind: str, count: int, template: str | None = None) -> list[str]:
+def test_what_is_held_out_of_a_kind_is_in_no_calibration_text() -> None:
+    """By runs of lines where texts are packaged, and by phrases, tools and sentences where they are made up."""
+    tokenizer = byte_tokenizer()
+    held_out = packaged_text.held_out_runs()
+    chats = calibration_windows("chat", tokenizer, 40, 2048, 0)
+    assert held_out.isdisjoint(itertools.chain(*map(line_runs, text_of(chats, tokenizer))))
+    assert chats.description == "40 windows of 2048 tokens from generated text: chat, as plain turns"
+    pairs = {kind: (documents(kind, 60, part="calibration"), documents(kind, 60)) for kind in KINDS}
+    for seen, unseen in pairs.values():
+        assert set(seen).isdisjoint(unseen)
+    for kind, pattern in (("tools", r'"name": "(\w+)", "arguments"'), ("languages", r"[^\W\d_]{4,}")):
+        seen, unseen = (set(re.findall(pattern, "\n".join(texts))) for texts in pairs[kind])
+        if kind == "tools":
+            assert (len(seen), len(unseen), seen & unseen) == (4, 6, set())
+        else:  # a few words of a language are in any letter
+            assert len(seen & unseen) < 0.1 * len(seen)
+    questions = [set(re.findall(r"^User: (\w+ \w+)", "\n".join(texts), re.MULTILINE)) for texts in pairs["chat"]]
+    assert questions[0].isdisjoint(questions[1])
+
+
+def test_windows_of_several_texts_are_mixed_by_the_seed() -> None:
+    tokenizer = byte_tokenizer()
+    parts = [calibration_windows(text, tokenizer, 20, 64, 0) for text in ("default", "languages")]
+    found = mixed(parts, 0)
+    rows = [tuple(row) for part in parts for row in part.ids.tolist()]
+    assert sorted(rows) == sorted(map(tuple, found.ids.tolist()))
+    assert 4 <= sum(tuple(row) in rows[:20] for row in found.ids[:16].tolist()) <= 12
+    assert found.description == f"{parts[0].description}; {parts[1].description}"
+    assert found.sha256 == hashlib.sha256(np.array(found.ids.tolist(), dtype="<i8").tobytes()).hexdigest()
+    assert torch.equal(mixed(parts, 0).ids, found.ids)
+    assert not torch.equal(mixed(parts, 1).ids, found.ids)
+    assert mixed(parts[:1], 0) is parts[0]
+
+
+def documents(kind: str, count: int, template: str | None = None, part: packaged_text.Part = "held out") -> list[str]:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    return list(itertools.islice(documents_of(kind, tokenizer, 0), count))
+    return list(itertools.islice(documents_of(kind, tokenizer, 0, part), count))
 
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
