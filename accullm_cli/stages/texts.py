@@ -34,7 +34,7 @@ CALIBRATION = "calibration"
 # Calibration's tokens in the run directory: quantize reads them there, and texts that cannot be cut again at will.
 TOKENS = "tokens.safetensors"
 # What text that a model writes depends on of this program.
-WRITTEN = {"version:sampled text": str(SAMPLED_VERSION)}
+WRITTEN = {"input:sampled text": str(SAMPLED_VERSION)}
 
 
 @dataclass(frozen=True)
