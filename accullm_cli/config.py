@@ -81,10 +81,13 @@ class Calibration(Section):
     text: str = option(
         "default",
         "Calibration text: 'default' (prose, code and generated documents that need no download), 'self' (text that "
-        "the model samples), a file, or a dataset on the hub as 'hub:NAME[:COLUMN]'. A file is UTF-8: plain text, or "
-        "JSON Lines with messages (through the model's chat template), text, or prompt and completion.",
+        "the model samples), 'self-chat' (chats that it samples through its template), 'chat', 'tools', 'languages', "
+        "'documents' (as in --other-text, but none that is held out there), a file, or a dataset on the hub as "
+        "'hub:NAME[:COLUMN]'. Several by commas share the windows; 'default,self-chat=25%' gives one a quarter. "
+        "A file is UTF-8: plain text, or JSON Lines with messages (through the model's chat template), text, or prompt "
+        "and completion.",
         flag="--calibration",
-        example="corpus.txt",
+        example="default,self-chat=25%",
     )
     samples: int = option(128, "Number of calibration windows.", ge=1)
     seq_len: int = option(512, "Tokens in a window, for calibration and validation.", ge=16)

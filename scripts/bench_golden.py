@@ -12,7 +12,6 @@ bench_peers.py): same original, same calibration tokens, same items. At equal bi
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shlex
 import subprocess
@@ -21,15 +20,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import bench_peers
 from matplotlib.figure import Figure
 from pydantic import TypeAdapter
 
 from accullm_cli.config import Config
 from accullm_cli.config_file import load_config
 from accullm_cli.errors import AccullmError
+from accullm_cli.measure.statistics import mcnemar
 from accullm_cli.model.source import open_source
 from accullm_cli.model.structure import read_structure
 from accullm_cli.progress import silent
@@ -61,6 +61,11 @@ ROWS = (
     *(Row(f"average-{bits}", f"average of {bits} bits", ("--bits", str(bits))) for bits in (4.1, 4.4, 5.0, 6.0)),
     Row("eight", "8 bits", ("--bits", "8", "--outliers", "0")),
 )
+
+
+OURS = {row.name for row in ROWS}
+# Rows of bench_peers.py.
+PEER_ROWS = ["auto-round", "llm-compressor", "gptqmodel", "hqq"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="*", choices=names, default=names, help="rows to measure")
     parser.add_argument("--append", action="store_true", help="keep the other rows of an earlier call")
     parser.add_argument("--peer", metavar="TOOL=PYTHON", action="append", default=[], help="as for bench_peers.py")
-    parser.add_argument("--peer-rows", nargs="+", default=["auto-round", "gptqmodel", "hqq"], help="its rows")
+    parser.add_argument("--peer-rows", nargs="+", default=PEER_ROWS, help="its rows")
     options, options.passed_on = parser.parse_known_args(arguments)
     options.out = options.out or Path("work/bench") / f"golden-{options.model.name}"
     return options
@@ -195,26 +200,22 @@ def of_peers(options: argparse.Namespace) -> Iterator[Result]:
     """A result for each tool that is installed; its weights are made where they are not there yet."""
     if not options.peer:
         return
-    peers = sibling("bench_peers")
-    chosen = peers.parse([
+    chosen = bench_peers.parse([
         "--model", str(options.model), "--run", str(run_of(options)), "--out", f"{options.out}-peers",
         "--rows", *options.peer_rows, *(word for peer in options.peer for word in ("--peer", peer)),
     ])  # fmt: skip
-    reference = peers.Reference.open(chosen.model, chosen.run)
-    for peer in (peer for peer in peers.PEERS if peer.name in chosen.rows):
-        if (reason := peers.missing(peer, chosen.peer)) is not None:
-            print(f"{peer.name} is left out: {reason}", file=sys.stderr)
-            continue
-        print(f"== {peer.label}", file=sys.stderr, flush=True)
-        told = peers.measure(peer, chosen, reference)
-        weights = chosen.out.with_name(f"{chosen.out.name}-weights") / f"{peer.name}-{peer.group_size}"
-        row = Row(peer.name, f"{peer.label}, groups of {peer.group_size}")
+    reference = bench_peers.Reference.open(chosen.model, chosen.run)
+    for peer, group_size in bench_peers.installed(chosen, reference):
+        label = f"{peer.label}, groups of {group_size}"
+        print(f"== {label}", file=sys.stderr, flush=True)
+        told = bench_peers.measure(peer, group_size, chosen, reference)
+        made, _ = bench_peers.quantized(peer, group_size, chosen, reference)
         with job_of(options) as job:
-            tasks = tasks_of_weights(job, peers, weights / "weights.safetensors", peer.name)
-        yield result_of(row, told.bits_per_weight, tasks, told.mean_kl.value, told.command)
+            tasks = tasks_of_weights(job, made / "weights.safetensors", peer.name)
+        yield result_of(Row(peer.name, label), told.bits_per_weight, tasks, told.mean_kl.value, told.command)
 
 
-def tasks_of_weights(job: Job, peers: ModuleType, weights: Path, name: str) -> dict[str, Any]:
+def tasks_of_weights(job: Job, weights: Path, name: str) -> dict[str, Any]:
     """What the measure of tasks finds of the original with another tool's linears, as JSON."""
     from safetensors.torch import load_file
 
@@ -225,7 +226,7 @@ def tasks_of_weights(job: Job, peers: ModuleType, weights: Path, name: str) -> d
     model = build_skeleton(job.source.directory, job.source.untied)
     structure = read_structure(model)
     tensors = load_file(weights)
-    decoder = Decoder(model, peers.PeerWeights(job.source, model, structure, tensors), structure)
+    decoder = Decoder(model, bench_peers.PeerWeights(job.source, model, structure, tensors), structure)
     key = key_of({**task_inputs(job, JUDGED), "weights": str(weights), "bytes": str(weights.stat().st_mtime_ns)})
     answer_items(job, f"tasks of {name}", key, JUDGED, name, decoder)
     found = retention_of(job, name, JUDGED)
@@ -244,17 +245,6 @@ def job_of(options: argparse.Namespace) -> Iterator[Job]:
         questions_of(job, JUDGED)
         load_answers(job, JUDGED, None)
         yield job
-
-
-def sibling(name: str) -> ModuleType:
-    """A script beside this one, as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 # -- tables ----------------------------------------------------------------------------------------------------
@@ -284,6 +274,8 @@ def write(options: argparse.Namespace, results: Sequence[Result]) -> None:
 def render(results: Sequence[Result], options: argparse.Namespace) -> str:
     """Markdown: all together, task by task, and the commands."""
     parts = [f"## {options.model.name}: right answers kept\n", *whole_table(results), "", *task_table(results), ""]
+    if paired := list(paired_table(results)):
+        parts += [*paired, ""]
     parts += ["```", *(shlex.join(result.command) for result in results), "```"]
     return "\n".join(parts)
 
@@ -311,6 +303,24 @@ def task_table(results: Sequence[Result]) -> Iterator[str]:
         yield f"| {result.label} | {' | '.join('' if cell is None else f'{cell[1]} + {cell[2]}' for cell in cells)} |"
 
 
+def paired_table(results: Sequence[Result]) -> Iterator[str]:
+    """Each other tool beside the one of our rows that is nearest in bits, on the same answers of the original's."""
+    ours = [result for result in results if result.name in OURS]
+    others = [result for result in results if result.name not in OURS]
+    if not ours or not others:
+        return
+    yield "| other tool | bits/weight | ours | bits/weight | lost there alone | lost by ours alone | McNemar's p |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for other in others:
+        own = min(ours, key=lambda result: abs(result.bits_per_weight - other.bits_per_weight))
+        there = sum(kept > also for kept, also in zip(own.kept, other.kept, strict=True))
+        here = sum(kept < also for kept, also in zip(own.kept, other.kept, strict=True))
+        yield (
+            f"| {other.label} | {other.bits_per_weight:.3f} | {own.label} | {own.bits_per_weight:.3f} | "
+            f"{there} | {here} | {mcnemar(there, here):.2g} |"
+        )
+
+
 def interval(bounds: Sequence[float] | None, form: str) -> str:
     if bounds is None:
         return ""
@@ -320,7 +330,6 @@ def interval(bounds: Sequence[float] | None, form: str) -> str:
 
 def plot(results: Sequence[Result]) -> str:
     """Retention by bits per weight, with its intervals."""
-    ours = {row.name for row in ROWS}
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -328,7 +337,7 @@ def plot(results: Sequence[Result]) -> str:
             if result.retention is None:
                 continue
             value, low, high = (100 * bound for bound in result.retention)
-            colour = BLUE if result.name in ours else ORANGE
+            colour = BLUE if result.name in OURS else ORANGE
             axes.errorbar(result.bits_per_weight, value, [[value - low], [high - value]], fmt="o", color=colour)
             axes.annotate(f"  {result.label}", (result.bits_per_weight, value), fontsize=6, va="center")
         axes.set_xlabel("bits per weight")

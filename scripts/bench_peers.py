@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,13 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.model = model_directory(options.model)
         reference = Reference.open(options.model, options.run)
-        shared = shared_features(reference.source)
-        coarse = coarse_group_size(shared)
-        for peer in (peer for peer in PEERS if peer.name in options.rows):
-            group_size = coarse if peer.group_size == COARSE else peer.group_size
-            if (reason := missing(peer, options.peer) or unfit(peer, group_size, shared)) is not None:
-                print(f"{peer.name} is left out: {reason}", file=sys.stderr)
-                continue
+        for peer, group_size in installed(options, reference):
             print(f"== {peer.label_with(group_size)}", file=sys.stderr, flush=True)
             results.append(measure(peer, group_size, options, reference))
             write_results(options.out, results)
@@ -184,6 +178,18 @@ def named_python(text: str, what: str, names: Container[str]) -> tuple[str, str]
     if not equals or name not in names:
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}=PYTHON")
     return name, python
+
+
+def installed(options: argparse.Namespace, reference: Reference) -> Iterator[tuple[Peer, int]]:
+    """The rows that were asked for and can be run, each with its group size; a line on stderr for each other one."""
+    shared = shared_features(reference.source)
+    coarse = coarse_group_size(shared)
+    for peer in (peer for peer in PEERS if peer.name in options.rows):
+        group_size = coarse if peer.group_size == COARSE else peer.group_size
+        if (reason := missing(peer, options.peer) or unfit(peer, group_size, shared)) is not None:
+            print(f"{peer.name} is left out: {reason}", file=sys.stderr)
+            continue
+        yield peer, group_size
 
 
 def missing(peer: Peer, interpreters: Mapping[str, str]) -> str | None:

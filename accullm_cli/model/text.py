@@ -8,7 +8,7 @@ import inspect
 import itertools
 import platform
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.model import packaged_text
 from accullm_cli.model.generated_text import generated_document
 from accullm_cli.model.json_lines import JsonLines, parse_json_lines
+from accullm_cli.model.mixture import SAMPLED, apportion
 from accullm_cli.model.other_text import KINDS, documents_of
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def calibration_windows(
     document, and in programs that do not add it.
 
     Args:
-        text: "default", a UTF-8 file (plain text or JSON Lines), or "hub:NAME[:COLUMN]". ("self" is the model's to
-            write, not found here.)
+        text: "default", one of `other_text.KINDS`, a UTF-8 file (plain text or JSON Lines), or "hub:NAME[:COLUMN]".
+            (What the model writes, `mixture.SAMPLED`, is not found here.)
 
     Raises:
         AccullmError: no such file, not UTF-8, too short for one window; the dataset cannot be had.
@@ -76,10 +77,25 @@ def calibration_windows(
     return _wrap((windows, origin), samples)
 
 
+def mixed(parts: Sequence[Windows], seed: int) -> Windows:
+    """The windows of several texts among each other, so that the first ones, which are measured, have some of all."""
+    if len(parts) == 1:
+        return parts[0]
+    windows = [window for part in parts for window in part.ids]
+    random.Random(f"mixture {seed}").shuffle(windows)
+    ids = torch.stack(windows)
+    return Windows(ids, "; ".join(part.description for part in parts), ids_sha256(ids))
+
+
+def ids_sha256(ids: torch.Tensor) -> str:
+    """Of token ids as little-endian int64."""
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+
 def _for_calibration(cutter: _Cutter, text: str, samples: int, seed: int) -> _Found:
     rng = random.Random(f"calibration {seed}")
-    if text == "self":
-        raise AccullmError("is text that the model samples; it is found in no file", "calibration text self")
+    if text in SAMPLED:
+        raise AccullmError("is text that the model samples; it is found in no file", f"calibration text {text}")
     if text == "default":
         code, held_out = packaged_text.code("calibration"), packaged_text.held_out_runs()
         documents = {
@@ -92,6 +108,8 @@ def _for_calibration(cutter: _Cutter, text: str, samples: int, seed: int) -> _Fo
         }
         streams["generated"] = (generated_document(f"calibration {seed} {number}") for number in itertools.count())
         return _mixture(cutter, streams, _CALIBRATION_SHARES, samples, rng, "for calibration")
+    if text in KINDS:
+        return _of_kind(cutter, text, samples, seed, "calibration")
     if text.startswith("hub:"):
         rows = _read_hub(text, samples * cutter.seq_len * _CHARACTERS_PER_TOKEN * 2, seed)
         return cutter.cut(rows, samples), text
@@ -158,8 +176,7 @@ def other_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, s
         pieces = packaged_text.pieces(packaged_text.headers(), cutter.piece, rng)
         found = cutter.cut(pieces, windows), f"C++ headers of torch {importlib.metadata.version('torch')}"
     elif text in KINDS:
-        turns = ", as plain turns" if text in ("chat", "tools") and tokenizer.chat_template is None else ""
-        found = cutter.cut(documents_of(text, tokenizer, seed), windows), f"generated text: {text}{turns}"
+        found = _of_kind(cutter, text, windows, seed, "held out")
     else:
         found = next(_from_file(cutter, text, windows, rng))
     if len(found[0]) < 2:
@@ -169,6 +186,13 @@ def other_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, s
             "give more text, or --other-text none",
         )
     return _wrap(found, windows)
+
+
+def _of_kind(cutter: _Cutter, kind: str, windows: int, seed: int, part: packaged_text.Part) -> _Found:
+    """Windows of one of `other_text.KINDS`."""
+    turns = ", as plain turns" if kind in ("chat", "tools") and cutter.tokenizer.chat_template is None else ""
+    documents = documents_of(kind, cutter.tokenizer, seed, part)
+    return cutter.cut(documents, windows), f"generated text: {kind}{turns}"
 
 
 def _held_out(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, seed: int) -> Iterator[_Found]:
@@ -193,7 +217,7 @@ def check_text(text: str) -> None:
     Raises:
         AccullmError: no such file, not UTF-8, JSON other than the JSON Lines that are understood.
     """
-    if text not in ("default", "self", *KINDS) and not text.startswith("hub:"):
+    if text not in ("default", *SAMPLED, *KINDS) and not text.startswith("hub:"):
         path = Path(text).expanduser()
         parse_json_lines(_read_file(path), path)
 
@@ -270,7 +294,7 @@ def _mixture(
     purpose: str,
 ) -> _Found:
     """Windows from several streams by their shares; a stream that ends early is made up for by the next ones."""
-    wanted = _apportion(shares, count)
+    wanted = apportion(shares, count)
     found = {kind: cutter.cut(stream, wanted[kind]) for kind, stream in streams.items()}
     for kind in ("code", "prose", "generated"):
         lacking = count - sum(map(len, found.values()))
@@ -280,15 +304,6 @@ def _mixture(
     rng.shuffle(windows)
     parts = ", ".join(f"{len(found[kind])} {kind}" for kind in found if found[kind])
     return windows, f"packaged text {purpose} from Python {platform.python_version()}: {parts}"
-
-
-def _apportion(shares: Mapping[str, float], count: int) -> dict[str, int]:
-    """Whole numbers in proportion to the shares that add up to `count` (largest remainders)."""
-    whole = {kind: int(share * count) for kind, share in shares.items()}
-    by_remainder = sorted(shares, key=lambda kind: whole[kind] - shares[kind] * count)
-    for kind in by_remainder[: count - sum(whole.values())]:
-        whole[kind] += 1
-    return whole
 
 
 def _from_file(cutter: _Cutter, name: str, count: int, rng: random.Random) -> Iterator[_Found]:
@@ -415,5 +430,4 @@ def _wrap(found: _Found, asked: int) -> Windows:
     size = f"{len(windows)} windows of {ids.shape[1]} tokens"
     if len(windows) < asked:
         size += f" (of {asked} asked for: there is no more text)"
-    content = ids.numpy().astype("<i8").tobytes()
-    return Windows(ids, f"{size} from {origin}", hashlib.sha256(content).hexdigest())
+    return Windows(ids, f"{size} from {origin}", ids_sha256(ids))

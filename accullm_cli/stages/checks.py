@@ -10,6 +10,7 @@ from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.shards import read_json
 from accullm_cli.measure.contract import check_needed, parse_requirement, search_demands
 from accullm_cli.model.blocks import Decoder
+from accullm_cli.model.mixture import window_counts
 from accullm_cli.model.text import check_text, other_sources
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.run import RunDirectory
@@ -52,7 +53,8 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
         if not config.gradient_samples:
             what = "a plan needs gradients, which tell how much each linear matters"
             raise AccullmError(what, flag, "leave out --gradient-samples, or give more than 0")
-    for text in (config.calibration.text, config.validation.text, *other_sources(config.validation.other_text)):
+    calibration = window_counts(config.calibration.text, config.calibration.samples)
+    for text in (*calibration, config.validation.text, *other_sources(config.validation.other_text)):
         check_text(text)
     run.check()
     stages = run.stages().keys() - {READING.name}  # with which both begin

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from accullm_cli.model.mixture import SAMPLED, SAMPLED_VERSION, window_counts
 from accullm_cli.model.other_text import KINDS
 from accullm_cli.model.text import (
     Windows,
     calibration_windows,
+    mixed,
     other_sources,
     other_windows,
     search_windows,
@@ -29,9 +32,10 @@ from accullm_cli.stages.job import Job, section_inputs
 from accullm_cli.stages.keyed import facts_of, is_made_for, write_keyed
 
 CALIBRATION = "calibration"
-SAMPLED = "self"
 # Calibration's tokens in the run directory: quantize reads them there, and texts that cannot be cut again at will.
 TOKENS = "tokens.safetensors"
+# What text that a model writes depends on of this program.
+WRITTEN = {"input:sampled text": str(SAMPLED_VERSION)}
 
 
 @dataclass(frozen=True)
@@ -111,25 +115,50 @@ def calibration_of(job: Job) -> Windows:
     A data set on the hub may change, and a model takes long to write: both are kept for as long as the same is asked.
     """
     if CALIBRATION not in job.windows:
-        options, seed = job.config.calibration, job.config.machine.seed
         if (kept := _kept(job)) is not None:
             job.windows[CALIBRATION] = kept
-        elif options.text == SAMPLED:
-            from accullm_cli.model.self_text import sampled_windows
-
-            job.windows[CALIBRATION] = sampled_windows(
-                job.source, job.tokenizer, options.samples, options.seq_len, seed, job.progress
-            )
         else:
-            windows = calibration_windows(options.text, job.tokenizer, options.samples, options.seq_len, seed)
-            check_ids(windows.ids, job.tokenizer, job.source.directory)
-            job.windows[CALIBRATION] = windows
+            parts = [_part(job, source, count) for source, count in _counts(job).items()]
+            job.windows[CALIBRATION] = mixed(parts, job.config.machine.seed)
     return job.windows[CALIBRATION]
+
+
+def _counts(job: Job) -> dict[str, int]:
+    """How many calibration windows are of which source."""
+    return window_counts(job.config.calibration.text, job.config.calibration.samples)
+
+
+def _part(job: Job, source: str, count: int) -> Windows:
+    """Calibration's windows of one source, made once for a job."""
+
+    def make() -> Windows:
+        seq_len, seed = job.config.calibration.seq_len, job.config.machine.seed
+        if source not in SAMPLED:
+            windows = calibration_windows(source, job.tokenizer, count, seq_len, seed)
+            check_ids(windows.ids, job.tokenizer, job.source.directory)
+            return windows
+        from accullm_cli.model.self_text import sampled_windows
+
+        keep = partial(_kept_batch, job, source)
+        return sampled_windows(job.source, job.tokenizer, source, count, seq_len, seed, keep, job.progress)
+
+    return job.kept(f"{CALIBRATION} {source}", make)
+
+
+def _kept_batch(job: Job, source: str, number: int, count: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Windows that the model writes, batch by batch in the run directory, so that what is written is not lost."""
+    path = job.run.file(f"calibrate/{source}-{number:05d}.safetensors")
+    options = job.config.calibration
+    shape = {"windows": f"{count} x {options.seq_len}", "seed": str(job.config.machine.seed)}
+    key = key_of({**shape, **WRITTEN, **machine_inputs(), "source:sha256": job.source.sha256})
+    if _is_forced(job) or not is_made_for(path, key):
+        write_keyed(path, key, {"ids": make()})
+    return load_file(path)["ids"]
 
 
 def calibration_inputs(job: Job) -> dict[str, str]:
     """What calibrate depends on of its text."""
-    if job.config.calibration.text == SAMPLED:
+    if any(source in SAMPLED for source in _counts(job)):
         return _asked_for(job)
     return {"input:calibration tokens": _fingerprint(calibration_of(job))}
 
@@ -147,8 +176,17 @@ def check_texts(job: Job, calibrates: bool) -> None:
     """
     for text in texts_of(job):
         windows_of(job, text)
-    if calibrates and job.config.calibration.text != SAMPLED:
+    counts = _counts(job)
+    if calibrates and not any(source in SAMPLED for source in counts):
         calibration_of(job)
+    elif calibrates and _kept(job) is None:
+        for source, count in counts.items():
+            if source not in SAMPLED:
+                _part(job, source, count)
+            elif source == "self-chat":
+                from accullm_cli.model.self_text import chat_turns
+
+                chat_turns(job.tokenizer)
 
 
 def write_calibration(job: Job, windows: Windows) -> Path:
@@ -165,15 +203,36 @@ def load_calibration(job: Job) -> torch.Tensor:
 
 
 def _asked_for(job: Job) -> dict[str, str]:
+    """What is asked for; of what is cut here, its tokens."""
+    counts = _counts(job)
     seed = {"config:machine.seed": str(job.config.machine.seed)}
-    return seed | section_inputs("calibration", job.config.calibration, "text", "samples", "seq_len")
+    written = WRITTEN if any(source in SAMPLED for source in counts) else {}
+    cut = {
+        f"input:{source} tokens": _fingerprint(_part(job, source, count))
+        for source, count in counts.items()
+        if not _is_kept(source)
+    }
+    return {
+        **seed,
+        **written,
+        **cut,
+        **section_inputs("calibration", job.config.calibration, "text", "samples", "seq_len"),
+    }
+
+
+def _is_kept(source: str) -> bool:
+    """Whether it is got anew only where something else is asked for."""
+    return source in SAMPLED or source.startswith("hub:")
+
+
+def _is_forced(job: Job) -> bool:
+    return job.fresh and job.only in (None, "calibrate")
 
 
 def _kept(job: Job) -> Windows | None:
     """The calibration windows in the run directory, if they can be got from there alone and are what is asked for."""
-    path, text = job.run.file(TOKENS), job.config.calibration.text
-    is_forced = job.fresh and job.only in (None, "calibrate")
-    if is_forced or not (text == SAMPLED or text.startswith("hub:")) or not is_made_for(path, _calibration_key(job)):
+    path = job.run.file(TOKENS)
+    if _is_forced(job) or not any(map(_is_kept, _counts(job))) or not is_made_for(path, _calibration_key(job)):
         return None
     facts = facts_of(path)
     return Windows(load_file(path)[CALIBRATION], facts["text"], facts["sha256"])

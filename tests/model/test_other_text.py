@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model import packaged_text
 from accullm_cli.model.other_text import KINDS, documents_of
 from accullm_cli.model.packaged_text import line_runs
 from accullm_cli.model.text import calibration_windows, other_sources, other_windows
@@ -42,10 +43,30 @@ def test_every_further_kind_is_seeded_and_no_part_of_calibrations_text() -> None
         assert calibration.isdisjoint(itertools.chain(*map(line_runs, text_of(found, tokenizer))))
 
 
-def documents(kind: str, count: int, template: str | None = None) -> list[str]:
+def test_what_is_held_out_of_a_kind_is_in_no_calibration_text() -> None:
+    """By runs of lines where texts are packaged, and by phrases, tools and sentences where they are made up."""
+    tokenizer = byte_tokenizer()
+    held_out = packaged_text.held_out_runs()
+    chats = calibration_windows("chat", tokenizer, 40, 2048, 0)
+    assert held_out.isdisjoint(itertools.chain(*map(line_runs, text_of(chats, tokenizer))))
+    assert chats.description == "40 windows of 2048 tokens from generated text: chat, as plain turns"
+    pairs = {kind: (documents(kind, 60, part="calibration"), documents(kind, 60)) for kind in KINDS}
+    for seen, unseen in pairs.values():
+        assert set(seen).isdisjoint(unseen)
+    for kind, pattern in (("tools", r'"name": "(\w+)", "arguments"'), ("languages", r"[^\W\d_]{4,}")):
+        seen, unseen = (set(re.findall(pattern, "\n".join(texts))) for texts in pairs[kind])
+        if kind == "tools":
+            assert (len(seen), len(unseen), seen & unseen) == (4, 6, set())
+        else:  # a few words of a language are in any letter
+            assert len(seen & unseen) < 0.1 * len(seen)
+    questions = [set(re.findall(r"^User: (\w+ \w+)", "\n".join(texts), re.MULTILINE)) for texts in pairs["chat"]]
+    assert questions[0].isdisjoint(questions[1])
+
+
+def documents(kind: str, count: int, template: str | None = None, part: packaged_text.Part = "held out") -> list[str]:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    return list(itertools.islice(documents_of(kind, tokenizer, 0), count))
+    return list(itertools.islice(documents_of(kind, tokenizer, 0, part), count))
 
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.model import self_text
-from accullm_cli.model.self_text import _Sampler, needed_memory, sampled_windows
+from accullm_cli.model.self_text import _Sampler, chat_turns, needed_memory, sampled_windows
 from accullm_cli.model.source import ModelSource, open_source
 from accullm_cli.progress import Event
 from tests.model.test_text import BOS, EOS, byte_tokenizer
@@ -43,7 +45,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 
 
 def write(source: ModelSource, seed: int = 0, bos: bool = False, samples: int = SAMPLES) -> torch.Tensor:
-    return sampled_windows(source, byte_tokenizer(bos), samples, SEQ_LEN, seed).ids
+    return sampled_windows(source, byte_tokenizer(bos), "self", samples, SEQ_LEN, seed).ids
 
 
 class Says:
@@ -69,7 +71,7 @@ def sampler(logits: torch.Tensor, bos: bool = False) -> _Sampler:
 
 
 def test_gives_the_windows_asked_for(source: ModelSource) -> None:
-    found = sampled_windows(source, byte_tokenizer(), SAMPLES, SEQ_LEN, 3)
+    found = sampled_windows(source, byte_tokenizer(), "self", SAMPLES, SEQ_LEN, 3)
     assert (found.ids.shape, found.ids.dtype) == ((SAMPLES, SEQ_LEN), torch.int64)
     assert found.sha256 == hashlib.sha256(np.asarray(found.ids.tolist(), dtype="<i8").tobytes()).hexdigest()
     assert found.description == ("6 windows of 40 tokens that the model wrote (temperature 1, top-p 0.95, seed 3)")
@@ -160,12 +162,102 @@ def test_every_end_that_the_generation_config_names_counts() -> None:
 def test_batches_are_reported_and_make_up_the_number(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_text, "WINDOWS_PER_BATCH", 4)
     events: list[Event] = []
-    found = sampled_windows(source, byte_tokenizer(), SAMPLES, SEQ_LEN, 0, events.append)
+    found = sampled_windows(source, byte_tokenizer(), "self", SAMPLES, SEQ_LEN, 0, progress=events.append)
     assert len({tuple(row) for row in found.ids.tolist()}) == SAMPLES
     assert [(event.stage, event.label, event.done, event.total) for event in events] == [
         ("calibrate", "text 4/6", 4, 6),
         ("calibrate", "text 6/6", 6, 6),
     ]
+
+
+def test_a_batch_that_is_kept_is_not_written_again(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches depend on their number, and neither on one another nor on how many there are."""
+    monkeypatch.setattr(self_text, "WINDOWS_PER_BATCH", 4)
+    kept: dict[int, torch.Tensor] = {}
+    made: list[tuple[int, int]] = []
+
+    def keep(number: int, count: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if number not in kept:
+            made.append((number, count))
+            kept[number] = make()
+        return kept[number]
+
+    whole = sampled_windows(source, byte_tokenizer(), "self", 6, SEQ_LEN, 0, keep).ids
+    assert made == [(0, 4), (1, 2)]
+    del kept[0]
+    assert sampled_windows(source, byte_tokenizer(), "self", 6, SEQ_LEN, 0, keep).ids.tolist() == whole.tolist()
+    assert made == [(0, 4), (1, 2), (0, 4)]
+    # Nothing is left to write: the model is not read.
+    monkeypatch.setattr(self_text, "_load", lambda source: pytest.fail("the model was read"))
+    assert sampled_windows(source, byte_tokenizer(), "self", 6, SEQ_LEN, 0, keep).ids.tolist() == whole.tolist()
+
+
+# -- chats -------------------------------------------------------------------------------------------------------
+
+TEMPLATE = "{{ '^' }}{% for m in messages %}<{{ m.role[0] }}:{{ m.content }}>{% endfor %}"
+
+
+def chatting(bos: bool = False, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer(bos)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_the_template_says_what_stands_around_turns() -> None:
+    tokenizer = chatting()
+    found = chat_turns(tokenizer)
+    around = (found.opening, found.behind_question, found.behind_answer)
+    assert list(map(tokenizer.decode, around)) == ["^<u:", "><a:", "><u:"]
+    assert chat_turns(chatting(bos=True)).opening == (BOS, *found.opening)
+
+
+def says(ends: float) -> list[str]:
+    """Windows of 100 tokens by a model that says "w", or ends with this probability."""
+    tokenizer = chatting()
+    (letter,) = tokenizer("w")["input_ids"]
+    logits = torch.full((264,), -50.0)
+    logits[[letter, EOS]] = torch.tensor([1 - ends, ends]).log().clamp(min=-50)
+    generator = torch.Generator().manual_seed(0)
+    chatter = _Sampler(Says(logits), tokenizer, generator, chat_turns(tokenizer))  # type: ignore[arg-type]
+    return [tokenizer.decode(row) for row in chatter.windows(4, 100)]
+
+
+def test_both_sides_of_a_chat_are_the_models_and_end_as_the_template_ends_them() -> None:
+    windows = says(ends=0.2)
+    for window in windows:
+        turns = re.findall(r"<([ua]):(w*)", window)
+        assert [role for role, _ in turns] == ["u", "a", *["u", "a"] * len(turns)][: len(turns)]
+        assert window.startswith("^" + "".join(f"<{role}:{text}>" for role, text in turns[:-1]))
+    assert sum(window.count("><a:") for window in windows) > 10
+    assert max(len(text) for window in windows for text in re.findall("<a:(w*)", window)) > 5
+
+
+def test_a_question_without_an_end_is_cut_off_so_that_answers_come_into_the_window() -> None:
+    assert says(ends=0.0) == ["^<u:" + "w" * 25 + "><a:" + "w" * 67] * 4
+
+
+def test_chats_come_from_the_whole_model(source: ModelSource) -> None:
+    found = sampled_windows(source, chatting(), "self-chat", 3, SEQ_LEN, 0)
+    assert found.ids[:, :4].tolist() == [[*chat_turns(chatting()).opening]] * 3
+    assert found.description == (
+        "3 windows of 40 tokens of chats that the model wrote (temperature 1, top-p 0.95, seed 0)"
+    )
+    bos = sampled_windows(source, chatting(bos=True), "self-chat", 3, SEQ_LEN, 0).ids
+    assert (bos == BOS).nonzero().tolist() == [[0, 0], [2, 0]]
+    assert bos.shape == (3, SEQ_LEN)
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        (None, "the model's tokenizer has no chat template"),
+        ("{{ messages[-1].content }}", "the model's chat template does not give turns as they are"),
+    ],
+)
+def test_a_model_that_cannot_chat_is_told_so(template: str | None, problem: str) -> None:
+    with pytest.raises(AccullmError) as caught:
+        chat_turns(chatting(template=template))
+    assert caught.value.line() == f"calibration text self-chat: {problem}; use self, or give a file"
 
 
 # -- refusals ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.model.text import Windows, calibration_windows, search_windows, validation_windows
+from accullm_cli.model.text import Windows, calibration_windows, mixed, search_windows, validation_windows
 from tests.model.texts import BOS, EOS, byte_tokenizer, refusal, text_of
 
 # -- the packaged texts ------------------------------------------------------------------------------------------
@@ -155,8 +155,9 @@ def test_a_directory_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path}: cannot be read (Is a directory)"
 
 
-def test_self_sampled_text_is_not_found_here() -> None:
-    assert refusal("self") == "calibration text self: is text that the model samples; it is found in no file"
+@pytest.mark.parametrize("text", ["self", "self-chat"])
+def test_text_that_the_model_samples_is_not_found_here(text: str) -> None:
+    assert refusal(text) == f"calibration text {text}: is text that the model samples; it is found in no file"
 
 
 # -- windows to search on ----------------------------------------------------------------------------------------
@@ -202,3 +203,17 @@ def test_a_text_with_too_little_left_to_search_on_is_refused(tmp_path: Path) -> 
         f"validation text {file}: has 1 windows left to search on, beside the 6 that the contract is judged on; "
         "give more text, or fewer --validation-windows"
     )
+
+
+def test_windows_of_several_texts_are_mixed_by_the_seed() -> None:
+    tokenizer = byte_tokenizer()
+    parts = [calibration_windows(text, tokenizer, 20, 64, 0) for text in ("default", "languages")]
+    found = mixed(parts, 0)
+    rows = [tuple(row) for part in parts for row in part.ids.tolist()]
+    assert sorted(rows) == sorted(map(tuple, found.ids.tolist()))
+    assert 4 <= sum(tuple(row) in rows[:20] for row in found.ids[:16].tolist()) <= 12
+    assert found.description == f"{parts[0].description}; {parts[1].description}"
+    assert found.sha256 == hashlib.sha256(np.array(found.ids.tolist(), dtype="<i8").tobytes()).hexdigest()
+    assert torch.equal(mixed(parts, 0).ids, found.ids)
+    assert not torch.equal(mixed(parts, 1).ids, found.ids)
+    assert mixed(parts[:1], 0) is parts[0]

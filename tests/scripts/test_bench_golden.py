@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from safetensors.torch import save_file
 
 from accullm_cli.config_file import load_config
 from tests.scripts.loading import load_script
+from tests.scripts.test_bench_peers import FAKE_RUNNER
 from tests.stages.copying import make_copier, write_items
 from tests.streaming import reference_model
 
 script = load_script("bench_golden")
-peers = load_script("bench_peers")
 
 
 def options(tmp_path: Path, *arguments: str) -> Any:
@@ -69,7 +70,18 @@ def test_where_too_few_are_right_no_share_is_given() -> None:
     assert "| too few (20 right) | 2 of 20 |" in list(script.whole_table([result("a", 4.0, retention=None)]))[2]
 
 
-def test_rows_and_other_tools_on_a_real_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_tools_are_held_against_our_row_of_nearly_the_same_bits() -> None:
+    kept = {"default": (1, 1, 0, 1, 1, 1), "average-5.0": (1, 1, 1, 1, 1, 1), "tool": (1, 0, 1, 0, 0, 0)}
+    bits = {"default": 4.25, "average-5.0": 5.0, "tool": 4.3}
+    results = [result(name, bits[name], kept=kept[name]) for name in kept]
+    # Four are lost there alone and one by ours alone: p is 2 * (1 + 5) / 2**5.
+    assert list(script.paired_table(results))[2:] == ["| way tool | 4.300 | way default | 4.250 | 4 | 1 | 0.38 |"]
+    assert not list(script.paired_table(results[:2]))
+
+
+def test_rows_and_other_tools_on_a_real_conversion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_copier(tmp_path / "model")
     items = write_items(tmp_path / "copy.jsonl", 30)
     arguments = [
@@ -80,18 +92,22 @@ def test_rows_and_other_tools_on_a_real_conversion(tmp_path: Path, capsys: pytes
     table = capsys.readouterr().out
     assert "| 8 bits | 8." in table
     assert "copy (30 right)" in table
-    # Another tool's weights: one with the original's own, and one that has lost a whole linear.
-    given = options(tmp_path, *arguments)
+    # Another tool's weights: once the original's own, and once without two whole linears.
+    given = options(tmp_path, *arguments, "--peer", f"tool={sys.executable}", "--peer-rows", "tool")
+    (tmp_path / "run_peer.py").write_text(FAKE_RUNNER)
+    monkeypatch.setattr(script.bench_peers, "RUNNER", tmp_path / "run_peer.py")
+    monkeypatch.setattr(script.bench_peers, "interpreter", lambda text: tuple(text.split("=")))
     weights = {
         name: module.weight.detach().float()
         for name, module in reference_model(model).named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
     for factor, lost in ((1.0, 0), (0.0, 30)):
-        damaged = {**weights, "model.layers.0.self_attn.v_proj": weights["model.layers.0.self_attn.v_proj"] * factor}
-        damaged["model.layers.1.self_attn.v_proj"] = weights["model.layers.1.self_attn.v_proj"] * factor
-        save_file(damaged, tmp_path / "weights.safetensors")
-        with script.job_of(given) as job:
-            tasks = script.tasks_of_weights(job, peers, tmp_path / "weights.safetensors", "tool")
-        told = script.result_of(script.Row("tool", "a tool"), 4.0, tasks, None, ())
+        peer = script.bench_peers.Peer("tool", "a tool", "tool", "json", (f"--factor={factor}",), group_size=8)
+        monkeypatch.setattr(script.bench_peers, "PEERS", (peer,))
+        values = [f"model.layers.{block}.self_attn.v_proj" for block in (0, 1)]
+        save_file({**weights, **{name: weights[name] * factor for name in values}}, tmp_path / "weights.safetensors")
+        (told,) = script.of_peers(given)
+        assert (told.name, told.label, told.bits_per_weight) == ("tool", "a tool, groups of 8", 4.5)
         assert (told.right, told.lost) == (30, lost)
+        assert (told.mean_kl < 1e-6) == (lost == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from accullm_cli.config import Config
+from accullm_cli.model import self_text
 from accullm_cli.model.blocks import Decoder
+from accullm_cli.model.source import ModelSource
 from accullm_cli.model.text import Windows
-from accullm_cli.progress import Event
+from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.quant.stats import InputStats
 from accullm_cli.run import Reason, RunDirectory
 from accullm_cli.stages import streams
@@ -346,3 +349,49 @@ def test_text_that_the_model_writes_is_named_by_what_it_depends_on(
     assert again(config(machine__seed=1)) == Reason("config changed", "machine.seed")
     assert not torch.equal(load_file(tmp_path / "out.run/tokens.safetensors")["calibration"], written)
     assert again(config(calibration__samples=5, machine__seed=1)) == Reason("config changed", "calibration.samples")
+
+
+def test_a_mixture_is_written_once_and_again_where_a_part_of_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint("llama", tmp_path / "model")
+    (tmp_path / "letters.txt").write_text("one two three " * 200)
+    monkeypatch.setattr("accullm_cli.model.self_text.WINDOWS_PER_BATCH", 1)
+    config = short_config(source, tmp_path / "out", calibration__text=f"{tmp_path}/letters.txt,self=50%")
+
+    def texts(progress: Progress = silent) -> Reason:
+        with opened(config, progress) as job:
+            return run_to(job, "calibrate")["calibrate"].reason
+
+    # What was written of it before an interruption is read, and the rest is written as it would have been.
+    with pytest.raises(InterruptedRunError):
+        texts(stop_after("text 1/3"))
+    labels: list[str] = []
+    monkeypatch.setattr("accullm_cli.model.self_text._load", _counted(labels, "read"))
+    assert texts() == Reason("new")
+    ids = load_file(tmp_path / "out.run/tokens.safetensors")["calibration"]
+    assert ids.shape == (6, config.calibration.seq_len)
+    assert len(list((tmp_path / "out.run/calibrate").glob("self-*.safetensors"))) == 3
+    assert labels == ["read"]
+    assert texts() == Reason("up to date")
+    with opened(config, fresh=True) as job:
+        run_to(job, "calibrate")
+    assert torch.equal(load_file(tmp_path / "out.run/tokens.safetensors")["calibration"], ids)
+    assert labels == ["read", "read"]
+    # Another file under the same name; what the model wrote stays.
+    (tmp_path / "letters.txt").write_text("four five six " * 200)
+    assert texts().runs
+    changed = load_file(tmp_path / "out.run/tokens.safetensors")["calibration"]
+    assert sum(row in changed.tolist() for row in ids.tolist()) == 3
+    assert labels == ["read", "read"]
+
+
+def _counted(labels: list[str], label: str) -> Callable[[ModelSource], object]:
+    """The function that reads a model, with a note of each call."""
+    read = self_text._load
+
+    def load(source: ModelSource) -> object:
+        labels.append(label)
+        return read(source)
+
+    return load
