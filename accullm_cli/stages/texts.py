@@ -150,7 +150,7 @@ def _kept_batch(job: Job, source: str, number: int, count: int, make: Callable[[
     path = job.run.file(f"calibrate/{source}-{number:05d}.safetensors")
     options = job.config.calibration
     shape = {"windows": f"{count} x {options.seq_len}", "seed": str(job.config.machine.seed)}
-    key = key_of({**shape, **WRITTEN, **machine_inputs(), "source:sha256": job.source.sha256})
+    key = key_of({**shape, **WRITTEN, **ON_CPU.inputs(), "source:sha256": job.source.sha256})
     if _is_forced(job) or not is_made_for(path, key):
         write_keyed(path, key, {"ids": make()})
     return load_file(path)["ids"]
