@@ -58,7 +58,7 @@ DEPENDS: dict[str, tuple[Any, set[str]]] = {
     "search.max_bits_per_weight": (5, set()),
     "search.max_plans": (2, set()),
     "machine.run": ("{tmp}/run", set()),
-    "machine.device": ("cuda", {"calibrate", "quantize", *SEEDED}),
+    "machine.device": ("cuda", {"calibrate", "quantize", "validate accullm on tasks", *SEEDED}),
     "machine.threads": (1, set()),  # in keys as what torch uses
     "machine.precision": ("auto", {"calibrate", "quantize"}),
     "machine.seed": (1, {"calibrate", *SEEDED}),
