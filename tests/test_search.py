@@ -246,7 +246,10 @@ def test_a_search_over_outliers_alone_goes_from_none_to_the_most(llama: Path, tm
     assert len(spent) > 1
     assert spent == sorted(set(spent))
     linears = open_artifact(tmp_path / "out").plan.linears.values()
-    assert {len(linear.outlier_index) for linear in linears} == {1, 2}  # 3% of 64 and of 96 input features
+    best = min(report.search, key=lambda trial: trial.clauses[0].measured)
+    # The most is 3% of 64 and of 96 input features; that it is best on a tiny random model is likely, and no more.
+    expected = {spent[0]: {0}, spent[-1]: {1, 2}}[best.bits_per_weight]
+    assert {len(linear.outlier_index) for linear in linears} == expected
     told = [event.label for event in events if event.stage == "search" and event.kind == "record"][-1]
     most = math.ceil(1000 * spent[-1]) / 1000
     assert told.startswith(f"no plan of up to {most:g} bits per weight, the most that --spend outliers can take, ")

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from accullm_cli.errors import MachineError
 from accullm_cli.pipeline import convert, dry_run, run_stage, validate_artifact
 from accullm_cli.report import from_json, to_json
 from accullm_cli.stages.compute import Compute
+from accullm_cli.units import size
 from tests.pipeline.observe import refusal, snapshot
 from tests.streaming import fast_config, short_config
 
@@ -56,8 +59,10 @@ def test_a_model_that_does_not_fit_is_not_timed(
     llama: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Compute, "free_memory", lambda compute: 1000)
+    weights = sum(tensor.numel() for tensor in load_file(llama / "model.safetensors").values())
     line = (
-        "--speed: loads the original whole, which takes 413 kB of memory, of which 1 kB are free; leave it out, or free"
+        f"--speed: loads the original whole, which takes {size(4 * weights)} of memory, of which 1 kB are free; leave "
+        "it out, or free memory"
     )
     given = {"validation__speed": True, "machine__run": tmp_path / "run"}
     for call in (
@@ -65,7 +70,9 @@ def test_a_model_that_does_not_fit_is_not_timed(
         lambda: dry_run(fast_config(llama, tmp_path / "out", **given)),
         lambda: validate_artifact(finished, fast_config(llama, finished, **given)),
     ):
-        assert refusal(call) == line
+        with pytest.raises(MachineError) as refused:
+            call()
+        assert (refused.value.line(), refused.value.exit_code) == (line, 4)
     assert not any(tmp_path.iterdir())
 
 
