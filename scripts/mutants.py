@@ -212,6 +212,21 @@ MUTANTS = (
         ("tests/measure/test_divergence.py",),
     ),
     Mutant(
+        "a few tokens with most of the squared gradient decide alone",
+        "accullm_cli/quant/token_weights.py",
+        ".clamp_max(1).float()",
+        ".float()",
+        ("tests/quant/test_token_weights.py",),
+        quick=True,
+    ),
+    Mutant(
+        "each part of a window draws from the same numbers",
+        "accullm_cli/stages/gradients.py",
+        "positions = first + torch.arange",
+        "positions = torch.arange",
+        ("tests/stages/test_gradients.py",),
+    ),
+    Mutant(
         "what is kept of a block on the device changes with what it was taken from",
         "accullm_cli/stages/streams.py",
         "self._kept[batch, name] = value.clone()",
