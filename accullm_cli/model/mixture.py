@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from accullm_cli.errors import AccullmError
@@ -17,11 +18,13 @@ SAMPLED_VERSION = 2
 def calibration_shares(text: str) -> dict[str, float]:
     """The sources of "SOURCE,SOURCE=25%,...", in order, and their shares, which make 1 together.
 
-    What shares leave is divided equally among the sources that have none.
+    What shares leave is divided equally among the sources that have none. A file may have commas in its name.
 
     Raises:
         AccullmError: a source comes twice, or the shares do not make a whole.
     """
+    if os.path.isfile(text):
+        return {text: 1.0}
     given: dict[str, float | None] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, equals, share = part.rpartition("=")

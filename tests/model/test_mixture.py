@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from accullm_cli.errors import AccullmError
@@ -21,6 +23,13 @@ from accullm_cli.model.mixture import calibration_shares, window_counts
 def test_sources_without_a_share_divide_what_is_left(text: str, shares: dict[str, float]) -> None:
     assert calibration_shares(text) == pytest.approx(shares)
     assert list(calibration_shares(text)) == list(shares)
+
+
+def test_a_file_with_commas_in_its_name_is_one_source(tmp_path: Path) -> None:
+    text = str(tmp_path / "chat,default=25%.txt")
+    assert len(calibration_shares(text)) == 2
+    Path(text).write_text("text")
+    assert calibration_shares(text) == {text: 1.0}
 
 
 def test_windows_are_counted_by_largest_remainders() -> None:
