@@ -13,12 +13,12 @@ import argparse
 import json
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from child import report_of
 from demo_models import DEMO, MODELS, model_directory, results_directory
 from pydantic import TypeAdapter
 
@@ -100,11 +100,7 @@ def convert(mixture: str, options: argparse.Namespace) -> Result:
         AccullmError: the conversion failed.
     """
     command = command_of(mixture, options)
-    program = [sys.executable, "-m", "accullm_cli", *command[1:]]
-    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise AccullmError(f"accullm convert ended with exit code {done.returncode}", f"mixture {mixture}")
-    (report,) = json.loads(done.stdout)["reports"]
+    report = report_of(command, f"mixture {mixture}")
     kl = {}
     for measurement in report["measurements"]:
         if (title := TITLES.get(measurement["measure"])) is not None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_peers
+from child import report_of
 from matplotlib.figure import Figure
 from pydantic import TypeAdapter
 
@@ -154,11 +154,7 @@ def convert(row: Row, options: argparse.Namespace) -> Result:
         AccullmError: the conversion failed.
     """
     command = command_of(row, options)
-    program = [sys.executable, "-m", "accullm_cli", *command[1:]]
-    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise AccullmError(f"accullm convert ended with exit code {done.returncode}", f"row {row.name}")
-    (report,) = json.loads(done.stdout)["reports"]
+    report = report_of(command, f"row {row.name}")
     found = {measurement["measure"]: measurement for measurement in report["measurements"]}
     (divergence,) = (figure for figure in found["kl"]["figures"] if figure["name"] == "mean_kl")
     return result_of(row, report["bits_per_weight"], found["tasks"], divergence["estimate"]["value"], command)
