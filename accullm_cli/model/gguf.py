@@ -38,6 +38,16 @@ _VERSION = 2
 
 _SAFETENSORS_NAME = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
+# Settings that no key speaks of, and whose biases, where there are any, say that they are on.
+_BIASES = {
+    "attention_bias": {"attn_q", "attn_qkv"},
+    "attention_out_bias": {"attn_output"},
+    "mlp_bias": {"ffn_up"},
+    "qkv_bias": {"attn_q"},
+    "use_bias": {"ffn_up"},
+    "use_qkv_bias": {"attn_q"},
+}
+
 # The parameters of Llama 3.1, 3.2 and 3.3, which differ in `factor` alone. GGUF stores what they amount to, a factor
 # per frequency; whether they are the right ones is checked against it.
 _LLAMA3_ROPE = {
@@ -194,6 +204,10 @@ def _build_skeleton(contents: _Contents) -> tuple[PreTrainedModel, list[str]]:
         config = AutoConfig.from_pretrained(contents.path.parent, gguf_file=contents.path.name)
         unused = settle(contents.metadata, contents.architecture, config)
         _restore_rope_scaling(contents, config)
+        biased = {name.split(".")[2] for name in stored if re.fullmatch(r"blk\.\d+\.\w+\.bias", name)}
+        for setting, tensors in _BIASES.items():
+            if hasattr(config, setting):
+                setattr(config, setting, not biased.isdisjoint(tensors))
         if "output.weight" in stored:  # what the file has is used, whatever the class does by itself
             config.tie_word_embeddings = False
         if "token_embd.weight" in stored:

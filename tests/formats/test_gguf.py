@@ -347,8 +347,9 @@ def test_the_size_of_a_file_is_foreseen_to_the_byte(tmp_path: Path) -> None:
     assert expected[1] - expected[0] > 264 * 64  # of an embedding in bfloat16
 
 
-def test_a_file_of_others_is_an_artifact(tmp_path: Path) -> None:
-    model = build("qwen2", torch.bfloat16, tie_word_embeddings=True)
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])  # the latter with biases that no key speaks of
+def test_a_file_of_others_is_an_artifact(model_type: str, tmp_path: Path) -> None:
+    model = build(model_type, torch.bfloat16, tie_word_embeddings=True)
     stored: dict[str, StoredLinear] = {}
     parts = parts_of(model, tmp_path / "run", encodings=MIXES["blocks of 32"][1], stored=stored)
     FORMATS["gguf"].write(empty(tmp_path / "artifact"), parts)
@@ -360,6 +361,9 @@ def test_a_file_of_others_is_an_artifact(tmp_path: Path) -> None:
     }
     for name, linear in stored.items():
         assert torch.equal(artifact.linear(name).dequantize(), linear.dequantize())
+    for name in artifact.names():
+        if name.endswith(".bias"):
+            assert torch.equal(artifact.tensor(name), model.state_dict()[name])
     assert artifact.manifest is not None
     assert artifact.manifest.provenance["metadata"]["general.quantized_by"] == "AccuLLM"
 

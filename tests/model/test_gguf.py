@@ -268,7 +268,6 @@ def test_a_splitting_of_text_that_transformers_does_not_know_is_named(
 @pytest.mark.parametrize(
     "name",
     [
-        "blk.0.attn_q.bias",
         "blk.1.ffn_down.bias",
         "output.bias",
         "blk.0.attn_q_norm.weight",
@@ -282,6 +281,13 @@ def test_a_tensor_that_changes_the_function_and_has_no_place_is_refused(tmp_path
     assert refusal(path) == (
         f"{path}: tensor {name} has no place in transformers' class for architecture llama; "
         "give the model's safetensors checkpoint"
+    )
+
+
+def test_biases_are_wanted_of_all_projections_where_one_has_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf", extra={"blk.0.attn_q.bias": np.ones(HIDDEN, np.float32)})
+    assert refusal(path) == (
+        f"{path}: holds no tensor for model.layers.0.self_attn.k_proj.bias; give the model's safetensors checkpoint"
     )
 
 
