@@ -80,10 +80,11 @@ class Calibration(Section):
 
     text: str = option(
         "default",
-        "Calibration text: 'default' (prose, code and generated documents that need no download), 'self' (text that "
-        "the model samples), 'self-chat' (chats that it samples through its template), 'chat', 'tools', 'languages', "
-        "'documents' (as in --other-text, but none that is held out there), a file, or a dataset on the hub as "
-        "'hub:NAME[:COLUMN]'. Several by commas share the windows; 'default,self-chat=25%' gives one a quarter. "
+        "Calibration text: 'default' ('packaged', and a quarter chats where the tokenizer has a chat template), "
+        "'packaged' (prose, code and generated documents that need no download), 'self' (text that the model samples), "
+        "'self-chat' (chats that it samples through its template), 'chat', 'tools', 'languages', 'documents' (as in "
+        "--other-text, but none that is held out there), a file, or a dataset on the hub as 'hub:NAME[:COLUMN]'. "
+        "Several by commas share the windows; 'default,self-chat=25%' gives one a quarter. "
         "A file is UTF-8: plain text, or JSON Lines with messages (through the model's chat template), text, or prompt "
         "and completion.",
         flag="--calibration",

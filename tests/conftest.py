@@ -30,7 +30,7 @@ def pytest_collection_finish() -> None:
 def _packaged_texts_are_read_once() -> Iterator[None]:
     """Looking through Python's files takes longer than all the rest of a tiny conversion."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("code", "licences", "headers", "held_out_runs"):
+        for name in ("licences", "headers"):
             patch.setattr(packaged_text, name, cache(getattr(packaged_text, name)))
         yield
 

@@ -31,14 +31,16 @@ _ANNEXES = 16
 Turns = list[tuple[str, str]]
 
 
-def documents_of(kind: str, tokenizer: PreTrainedTokenizerBase, seed: int, part: Part = "held out") -> Iterator[str]:
+def documents_of(
+    kind: str, tokenizer: PreTrainedTokenizerBase, seed: int | str, part: Part = "held out"
+) -> Iterator[str]:
     """Documents of one of KINDS, without end; turns go through the model's chat template where it has one."""
     origin = f"{kind} {seed}" if part == "held out" else f"{part} {kind} {seed}"
     rng = random.Random(origin)
     make = KINDS[kind](origin, part)
     for number in itertools.count():
         made = make(rng, number)
-        yield made if isinstance(made, str) else rendered(made, tokenizer, f"text {kind}")
+        yield made if isinstance(made, str) else rendered(made, tokenizer, f"text {kind}").rstrip()
 
 
 def rendered(turns: Turns, tokenizer: PreTrainedTokenizerBase, name: str) -> str:

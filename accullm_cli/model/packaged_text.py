@@ -13,8 +13,9 @@ import itertools
 import random
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -47,8 +48,9 @@ class Document:
     text: str
 
 
-def code(part: Part) -> list[Document]:
-    """The standard library's source files."""
+@cache
+def code(part: Part) -> Sequence[Document]:
+    """The standard library's source files, found once."""
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in sorted(root.rglob("*.py")):
@@ -56,7 +58,7 @@ def code(part: Part) -> list[Document]:
         if _belongs(name, part, _HELD_OUT["code"]) and _LEFT_OUT.isdisjoint(name.split("/")):
             if not path.name.startswith("_sysconfigdata") and path.stat().st_size in _FILE_SIZE:
                 documents.append(Document(name, path.read_text(encoding="utf-8", errors="replace")))
-    return documents
+    return tuple(documents)
 
 
 def prose(part: Part, modules: Iterable[Document]) -> list[Document]:
@@ -105,7 +107,8 @@ def headers() -> list[Document]:
     return documents
 
 
-def held_out_runs() -> set[str]:
+@cache
+def held_out_runs() -> Set[str]:
     """The line runs of all that validation alone sees."""
     unseen = code("held out")
     return runs_of([*unseen, *prose("held out", unseen)])
@@ -141,7 +144,7 @@ def line_runs(text: str) -> Iterator[str]:
             yield run
 
 
-def without_runs(text: str, runs: set[str]) -> str:
+def without_runs(text: str, runs: Set[str]) -> str:
     """`text` without the lines of any of these runs."""
     lines = text.splitlines()
     while True:

@@ -41,6 +41,33 @@ def test_default_calibration_is_a_mixture_by_shares(calibration: Windows) -> Non
     )
 
 
+def test_a_quarter_of_it_is_chats_where_there_is_a_template() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{{ eos_token }}\n{% endfor %}"
+    )
+    windows = calibration_windows("default", tokenizer, 100, 256, 0)
+    assert windows.description.endswith(": 33 prose, 25 code, 7 licences, 10 generated, 25 chat")
+    with_turns = ["<assistant>" in text or "<user>" in text for text in text_of(windows, tokenizer)]
+    assert 4 < sum(with_turns) <= 25  # a window lies within a turn, or has the beginning of one
+    assert sum(with_turns[:50]) > 1 < sum(with_turns[50:])
+    ends = windows.ids == EOS
+    assert ends.any()
+    assert not (ends[:, 1:] & ends[:, :-1]).any()  # a turn's end is the document's
+
+
+def test_a_template_that_takes_no_chats_is_done_without() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('a system message comes first') }}"
+    windows = calibration_windows("default", tokenizer, 20, 64, 0)
+    assert windows.description.endswith(
+        ", no chats (its messages do not fit the model's chat template (a system message comes first))"
+    )
+    assert torch.equal(windows.ids, calibration_windows("packaged", tokenizer, 20, 64, 0).ids)
+    tokenizer.chat_template = None
+    assert torch.equal(windows.ids, calibration_windows("default", tokenizer, 20, 64, 0).ids)
+
+
 def test_default_validation_is_half_prose_and_half_code(validation: Windows) -> None:
     version = ".".join(map(str, sys.version_info[:3]))
     assert validation.description == (
