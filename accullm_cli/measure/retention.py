@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,8 @@ ENOUGH = 10
 SHOWN, PROMPT = 40, 400
 # The original's margin below which a lost answer was a coin toss: tokens as likely as 55 to 45.
 COIN_TOSS = 0.2
+# So many losses at one step are told as one.
+REPEATED = 3
 # A task fails where so few splits of its changed answers would be as uneven by chance.
 SIGNIFICANT = 0.05
 # How much larger or smaller the artifact's loss is imagined to be.
@@ -99,7 +102,7 @@ def retention_found(held: Sequence[Held], text_of: Callable[[Sequence[int]], str
         about=f"Measured on {len(held)} items of exact tasks: {', '.join(tasks)}.",
         figures=tuple(figures),
         counts=(("items", len(held)), ("right", len(right)), ("lost", len(lost)), ("won", won)),
-        facts=(("answers that changed", f"{split}; {_chance(len(lost), won)}"),),
+        facts=(("answers that changed", f"{split}; {_chance(len(lost), won)}"), *_one_step(lost, text_of)),
         summary=_summary(held, right, lost),
         note=_NOTE,
         samples=_samples(held, right),
@@ -114,9 +117,10 @@ def retention_found(held: Sequence[Held], text_of: Callable[[Sequence[int]], str
 _NOTE = (
     "An item counts as right if greedy decoding gives exactly a right answer and ends there, told by one forward pass "
     "over the answer. Retention is the share of the original's right answers that the artifact gives, too; its "
-    "interval is Wilson's. The margin of an answer is the smallest difference, over its tokens, between the "
-    "log-probability of the right token and that of the best other one. Whole answers are alike if the artifact says, "
-    "token by token, what the original does, right or wrong; they are compared on the first items of each task."
+    "interval is Wilson's, as if each answer were lost by itself: where many are lost at one step, it says too much. "
+    "The margin of an answer is the smallest difference, over its tokens, between the log-probability of the right "
+    "token and that of the best other one. Whole answers are alike if the artifact says, token by token, what the "
+    "original does, right or wrong; they are compared on the first items of each task."
 )
 
 
@@ -219,6 +223,17 @@ def _margins(right: Sequence[Held], seed: int) -> Iterator[Figure]:
 
 def _chance(lost: int, won: int) -> str:
     return f"McNemar's exact p = {mcnemar(lost, won):.3g}"
+
+
+def _one_step(lost: Sequence[Held], text_of: Callable[[Sequence[int]], str]) -> tuple[tuple[str, str], ...]:
+    """Where many losses are one: answers of one form may all hang by the same decision."""
+    items = ((entry.question.item, entry.artifact) for entry in lost)
+    steps = Counter((item.task, item.kind, answer.path[answer.place], answer.other) for item, answer in items)
+    for (task, kind, right, other), count in steps.most_common(1):
+        if count >= REPEATED:
+            what = f"{text_of([other])!r} takes the place of {text_of([right])!r}"
+            return (("lost at one step", f"{count} of {len(lost)}: {task}, {kind}, where {what}"),)
+    return ()
 
 
 def _summary(held: Sequence[Held], right: Sequence[Held], lost: Sequence[Held]) -> str:

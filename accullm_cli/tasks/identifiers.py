@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+from typing import Any
 
 from accullm_cli.tasks.item import Family, Item, fenced, is_verbatim, unfenced
 from accullm_cli.tasks.wordlist import NAMES, PLACES, THINGS
@@ -47,18 +48,27 @@ def iban(rng: random.Random) -> str:
 
 
 def _json(rng: random.Random, level: str, count: int) -> Item:
+    """A record whose keys, and so the brackets that close it, come in another order each time.
+
+    Were they in one order, most of its items would hang by the same few decisions, and be right or wrong together.
+    """
     lines = [
         {"sku": f"{thing[:3].upper()}-{rng.randint(100, 999)}", "qty": rng.randint(1, 99)}
         for thing in rng.sample(THINGS, count)
     ]
-    record = {
+    fields: dict[str, Any] = {
         "id": rng.randint(10000, 99999),
         "name": rng.choice(NAMES),
         "town": rng.choice(PLACES),
         "items": lines,
         "paid": rng.random() < 0.5,
+        "due": _date(rng),
+        "total": round(rng.uniform(10, 9999), 2),
+        "terms": {"days": rng.choice((10, 14, 30, 60)), "discount": None},
+        "tags": rng.sample(THINGS, 2),
     }
-    text = json.dumps(record)
+    chosen = rng.sample(list(fields), rng.randint(4, 6))
+    text = json.dumps({key: fields[key] for key in chosen})
     question = f"Repeat this JSON exactly, in a code block:\n{text}"
     return Item(NAME, level, "JSON", question, fenced(text, "json"))
 

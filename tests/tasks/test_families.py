@@ -195,13 +195,16 @@ def test_ibans_have_right_check_digits() -> None:
 
 
 def test_dates_are_dates_and_json_is_json() -> None:
+    ends = set()
     for item in items("identifiers"):
         if item.kind == "dates":
             for text in item.answer.split(", "):
                 assert date.fromisoformat(text).isoformat() == text
         if item.kind == "JSON":
             record = json.loads(item.answer.removeprefix("```json\n").removesuffix("\n```"))
-            assert list(record) == ["id", "name", "town", "items", "paid"]
+            assert 4 <= len(record) <= 6
+            ends.add(item.answer.removesuffix("\n```")[-3:])
+    assert len(ends) > 4  # not all hang by one decision
 
 
 def test_schemas_have_as_many_foreign_keys_as_the_level_says_and_databases_take_them() -> None:
