@@ -80,8 +80,9 @@ class Calibration(Section):
 
     text: str = option(
         "default",
-        "Calibration text: 'default' ('packaged', and a quarter chats where the tokenizer has a chat template), "
-        "'packaged' (prose, code and generated documents that need no download), 'self' (text that the model samples), "
+        "Calibration text: 'default' ('packaged', a tenth other languages, and a fifth chats and tool calls where the "
+        "tokenizer has a chat template; needs no download), 'packaged' (prose, code and generated documents), 'self' "
+        "(text that the model samples), "
         "'self-chat' (chats that it samples through its template), 'chat', 'tools', 'languages', 'documents' (as in "
         "--other-text, but none that is held out there), a file, or a dataset on the hub as 'hub:NAME[:COLUMN]'. "
         "Several by commas share the windows; 'default,self-chat=25%' gives one a quarter. "

@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 _CHARACTERS_PER_TOKEN = 4
 _SMALLEST_PIECE = 2_000
 
-# The default calibration text without its chats.
+# The part of the default calibration text that comes with Python and this package.
 PACKAGED = "packaged"
 # Shares of the calibration windows. Held-out text is prose and code; the rest keeps digits, tables and clause
 # numbers from being strangers to the quantized model.
-_CALIBRATION_SHARES = {"prose": 0.45, "code": 0.35, "licences": 0.08, "generated": 0.12}
-# The same for a model that people chat with. Without chats in the text, what it copies in an answer suffers most.
-_CHATTING_SHARES = {"prose": 0.33, "code": 0.25, "licences": 0.07, "generated": 0.1, "chat": 0.25}
+_PACKAGED_SHARES = {"prose": 0.45, "code": 0.35, "licences": 0.08, "generated": 0.12}
+# By default other languages are a part of it, and chats and tool calls for a model that is talked to.
+_FURTHER_SHARES = {"languages": 0.1}
+_CHATTING_SHARES = {"chat": 0.15, "tools": 0.05, "languages": 0.1}
 _VALIDATION_SHARES = {"prose": 0.5, "code": 0.5}
 
 # Windows, each a list of tokens, and what they were cut from.
@@ -111,10 +112,12 @@ def _for_calibration(cutter: _Cutter, text: str, samples: int, seed: int) -> _Fo
             kind: _clean(packaged_text.pieces(texts, cutter.piece, rng), held_out) for kind, texts in documents.items()
         }
         streams["generated"] = (generated_document(f"calibration {seed} {number}") for number in itertools.count())
-        chats, without = _chats(cutter.tokenizer, seed) if text == "default" else ({}, "")
-        shares = _CHATTING_SHARES if chats else _CALIBRATION_SHARES
-        windows, origin = _mixture(cutter, {**streams, **chats}, shares, samples, rng, "for calibration")
-        return windows, origin + without
+        kinds, remark = ({}, "") if text == PACKAGED else _further_kinds(cutter.tokenizer)
+        streams |= {kind: documents_of(kind, cutter.tokenizer, f"default {seed}", "calibration") for kind in kinds}
+        left = 1 - sum(kinds.values())
+        shares = {**{kind: share * left for kind, share in _PACKAGED_SHARES.items()}, **kinds}
+        windows, origin = _mixture(cutter, streams, shares, samples, rng, "for calibration")
+        return windows, origin + remark
     if text in KINDS:
         return _of_kind(cutter, text, samples, seed, "calibration")
     if text.startswith("hub:"):
@@ -123,19 +126,16 @@ def _for_calibration(cutter: _Cutter, text: str, samples: int, seed: int) -> _Fo
     return next(_from_file(cutter, text, samples, rng))
 
 
-def _chats(tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Mapping[str, Iterator[str]], str]:
-    """Chats through the model's template; nothing where it has none, or none that takes a user's and a model's turns.
-
-    Returns: the documents by their kind, and what the description is to say.
-    """
+def _further_kinds(tokenizer: PreTrainedTokenizerBase) -> tuple[Mapping[str, float], str]:
+    """What the default text has beside packaged text, with shares, and what its description is to say of that."""
     if tokenizer.chat_template is None:
-        return {}, ""
-    documents = documents_of("chat", tokenizer, f"default {seed}", "calibration")
+        return _FURTHER_SHARES, ""
     try:
-        first = next(documents)
+        for kind in ("chat", "tools"):
+            next(documents_of(kind, tokenizer, 0, "calibration"))
     except AccullmError as error:
-        return {}, f", no chats ({error.what})"
-    return {"chat": itertools.chain([first], documents)}, ""
+        return _FURTHER_SHARES, f", no chats ({error.what})"
+    return _CHATTING_SHARES, ""
 
 
 def validation_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, seed: int) -> Windows:

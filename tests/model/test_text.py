@@ -33,24 +33,28 @@ def test_windows_have_the_size_asked_for(calibration: Windows, validation: Windo
     assert (validation.ids.shape, validation.ids.dtype) == ((40, 256), torch.int64)
 
 
-def test_default_calibration_is_a_mixture_by_shares(calibration: Windows) -> None:
+CHATS = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{{ eos_token }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("text", "template", "shares"),
+    [
+        ("packaged", CHATS, "45 prose, 35 code, 8 licences, 12 generated"),
+        ("default", None, "41 prose, 31 code, 7 licences, 11 generated, 10 languages"),
+        ("default", CHATS, "32 prose, 24 code, 6 licences, 8 generated, 15 chat, 5 tools, 10 languages"),
+    ],
+)
+def test_calibration_is_a_mixture_by_shares(text: str, template: str | None, shares: str) -> None:
     version = ".".join(map(str, sys.version_info[:3]))
-    assert calibration.description == (
-        f"100 windows of 256 tokens from packaged text for calibration from Python {version}: "
-        "45 prose, 35 code, 8 licences, 12 generated"
-    )
-
-
-def test_a_quarter_of_it_is_chats_where_there_is_a_template() -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
-        "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{{ eos_token }}\n{% endfor %}"
+    tokenizer.chat_template = template
+    windows = calibration_windows(text, tokenizer, 100, 256, 0)
+    assert windows.description == (
+        f"100 windows of 256 tokens from packaged text for calibration from Python {version}: {shares}"
     )
-    windows = calibration_windows("default", tokenizer, 100, 256, 0)
-    assert windows.description.endswith(": 33 prose, 25 code, 7 licences, 10 generated, 25 chat")
     with_turns = ["<assistant>" in text or "<user>" in text for text in text_of(windows, tokenizer)]
-    assert 4 < sum(with_turns) <= 25  # a window lies within a turn, or has the beginning of one
-    assert sum(with_turns[:50]) > 1 < sum(with_turns[50:])
+    assert any(with_turns) == ("chat" in shares)
+    assert any(with_turns[:50]) == any(with_turns[50:])  # all kinds are among each other
     ends = windows.ids == EOS
     assert ends.any()
     assert not (ends[:, 1:] & ends[:, :-1]).any()  # a turn's end is the document's
@@ -63,7 +67,6 @@ def test_a_template_that_takes_no_chats_is_done_without() -> None:
     assert windows.description.endswith(
         ", no chats (its messages do not fit the model's chat template (a system message comes first))"
     )
-    assert torch.equal(windows.ids, calibration_windows("packaged", tokenizer, 20, 64, 0).ids)
     tokenizer.chat_template = None
     assert torch.equal(windows.ids, calibration_windows("default", tokenizer, 20, 64, 0).ids)
 
