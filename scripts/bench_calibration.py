@@ -4,7 +4,7 @@ Every row is one conversion by `accullm convert --calibration` in a process of i
 that the original reads each held-out text once. Unknown options are handed on to it.
 
     python scripts/bench_calibration.py --model work/smollm2-135m --effort fast --samples 32
-    python scripts/bench_calibration.py --mixtures default self-chat --append --effort fast --samples 32
+    python scripts/bench_calibration.py --mixtures packaged self-chat --append --effort fast --samples 32
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from accullm_cli.measure.statistics import paired_difference
 from accullm_cli.run import write_text
 
 MIXTURES = (
+    "packaged",
     "default",
-    "default,self=25%",
-    "default,self-chat=25%",
-    "default,chat=25%",
-    "default,tools=25%",
-    "default,languages=25%",
-    "default,documents=25%",
-    "default,self-chat=10%,tools=10%,languages=10%",
+    "packaged,self=25%",
+    "packaged,self-chat=25%",
+    "packaged,chat=25%",
+    "packaged,tools=25%",
+    "packaged,languages=25%",
+    "packaged,documents=25%",
 )
 KINDS = ("default", "chat", "tools", "languages", "documents")
 # What the report calls the texts, and what the table does.
