@@ -34,9 +34,12 @@ PACKAGED = "packaged"
 # Shares of the calibration windows. Held-out text is prose and code; the rest keeps digits, tables and clause
 # numbers from being strangers to the quantized model.
 _PACKAGED_SHARES = {"prose": 0.45, "code": 0.35, "licences": 0.08, "generated": 0.12}
-# By default other languages are a part of it, and chats and tool calls for a model that is talked to.
-_FURTHER_SHARES = {"languages": 0.1}
-_CHATTING_SHARES = {"chat": 0.15, "tools": 0.05, "languages": 0.1}
+# By default other languages are a part of it, and chats and tool calls of a model that is talked to.
+_DEFAULT_SHARES = {"prose": 0.4, "code": 0.33, "licences": 0.05, "generated": 0.12, "languages": 0.1}
+_CHATTING_SHARES = {
+    **{"prose": 0.3, "code": 0.26, "licences": 0.03, "generated": 0.11},
+    **{"languages": 0.1, "chat": 0.15, "tools": 0.05},
+}
 _VALIDATION_SHARES = {"prose": 0.5, "code": 0.5}
 
 # Windows, each a list of tokens, and what they were cut from.
@@ -112,10 +115,9 @@ def _for_calibration(cutter: _Cutter, text: str, samples: int, seed: int) -> _Fo
             kind: _clean(packaged_text.pieces(texts, cutter.piece, rng), held_out) for kind, texts in documents.items()
         }
         streams["generated"] = (generated_document(f"calibration {seed} {number}") for number in itertools.count())
-        kinds, remark = ({}, "") if text == PACKAGED else _further_kinds(cutter.tokenizer)
-        streams |= {kind: documents_of(kind, cutter.tokenizer, f"default {seed}", "calibration") for kind in kinds}
-        left = 1 - sum(kinds.values())
-        shares = {**{kind: share * left for kind, share in _PACKAGED_SHARES.items()}, **kinds}
+        shares, remark = (_PACKAGED_SHARES, "") if text == PACKAGED else _default_shares(cutter.tokenizer)
+        for kind in filter(KINDS.__contains__, shares):
+            streams[kind] = documents_of(kind, cutter.tokenizer, f"default {seed}", "calibration")
         windows, origin = _mixture(cutter, streams, shares, samples, rng, "for calibration")
         return windows, origin + remark
     if text in KINDS:
@@ -126,15 +128,15 @@ def _for_calibration(cutter: _Cutter, text: str, samples: int, seed: int) -> _Fo
     return next(_from_file(cutter, text, samples, rng))
 
 
-def _further_kinds(tokenizer: PreTrainedTokenizerBase) -> tuple[Mapping[str, float], str]:
-    """What the default text has beside packaged text, with shares, and what its description is to say of that."""
+def _default_shares(tokenizer: PreTrainedTokenizerBase) -> tuple[Mapping[str, float], str]:
+    """The shares of the default text, and what its description is to say of them."""
     if tokenizer.chat_template is None:
-        return _FURTHER_SHARES, ""
+        return _DEFAULT_SHARES, ""
     try:
         for kind in ("chat", "tools"):
             next(documents_of(kind, tokenizer, 0, "calibration"))
     except AccullmError as error:
-        return _FURTHER_SHARES, f", no chats ({error.what})"
+        return _DEFAULT_SHARES, f", no chats ({error.what})"
     return _CHATTING_SHARES, ""
 
 
