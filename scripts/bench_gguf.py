@@ -217,6 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("work/bench-gguf"))
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--calibration", default="default")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--gradient-samples", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
@@ -233,7 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
     original, layout = unquantized(options.model, work)
     weights = sum(int(np.prod(shape)) for shape in layout.parameters.values())
     run = work / "run"
-    settings = ["--samples", str(options.samples), "--gradient-samples", str(options.gradient_samples)]
+    settings = ["--calibration", options.calibration]
+    settings += ["--samples", str(options.samples), "--gradient-samples", str(options.gradient_samples)]
     settings += ["--seq-len", str(options.seq_len), "--set", f"validation.windows={options.windows}", "--quiet"]
     rows: list[Row] = []
     print("| file | bytes | bits of all weights | mean KL | p99 | top-1 | tokens/s |")
