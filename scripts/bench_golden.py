@@ -58,7 +58,7 @@ ROWS = (
         ("--rounding", "feedback", "--target", "original", "--grid", "minmax", *PLAIN),
     ),
     Row("default", "default: 4 bits and 0.5% outlier features"),
-    *(Row(f"average-{bits}", f"average of {bits} bits", ("--bits", str(bits))) for bits in (4.1, 4.4, 5.0, 6.0)),
+    *(Row(f"average-{bits}", f"average of {bits} bits", ("--bits", str(bits))) for bits in (4.1, 4.31, 4.4, 5.0, 6.0)),
     Row("eight", "8 bits", ("--bits", "8", "--outliers", "0")),
 )
 

@@ -95,15 +95,18 @@ def retention_found(held: Sequence[Held], text_of: Callable[[Sequence[int]], str
     figures += [_exact("exact_match", "Exactly right, artifact", held), _exact_original(held)]
     if len(right) > 1:
         figures += _margins(right, seed)
-    split = f"{len(lost)} lost, {won} won"
+    split, step = f"{len(lost)} lost, {won} won", _one_step(lost, text_of)
     return Measurement(
         measure=TASKS,
         heading="Exact tasks",
         about=f"Measured on {len(held)} items of exact tasks: {', '.join(tasks)}.",
         figures=tuple(figures),
         counts=(("items", len(held)), ("right", len(right)), ("lost", len(lost)), ("won", won)),
-        facts=(("answers that changed", f"{split}; {_chance(len(lost), won)}"), *_one_step(lost, text_of)),
-        summary=_summary(held, right, lost),
+        facts=(
+            ("answers that changed", f"{split}; {_chance(len(lost), won)}"),
+            *([("lost at one step", step)] if step else []),
+        ),
+        summary=_summary(held, right, lost) + (f" Lost at one step: {step}." if step else ""),
         note=_NOTE,
         samples=_samples(held, right),
         tables=(_table(tasks),),
@@ -225,15 +228,15 @@ def _chance(lost: int, won: int) -> str:
     return f"McNemar's exact p = {mcnemar(lost, won):.3g}"
 
 
-def _one_step(lost: Sequence[Held], text_of: Callable[[Sequence[int]], str]) -> tuple[tuple[str, str], ...]:
-    """Where many losses are one: answers of one form may all hang by the same decision."""
+def _one_step(lost: Sequence[Held], text_of: Callable[[Sequence[int]], str]) -> str:
+    """Where many losses are one, or "": answers of one form may all hang by the same decision."""
     items = ((entry.question.item, entry.artifact) for entry in lost)
     steps = Counter((item.task, item.kind, answer.path[answer.place], answer.other) for item, answer in items)
     for (task, kind, right, other), count in steps.most_common(1):
         if count >= REPEATED:
             what = f"{text_of([other])!r} takes the place of {text_of([right])!r}"
-            return (("lost at one step", f"{count} of {len(lost)}: {task}, {kind}, where {what}"),)
-    return ()
+            return f"{count} of {len(lost)}, in {task}, {kind}, where {what}"
+    return ""
 
 
 def _summary(held: Sequence[Held], right: Sequence[Held], lost: Sequence[Held]) -> str:

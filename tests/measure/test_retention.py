@@ -63,12 +63,14 @@ def test_retention_is_the_share_of_the_originals_right_answers(found: Measuremen
 
 def test_many_losses_at_one_step_are_told_as_one() -> None:
     alike = [held("sql", n, 0.5, -0.5) for n in range(20, 23)]
-    facts = dict(retention_found([*SQL, *alike], text_of, seed=0).facts)
-    assert facts["lost at one step"] == "5 of 5: sql, clause, where ' two' takes the place of ' one'"
+    found = retention_found([*SQL, *alike], text_of, seed=0)
+    step = "5 of 5, in sql, clause, where ' two' takes the place of ' one'"
+    assert dict(found.facts)["lost at one step"] == step
+    assert found.summary.endswith(f"right, too (73.68%). Lost at one step: {step}.")
     (elsewhere,) = (replace(entry.artifact, other=6) for entry in alike[:1])
     others = [replace(entry, artifact=elsewhere) for entry in alike]
     facts = dict(retention_found([*SQL, *others], text_of, seed=0).facts)
-    assert facts["lost at one step"] == "3 of 5: sql, clause, where 'five' takes the place of ' one'"
+    assert facts["lost at one step"] == "3 of 5, in sql, clause, where 'five' takes the place of ' one'"
 
 
 def test_where_the_original_is_right_too_seldom_that_is_said_instead(found: Measurement) -> None:
