@@ -51,6 +51,8 @@ def write(
     scale: float = 1.0,
     metadata: dict[str, Any] | None = None,
     tokens: Sequence[str] = TOKENS,
+    merges: Sequence[str] = ("t h", "e r"),
+    kinds: Sequence[int] = (),
 ) -> Path:
     """A random two-layer llama; its norms are float32, as llama.cpp writes them."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -66,8 +68,8 @@ def write(
     if tokenizer:
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(tokens)
-        writer.add_token_types([1] * len(tokens))
-        writer.add_token_merges(["t h", "e r"])
+        writer.add_token_types(kinds or [1] * len(tokens))
+        writer.add_token_merges(merges)
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
         writer.add_chat_template("{{ messages[0]['content'] }}")
@@ -248,19 +250,18 @@ def test_metadata_that_nothing_follows_are_named(tmp_path: Path) -> None:
     ("pre", "records"),
     [
         (
-            "smollm",
+            "superbpe",
             (
-                "transformers does not know how the tokenizer splits text (tokenizer.ggml.pre = smollm) and does it as "
-                "GPT-2's: tokens may differ from llama.cpp's",
+                "the tokenizer splits text in a way that is not known here (tokenizer.ggml.pre = superbpe); GPT-2's is "
+                "taken for it, and tokens may differ from llama.cpp's",
             ),
         ),
         ("llama-bpe", ()),
+        ("smollm", ()),
         ("default", ()),
     ],
 )
-def test_a_splitting_of_text_that_transformers_does_not_know_is_named(
-    tmp_path: Path, pre: str, records: tuple[str, ...]
-) -> None:
+def test_a_splitting_of_text_that_is_not_known_is_named(tmp_path: Path, pre: str, records: tuple[str, ...]) -> None:
     path = write(tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.pre": pre})
     assert open_gguf(path).records[:-1] == records  # the last one is of norms that were rounded
 
