@@ -246,7 +246,11 @@ def test_a_manifest_of_other_things_than_numbers(old: str, new: str, what: str, 
             "holds no tokenizer that transformers can read (Exception('Error while initializing BPE: Token `tq` out of "
             "vocabulary'))",
         ),
-        ("llama.embedding_length", "x", "metadata llama.embedding_length = x cannot be followed by transformers' class"),
+        (
+            "llama.embedding_length",
+            "x",
+            "metadata llama.embedding_length = x cannot be followed by transformers' class",
+        ),
         ("llama.attention.head_count", 5, "architecture llama is not a causal language model of transformers ("),
     ],
 )
