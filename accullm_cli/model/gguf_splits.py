@@ -38,7 +38,7 @@ _LLAMA3 = rf"{_CONTRACTIONS}|{_WORD}\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
 _NAMES: tuple[tuple[Split, str], ...] = (
     (Split((GPT2,)), "gpt-2 olmo mpt jais exaone4 phi-2 a.x-4.0 mellum modern-bert trillion granite-docling"),
     (Split((DIGITS, GPT2)), "smollm starcoder refact command-r codeshell exaone minerva-7b"),
-    (Split((_LLAMA3,), True, True), "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2"),
+    (Split((_LLAMA3,), True, True), "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano"),
     (Split((_LLAMA3,)), "dbrx smaug-bpe"),
     (
         Split((rf"{_CONTRACTIONS}|{_WORD}\p{{L}}+|\p{{N}}|{_TAIL}",)),
@@ -60,7 +60,7 @@ _NAMES: tuple[tuple[Split, str], ...] = (
     (
         Split((rf"{_WORD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_WORD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}|"
                rf"{_SLASHES}",)),
-        "gpt-4o llama4 kanana2 minimax-m2",
+        "gpt-4o llama4 kanana2 minimax-m2 talkie",
     ),
 )  # fmt: skip
 SPLITS: Mapping[str, Split] = {name: split for split, names in _NAMES for name in names.split()}

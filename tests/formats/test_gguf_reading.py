@@ -21,7 +21,7 @@ from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.model.gguf_architectures import ARCHITECTURES
 from accullm_cli.model.source import open_source
 from tests.artifacts import empty
-from tests.formats.test_gguf import TEXT, build, ids, parts_of, written
+from tests.formats.test_gguf import SCALED, TEXT, build, ids, parts_of, written
 from tests.llama_cpp import byte_tokenizer, llama_cpp
 
 Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
@@ -120,6 +120,12 @@ def test_the_file_of_an_architecture_is_an_artifact_and_a_source(model_type: str
     for directory in (artifact.path, source.directory):
         check_configuration(directory, model)
         check_tokenizer(directory)
+
+
+@pytest.mark.parametrize("name", ["linear", "yarn", "yarn within other bounds"])
+def test_scaled_rotary_positions_are_read_again(name: str, tmp_path: Path) -> None:
+    artifact = open_artifact(alone(build("llama", head_dim=16, rope_parameters=SCALED[name]), tmp_path))
+    assert AutoConfig.from_pretrained(artifact.path).rope_parameters == SCALED[name]
 
 
 def test_experts_and_gates_are_where_they_were(tmp_path: Path) -> None:
