@@ -54,7 +54,9 @@ def configuration(file: GgufFile, architecture: str) -> tuple[PreTrainedConfig, 
     values = {key.removeprefix(room): value for key, value in file.metadata.items() if key.startswith(room)}
     for keys in _NEEDED:
         if not any(key in values for key in keys):
-            raise AccullmError(f"says no {room}{keys[0]}", file.path, "download or copy it again")
+            raise _silent(file, f"{room}{keys[0]}")
+    if values.get("expert_count") and not values.get("expert_used_count"):
+        raise _silent(file, f"{room}expert_used_count")
     values = {**_absent(file, room, values), **values}
     model_type, own = _class_of(architecture, values)
     settings: dict[str, Any] = dict(own.settings)
@@ -71,6 +73,10 @@ def configuration(file: GgufFile, architecture: str) -> tuple[PreTrainedConfig, 
     settings["tie_word_embeddings"] = True
     metadata = {**file.metadata, **{f"{room}{key}": value for key, value in values.items()}}
     return CONFIG_MAPPING[model_type](**settings), metadata
+
+
+def _silent(file: GgufFile, key: str) -> AccullmError:
+    return AccullmError(f"says no {key}", file.path, "download or copy it again")
 
 
 def _absent(file: GgufFile, room: str, values: Mapping[str, Any]) -> dict[str, Any]:

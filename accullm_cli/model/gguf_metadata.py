@@ -207,8 +207,8 @@ class _Settler:
         return True
 
     def _settle_positions(self, value: Any) -> bool:
-        self._set(("max_position_embeddings",), value)
-        return True  # a class without the setting has no limit
+        # A class without the setting has no limit.
+        return self._set(("max_position_embeddings",), value) or "max_position_embeddings" not in self._settings
 
     def _settle_width(self, value: Any) -> bool:
         widths = ("intermediate_size", "ffn_hidden_size", "n_inner")

@@ -22,8 +22,6 @@ from accullm_cli.model.gguf_splits import DIGITS, GPT2, SPLITS, Split
 _ROOM = "tokenizer.ggml."
 # Of a file that does not say; llama.cpp has a way of its own for these, which no tokenizer had.
 _DEFAULT = "gpt-2"
-# Architectures whose tokenizers transformers has classes for, with spaces in front as these have them.
-_SPACES_AS_TRANSFORMERS = ("llama", "gemma")
 _NAMED = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -109,11 +107,12 @@ def _by_transformers(file: GgufFile) -> Any:
     with TemporaryDirectory() as place:  # where no other tokenizer lies that would be taken instead
         (Path(place) / "model.gguf").symlink_to(file.path.resolve())
         tokenizer = PreTrainedTokenizerFast.from_pretrained(place, gguf_file="model.gguf")
-    architecture = file.metadata.get("general.architecture", "")
-    if file.metadata.get(f"{_ROOM}model") == "llama" and not architecture.startswith(_SPACES_AS_TRANSFORMERS):
-        _space_in_front(tokenizer.backend_tokenizer, file.metadata.get(f"{_ROOM}add_space_prefix", True))
-    elif architecture == "llama" and file.metadata.get(f"{_ROOM}add_space_prefix") is False:
-        _space_in_front(tokenizer.backend_tokenizer, False)
+    architecture = str(file.metadata.get("general.architecture"))
+    wanted = bool(file.metadata.get(f"{_ROOM}add_space_prefix", True))
+    # Of these transformers has classes, whose way with spaces in front is kept where the file does not contradict it.
+    is_as_its_class = architecture.startswith("gemma") or (architecture == "llama" and wanted)
+    if file.metadata.get(f"{_ROOM}model") == "llama" and not is_as_its_class:
+        _space_in_front(tokenizer.backend_tokenizer, wanted)
     return tokenizer
 
 

@@ -284,6 +284,7 @@ UNFOLLOWED = "cannot be followed by transformers' class; give the model's safete
         ("olmo2", {"attention__head_count": 0}, f"metadata olmo2.attention.head_count = 0 {UNFOLLOWED}"),
         ("olmo2", {"attention__layer_norm_rms_epsilon": None},
          "says no olmo2.attention.layer_norm_rms_epsilon; download or copy it again"),
+        ("mixtral", {"expert_used_count": None}, "says no llama.expert_used_count; download or copy it again"),
         ("olmo2", {"attention__head_count_kv": 4},
          "tensor blk.0.attn_k.weight has shape [32, 64], but the model's model.layers.0.self_attn.k_proj.weight has "
          "[64, 64]"),
