@@ -18,7 +18,8 @@ from accullm_cli.formats.manifest import write_card, write_manifest
 from accullm_cli.formats.shards import read_json
 from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.model.gguf import describe_gguf
-from accullm_cli.model.gguf_architectures import Architecture, architecture_of
+from accullm_cli.model.gguf_architectures import ARCHITECTURES, Architecture, architecture_of
+from accullm_cli.model.gguf_configuration import is_written
 from accullm_cli.model.gguf_file import PLAIN, GgufFile, read_gguf
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import read_structure
@@ -40,6 +41,10 @@ def adopt(path: Path, directory: Path, format_name: str, schemes: dict[str, _Sch
         AccullmError: the file is damaged, of an architecture or a type that is not read, or holds no whole model.
     """
     file = read_gguf(path)
+    name = file.metadata.get("general.architecture")
+    if isinstance(name, str) and not is_written(name):
+        known = ", ".join(sorted({own.name for own in ARCHITECTURES.values()}))
+        raise AccullmError(f"architecture {name} is not read as an artifact", path, f"those that are: {known}")
     dtype, records = describe_gguf(file, directory)
     content = read_json(directory / "config.json")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)

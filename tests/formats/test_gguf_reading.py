@@ -313,11 +313,12 @@ def test_metadata_that_cannot_be_followed_are_refused(
         ("qwen2_moe", {"expert_shared_feed_forward_length": None}, "shared_expert_intermediate_size", 48),
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual", False),  # by the norms that are there
         ("mistral", {"attention__sliding_window": 64}, "sliding_window", 64),
+        ("mixtral", {"rope__freq_base": None}, "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
         ("olmo2", {"attention__head_count_kv": None}, "num_key_value_heads", 4),
     ],
 )
 def test_what_a_file_does_not_say_is_as_llama_cpp_takes_it(
-    model_type: str, values: dict[str, Any], setting: str, expected: float, tmp_path: Path
+    model_type: str, values: dict[str, Any], setting: str, expected: Any, tmp_path: Path
 ) -> None:
     fields = {"num_key_value_heads": 4} if "attention__head_count_kv" in values else {}
     file = edited(alone(build(model_type, torch.bfloat16, **fields), tmp_path), **values)

@@ -77,6 +77,15 @@ def test_a_text_gets_the_tokens_in_front_and_behind_that_the_file_says(
     assert tokenizer.decode(tokenizer(TEXTS[2]).input_ids, skip_special_tokens=True) == TEXTS[2]
 
 
+def test_a_letter_that_a_file_names_for_padding_is_one_of_a_text_like_others(tmp_path: Path) -> None:
+    letter = vocabulary()[0].index("!")
+    tokenizer = read_tokenizer(read_gguf(byte_level(tmp_path, pre="qwen2", padding_token_id=letter)))
+    assert tokenizer.pad_token is None
+    assert tokenizer.convert_ids_to_tokens(tokenizer("!!!").input_ids) == ["!!", "!"]
+    marked = read_tokenizer(read_gguf(byte_level(tmp_path, pre="qwen2", padding_token_id=1)))
+    assert marked.pad_token == "</s>"
+
+
 def test_merges_of_what_is_no_token_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "tiny.gguf", merges=["t h", "e x"])
     with pytest.raises(AccullmError) as caught:
