@@ -103,7 +103,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise AccullmError(f"models of type {config.model_type} cannot be written for llama.cpp")
-    if obstacle := found.obstacle(config) or _rope_obstacle(config):
+    if obstacle := found.obstacle(config) or _rope_obstacle(config) or _activation_obstacle(config):
         raise AccullmError(f"llama.cpp's architecture {found.name} {obstacle}")
     return found
 
@@ -192,6 +192,16 @@ def _rope_obstacle(config: Any) -> str:
     window = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
     if window.get("rope_type", "default") != "default":
         return f"does not scale rotary positions in its windows ({window['rope_type']})"
+    return ""
+
+
+def _activation_obstacle(config: Any) -> str:
+    """A program has one activation, which is that of its class's models; GELU has one way to be computed."""
+    usual = type(config)()
+    for setting in ("hidden_act", "hidden_activation"):
+        own, expected = getattr(config, setting, None), getattr(usual, setting, None)
+        if own and expected and own.partition("_")[0] != expected.partition("_")[0]:
+            return f"has {expected} in its MLP, and the model {own}"
     return ""
 
 

@@ -398,6 +398,11 @@ OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"tie_word_embeddings": False},
         "llama.cpp's architecture gemma2 has no tensor for lm_head.weight",
     ),
+    "activation": (
+        "llama",
+        {"hidden_act": "gelu"},
+        "llama.cpp's architecture llama has silu in its MLP, and the model gelu",
+    ),
     "scale": (
         "gemma2",
         {"query_pre_attn_scalar": 144},
