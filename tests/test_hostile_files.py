@@ -246,7 +246,12 @@ def test_a_manifest_of_other_things_than_numbers(old: str, new: str, what: str, 
             "holds no tokenizer that transformers can read (Exception('Error while initializing BPE: Token `tq` out of "
             "vocabulary'))",
         ),
-        ("llama.embedding_length", "x", "architecture llama is not a causal language model of transformers ("),
+        (
+            "llama.embedding_length",
+            "x",
+            "metadata llama.embedding_length = x cannot be followed by transformers' class",
+        ),
+        ("llama.attention.head_count", 5, "architecture llama is not a causal language model of transformers ("),
     ],
 )
 def test_a_gguf_file_that_transformers_cannot_read(key: str, value: Any, line: str, tmp_path: Path) -> None:

@@ -27,21 +27,23 @@ from accullm_cli.formats.assemble import copy_companions, read_shard, refuse
 from accullm_cli.formats.base import ModelShape, Objection, Parts
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.gguf_adoption import adopt
-from accullm_cli.formats.gguf_architectures import (
-    ARCHITECTURES,
-    ROPE_FACTORS,
-    architecture_of,
-    rope_factors,
-    write_parameters,
-)
 from accullm_cli.formats.gguf_artifact import GgufArtifact
 from accullm_cli.formats.gguf_general import write_general
-from accullm_cli.formats.gguf_layout import Layout, ggml_type, piece_of, placed
+from accullm_cli.formats.gguf_layout import Layout, ggml_type
 from accullm_cli.formats.gguf_vocabulary import FILE as TOKENIZER
 from accullm_cli.formats.gguf_vocabulary import read_vocabulary
 from accullm_cli.formats.manifest import MANIFEST_NAME, manifest_of, write_card, write_manifest
 from accullm_cli.formats.shards import SHARD_BYTES, read_json, shards_of, tensors_of, write_shard
+from accullm_cli.model.gguf_architectures import (
+    ARCHITECTURES,
+    ROPE_FACTORS,
+    architecture_of,
+    placed,
+    rope_factors,
+    write_parameters,
+)
 from accullm_cli.model.gguf_file import ALIGNMENT, PLAIN, read_gguf
+from accullm_cli.model.gguf_pieces import piece_of
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
@@ -242,8 +244,7 @@ def _tensors(
     """Names, shapes, types and bytes of the tensors of a parameter; dtype: that it has in the source."""
     shape = layout.parameters[parameter]
     for piece in layout.pieces[parameter]:
-        rows = piece.rows[1] - piece.rows[0] if piece.rows else shape[-2 if len(shape) > 1 else 0]
-        own = (*shape[:-2], rows, shape[-1]) if len(shape) > 1 else (rows,)
+        own = piece.shape(shape)
         if parameter in layout.linears:
             row = layout.row(parameter)
             yield piece.name, own, ggml_type(row), row.stored_bytes // row.out_features * prod(own[:-1])

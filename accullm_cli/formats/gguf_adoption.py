@@ -1,7 +1,7 @@
 """A GGUF file that somebody downloaded, as an artifact: a directory with a link to it, and what it says about itself.
 
-Configuration and tokenizer are those that transformers' mapping makes of its metadata, the plan is what its tensors are
-stored as. What it was made from it does not say.
+Configuration and tokenizer are made of its metadata, the plan is what its tensors are stored as. What it was made from
+it does not say.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from transformers import AutoConfig
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.base import ModelShape, Parts
-from accullm_cli.formats.gguf_architectures import Architecture, architecture_of
 from accullm_cli.formats.manifest import write_card, write_manifest
 from accullm_cli.formats.shards import read_json
 from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.model.gguf import describe_gguf
+from accullm_cli.model.gguf_architectures import ARCHITECTURES, Architecture, architecture_of
+from accullm_cli.model.gguf_configuration import is_written
 from accullm_cli.model.gguf_file import PLAIN, GgufFile, read_gguf
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import read_structure
@@ -40,7 +41,11 @@ def adopt(path: Path, directory: Path, format_name: str, schemes: dict[str, _Sch
         AccullmError: the file is damaged, of an architecture or a type that is not read, or holds no whole model.
     """
     file = read_gguf(path)
-    dtype = describe_gguf(path, directory)
+    name = file.metadata.get("general.architecture")
+    if isinstance(name, str) and not is_written(name):
+        known = ", ".join(sorted({own.name for own in ARCHITECTURES.values()}))
+        raise AccullmError(f"architecture {name} is not read as an artifact", path, f"those that are: {known}")
+    dtype, records = describe_gguf(file, directory)
     content = read_json(directory / "config.json")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     architecture = architecture_of(config)
@@ -68,7 +73,7 @@ def adopt(path: Path, directory: Path, format_name: str, schemes: dict[str, _Sch
     facts = {
         "file": path.name,
         "metadata": {key: value for key, value in file.metadata.items() if _is_fact(key, value)},
-        "records": [],
+        "records": list(records),
     }
     shape = ModelShape(str(content.get("model_type", "")), dtype, kinds)
     plan = Plan(linears, embeddings=embeddings)

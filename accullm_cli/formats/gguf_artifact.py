@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats.gguf_architectures import ROPE_FACTORS
-from accullm_cli.formats.gguf_layout import Layout, ggml_type, whole_of
+from accullm_cli.formats.gguf_layout import Layout, ggml_type
 from accullm_cli.formats.manifest import Manifest
 from accullm_cli.formats.shards import TensorFiles
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
+from accullm_cli.model.gguf_architectures import ROPE_FACTORS
 from accullm_cli.model.gguf_file import PLAIN, GgufFile
+from accullm_cli.model.gguf_pieces import whole_of
 from accullm_cli.model.integrity import TensorInfo
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import StoredLinear
@@ -59,10 +60,9 @@ class GgufTensors(TensorFiles):
             if tensor is None:
                 raise AccullmError(f"tensor {piece.name} is missing", path, "copy the artifact again")
             path = tensor.path
-            rows = piece.rows[1] - piece.rows[0] if piece.rows else shape[-2 if len(shape) > 1 else 0]
-            wanted = (*shape[:-2], rows, shape[-1]) if len(shape) > 1 else (rows,)
-            if tensor.shape != wanted:
-                raise AccullmError(f"tensor {piece.name} has shape {list(tensor.shape)}, expected {list(wanted)}", path)
+            if not piece.is_shape(tensor.shape, shape):
+                wanted = list(piece.shape(shape))
+                raise AccullmError(f"tensor {piece.name} has shape {list(tensor.shape)}, expected {wanted}", path)
             if parameter in self.layout.linears:
                 kind = ggml_type(self.layout.row(parameter))
                 if tensor.kind != kind:
@@ -101,7 +101,7 @@ class GgufTensors(TensorFiles):
             experts = len(self.layout.linears[parameter])
             pieces = [self.file.octets(piece.name) for piece in placed]
             return whole_of([piece.view(experts, -1, piece.shape[-1]) for piece in pieces], placed, 1)
-        pieces = [self.file.values(piece.name) for piece in placed]
+        pieces = [self.file.values(piece.name).view(piece.shape(shape)) for piece in placed]
         return whole_of(pieces, placed, max(0, len(shape) - 2))
 
 

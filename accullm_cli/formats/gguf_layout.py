@@ -1,16 +1,15 @@
-"""Which tensors of a GGUF file the parameters of a model are, and how rows are moved between the two."""
+"""Which tensors of a GGUF file the parameters and linears of an artifact are, and what type each has."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from gguf import GGMLQuantizationType
 from transformers import PreTrainedConfig
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats.gguf_architectures import Architecture, Piece
+from accullm_cli.model.gguf_architectures import Architecture, placed
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.plan import LinearPlan, Plan
@@ -62,44 +61,6 @@ class Layout:
     def row(self, parameter: str) -> LinearPlan:
         """How the linears of a parameter are stored, which for a stack is the same for all."""
         return self.plan.quantized[self.linears[parameter][0]]
-
-
-def placed(
-    architecture: Architecture, config: PreTrainedConfig, parameters: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[Piece, ...]]:
-    """The pieces of each parameter.
-
-    Raises:
-        AccullmError: llama.cpp has no tensor for one.
-    """
-    return {
-        name: architecture.pieces(config, name, shape[-2] if len(shape) > 1 else shape[0])
-        for name, shape in parameters.items()
-    }
-
-
-def _order(rows: int, heads: int) -> torch.Tensor:
-    """The rows of a parameter in the order in which a piece has them: of each head the halves' rows in turn."""
-    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
-
-
-def piece_of(values: torch.Tensor, piece: Piece, dim: int) -> torch.Tensor:
-    """A piece of a parameter, whose rows are along `dim`."""
-    if piece.rows is not None:
-        values = values.narrow(dim, piece.rows[0], piece.rows[1] - piece.rows[0])
-    if piece.heads:
-        values = values.index_select(dim, _order(values.shape[dim], piece.heads))
-    return values.float() + piece.shift if piece.shift else values
-
-
-def whole_of(pieces: list[torch.Tensor], of: tuple[Piece, ...], dim: int) -> torch.Tensor:
-    """The inverse: a parameter from its pieces."""
-    found = []
-    for values, piece in zip(pieces, of, strict=True):
-        if piece.heads:
-            values = values.index_select(dim, _order(values.shape[dim], piece.heads).argsort())
-        found.append(values - piece.shift if piece.shift else values)
-    return found[0] if len(found) == 1 else torch.cat(found, dim)
 
 
 def ggml_type(row: LinearPlan) -> GGMLQuantizationType:

@@ -18,40 +18,9 @@ from gguf import GGUFWriter, SpecialVocab, TokenType
 from tokenizers import Tokenizer
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.gguf_splits import DIGITS, GPT2, name_of
 
 FILE = "tokenizer.json"
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# What ByteLevel does with use_regex; the digits before it are a step of their own.
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DIGITS = r"\p{N}"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_WORD = r"[^\r\n\p{L}\p{N}]?"
-_SLASHES = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-# By the steps in which text is cut up, and whether a piece that is a token stays whole (ignore_merges).
-_PRE: Mapping[tuple[tuple[str, ...], bool], str] = {
-    ((_GPT2,), False): "gpt-2",
-    ((_DIGITS, _GPT2), False): "smollm",
-    ((rf"{_CONTRACTIONS}|{_WORD}\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}",), True): "llama-bpe",
-    ((rf"{_CONTRACTIONS}|{_WORD}\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}",), False): "dbrx",
-    ((rf"{_CONTRACTIONS}|{_WORD}\p{{L}}+|\p{{N}}|{_TAIL}",), False): "qwen2",
-    (
-        (
-            rf"{_CONTRACTIONS}|{_WORD}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|"
-            r"\s*[\r\n]+|\s+(?!\S)|\s+",
-        ),
-        False,
-    ): "qwen35",
-    ((rf"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\p{{N}}|{_SLASHES}",), True): "tekken",
-    (
-        (
-            rf"{_WORD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_WORD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}|"
-            rf"{_SLASHES}",
-        ),
-        False,
-    ): "gpt-4o",
-}
 # The score of a token that no merge makes.
 _UNREACHED = -1e6
 
@@ -205,14 +174,14 @@ def _pre(path: Path, content: Mapping[str, Any]) -> str:
     for step in _steps(content["pre_tokenizer"], "pretokenizers"):
         kind = step["type"]
         if kind == "ByteLevel" and not step.get("add_prefix_space"):
-            cuts += [_GPT2] if step.get("use_regex", True) else []
+            cuts += [GPT2] if step.get("use_regex", True) else []
         elif kind == "Digits" and step.get("individual_digits"):
-            cuts.append(_DIGITS)
+            cuts.append(DIGITS)
         elif kind == "Split" and "Regex" in step["pattern"] and _isolates(step):
             cuts.append(step["pattern"]["Regex"])
         else:
             raise _refusal(path, f"cuts up text by {kind} in a way that has no name there")
-    found = _PRE.get((tuple(cuts), bool(content["model"].get("ignore_merges"))))
+    found = name_of(tuple(cuts), bool(content["model"].get("ignore_merges")))
     if found is None:
         shown = " and then ".join(cuts)
         whole = " without merging pieces that are tokens" if content["model"].get("ignore_merges") else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from gguf import dequantize
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from accullm_cli.errors import AccullmError
@@ -91,6 +92,23 @@ class GgufFile:
         """An unquantized tensor in its stored dtype."""
         tensor = self.tensors[name]
         return self.octets(name).view(PLAIN[tensor.kind]).view(tensor.shape)
+
+    def dequantized(self, name: str) -> torch.Tensor:
+        """A tensor's values, float32 in its shape.
+
+        Raises:
+            AccullmError: of a type that `gguf` does not read.
+        """
+        tensor = self.tensors[name]
+        octets = self.octets(name).view(*tensor.shape[:-1], tensor.row_bytes)
+        try:
+            return torch.from_numpy(dequantize(octets.numpy(), tensor.kind))
+        except NotImplementedError:
+            raise AccullmError(
+                f"tensor {name} is quantized as {tensor.kind.name}, which cannot be read",
+                tensor.path,
+                "give another quantization, or the model's safetensors checkpoint",
+            ) from None
 
 
 def read_gguf(path: Path) -> GgufFile:

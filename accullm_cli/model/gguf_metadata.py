@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.gguf_tokenizer import split_records
 
 _EPSILONS = ("rms_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon")
 _OFF = (0, 1)  # of a factor: llama.cpp takes 0 for "not given"
@@ -38,7 +40,7 @@ _MEANINGS: dict[str, _Meaning] = {
     "embedding_length": _Meaning(("hidden_size",)),
     "block_count": _Meaning(("num_hidden_layers",)),
     "attention.head_count": _Meaning(("num_attention_heads",)),
-    "attention.layer_norm_epsilon": _Meaning(_EPSILONS),
+    "attention.layer_norm_epsilon": _Meaning(_EPSILONS, (1e-5,)),
     "attention.layer_norm_rms_epsilon": _Meaning(_EPSILONS),
     "attention.clamp_kqv": _Meaning(("clip_qkv",), (0,)),
     "attention.causal": _Meaning((), (True,)),
@@ -49,7 +51,7 @@ _MEANINGS: dict[str, _Meaning] = {
     "attn_logit_softcapping": _Meaning(("attn_logit_softcapping",), (0,)),
     "final_logit_softcapping": _Meaning(("final_logit_softcapping",), (0,)),
     "router_logit_softcapping": _Meaning((), (0,)),
-    "logit_scale": _Meaning(("logit_scale",), _OFF),
+    "logit_scale": _Meaning(("logit_scale", "logits_scaling"), _OFF),
     "residual_scale": _Meaning(("residual_multiplier",), _OFF),
     "embedding_scale": _Meaning(("embedding_multiplier",), _OFF),
     "use_parallel_residual": _Meaning(("use_parallel_residual", "parallel_attn"), (False,)),
@@ -85,7 +87,6 @@ _TOKENIZER = frozenset(
     "model pre tokens token_type scores merges precompiled_charsmap bos_token_id eos_token_id unknown_token_id "
     "padding_token_id add_space_prefix add_bos_token add_eos_token".split()
 )
-_SPLIT_LIKE_GPT2 = ("default", "gpt-2")
 # 0 says that a model has nothing of the kind (a state-space model has no heads).
 _NONE_AT_0 = ("feed_forward_length", "attention.head_count", "attention.head_count_kv", "expert_feed_forward_length")
 # llama.cpp's numbers for how experts are weighed, where that is no softmax over their scores (1).
@@ -110,7 +111,7 @@ def settle(metadata: Mapping[str, Any], architecture: str, config: Any) -> list[
     if kind != "model":
         raise AccullmError(f"holds no model (general.type = {kind})", hint="give the file of the model itself")
     own = {key.removeprefix(f"{architecture}."): key for key in metadata if key.startswith(f"{architecture}.")}
-    values = {name: metadata[key] for name, key in own.items()}
+    values = {name: _decimal(metadata[key]) for name, key in own.items()}
     settler = _Settler(config, values, architecture)
     for name, value in values.items():
         settler.settle(name, value)
@@ -125,29 +126,17 @@ def _unused(metadata: Mapping[str, Any]) -> list[str]:
     for key in metadata:
         room, _, rest = key.partition(".")
         if room in ("adapter", "clip", "diffusion", "imatrix", "xielu"):
-            raise _refusal(key, metadata[key])
-        if room in ("GGUF", "split", "quantize") or (room == "general" and not rest.startswith("sampling.")):
+            raise refusal(key, metadata[key])
+        if room in ("GGUF", "split", "quantize", "accullm") or (room == "general" and not rest.startswith("sampling.")):
             continue
         if room != "tokenizer" or (rest != "chat_template" and rest.removeprefix("ggml.") not in _TOKENIZER):
             unused.append(key)
     records = [f"metadata of the GGUF file that is not carried over: {', '.join(sorted(unused))}"] if unused else []
-    split = metadata.get("tokenizer.ggml.pre", _SPLIT_LIKE_GPT2[0])
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and split not in {*_SPLIT_LIKE_GPT2, *_known_splits()}:
-        records.append(
-            f"transformers does not know how the tokenizer splits text (tokenizer.ggml.pre = {split}) and does it as "
-            "GPT-2's: tokens may differ from llama.cpp's"
-        )
-    return records
+    return records + split_records(metadata)
 
 
-def _known_splits() -> Mapping[str, str]:
-    """The ways to split text before tokens are looked up that transformers follows, by GGUF's name."""
-    from transformers.integrations.gguf import gguf_tokenizer_mapping
-
-    return getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {})
-
-
-def _refusal(key: str, value: Any) -> AccullmError:
+def refusal(key: str, value: Any) -> AccullmError:
+    """That a key is none that transformers' class can follow."""
     shown = str(value)
     shown = shown if len(shown) < 60 else f"{shown[:57]}..."
     return AccullmError(
@@ -176,19 +165,25 @@ class _Settler:
             "attention.max_alibi_bias": lambda value: value == (8 if config.model_type == "bloom" else 0),
             "expert_gating_func": lambda value: value in (0, _GATING.get(config.model_type, 1)),
             "feed_forward_length": self._settle_width,
+            # Of Granite it says whether positions are rotated at all.
+            "rope.scaling.finetuned": lambda value: bool(value) or config.model_type != "granite",
         }
 
     def settle(self, name: str, value: Any) -> None:
         """Follow one key of the architecture; those of the rotary positions are settled together."""
-        if name in _HARMLESS or name.startswith("rope.") or (name in _NONE_AT_0 and value == 0):
+        if name in _NONE_AT_0 and value == 0:
             return
         if name in self._special:
             followed = self._special[name](value)
+        elif name in _HARMLESS or name.startswith("rope."):
+            return
         else:
             meaning = _MEANINGS.get(name)
+            if value == 0 and meaning is not None and meaning.neutral == _OFF:
+                value = 1
             followed = meaning is not None and (self._set(meaning.settings, value) or value in meaning.neutral)
         if not followed:
-            raise _refusal(f"{self.architecture}.{name}", value)
+            raise refusal(f"{self.architecture}.{name}", value)
 
     def _set(self, settings: tuple[str, ...], value: Any) -> bool:
         """Give the first of the settings that the class has this value, unless it has it; False where it has none."""
@@ -212,8 +207,8 @@ class _Settler:
         return True
 
     def _settle_positions(self, value: Any) -> bool:
-        self._set(("max_position_embeddings",), value)
-        return True  # a class without the setting has no limit
+        # A class without the setting has no limit.
+        return self._set(("max_position_embeddings",), value) or "max_position_embeddings" not in self._settings
 
     def _settle_width(self, value: Any) -> bool:
         widths = ("intermediate_size", "ffn_hidden_size", "n_inner")
@@ -243,11 +238,11 @@ class _Settler:
 
     def _settle_window(self, value: Any) -> bool:
         """A window as long as the context is none."""
-        if value == 0 or value >= self.values.get("context_length", math.inf):
-            return True
         kinds = getattr(self.config, "layer_types", None)
         windowed = kinds is None or "sliding_attention" in kinds
-        return windowed and self._set(("sliding_window",), value)
+        if value and windowed and self._set(("sliding_window",), value):
+            return True
+        return value == 0 or value >= self.values.get("context_length", math.inf)
 
     def _settle_window_pattern(self, value: Any) -> bool:
         """Which blocks have a window: one flag for each, or every so manieth has none."""
@@ -266,8 +261,15 @@ class _Settler:
 
     def settle_unsaid(self) -> None:
         """Undo defaults of transformers' classes where llama.cpp does otherwise, and no key says so."""
-        if self.config.model_type == "mistral" and "attention.sliding_window" not in self.values:
-            self.config.sliding_window = None
+        if not self.values.get("attention.sliding_window"):
+            if self.config.model_type == "mistral":
+                self.config.sliding_window = None
+            if self.config.model_type == "gemma3_text" and "attention.sliding_window_pattern" not in self.values:
+                self.config.layer_types = ["full_attention"] * self.config.num_hidden_layers
+        if not self.values.get("logit_scale") and self.config.model_type == "cohere":
+            self.config.logit_scale = 1.0
+        if not self.values.get("attention.scale") and self.config.model_type == "granite":
+            self.config.attention_multiplier = self._head() ** -0.5
         blocks = _GEMMA_SCALED_BY_HIDDEN.get(self.config.model_type)
         if blocks is not None and not self.values.get("attention.scale"):
             large = self.config.num_hidden_layers == blocks
@@ -350,7 +352,14 @@ class _Settler:
         for name, value in values.items():
             is_factor = name in ("scaling.factor", "scale_linear", "scaling.attn_factor", "scaling.yarn_attn_factor")
             if f"rope.{name}" not in _HARMLESS and value not in (_OFF if is_factor else (0, "none")):
-                raise _refusal(f"{self.architecture}.rope.{name}", value)
+                raise refusal(f"{self.architecture}.rope.{name}", value)
+
+
+def _decimal(value: Any) -> Any:
+    """A number as whoever wrote it in float32 is likely to have had it: the shortest that is the same there."""
+    if not isinstance(value, float) or float(np.float32(value)) != value:
+        return value
+    return float(str(np.float32(value)))
 
 
 def _equal(current: Any, value: Any) -> bool:

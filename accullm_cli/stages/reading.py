@@ -60,21 +60,25 @@ def _compare(job: Job, decoder: Decoder, ids: torch.Tensor) -> tuple[str, ...]:
     dtype = torch.float32
     if gguf is not None:  # the import rounds every tensor to the source's one dtype
         dtype = next(iter(job.source.tensors.values())).torch_dtype
+    records: tuple[str, ...] = ()
     try:
-        with plain_model(job.source.directory, scratch, gguf, dtype) as plain, torch.no_grad():
-            logits, misfits = plain.model(input_ids=ids[:1], use_cache=False).logits[0].float(), plain.misfits
-            class_name = type(plain.model).__name__
-            del plain
+        try:
+            logits, misfits, class_name = _by_plain(job, scratch, gguf, dtype, ids)
+        except Exception as error:
+            if gguf is None or is_out_of_memory(error):
+                raise
+            # It reads the architecture from safetensors alone: what was imported is then all that it can be given.
+            records = ("the import of the GGUF file was not held against plain transformers, which cannot read it",)
+            logits, misfits, class_name = _by_plain(job, scratch, None, dtype, ids)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         # Whatever a class of transformers cannot do; what is known is that it was not compared.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return (f"the reading was not held against plain transformers, which cannot run it ({reason})",)
+        return (f"the reading was not held against plain transformers, which cannot run it ({_reason(error)})",)
     # The first window, here in a batch with another, as all windows are run.
     difference = largest_difference(logits_by_blocks(decoder, ids)[0], logits)
     if difference.is_arithmetic:
-        return ()
+        return records
     if largest_difference(logits_by_blocks(decoder, ids[:1])[0], logits).is_arithmetic:
         raise AccullmError(
             f"what {class_name} makes of a text depends on the other texts in its batch: log-probabilities differ by up"
@@ -88,6 +92,19 @@ def _compare(job: Job, decoder: Decoder, ids: torch.Tensor) -> tuple[str, ...]:
         job.source.origin,
         "this model cannot be converted truly, so it is not",
     )
+
+
+def _by_plain(
+    job: Job, scratch: Path | None, gguf: Path | None, dtype: torch.dtype, ids: torch.Tensor
+) -> tuple[torch.Tensor, str, str]:
+    """Logits [T, vocabulary] of the first window by plain transformers, what it could not place, its class's name."""
+    with plain_model(job.source.directory, scratch, gguf, dtype) as plain, torch.no_grad():
+        logits: torch.Tensor = plain.model(input_ids=ids[:1], use_cache=False).logits[0].float()
+        return logits, plain.misfits, type(plain.model).__name__
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _place(job: Job, decoder: Decoder, is_gguf: bool) -> tuple[Path | None, str]:

@@ -19,7 +19,7 @@ from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.formats.base import ModelShape, Parts
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.gguf import model_objections
-from accullm_cli.formats.gguf_architectures import ARCHITECTURES
+from accullm_cli.model.gguf_architectures import ARCHITECTURES
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
@@ -397,6 +397,11 @@ OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
         "gemma2",
         {"tie_word_embeddings": False},
         "llama.cpp's architecture gemma2 has no tensor for lm_head.weight",
+    ),
+    "activation": (
+        "llama",
+        {"hidden_act": "gelu"},
+        "llama.cpp's architecture llama has silu in its MLP, and the model gelu",
     ),
     "scale": (
         "gemma2",

@@ -82,6 +82,16 @@ def test_a_downloaded_file_is_verified(downloads: Path) -> None:
     assert "damaged or not a GGUF file (tensor " in problem
 
 
+def test_a_file_of_another_architecture_is_one_line(downloads: Path) -> None:
+    path = downloads / "model.gguf"
+    path.write_bytes(path.read_bytes().replace(b"qwen2", b"rwkv6"))
+    assert refusal(path) == (
+        f"{path}: architecture rwkv6 is not read as an artifact; those that are: arcee, command-r, ernie4_5, gemma, "
+        "gemma2, gemma3, granite, llama, nemotron, olmo, olmo2, olmoe, phi3, qwen2, qwen2moe, qwen3, qwen3moe, "
+        "seed_oss, smollm3, stablelm, starcoder2"
+    )
+
+
 def test_of_several_files_in_a_directory_one_is_to_be_named(downloads: Path) -> None:
     shutil.copy(downloads / "model.gguf", downloads / "other.gguf")
     assert refusal(downloads) == (

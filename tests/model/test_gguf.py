@@ -51,6 +51,8 @@ def write(
     scale: float = 1.0,
     metadata: dict[str, Any] | None = None,
     tokens: Sequence[str] = TOKENS,
+    merges: Sequence[str] = ("t h", "e r"),
+    kinds: Sequence[int] = (),
 ) -> Path:
     """A random two-layer llama; its norms are float32, as llama.cpp writes them."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -66,8 +68,8 @@ def write(
     if tokenizer:
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(tokens)
-        writer.add_token_types([1] * len(tokens))
-        writer.add_token_merges(["t h", "e r"])
+        writer.add_token_types(kinds or [1] * len(tokens))
+        writer.add_token_merges(merges)
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
         writer.add_chat_template("{{ messages[0]['content'] }}")
@@ -135,6 +137,48 @@ def test_loads_in_transformers_with_the_logits_of_the_file(tmp_path: Path) -> No
         logits = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32).eval()(ids).logits
         expected = reference(path)(ids).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_architecture_that_is_not_written_is_read_as_transformers_reads_it(tied: bool, tmp_path: Path) -> None:
+    """GPT-2, whose matrices it turns around."""
+    path = write_gpt2(tmp_path / "tiny.gguf", tied)
+    source = open_gguf(path)
+    expected = reference(path).state_dict()
+    stored = load_file(source.directory / "model.safetensors")
+    assert set(stored) == set(expected) - ({"lm_head.weight"} if tied else set())
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, expected[name]), name
+    assert (source.config["model_type"], source.config["tie_word_embeddings"]) == ("gpt2", tied)
+
+
+def write_gpt2(path: Path, tied: bool) -> Path:
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(1024)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(4 * HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_merges(["t h", "e r"])
+    wide = {"attn_qkv": (3 * HIDDEN, HIDDEN), "attn_output": (HIDDEN, HIDDEN),
+            "ffn_up": (4 * HIDDEN, HIDDEN), "ffn_down": (HIDDEN, 4 * HIDDEN)}  # fmt: skip
+    found = {"token_embd.weight": (len(TOKENS), HIDDEN), "position_embd.weight": (1024, HIDDEN)}
+    found |= {} if tied else {"output.weight": (len(TOKENS), HIDDEN)}
+    for name, shape in wide.items():
+        found |= {f"blk.0.{name}.weight": shape, f"blk.0.{name}.bias": shape[:1]}
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        found |= {f"{name}.weight": (HIDDEN,), f"{name}.bias": (HIDDEN,)}
+    rng = np.random.default_rng(0)
+    for name, shape in found.items():
+        writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def test_an_untied_head_is_kept(tmp_path: Path) -> None:
@@ -248,19 +292,18 @@ def test_metadata_that_nothing_follows_are_named(tmp_path: Path) -> None:
     ("pre", "records"),
     [
         (
-            "smollm",
+            "superbpe",
             (
-                "transformers does not know how the tokenizer splits text (tokenizer.ggml.pre = smollm) and does it as "
-                "GPT-2's: tokens may differ from llama.cpp's",
+                "the tokenizer splits text in a way that is not known here (tokenizer.ggml.pre = superbpe); GPT-2's is "
+                "taken for it, and tokens may differ from llama.cpp's",
             ),
         ),
         ("llama-bpe", ()),
+        ("smollm", ()),
         ("default", ()),
     ],
 )
-def test_a_splitting_of_text_that_transformers_does_not_know_is_named(
-    tmp_path: Path, pre: str, records: tuple[str, ...]
-) -> None:
+def test_a_splitting_of_text_that_is_not_known_is_named(tmp_path: Path, pre: str, records: tuple[str, ...]) -> None:
     path = write(tmp_path / "tiny.gguf", metadata={"tokenizer.ggml.pre": pre})
     assert open_gguf(path).records[:-1] == records  # the last one is of norms that were rounded
 

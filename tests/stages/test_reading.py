@@ -20,6 +20,7 @@ from accullm_cli.run import RunDirectory
 from accullm_cli.stages import reading
 from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.reading import READING
+from tests.formats.test_gguf import build, written
 from tests.kinds import Kind
 from tests.model.test_gguf import Q8_0, write
 from tests.streaming import fast_config, opened, run_alone
@@ -174,3 +175,17 @@ def test_a_gguf_file_is_held_against_what_transformers_dequantizes(tmp_path: Pat
     tensors[name] = tensors[name].flip(0).contiguous()
     save_file(tensors, imported / "model.safetensors")
     assert "reads another model" in refusal(config)
+
+
+def test_of_a_gguf_file_that_transformers_does_not_read_the_blocks_alone_are_held_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(build("arcee"), tmp_path).joinpath("Tiny-Model.gguf").rename(tmp_path / "tiny.gguf")
+    config = fast_config(path, tmp_path / "out")
+    assert checked(config) == [
+        "the import of the GGUF file was not held against plain transformers, which cannot read it"
+    ]
+    run = Decoder.run
+    monkeypatch.setattr(Decoder, "run", lambda self, *given: 1.01 * run(self, *given))
+    monkeypatch.setattr(reading, "VERSION", 0)  # as if it had not been done
+    assert "plain transformers (ArceeForCausalLM) reads another model" in refusal(config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -20,27 +20,13 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.gguf_pieces import Piece
 
 _ARCHITECTURES = {name: number for number, name in MODEL_ARCH_NAMES.items()}
 # Scaling of rotary positions that is stored as factors of the frequencies, under this name.
 ROPE_FACTORS = "rope_freqs.weight"
 # transformers' name of experts' gate and up projection in one parameter, and what GGUF's table calls the two.
 _FUSED = ("gate_up_proj", ("gate_proj", "up_proj"))
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor of a GGUF file as rows of a parameter.
-
-    rows: the first row and the one behind the last, in a stack those of each expert; None for all.
-    heads: rows belong to so many heads, and those of each head come in pairs of its halves; 0 leaves them in order.
-    shift: added to each value.
-    """
-
-    name: str
-    rows: tuple[int, int] | None = None
-    heads: int = 0
-    shift: float = 0.0
 
 
 Parameters = Callable[[GGUFWriter, Any], None]
@@ -56,6 +42,9 @@ class Architecture:
     norm_shift: added to the weights of norms, where transformers' norms multiply by one plus their weight.
     parameters: writes what only this architecture has. obstacle: why a configuration is none that the program follows,
         as the end of a sentence; "" where it is one.
+    told_by: of a file, the key that tells this model type from others with the same program; "" where there is none, or
+        the file is of this type if no other's key is there. settings: what the program does, where transformers' class
+        does otherwise by itself and no key says so.
     """
 
     name: str
@@ -63,6 +52,8 @@ class Architecture:
     norm_shift: float = 0.0
     parameters: Parameters = lambda writer, config: None
     obstacle: Callable[[Any], str] = lambda config: ""
+    told_by: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def pieces(self, config: PreTrainedConfig, parameter: str, out_features: int) -> tuple[Piece, ...]:
         """What a parameter becomes.
@@ -112,9 +103,23 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise AccullmError(f"models of type {config.model_type} cannot be written for llama.cpp")
-    if obstacle := found.obstacle(config) or _rope_obstacle(config):
+    if obstacle := found.obstacle(config) or _rope_obstacle(config) or _activation_obstacle(config):
         raise AccullmError(f"llama.cpp's architecture {found.name} {obstacle}")
     return found
+
+
+def placed(
+    architecture: Architecture, config: PreTrainedConfig, parameters: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Piece, ...]]:
+    """The pieces of each parameter.
+
+    Raises:
+        AccullmError: llama.cpp has no tensor for one.
+    """
+    return {
+        name: architecture.pieces(config, name, shape[-2] if len(shape) > 1 else shape[0])
+        for name, shape in parameters.items()
+    }
 
 
 # -- metadata ----------------------------------------------------------------------------------------------
@@ -187,6 +192,16 @@ def _rope_obstacle(config: Any) -> str:
     window = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
     if window.get("rope_type", "default") != "default":
         return f"does not scale rotary positions in its windows ({window['rope_type']})"
+    return ""
+
+
+def _activation_obstacle(config: Any) -> str:
+    """A program has one activation, which is that of its class's models; GELU has one way to be computed."""
+    usual = type(config)()
+    for setting in ("hidden_act", "hidden_activation"):
+        own, expected = getattr(config, setting, None), getattr(usual, setting, None)
+        if own and expected and own.partition("_")[0] != expected.partition("_")[0]:
+            return f"has {expected} in its MLP, and the model {own}"
     return ""
 
 
@@ -358,19 +373,24 @@ _WITHOUT_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", in_pairs=True),
-    "mistral": Architecture("llama", in_pairs=True),
-    "mixtral": Architecture("llama", in_pairs=True),
+    "mistral": Architecture("llama", in_pairs=True, told_by="attention.sliding_window"),
+    "mixtral": Architecture("llama", in_pairs=True, told_by="expert_count"),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "qwen2_moe": Architecture("qwen2moe", parameters=_qwen2_moe, obstacle=_experts_obstacle(normalized=False)),
-    "qwen3_moe": Architecture("qwen3moe", parameters=_qwen3_moe, obstacle=_experts_obstacle(normalized=True)),
+    "qwen3_moe": Architecture(
+        "qwen3moe",
+        parameters=_qwen3_moe,
+        obstacle=_experts_obstacle(normalized=True),
+        settings={"norm_topk_prob": True},
+    ),
     "gemma": Architecture("gemma", norm_shift=1.0),
     "gemma2": Architecture("gemma2", norm_shift=1.0, parameters=_gemma2, obstacle=_gemma2_obstacle),
     "gemma3_text": Architecture("gemma3", norm_shift=1.0, parameters=_gemma3, obstacle=_gemma3_obstacle),
     "phi3": Architecture("phi3", parameters=_phi3),
     "olmo": Architecture("olmo", in_pairs=True, parameters=_olmo),
     "olmo2": Architecture("olmo2"),
-    "olmo3": Architecture("olmo2", parameters=_windows, obstacle=_olmo3_obstacle),
+    "olmo3": Architecture("olmo2", parameters=_windows, obstacle=_olmo3_obstacle, told_by="attention.sliding_window"),
     "olmoe": Architecture("olmoe", obstacle=_olmoe_obstacle),
     "granite": Architecture("granite", in_pairs=True, parameters=_granite),
     "starcoder2": Architecture("starcoder2"),
