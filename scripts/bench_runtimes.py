@@ -12,6 +12,7 @@ artifact the client's log-probabilities are held against those of our own reader
     python scripts/bench_runtimes.py --samples 32 --windows 8 \\
         --client mlx_lm=venvs/mlx/bin/python --client transformers=venvs/transformers/bin/python \\
         --peer mlx-lm=venvs/mlx/bin/python --peer mlx-lm-gptq=venvs/mlx/bin/python \\
+        --peer mlx-lm-dwq=venvs/mlx/bin/python --peer mlx-lm-dynamic=venvs/mlx/bin/python \\
         --peer llm-compressor=venvs/llm-compressor/bin/python --peer auto-round=venvs/auto-round/bin/python
 
 What is not installed is left out, and said. Exit code 3: a client reads one of our artifacts otherwise than we do.
@@ -76,7 +77,7 @@ class Client:
 
 
 CLIENTS = (
-    Client("mlx_lm", "mlx_lm", "mlx", ("mlx-lm", "mlx-lm-gptq")),
+    Client("mlx_lm", "mlx_lm", "mlx", ("mlx-lm", "mlx-lm-gptq", "mlx-lm-dwq", "mlx-lm-dynamic")),
     Client(
         "transformers",
         "compressed_tensors",
