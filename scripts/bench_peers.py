@@ -86,7 +86,7 @@ PEERS = (
     Peer("hqq", "HQQ", "hqq", "hqq"),
     Peer("mlx-lm", "mlx_lm.convert -q", "mlx-lm", "mlx_lm"),
     Peer("mlx-lm-gptq", "mlx_lm.gptq", "mlx-lm-gptq", "mlx_lm"),
-    Peer("mlx-lm-dwq", "mlx_lm.dwq", "mlx-lm-dwq", "mlx_lm"),
+    Peer("mlx-lm-dwq", "mlx_lm.dwq, 32 steps of 2 windows", "mlx-lm-dwq", "mlx_lm", ("--iterations", "32")),
     Peer("mlx-lm-dynamic", "mlx_lm.dynamic_quant, 4 and 5 bits", "mlx-lm-dynamic", "mlx_lm"),
     *(
         Peer(f"{name}-{suffix}", label, name, package, group_size=size)

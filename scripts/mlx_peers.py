@@ -37,12 +37,13 @@ def mlx_lm_gptq(task: Task) -> Quantized:
     return loaded.saved(task, model, {**loaded.config, "quantization": config}, settings)
 
 
-# mlx_lm.dwq takes 512 batches of 4 windows by default. Adam moves a parameter by no more than about the rate in a step.
-DWQ_STEPS, DWQ_BATCH, DWQ_TRAVEL = 64, 2, 512 * 1e-6
+# mlx_lm.dwq takes 512 batches of 4 windows by default, at a rate of 1e-6. Adam moves a parameter by no more than about
+# the rate in a step, so that fewer steps need a higher one to come as far.
+DWQ_BATCH, DWQ_WAY = 2, 512 * 1e-6
 
 
 def mlx_lm_dwq(task: Task) -> Quantized:
-    """mlx_lm.dwq: scales and offsets of mlx_lm.convert -q distilled, fewer steps at a rate as many times its default.
+    """mlx_lm.dwq: scales and offsets of mlx_lm.convert -q distilled, --iterations steps of two windows.
 
     Weights are dequantized before they are multiplied: CPUs multiply packed ones slowly there.
     """
@@ -74,20 +75,20 @@ def mlx_lm_dwq(task: Task) -> Quantized:
             if type(module) in kind.__bases__:
                 module.__class__ = kind
     windows = [(ids, 0) for ids in task.calibration.tolist()]
-    passes = -(-DWQ_STEPS * DWQ_BATCH // len(windows))
-    steps = passes * len(windows) // DWQ_BATCH
+    passes = -(-task.iterations * DWQ_BATCH // len(windows))
+    windows_of_all_steps = (passes * windows)[: task.iterations * DWQ_BATCH]
     settings = {"batch_size": DWQ_BATCH, "max_seq_length": task.calibration.shape[1], "seed": 123}
-    rate = DWQ_TRAVEL / steps
+    rate = DWQ_WAY / task.iterations
     dwq_quantize(
         model,
         lambda batch, index, split: loaded.model(batch),
         Adam(learning_rate=rate, bias_correction=True),
-        passes * windows,
+        windows_of_all_steps,
         windows[:DWQ_BATCH],
         dtype=mx.float32,
         **settings,
     )
-    settings |= {"bits": BITS, "group_size": task.group_size, "learning_rate": rate, "steps": steps}
+    settings |= {"bits": BITS, "group_size": task.group_size, "learning_rate": rate, "steps": task.iterations}
     return loaded.saved(task, model, config, settings)
 
 

@@ -20,7 +20,7 @@ class Task:
     """What is to be quantized.
 
     calibration: token ids, int64 [windows, tokens].
-    iterations: of AutoRound, for each block.
+    iterations: of AutoRound, for each block; of mlx_lm.dwq, of the model.
     artifact: directory that the tool saves to.
     started: time.monotonic() before the tool was imported.
     """

@@ -76,7 +76,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="use only so many of the calibration windows")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--symmetric", action="store_true", help="scales without zero points")
-    parser.add_argument("--iterations", type=int, default=200, help="of AutoRound, for each block (200, its default)")
+    parser.add_argument(
+        "--iterations", type=int, default=200, help="of AutoRound, for each block (200, its default); of mlx_lm.dwq"
+    )
     return parser.parse_args()
 
 
