@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from demo_models import DEMO, MODELS, model_directory, results_directory
+from demo_models import DEMO, MODELS, model_directory, results_directory, with_earlier_config
 from safetensors.torch import load_file
 
 from accullm_cli.errors import AccullmError
@@ -86,6 +86,8 @@ PEERS = (
     Peer("hqq", "HQQ", "hqq", "hqq"),
     Peer("mlx-lm", "mlx_lm.convert -q", "mlx-lm", "mlx_lm"),
     Peer("mlx-lm-gptq", "mlx_lm.gptq", "mlx-lm-gptq", "mlx_lm"),
+    Peer("mlx-lm-dwq", "mlx_lm.dwq, 32 steps of 2 windows", "mlx-lm-dwq", "mlx_lm", ("--iterations", "32")),
+    Peer("mlx-lm-dynamic", "mlx_lm.dynamic_quant, 4 and 5 bits", "mlx-lm-dynamic", "mlx_lm"),
     *(
         Peer(f"{name}-{suffix}", label, name, package, group_size=size)
         for suffix, size in (("g32", 32), ("coarse", COARSE))
@@ -236,11 +238,16 @@ def quantized(
     Raises:
         AccullmError: the tool failed.
     """
-    out = options.out.with_name(f"{options.out.name}-weights") / f"{peer.name}-{group_size}"
+    made = options.out.with_name(f"{options.out.name}-weights")
+    out = made / f"{peer.name}-{group_size}"
     settings = ("--group-size", str(group_size), *peer.flags)
-    command = (options.peer[peer.tool], str(RUNNER), peer.tool, "--model", str(options.model))
-    command += ("--tokens", str(reference.tokens), *settings, "--out", str(out))
     inputs = {"source": reference.source.sha256, "tokens": file_sha256(reference.tokens)}
+    model = options.model
+    if peer.package == "mlx_lm":
+        model = with_earlier_config(model, made / "original")
+        inputs["config"] = file_sha256(model / "config.json")
+    command = (options.peer[peer.tool], str(RUNNER), peer.tool, "--model", str(model))
+    command += ("--tokens", str(reference.tokens), *settings, "--out", str(out))
     make(command, out, key_of({**inputs, "settings": shlex.join((peer.tool, *settings))}))
     return out, command
 

@@ -12,6 +12,7 @@ artifact the client's log-probabilities are held against those of our own reader
     python scripts/bench_runtimes.py --samples 32 --windows 8 \\
         --client mlx_lm=venvs/mlx/bin/python --client transformers=venvs/transformers/bin/python \\
         --peer mlx-lm=venvs/mlx/bin/python --peer mlx-lm-gptq=venvs/mlx/bin/python \\
+        --peer mlx-lm-dwq=venvs/mlx/bin/python --peer mlx-lm-dynamic=venvs/mlx/bin/python \\
         --peer llm-compressor=venvs/llm-compressor/bin/python --peer auto-round=venvs/auto-round/bin/python
 
 What is not installed is left out, and said. Exit code 3: a client reads one of our artifacts otherwise than we do.
@@ -25,7 +26,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import bench_peers
@@ -76,7 +77,7 @@ class Client:
 
 
 CLIENTS = (
-    Client("mlx_lm", "mlx_lm", "mlx", ("mlx-lm", "mlx-lm-gptq")),
+    Client("mlx_lm", "mlx_lm", "mlx", ("mlx-lm", "mlx-lm-gptq", "mlx-lm-dwq", "mlx-lm-dynamic")),
     Client(
         "transformers",
         "compressed_tensors",
@@ -212,6 +213,7 @@ def measured(client: Client, options: argparse.Namespace, reference: Reference) 
     windows = artifacts / "windows.npz"
     np.savez(windows, ids=reference.ids[: options.windows].numpy())
     shared = shared_features(reference.source)
+    own: dict[tuple[float, float], Row] = {}  # by the bits that they may take
     for peer in (peer for peer in PEERS if peer.name in client.peers):
         if options.rows is not None and peer.name not in options.rows:
             continue
@@ -224,7 +226,10 @@ def measured(client: Client, options: argparse.Namespace, reference: Reference) 
         python = options.peer[peer.tool] if peer.name in client.with_own else options.client[client.name]
         theirs = in_client(client, python, options.model, made / "artifact", windows, peer, "", (command,))
         yield theirs
-        yield ours(client, options, windows, peer, theirs)
+        bits = (theirs.bits_per_weight, theirs.embedding_bits)
+        if bits not in own:
+            own[bits] = ours(client, options, windows, peer, theirs)
+        yield replace(own[bits], rival=peer.name)
 
 
 def ours(client: Client, options: argparse.Namespace, windows: Path, peer: Peer, theirs: Row) -> Row:
@@ -328,7 +333,9 @@ def render(options: argparse.Namespace, rows: Sequence[Row]) -> str:
             "tokens/s",
             "from our reader (nats)",
         )
-        lines = [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *map(_cells, own))]
+        # One of ours may be there for several tools.
+        table = dict.fromkeys((header, ("---",) * len(header), *map(_cells, own)))
+        lines = [f"| {' | '.join(cells)} |" for cells in table]
         parts += [f"{client} ({versions}):", "\n".join(lines), *_verdict(own)]
     typed = dict.fromkeys(shlex.join(command) for row in rows for command in row.commands)
     return "\n\n".join([*parts, "The commands:", "\n".join(f"    {line}" for line in typed)])

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.formats.earlier_keys import with_earlier_keys
+from accullm_cli.run import write_text
 
 DEMO = "smollm2-135m"
 WORK = Path("work")
@@ -169,3 +173,16 @@ def model_directory(name_or_directory: str) -> Path:
 def results_directory(name_or_directory: str) -> Path:
     """Where benchmarks of this model put their results unless they are told: a directory for each model."""
     return WORK / "bench" / Path(name_or_directory).name
+
+
+def with_earlier_config(model: Path, out: Path) -> Path:
+    """The original with the keys of transformers 4 in its config.json: mlx_lm would run another model without them."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for file in model.iterdir():
+        (out / file.name).symlink_to(file.resolve())
+    config = out / "config.json"
+    content = json.loads(config.read_text())
+    config.unlink()
+    write_text(config, json.dumps(with_earlier_keys(content), indent=1) + "\n")
+    return out

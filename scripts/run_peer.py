@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -26,65 +25,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
+from mlx_peers import mlx_lm, mlx_lm_dwq, mlx_lm_dynamic, mlx_lm_gptq
+from peer_task import BITS, Quantized, Task, stored_tensors, unpack
 from safetensors.torch import load_file, save_file
 
-BITS = 4
 # Weights in memory may be a 16-bit rounding of what the stored codes and scales give, 0.2% of their norm; single ones
 # differ more (AutoRound keeps other digits of some scales). Another zero point or another order of the codes is off by
 # tens of percent.
 TOLERANCE = 0.01
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be quantized.
-
-    calibration: token ids, int64 [windows, tokens].
-    iterations: of AutoRound, for each block.
-    artifact: directory that the tool saves to.
-    started: time.monotonic() before the tool was imported.
-    """
-
-    model: Path
-    calibration: torch.Tensor
-    group_size: int
-    symmetric: bool
-    iterations: int
-    artifact: Path
-    started: float
-
-    def cost(self) -> Cost:
-        """What it took up to now: taken once the tool has saved, before its files are read back."""
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return Cost(time.monotonic() - self.started, peak_bytes)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """From loading the model to the end of saving. peak_bytes: resident memory."""
-
-    seconds: float
-    peak_bytes: int
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What a tool made.
-
-    stored: every tensor that it saved, by name.
-    weights: dequantized from `stored`, float32 [N, K] by the linear's name.
-    in_memory: the same as the tool itself has or computes them, to check against.
-    settings: what it was told, as it was told.
-    """
-
-    cost: Cost
-    stored: Mapping[str, torch.Tensor]
-    weights: Mapping[str, torch.Tensor]
-    in_memory: Mapping[str, torch.Tensor]
-    settings: Mapping[str, Any]
 
 
 def main() -> None:
@@ -126,7 +76,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="use only so many of the calibration windows")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--symmetric", action="store_true", help="scales without zero points")
-    parser.add_argument("--iterations", type=int, default=200, help="of AutoRound, for each block (200, its default)")
+    parser.add_argument(
+        "--iterations", type=int, default=200, help="of AutoRound, for each block (200, its default); of mlx_lm.dwq"
+    )
     return parser.parse_args()
 
 
@@ -163,13 +115,6 @@ def linear_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor in a directory's safetensors files."""
-    return {
-        name: tensor for path in sorted(directory.rglob("*.safetensors")) for name, tensor in load_file(path).items()
-    }
-
-
 # -- the format of GPTQ, which AutoRound and GPTQModel save ------------------------------------------------------
 
 
@@ -193,12 +138,6 @@ def gptq_weight(stored: Mapping[str, torch.Tensor], name: str, group_size: int) 
     scales = stored[f"{name}.scales"].float().T  # [N, groups]
     group = stored.get(f"{name}.g_idx", torch.arange(codes.shape[1]) // group_size).long()
     return (codes - zeros[:, group]).float() * scales[:, group]
-
-
-def unpack(packed: torch.Tensor) -> torch.Tensor:
-    """int32 [rows, words] to codes [rows, 8 * words], each word's low bits first."""
-    shifts = torch.arange(0, 32, BITS, dtype=torch.int32)
-    return ((packed.unsqueeze(-1) >> shifts) & (2**BITS - 1)).flatten(1)
 
 
 # -- the tools -----------------------------------------------------------------------------------------------
@@ -333,63 +272,6 @@ def gptqmodel(task: Task) -> Quantized:
     return Quantized(cost, stored, gptq_weights(stored, task.group_size), in_memory, settings)
 
 
-def mlx_lm(task: Task) -> Quantized:
-    """mlx_lm.convert -q: rounding to nearest, of embeddings, too."""
-    from mlx_lm import convert
-
-    settings = {"q_bits": BITS, "q_group_size": task.group_size}
-    task.artifact.rmdir()  # which it wants to make
-    convert(str(task.model), str(task.artifact), quantize=True, **settings)
-    return mlx_quantized(task, settings)
-
-
-def mlx_lm_gptq(task: Task) -> Quantized:
-    """mlx_lm's GPTQ (Frantar et al., 2022), in float32: CPUs multiply numbers of 16 bits slowly there."""
-    import mlx.core as mx
-    from mlx_lm.quant.gptq import gptq_quantize
-    from mlx_lm.utils import load, save
-
-    # What it does not round with GPTQ are the embeddings; its own choice for them is 6 bits.
-    settings = {"bits": BITS, "group_size": task.group_size, "fallback_bits": BITS}
-    settings |= {"fallback_group_size": task.group_size, "batch_size": 8}
-    model, tokenizer, config = load(str(task.model), return_config=True)
-    stored_as = model.parameters()["model"]["norm"]["weight"].dtype
-    model.set_dtype(mx.float32)
-    model, config["quantization"] = gptq_quantize(model, mx.array(task.calibration.numpy()), **settings)
-    model.set_dtype(stored_as)
-    save(str(task.artifact), str(task.model), model, tokenizer, config)
-    return mlx_quantized(task, settings)
-
-
-def mlx_quantized(task: Task, settings: Mapping[str, Any]) -> Quantized:
-    """What mlx_lm has saved, of the linears in the blocks."""
-    import mlx.core as mx
-    import mlx_lm as package
-
-    cost = task.cost()
-    stored = stored_tensors(task.artifact)
-    names = [name.removesuffix(".scales") for name in stored if name.endswith(".scales") and ".layers." in name]
-    weights = {name: mlx_weight(stored, name, task.group_size) for name in names}
-    loaded = dict(package.load(str(task.artifact))[0].named_modules())
-    in_memory = {}
-    for name in names:
-        module = loaded[name]
-        dense = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
-        in_memory[name] = torch.from_numpy(np.array(dense.astype(mx.float32)))
-    return Quantized(cost, stored, weights, in_memory, settings)
-
-
-def mlx_weight(stored: Mapping[str, torch.Tensor], name: str, group_size: int) -> torch.Tensor:
-    """One linear's weight, float32 [N, K].
-
-    weight uint32 [N, K / 8] holds 8 codes of one row, low bits first; scales and biases [N, groups].
-    """
-    codes = unpack(stored[f"{name}.weight"].view(torch.int32))
-    scales, biases = stored[f"{name}.scales"].float(), stored[f"{name}.biases"].float()
-    group = torch.arange(codes.shape[1]) // group_size
-    return codes.float() * scales[:, group] + biases[:, group]
-
-
 @dataclass(frozen=True)
 class Runner:
     """A tool: the packages whose versions say what was run, and the function that runs it."""
@@ -404,6 +286,8 @@ RUNNERS: Mapping[str, Runner] = {
     "hqq": Runner(("hqq",), hqq),
     "llm-compressor": Runner(("llmcompressor", "compressed-tensors"), llm_compressor),
     "mlx-lm": Runner(("mlx-lm", "mlx"), mlx_lm),
+    "mlx-lm-dwq": Runner(("mlx-lm", "mlx"), mlx_lm_dwq),
+    "mlx-lm-dynamic": Runner(("mlx-lm", "mlx"), mlx_lm_dynamic),
     "mlx-lm-gptq": Runner(("mlx-lm", "mlx"), mlx_lm_gptq),
 }
 

@@ -37,6 +37,7 @@ from accullm_cli.formats.pack_quantized import (
     split,
     stored_bytes,
 )
+from accullm_cli.formats.placing import placed_plan
 from accullm_cli.formats.readers import Reading
 from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, write_shard
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
@@ -157,40 +158,8 @@ class CompressedTensorsArtifact(StoredArtifact):
         """See `StoredArtifact.placed`: what another tool wrote has the names of checkpoints."""
         if self.manifest is not None:
             return self
-        from accullm_cli.model.embeddings import find_embeddings
-        from accullm_cli.model.names import checkpoint_modules, destinations, expert_names
-
-        slots = [slot.name for own in structure.slots for slot in own]
-        outer = [slot.name for slot in find_embeddings(model)] if self.plan.embeddings else []
-        renamed = checkpoint_modules(model, [*slots, *outer])
-        names: dict[str, tuple[str, ...]] = {name: (other,) for name, other in renamed.items()}
-        for block, own in zip(structure.blocks, structure.slots, strict=True):
-            names |= expert_names(model, block, own)
-        stored_as: dict[str, tuple[str, ...]] = {}
-        for name in (*slots, *outer):
-            ways = ((name,), names.get(name, (name,)))
-            if (
-                way := next((way for way in ways if all(part in self.plan.quantized for part in way)), None)
-            ) is not None:
-                stored_as[name] = way
-        rows = {name: self._row(name, parts) for name, parts in stored_as.items()}
-        for name in sorted(self.plan.quantized.keys() - {part for parts in stored_as.values() for part in parts}):
-            raise AccullmError(f"{name}, which is stored as codes, has no place in this model", self.path)
-        codes = {tensor for tensors in self.schema.values() for tensor in tensors}
-        for stored, place in destinations(model, [name for name in self.files.infos if name not in codes]).items():
-            if place.is_converted:
-                raise AccullmError(f"tensor {stored} is part of {place.name}, which has no codes", self.path)
-            stored_as[place.name] = (stored,)
-        linears = {name: row for name, row in rows.items() if name not in outer}
-        plan = Plan(linears, self.plan.scale_dtype, {name: row for name, row in rows.items() if name in outer})
+        plan, stored_as = placed_plan(self, model, structure)
         return CompressedTensorsArtifact(self.path, plan, self.files, None, stored_as, self._config)
-
-    def _row(self, name: str, parts: tuple[str, ...]) -> LinearPlan:
-        """The row of a linear whose rows are those of several, one below the other."""
-        rows = [replace(self.plan.quantized[part], name=name) for part in parts]
-        if any(row != rows[0] for row in rows):
-            raise AccullmError(f"{', '.join(parts)} are one linear, and stored in several ways", self.path)
-        return replace(rows[0], out_features=sum(row.out_features for row in rows))
 
     def _parts(self, name: str, row: LinearPlan | None = None) -> list[LinearPlan]:
         """The rows of a linear as they are stored."""

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,7 @@ from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.earlier_keys import with_earlier_keys
 from accullm_cli.formats.manifest import Manifest, manifest_of
 from accullm_cli.formats.objections import SCALE_DTYPES
+from accullm_cli.formats.placing import placed_plan
 from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, write_shard
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite, schema_bytes
 from accullm_cli.formats.words import to_octets, to_words, word_count
@@ -38,8 +39,15 @@ from accullm_cli.quant.encodings.affine import AffineLinear
 from accullm_cli.quant.packing import pack, unpack
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from accullm_cli.model.structure import Structure
+
 CONFIG_KEY = "quantization"
-# What mlx_lm calls the parts of an expert that checkpoints of Mixtral number.
+# What mlx_lm calls the experts of a layer.
+_STACKS = "switch_mlp"
+# What it calls the parts of an expert that checkpoints of Mixtral number.
 _OTHER_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -82,8 +90,9 @@ class MlxFormat:
         """
         files = TensorFiles.open(directory)
         manifest = manifest_of(directory, self.name)
-        plan = derived_plan(directory, files) if manifest is None else manifest.plan
-        return MlxArtifact(directory, plan, files, manifest)
+        if manifest is None:
+            return MlxArtifact(directory, derived_plan(directory, files), files, None, {})
+        return MlxArtifact(directory, manifest.plan, files, manifest, manifest.stored_as)
 
 
 FORMAT = MlxFormat()
@@ -94,9 +103,21 @@ class MlxArtifact(StoredArtifact):
 
     format = "mlx"
 
-    def __init__(self, path: Path, plan: Plan, files: TensorFiles, manifest: Manifest | None) -> None:
-        stored_as, kinds = ({}, {}) if manifest is None else (manifest.stored_as, manifest.kinds)
-        self._places = {name: place_of(name, kinds, stored_as) for name in plan.quantized}
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        files: TensorFiles,
+        manifest: Manifest | None,
+        stored_as: Mapping[str, tuple[str, ...]],
+    ) -> None:
+        if manifest is None:
+            # What is not there by itself is an expert in a stack.
+            names = {name: stored_as.get(name, (name,))[0] for name in plan.quantized}
+            self._kinds = {name: "expert" for name, first in names.items() if f"{first}.scales" not in files.infos}
+        else:
+            self._kinds = dict(manifest.kinds)
+        self._places = {name: place_of(name, self._kinds, stored_as) for name in plan.quantized}
         self._experts = Counter(place.modules for place in self._places.values() if place.number is not None)
         # Experts are read one after the other, and their stack once.
         self._stack: tuple[tuple[str, ...], dict[str, torch.Tensor]] = ((), {})
@@ -110,6 +131,18 @@ class MlxArtifact(StoredArtifact):
                 schema[name] |= linear_schema(replace(own, name=module), dtype, self._experts.get(modules))
         others = {name: names[0] for name, names in stored_as.items() if name not in schema and len(names) == 1}
         super().__init__(path, plan, files.renamed(others), schema, manifest)
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """See `StoredArtifact.kinds`."""
+        return self._kinds
+
+    def placed(self, model: PreTrainedModel, structure: Structure) -> StoredArtifact:
+        """See `StoredArtifact.placed`."""
+        if self.manifest is not None:
+            return self
+        plan, stored_as = placed_plan(self, model, structure)
+        return MlxArtifact(self.path, plan, self.files, None, stored_as)
 
     def linear_bytes(self, name: str) -> int:
         """See `StoredArtifact.linear_bytes`; an expert has its share of the stack."""
@@ -156,12 +189,20 @@ def place_of(name: str, kinds: Mapping[str, str], stored_as: Mapping[str, tuple[
     names = stored_as.get(name, (name,))
     if kinds.get(name) != "expert":
         return Place(names, None)
-    modules = []
+    modules, number = [], ""
     for expert in names:
         owner, _, rest = expert.partition(".experts.")
-        last = rest.partition(".")[2]
-        modules.append(f"{owner}.switch_mlp.{_OTHER_NAMES.get(last, last)}")
-    return Place(tuple(modules), int(name.rpartition(".")[2]))
+        number, _, last = rest.partition(".")
+        modules.append(f"{owner}.{_STACKS}.{_OTHER_NAMES.get(last, last)}")
+    return Place(tuple(modules), int(number))
+
+
+def experts_of(module: str, count: int) -> list[str]:
+    """The names in checkpoints of the experts in a stack: the inverse of `place_of`."""
+    owner, _, part = module.partition(f".{_STACKS}.")
+    if owner.endswith(".block_sparse_moe"):
+        part = next(other for other, own in _OTHER_NAMES.items() if own == part)
+    return [f"{owner}.experts.{number}.{part}" for number in range(count)]
 
 
 def quantization(plan: Plan, places: Mapping[str, Place]) -> dict[str, Any]:
@@ -278,7 +319,8 @@ def derived_plan(path: Path, files: TensorFiles) -> Plan:
             continue
         group_size, bits = _scheme_of(config, owner, config_path)
         in_block = any(part.isdigit() for part in owner.split("."))
-        (linears if in_block else embeddings)[owner] = _derived_linear(path, files, owner, group_size, bits)
+        for row in _derived_linears(path, files, owner, group_size, bits):
+            (linears if in_block else embeddings)[row.name] = row
     return Plan(linears, embeddings=embeddings)
 
 
@@ -296,30 +338,37 @@ def _scheme_of(config: Mapping[str, Any], name: str, where: Path) -> tuple[int, 
     return int(group_size), int(bits)
 
 
-def _derived_linear(path: Path, files: TensorFiles, name: str, group_size: int, bits: int) -> LinearPlan:
+def _derived_linears(path: Path, files: TensorFiles, name: str, group_size: int, bits: int) -> list[LinearPlan]:
+    """The row of a linear, or of each expert in a stack."""
     dtype = scale_dtype(path, files, name)  # the model's
     weight, scales = files.infos.get(f"{name}.weight"), files.infos[f"{name}.scales"]
     if weight is None:
         raise AccullmError(f"tensor {name}.weight is missing", path, "copy the artifact again")
-    if len(weight.shape) != 2 or len(scales.shape) != 2:
+    is_stack = f".{_STACKS}." in name
+    if not len(weight.shape) == len(scales.shape) == 2 + is_stack:
         raise AccullmError(
-            f"tensor {name}.weight has shape {list(weight.shape)}, and only linears [N, K] are supported", weight.file
+            f"tensor {name}.weight has shape {list(weight.shape)}, and only linears [N, K] and experts "
+            f"{_STACKS} [E, N, K] are supported",
+            weight.file,
         )
-    columns = scales.shape[1] * group_size
-    if weight.shape[1] != word_count(columns, bits):
+    columns = scales.shape[-1] * group_size
+    if weight.shape[-1] != word_count(columns, bits):
         raise AccullmError(
-            f"tensor {name}.weight has {weight.shape[1]} words for {scales.shape[1]} groups, and {bits} bits in groups "
-            f"of {group_size} take {word_count(columns, bits)}",
+            f"tensor {name}.weight has {weight.shape[-1]} words for {scales.shape[-1]} groups, and {bits} bits in "
+            f"groups of {group_size} take {word_count(columns, bits)}",
             weight.file,
             "copy the artifact again",
         )
-    return LinearPlan(
-        name=name,
-        out_features=weight.shape[0],
-        in_features=columns,
-        bits=bits,
-        group_size=group_size,
-        symmetric=False,
-        source_itemsize=dtype.itemsize,
-        encoding="affine",
-    )
+    return [
+        LinearPlan(
+            name=own,
+            out_features=weight.shape[-2],
+            in_features=columns,
+            bits=bits,
+            group_size=group_size,
+            symmetric=False,
+            source_itemsize=dtype.itemsize,
+            encoding="affine",
+        )
+        for own in (experts_of(name, weight.shape[0]) if is_stack else [name])
+    ]

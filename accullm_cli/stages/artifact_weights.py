@@ -40,6 +40,10 @@ class ArtifactWeights:
                     self._set(parameter, torch.empty(self._meta[parameter].shape))
                 slot.write(block, self._weight(slot.name))
                 stored.discard(f"{slot.name}.weight")
+            slots = {slot.name for slot in self._slots[prefix]}
+            for name in self.artifact.plan.quantized.keys() - slots:  # a router that another tool quantized
+                if name.startswith(f"{prefix}."):
+                    self._set(f"{name}.weight", self.artifact.weight(name))
             self._place(sorted(stored))
             self._check_filled(block, prefix)
 

@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, artifact_format, open_artifact
+from accullm_cli.formats.earlier_keys import with_earlier_keys
 from accullm_cli.formats.mlx import decode, encode, place_of, quantization
 from accullm_cli.quant.encodings.affine import AffineLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
+from accullm_cli.stages.artifact_weights import open_artifact_decoder
+from accullm_cli.stages.reading import logits_by_blocks
 from tests.artifacts import Made, change_tensors, empty, make_parts, quantize_affine, write
-from tests.tiny import tiny_gemma3, tiny_llama, tiny_mixtral, tokens
+from tests.tiny import edit_config, make_checkpoint, tiny_gemma3, tiny_llama, tiny_mixtral, tokens
 
 try:
     import mlx.core as mx
@@ -29,6 +32,8 @@ except ImportError:
 needs_mlx = pytest.mark.skipif(mx is None, reason="mlx_lm is not installed (pip install 'mlx[cpu]' mlx-lm)")
 
 UP_PROJ = "model.layers.1.mlp.up_proj"
+# Of a block of Mixtral, as checkpoints call it.
+GATE = "block_sparse_moe.gate"
 WIDTHS = (2, 3, 4, 5, 6, 8)
 # Of linears by the ends of their names: bits, and group size.
 MIXED = {"q_proj": (6, 64), "k_proj": (3, 64), "up_proj": (5, 32), "o_proj": (2, 32), "down_proj": (8, 32)}
@@ -228,7 +233,8 @@ def test_what_mlx_quantized_reads_back(tmp_path: Path) -> None:
             "weight",
             torch.zeros(4, 96, 10, dtype=torch.int32).view(torch.uint32),
             False,
-            "{block}: tensor {p}.weight has shape [4, 96, 10], and only linears [N, K] are supported",
+            "{block}: tensor {p}.weight has shape [4, 96, 10], and only linears [N, K] and experts switch_mlp "
+            "[E, N, K] are supported",
         ),
     ],
 )
@@ -353,3 +359,81 @@ def test_mlx_lm_loads_experts_with_equal_log_probabilities(tmp_path: Path) -> No
     with torch.no_grad():
         expected = made.reference(tokens()).logits.log_softmax(-1).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def as_mlx_lm_writes(tmp_path: Path) -> tuple[Path, Made]:
+    """What mlx_lm.convert -q makes of a mixture: routers are quantized, and nothing lies beside its own files."""
+    made = mixture(tmp_path)
+    directory = write("mlx", tmp_path / "artifact", made)
+    stored = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    config = json.loads((directory / "config.json").read_text())
+    for number in range(2):
+        router, name = made.reference.model.layers[number].mlp.gate.weight, f"model.layers.{number}.{GATE}"
+        codes = quantize_affine(router.detach(), 8, 64)
+        router.data = codes.dequantize()
+        stored |= {f"{name}.{suffix}": tensor for suffix, tensor in encode(codes, torch.float32, name).items()}
+        config["quantization"][name] = {"group_size": 64, "bits": 8}
+    foreign = empty(tmp_path / "foreign")
+    save_file(stored, foreign / "model.safetensors")
+    (foreign / "config.json").write_text(json.dumps(config))
+    return foreign, made
+
+
+def test_the_experts_of_a_foreign_artifact_are_called_as_in_checkpoints(tmp_path: Path) -> None:
+    directory, made = as_mlx_lm_writes(tmp_path)
+    opened = open_artifact(directory)
+    parts = {"w1": ("gate_up_proj", 0, 4), "w3": ("gate_up_proj", 1, 4), "w2": ("down_proj", 0, 3)}
+    for expert in range(4):
+        for part, (parameter, half, bits) in parts.items():
+            name = f"model.layers.1.block_sparse_moe.experts.{expert}.{part}"
+            whole = made.linears[f"model.layers.1.mlp.experts.{parameter}.{expert}"].dequantize()
+            expected = whole.chunk(2)[half] if parameter == "gate_up_proj" else whole
+            assert torch.equal(opened.linear(name).dequantize(), expected), name
+            row = opened.plan.linears[name]
+            assert (row.out_features, row.in_features, row.bits, row.group_size) == (*expected.shape, bits, 32)
+            assert opened.linear_bytes(name) == row.weights * (bits + 64 / 32) / 8  # scales in float32
+    assert opened.plan.linears[f"model.layers.0.{GATE}"].bits == 8
+    assert sum(map(opened.linear_bytes, opened.schema)) == sum(
+        opened.files.infos[name].bytes for name in {name for tensors in opened.schema.values() for name in tensors}
+    )
+    assert list(opened.problems()) == []
+
+
+def test_a_foreign_mixture_runs_with_its_experts_and_routers(tmp_path: Path) -> None:
+    directory, made = as_mlx_lm_writes(tmp_path)
+    found = logits_by_blocks(open_artifact_decoder(directory), tokens())
+    with torch.no_grad():
+        torch.testing.assert_close(found, made.reference(tokens()).logits, atol=1e-5, rtol=0)
+
+
+def test_parts_of_a_foreign_expert_in_several_ways_are_refused(tmp_path: Path) -> None:
+    directory, _ = as_mlx_lm_writes(tmp_path)
+    up = "model.layers.1.block_sparse_moe.switch_mlp.up_proj"
+    stored = load_file(directory / "model.safetensors")
+    weight = torch.randn(4 * 96, 64, generator=torch.Generator().manual_seed(5))
+    for suffix, tensor in encode(quantize_affine(weight, 8, 32), torch.float32, up).items():
+        stored[f"{up}.{suffix}"] = tensor.unflatten(0, (4, 96))
+    save_file(stored, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization"][up] = {"group_size": 32, "bits": 8}
+    (directory / "config.json").write_text(json.dumps(config))
+    experts = "model.layers.1.block_sparse_moe.experts"
+    with pytest.raises(AccullmError) as error:
+        open_artifact_decoder(directory)
+    assert error.value.line() == (
+        f"{directory}: {experts}.0.w1, {experts}.0.w3 are one linear, and stored in several ways"
+    )
+
+
+@needs_mlx
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
+def test_what_mlx_lm_makes_of_a_mixture_runs_as_there(name: str, tmp_path: Path) -> None:
+    from mlx_lm import convert
+
+    source = make_checkpoint(name, tmp_path / "model", torch.float32)
+    edit_config(source, **with_earlier_keys(json.loads((source / "config.json").read_text())))
+    directory = tmp_path / "artifact"
+    convert(str(source), str(directory), quantize=True, q_bits=4, q_group_size=32, dtype="float32")
+    ids = torch.randint(0, 256, (2, 11), generator=torch.Generator().manual_seed(1))
+    found = logits_by_blocks(open_artifact_decoder(directory), ids).log_softmax(-1).numpy()
+    np.testing.assert_allclose(log_probabilities(directory, ids), found, atol=1e-4, rtol=0)

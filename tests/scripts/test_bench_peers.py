@@ -248,6 +248,26 @@ def test_results_are_taken_along_to_another_place(bench: list[str], place: Path,
     assert len(ran(tmp_path)) == 1
 
 
+def test_mlx_lm_gets_the_original_with_the_keys_that_it_reads(
+    bench: list[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5 writes rope_parameters alone, and without rope_theta mlx_lm would quantize another model."""
+    monkeypatch.setattr(script, "PEERS", (script.Peer("mlx-lm", "mlx", "fake", "mlx_lm", group_size=32),))
+    monkeypatch.setattr(script, "missing", lambda peer, pythons: None)
+    bench += ["--rows", "mlx-lm", "--peer", f"fake={sys.executable}"]
+    for _ in range(2):  # the second time it is there
+        assert script.main(bench) == 0
+    original = tmp_path / "peers-weights" / "original"
+    (line,) = ran(tmp_path)
+    assert line.startswith(f"fake --model {original} ")
+    config, own = (json.loads((folder / "config.json").read_text()) for folder in (original, place / "model"))
+    assert config == own | {"rope_theta": own["rope_parameters"]["rope_theta"]}
+    assert "rope_theta" not in own
+    for file in (place / "model").iterdir():
+        assert (original / file.name).exists()
+    assert (original / "model.safetensors").read_bytes() == (place / "model" / "model.safetensors").read_bytes()
+
+
 def test_a_tool_that_fails_ends_the_benchmark_with_one_line_and_runs_again(
     bench: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

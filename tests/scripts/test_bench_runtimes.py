@@ -150,3 +150,48 @@ def test_the_table_has_bits_divergence_and_the_verdict(kl: float, share: str, wo
     )
     assert f"{share} times the mean KL of the peer; target at most 0.5: {word}." in found
     assert found[-2:] == ["    'make peer' --x", "    'make accullm' --x"]
+
+
+def test_tools_of_equal_bits_are_held_against_one_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = script.parse(["--model", "work/tiny", "--windows", "2", "--out", str(tmp_path / "runtimes")])
+    options.client = options.peer = dict.fromkeys(("mlx_lm", *(peer.tool for peer in script.PEERS)), "python")
+    monkeypatch.setattr(script, "shared_features", lambda source: 64)
+    monkeypatch.setattr(script, "missing", lambda peer, pythons: "it is not wanted" if "gptq" in peer.name else None)
+    monkeypatch.setattr(
+        script.bench_peers, "quantized", lambda peer, *rest: (tmp_path / peer.name, ("make", peer.name))
+    )
+    bits = {"mlx-lm": 4.5, "mlx-lm-dwq": 4.5, "mlx-lm-dynamic": 5.25}
+    kl = {"mlx-lm": 0.2, "mlx-lm-dwq": 0.1, "mlx-lm-dynamic": 0.05}
+
+    def in_client(client: object, python: str, original: Path, artifact: Path, windows: Path, peer, rival, commands):
+        assert artifact == tmp_path / peer.name / "artifact"
+        assert commands == (("make", peer.name),)
+        return dataclasses.replace(row(peer.name, kl[peer.name]), bits_per_weight=bits[peer.name])
+
+    def ours(client: object, options: object, windows: Path, peer, theirs):
+        assert np.array_equal(np.load(windows)["ids"], [[1, 2], [3, 4]])
+        made.append(peer.name)
+        return dataclasses.replace(row("accullm", 0.04, peer.name), bits_per_weight=theirs.bits_per_weight)
+
+    monkeypatch.setattr(script, "in_client", in_client)
+    monkeypatch.setattr(script, "ours", ours)
+    made: list[str] = []
+    ids = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    reference = script.Reference(None, tmp_path, "", ids, ids, ids)
+    rows = list(script.measured(script.CLIENTS[0], options, reference))
+    assert made == ["mlx-lm", "mlx-lm-dynamic"]
+    assert [(each.name, each.rival, each.bits_per_weight) for each in rows] == [
+        ("mlx-lm", "", 4.5),
+        ("accullm", "mlx-lm", 4.5),
+        ("mlx-lm-dwq", "", 4.5),
+        ("accullm", "mlx-lm-dwq", 4.5),
+        ("mlx-lm-dynamic", "", 5.25),
+        ("accullm", "mlx-lm-dynamic", 5.25),
+    ]
+    found = script.render(options, rows).splitlines()
+    assert sum(line.startswith("| the accullm | 4.500 |") for line in found) == 1
+    assert [line for line in found if "times the mean KL" in line] == [
+        "0.20 times the mean KL of the mlx-lm; target at most 0.5: met.",
+        "0.40 times the mean KL of the mlx-lm-dwq; target at most 0.5: met.",
+        "0.80 times the mean KL of the mlx-lm-dynamic; target at most 0.5: NOT MET.",
+    ]

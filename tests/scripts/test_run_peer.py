@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from safetensors.torch import load_file, save_file
 
 from tests.scripts.loading import load_script
+from tests.tiny import make_checkpoint
 
 script = load_script("run_peer")
+mlx_peers = load_script("mlx_peers")
+peer_task = load_script("peer_task")
 
 
 def random_codes(*shape: int) -> torch.Tensor:
@@ -102,20 +109,47 @@ def test_the_format_of_hqq_is_read_element_by_element() -> None:
     assert weight.reshape(6, 4).tolist() == expected_weight(codes, zeros, scales, [0] * 4)
 
 
-def test_the_format_of_mlx_is_read_element_by_element() -> None:
-    codes, scales, biases = random_codes(6, 24), random_scales(6, 2), random_scales(6, 2) - 0.5
+@pytest.mark.parametrize("bits", [3, 4, 5, 8])
+def test_the_format_of_mlx_is_read_element_by_element(bits: int) -> None:
+    """Codes of one row are one string of bits, the lowest of the first word at its start."""
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (6, 64), generator=generator)
+    scales, biases = random_scales(6, 2), random_scales(6, 2) - 0.5
+    strings = [sum(code << (bits * place) for place, code in enumerate(row)) for row in codes.tolist()]
+    words = [[(string >> shift) & (2**32 - 1) for shift in range(0, 64 * bits, 32)] for string in strings]
     stored = {
-        "a.weight": packed(codes).view(torch.uint32),
+        "a.weight": torch.tensor(words).to(torch.uint32),
         "a.scales": scales.bfloat16(),
         "a.biases": biases.bfloat16(),
     }
-    weight = script.mlx_weight(stored, "a", 16)
+    weight = mlx_peers.mlx_weight(stored, "a", 32, bits)
     assert weight.dtype == torch.float32
     assert weight.tolist() == [
-        [codes[n, k].item() * scales[n, SHORT_LAST_GROUP[k]].item() + biases[n, SHORT_LAST_GROUP[k]].item()
-         for k in range(24)]
+        [codes[n, k].item() * scales[n, k // 32].item() + biases[n, k // 32].item() for k in range(64)]
         for n in range(6)
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(find_spec("mlx_lm") is None, reason="mlx_lm is not installed")
+@pytest.mark.parametrize("tool", ["mlx-lm", "mlx-lm-gptq", "mlx-lm-dwq", "mlx-lm-dynamic"])
+def test_what_mlx_lm_saves_is_read_as_mlx_dequantizes_it(
+    tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """run_peer.py itself holds the one against the other."""
+    model = make_checkpoint("llama-tied", tmp_path / "model")
+    ids = torch.randint(0, 256, (4, 33), generator=torch.Generator().manual_seed(0))
+    save_file({"calibration": ids}, tmp_path / "tokens")
+    options = ("--model", str(model), "--tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "out"))
+    monkeypatch.setattr(sys, "argv", ["run_peer.py", tool, *options, "--group-size", "32"])
+    script.main()
+    made = json.loads((tmp_path / "out" / "peer.json").read_text())
+    assert 5 <= made["bits_per_weight"] <= 6
+    weights = load_file(tmp_path / "out" / "weights.safetensors")
+    original = load_file(model / "model.safetensors")
+    assert len(weights) == 14
+    for name, weight in weights.items():
+        wanted = original[f"{name}.weight"].float()
+        assert 0.005 < ((weight - wanted).norm() / wanted.norm()).item() < 0.2, name
 
 
 def quantized(weight: torch.Tensor, in_memory: torch.Tensor) -> object:
@@ -126,7 +160,7 @@ def quantized(weight: torch.Tensor, in_memory: torch.Tensor) -> object:
         "a.bc.codes": torch.zeros(100),  # of another layer
         "a.b.c.codes": torch.zeros(100),
     }
-    return script.Quantized(script.Cost(1.0, 2), stored, {"a.b": weight}, {"a.b": in_memory}, {})
+    return script.Quantized(peer_task.Cost(1.0, 2), stored, {"a.b": weight}, {"a.b": in_memory}, {})
 
 
 def test_bits_per_weight_count_every_tensor_of_the_linears_weights_and_no_other() -> None:
