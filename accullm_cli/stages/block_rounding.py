@@ -36,7 +36,10 @@ GRAM_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class BlockPair:
-    """A block of the original and the same block as far as it is rounded."""
+    """A block of the original and the same block as far as it is rounded; see `share_weights` for experts.
+
+    So the original must not run any more once the first expert is rounded.
+    """
 
     decoder: Decoder
     index: int
