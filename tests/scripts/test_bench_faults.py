@@ -36,6 +36,7 @@ def test_the_table_counts_what_was_hit_and_what_was_not_survived() -> None:
         "| profile | 0 | 0 |",
         "| quantize | 29 | 0 |",
         "| export | 0 | 4 |",
+        "| reference | 0 | 0 |",
         "| validate | 0 | 0 |",
         "",
         "In 61 s.",
