@@ -79,7 +79,7 @@ CHANGES = ("os.rename", "os.remove", "os.link", "os.symlink", "os.mkdir", "os.rm
 DISTURBED = 3
 # Where a conversion is before its first stage, and the order of the stages in the table.
 OPENING = "before the first stage"
-STAGES = (OPENING, "reading", "calibrate", "profile", "quantize", "export", "reference", "validate")
+STAGES = (OPENING, "source", "reading", "calibrate", "profile", "quantize", "export", "reference", "validate")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def test_the_table_counts_what_was_hit_and_what_was_not_survived() -> None:
         "| hit in | kill | full |",
         "| --- | --- | --- |",
         "| before the first stage | 3 | 0 |",
+        "| source | 0 | 0 |",
         "| reading | 0 | 0 |",
         "| calibrate | 0 | 0 |",
         "| profile | 0 | 0 |",
