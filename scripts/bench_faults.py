@@ -147,7 +147,8 @@ def render(counts: Mapping[str, int], hits: Mapping[str, Counter[str]], faults: 
         failed = sum(fault.kind == kind for fault in faults)
         lines.append(f"| {kind} | {count} | {hits[kind].total()} | {failed} |")
     lines += ["", f"| hit in | {' | '.join(counts)} |", f"| --- |{' --- |' * len(counts)}"]
-    lines += [f"| {stage} | {' | '.join(str(hits[kind][stage]) for kind in counts)} |" for stage in STAGES]
+    stages = [*STAGES, *sorted({stage for own in hits.values() for stage in own}.difference(STAGES))]
+    lines += [f"| {stage} | {' | '.join(str(hits[kind][stage]) for kind in counts)} |" for stage in stages]
     lines += ["", f"In {seconds:.0f} s."]
     lines += [f"{fault.kind}, seed {fault.seed}: {fault.why}" for fault in faults]
     return "\n".join(lines)
