@@ -192,9 +192,8 @@ def _operations(job: Job, decoder: Decoder, plan: Plan, head_weights: int) -> fl
         grams = 2 * (1 + corrected) * tokens * sum(features**2 for _, features in inputs)
         grams += 2 * with_gradient * sum(linear.out_features**2 for linear in plan.linears.values())
         products = PRODUCTS_OF_FEEDBACK + PRODUCTS_OF_FIT * (rounding.grid == "fit" and rounding.method != "stochastic")
-        rounding_work = products * sum(linear.weights * linear.in_features for linear in plan.quantized.values())
-        rounding_work += sum(features**3 for _, features in inputs) / 3  # a Cholesky factor of each Hessian
-        grams += SHARE_OF_FULL_SPEED * rounding_work
+        grams += SHARE_OF_FULL_SPEED * products * sum(own.weights * own.in_features for own in plan.quantized.values())
+        grams += SHARE_OF_FULL_SPEED * sum(features**3 for _, features in inputs) / 3  # a Cholesky factor of each
     # Calibrate's likelihoods, and in validate the original, the artifact and the noise floor.
     head = 2 * head_weights * 4 * held_out
     rounded = sum(linear.weights for linear in plan.quantized.values())
