@@ -97,7 +97,7 @@ def test_a_model_that_is_there_is_not_written_again(model: Path, monkeypatch: py
     def fail(*arguments: object) -> None:
         raise AssertionError("it was written again")
 
-    monkeypatch.setattr(script, "write_weights", fail)
+    monkeypatch.setattr(sys.modules["random_model"], "write_weights", fail)
     script.ensure_model(model, TINY)
     with pytest.raises(AssertionError):
         script.ensure_model(model, {**TINY, "num_hidden_layers": 2})
