@@ -212,7 +212,10 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
     run = RunDirectory(run_path(config))
     check_config(config, run, converts=True, only_validates=only == "validate")
     with tempfile.TemporaryDirectory() as scratch, _threads(run, config):
-        job = Job(config, run, open_source(config.model, Path(scratch), progress), progress, only, fresh)
+        # Where nothing was made yet, no content decides what has to run: a large model takes minutes to read.
+        described = None if run.stages() else describe_source(config.model, Path(scratch))
+        source = described or open_source(config.model, Path(scratch), progress)
+        job = Job(config, run, source, progress, only, fresh)
         found = _estimates(job)
         estimated = found[job.format]
         return DryRun(

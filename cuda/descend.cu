@@ -1,9 +1,13 @@
-// Coordinate descent over the codes of rows that do not feed each other (accullm_cli/quant/descent.py).
+// Coordinate descent over the codes of rows (accullm_cli/quant/descent.py).
 //
 // Moving the code of column k by d steps of size s changes a row's loss by -2 d s slope_k + d^2 s^2 (H_kk + ridge), so
 // it moves to the whole number (or the level of a table) next to slope_k / (s (H_kk + ridge)), and then
 //
 //     slope_j -= d s H_kj  for all j,      slope_k -= d s ridge.
+//
+// Where rows feed each other, with G, slopes are those of G P, P = E (H + ridge); a move in row n also changes P_nj by
+// -d s H_kj, and all slopes of row m by G_mn times as much. Then all rows are a chain, and one block takes one after the
+// other. Those of the rows behind it lie in global memory; each thread has the same columns of all of them.
 //
 //     grid    a row per block                  its slope lies in shared memory, where K numbers fit there
 //     block   256 threads, 256 columns at a time:
@@ -31,7 +35,10 @@ struct Descent {
     const real* curvature;  // [K], the diagonal of H + ridge; 0 in columns that stay as they are
     const real* scale;      // [N, G]
     const real* levels;     // [largest code + 1], what codes stand for; null where they are steps
+    real* product;          // P [N, K], changed in place; null where rows do not feed each other
+    const real* fisher;     // G [N, N]; likewise
     double ridge;
+    int rows;
     int columns;
     int groups;
     int columns_per_group;
@@ -48,14 +55,26 @@ struct Turn {
 constexpr int TURN_BYTES = 16;
 static_assert(sizeof(Turn) <= TURN_BYTES, "the slope begins behind it");
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) descend(Descent descent) {
-    DYNAMIC_SHARED(shared);
-    Turn* const turn = reinterpret_cast<Turn*>(shared);
-    const u64 row = blockIdx.x, first = row * descent.columns;
+// slope -= by (row of H + ridge at the mover); each thread has the columns that are its number, modulo THREADS.
+__device__ __forceinline__ void take(
+    real* const slope, const real by, const real* const row_of_hessian, const int mover, const real ridge,
+    const int columns
+) {
+    for (int j = threadIdx.x; j < columns; j += THREADS) {
+        slope[j] -= by * row_of_hessian[j];
+        if (j == mover) slope[j] -= by * ridge;
+    }
+}
+
+// Moves codes of one row, as often as it pays.
+__device__ __forceinline__ void descend_row(const Descent& descent, const int row, Turn* const turn, real* const shared_slope) {
+    const u64 first = static_cast<u64>(row) * descent.columns;
     const real ridge = static_cast<real>(descent.ridge);
+    const bool rows_feed = descent.fisher != nullptr;
+    const real own_weight = rows_feed ? descent.fisher[static_cast<u64>(row) * descent.rows + row] : 1;
     real* slope = descent.slope + first;
     if (descent.slope_is_shared) {
-        slope = reinterpret_cast<real*>(shared + TURN_BYTES);
+        slope = shared_slope;
         for (int j = threadIdx.x; j < descent.columns; j += THREADS) slope[j] = descent.slope[first + j];
     }
     for (int count = 0; count < descent.sweeps; count++) {
@@ -67,7 +86,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) descend(Descent de
             real code = 0, moved = 0;
             if (k < descent.columns) {
                 const real step = descent.scale[row * descent.groups + k / descent.columns_per_group];
-                const real curvature = descent.curvature[k] * step;
+                real curvature = descent.curvature[k] * step;
+                if (rows_feed) curvature *= own_weight;
                 if (curvature > 0 || curvature < 0) {  // as the scale is
                     if (descent.levels != nullptr) {
                         const real before = descent.levels[descent.codes[first + k]];
@@ -96,13 +116,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) descend(Descent de
                 continue;
             }
             const real* const row_of_hessian = descent.hessian + static_cast<u64>(mover) * descent.columns;
-            for (int j = threadIdx.x; j < descent.columns; j += THREADS) {
-                slope[j] -= turn->moved * row_of_hessian[j];
-                if (j == mover) slope[j] -= turn->moved * ridge;
+            const real by = turn->moved;
+            take(slope, rows_feed ? own_weight * by : by, row_of_hessian, mover, ridge, descent.columns);
+            if (rows_feed) {
+                take(descent.product + first, by, row_of_hessian, mover, ridge, descent.columns);
+                for (int m = row + 1; m < descent.rows; m++) {
+                    const u64 place = static_cast<u64>(m);
+                    take(
+                        descent.slope + place * descent.columns, descent.fisher[place * descent.rows + row] * by,
+                        row_of_hessian, mover, ridge, descent.columns
+                    );
+                }
             }
             moved_any = true;
             start = mover + 1;
         }
         if (!moved_any) return;  // all threads of the block
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) descend(Descent descent) {
+    DYNAMIC_SHARED(shared);
+    Turn* const turn = reinterpret_cast<Turn*>(shared);
+    real* const slope = reinterpret_cast<real*>(shared + TURN_BYTES);
+    if (descent.fisher == nullptr) {
+        descend_row(descent, blockIdx.x, turn, slope);
+        return;
+    }
+    for (int row = 0; row < descent.rows; row++) descend_row(descent, row, turn, slope);
 }

@@ -3,6 +3,7 @@
     python scripts/bench_faults.py                         # 200 kills at random instants, then a sample of operations
     python scripts/bench_faults.py --kills 20 --operations 40
     python scripts/bench_faults.py --only kill --first 117 --kills 1        # one of them again, by its seed
+    python scripts/bench_faults.py --only kill --first 100 --kills 50       # a part of them
 
 kill: SIGKILL at a random instant of a conversion with settings drawn by the seed (formats, gradients, averages, how
 often streams are stored); again until one call ends by itself, with three kills at most in one directory.
@@ -12,13 +13,20 @@ full: the same operation, and each that writes after it, fails for want of space
 
 Each time the same command must end in the same bytes as a conversion that nobody disturbed, or refuse in one line with
 the exit code of a user's error or the machine's. Exit code 3: one did not.
+
+Each conversion is a process of its own, forked from one that has imported everything and read the texts that come with
+Python, and its pictures are empty: importing, reading and drawing took most of the time, and leave nothing in a
+directory that a later call could stumble over.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import functools
+import gc
 import hashlib
+import mmap
 import os
 import random
 import shutil
@@ -27,6 +35,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +48,10 @@ from accullm_cli.config import Config
 from accullm_cli.config_file import load_config
 from accullm_cli.errors import EXIT_FAULT, EXIT_NOT_SO, EXIT_OK
 from accullm_cli.failure import failure_of
+from accullm_cli.model import packaged_text
 from accullm_cli.pipeline import convert_all
+from accullm_cli.progress import Event
+from accullm_cli.report import plots
 from accullm_cli.stages import streams
 
 KINDS = ("kill", "operation", "full")
@@ -52,6 +64,9 @@ SETTINGS: tuple[Mapping[str, str], ...] = (
     {"export.format": "[accullm, compressed-tensors]", "plan.outliers": "0"},
     {"export.format": "[gptq]", "plan.outliers": "0"},
     {"export.format": "[mlx]", "plan.outliers": "0"},
+    {"export.format": "[awq, gptq_v2]", "plan.outliers": "0"},
+    {"export.format": "[gguf]", "plan.outliers": "0"},
+    {"export.format": "[compressed-tensors]", "plan.outlier_adapter": "true"},
     {"rounding.method": "stochastic", "validation.tasks": "words", "validation.task_items": "2"},
 )
 BASE = (
@@ -62,14 +77,18 @@ BASE = (
 CHANGES = ("os.rename", "os.remove", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod")
 # Times that a directory is disturbed before a call may end by itself.
 DISTURBED = 3
+# Where a conversion is before its first stage, and the order of the stages in the table.
+OPENING = "before the first stage"
+STAGES = (OPENING, "source", "reading", "calibrate", "profile", "quantize", "export", "reference", "validate")
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a call ended: its exit code (negative: the signal), and its line."""
+    """How a call ended: its exit code (negative: the signal), its line, and the last stage that it began."""
 
     code: int
     line: str = ""
+    stage: str = OPENING
 
 
 @dataclass(frozen=True)
@@ -88,20 +107,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     counts = {"kill": options.kills, "operation": options.operations, "full": options.operations}
     faults: list[Fault] = []
+    hits: dict[str, Counter[str]] = {kind: Counter() for kind in options.only}
     with tempfile.TemporaryDirectory(prefix="accullm-faults-") as scratch:
         place = Path(scratch)
         model = make_model(place / "model")
-        whole: dict[int, tuple[dict[str, str], float, int]] = {}
+        get_ready(model, place / "ready")
+        whole: dict[int, Whole] = {}
         for kind in options.only:
             for seed in range(options.first, options.first + counts[kind]):
                 number = seed % len(SETTINGS)
                 if number not in whole:
                     whole[number] = undisturbed(model, place / f"whole-{number}", SETTINGS[number])
-                why = disturb(kind, seed, model, place / "out", SETTINGS[number], whole[number])
+                why, stages = disturb(kind, seed, model, place / "out", SETTINGS[number], whole[number])
+                hits[kind].update(stages)
+                print(
+                    f"{kind} {seed} ({', '.join(stages) or 'not hit'}): {why or 'survived'}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if why:
                     faults.append(Fault(kind, seed, why))
-                    print(f"{kind} {seed}: {why}", file=sys.stderr, flush=True)
-    print(render({kind: counts[kind] for kind in options.only}, faults, time.monotonic() - started))
+    print(render({kind: counts[kind] for kind in options.only}, hits, faults, time.monotonic() - started))
     return EXIT_NOT_SO if faults else EXIT_OK
 
 
@@ -114,11 +140,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def render(counts: Mapping[str, int], faults: Sequence[Fault], seconds: float) -> str:
-    """A row for each kind, and a line for each fault."""
-    lines = ["| what | times | not survived |", "| --- | --- | --- |"]
+def render(counts: Mapping[str, int], hits: Mapping[str, Counter[str]], faults: Sequence[Fault], seconds: float) -> str:
+    """A row for each kind, a row for each stage that was hit, and a line for each fault."""
+    lines = ["| what | conversions | hit | not survived |", "| --- | --- | --- | --- |"]
     for kind, count in counts.items():
-        lines.append(f"| {kind} | {count} | {sum(fault.kind == kind for fault in faults)} |")
+        failed = sum(fault.kind == kind for fault in faults)
+        lines.append(f"| {kind} | {count} | {hits[kind].total()} | {failed} |")
+    lines += ["", f"| hit in | {' | '.join(counts)} |", f"| --- |{' --- |' * len(counts)}"]
+    stages = [*STAGES, *sorted({stage for own in hits.values() for stage in own}.difference(STAGES))]
+    lines += [f"| {stage} | {' | '.join(str(hits[kind][stage]) for kind in counts)} |" for stage in stages]
     lines += ["", f"In {seconds:.0f} s."]
     lines += [f"{fault.kind}, seed {fault.seed}: {fault.why}" for fault in faults]
     return "\n".join(lines)
@@ -127,44 +157,68 @@ def render(counts: Mapping[str, int], faults: Sequence[Fault], seconds: float) -
 # -- one disturbance -----------------------------------------------------------------------------------------------
 
 
-def undisturbed(model: Path, out: Path, settings: Mapping[str, str]) -> tuple[dict[str, str], float, int]:
-    """The bytes of a conversion that nobody disturbed, its seconds, and the operations in it."""
+@dataclass(frozen=True)
+class Whole:
+    """A conversion that nobody disturbed: the SHA-256 of its files, its seconds, and the operations in it."""
+
+    hashes: Mapping[str, str]
+    seconds: float
+    operations: int
+
+
+def get_ready(model: Path, out: Path) -> None:
+    """Import, compile and read here, once, what every conversion would, by a conversion in this process.
+
+    It takes no gradients: torch does not take any in a process forked from one that did.
+    """
+    for name in ("code", "licences", "held_out_runs"):
+        setattr(packaged_text, name, functools.cache(getattr(packaged_text, name)))
+    plots._rendered = lambda height, draw: "<svg></svg>"
+    convert_all(config_of(model, out, {}))
+    gc.collect()
+    gc.freeze()
+
+
+def undisturbed(model: Path, out: Path, settings: Mapping[str, str]) -> Whole:
+    """Convert in a process that nobody disturbs."""
     counted = out.with_name(f"{out.name}.operations")
     started = time.monotonic()
     ended = call(config_of(model, out, settings), count_into=counted)
     if ended.code:
         raise SystemExit(f"an undisturbed conversion failed: {ended.line}")
-    return contents(out), time.monotonic() - started, int(counted.read_text())
+    return Whole(contents(out), time.monotonic() - started, int(counted.read_text()))
 
 
 def disturb(
-    kind: str,
-    seed: int,
-    model: Path,
-    out: Path,
-    settings: Mapping[str, str],
-    whole: tuple[dict[str, str], float, int],
-) -> str:
-    """Disturb one directory up to three times, then let it be; why it was not survived, or ""."""
-    expected, seconds, operations = whole
+    kind: str, seed: int, model: Path, out: Path, settings: Mapping[str, str], whole: Whole
+) -> tuple[str, list[str]]:
+    """Disturb one directory up to three times, then let it be.
+
+    Returns:
+        Why it was not survived, or "", and the stages in which a call was killed or could not write.
+    """
     draw = random.Random(seed)
     config = config_of(model, out, settings)
+    hit: list[str] = []
     for directory in (out, out.with_name(f"{out.name}.run")):
         shutil.rmtree(directory, ignore_errors=True)
     for _ in range(draw.randint(1, DISTURBED)):
         often = draw.random() < 0.5  # streams are stored behind each block, or never
         if kind == "kill":
-            ended = call(config, often, kill_after=draw.uniform(0, 1.1 * seconds))
+            ended = call(config, often, kill_after=draw.uniform(0, 1.1 * whole.seconds))
         else:
-            ended = call(config, often, fail_at=draw.randrange(operations), is_full=kind == "full")
+            ended = call(config, often, fail_at=draw.randrange(whole.operations), is_full=kind == "full")
         if ended.code == EXIT_FAULT:
-            return f"ended as a fault: {ended.line}"
+            return f"ended as a fault: {ended.line}", hit
+        if ended.code:
+            hit.append(ended.stage)
     ended = call(config)
     if ended.code:
-        return f"does not resume: {ended.line}"
+        return f"does not resume: {ended.line}", hit
     found = contents(out)
-    differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    return f"other bytes in {', '.join(differing)}" if differing else ""
+    names = sorted(whole.hashes.keys() | found.keys())
+    differing = [name for name in names if whole.hashes.get(name) != found.get(name)]
+    return f"other bytes in {', '.join(differing)}" if differing else "", hit
 
 
 def call(
@@ -177,15 +231,20 @@ def call(
 ) -> Ended:
     """Convert in a process of its own, which is forked, so that it begins at once."""
     reads, writes = os.pipe()
+    board = mmap.mmap(-1, 64)  # what both processes see: the stage, also of one that was killed
     child = os.fork()
     if child == 0:
         os.close(reads)
+
+        def show(event: Event) -> None:
+            board[:] = event.stage.partition(" ")[0].encode().ljust(len(board))
+
         code, line = EXIT_FAULT, "?"
         try:
             streams.SECONDS_BETWEEN_STORES = 0.0 if often else 1e9
             operations = Operations(config, fail_at, is_full)
             try:
-                convert_all(config)
+                convert_all(config, show)
                 code, line = EXIT_OK, ""
             except Exception as error:
                 line, code = failure_of(error)
@@ -204,7 +263,8 @@ def call(
     with open(reads, "rb") as pipe:
         line = pipe.read().decode(errors="replace")
     _, status = os.waitpid(child, 0)
-    return Ended(os.waitstatus_to_exitcode(status), line)
+    stage = board[:].decode().strip(" \0") or OPENING
+    return Ended(os.waitstatus_to_exitcode(status), line, stage)
 
 
 class Operations:
@@ -258,7 +318,7 @@ def _hashes(directory: Path) -> Iterator[tuple[str, str]]:
 
 
 def make_model(directory: Path) -> Path:
-    """A Llama of two blocks with random weights, and a tokenizer with a token for each byte."""
+    """A Llama of two blocks with random weights, and a tokenizer of bytes with one merge, as llama.cpp wants one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     torch.manual_seed(0)
@@ -271,7 +331,8 @@ def make_model(directory: Path) -> Path:
                 parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
     model.to(torch.bfloat16).save_pretrained(directory)
     vocabulary = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary["er"] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("e", "r")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)

@@ -1,11 +1,16 @@
 """Measure that a conversion holds a few blocks in memory, whatever the model's size.
 
-A random-weight Llama whose bfloat16 checkpoint is larger than 6 GB is written once, one shard per block, and
-converted by `accullm convert` in a process of its own. Per stage this prints seconds, seconds per block and peak
-resident memory, once as the run's manifest has it and once as the operating system saw it from outside.
+A random-weight model is written once, one shard per block, and converted by `accullm convert` in a process of its own.
+Per stage this prints seconds, seconds per block and peak resident memory, once as the run's manifest has it and once as
+the operating system saw it from outside; and beside all of it what a dry run had said.
 
-    python scripts/bench_streaming.py
+    python scripts/bench_streaming.py                   # a Llama whose bfloat16 checkpoint is larger than 6 GB
     python scripts/bench_streaming.py --layers 2        # a trial of minutes
+    python scripts/bench_streaming.py --shape llama-70b --layers 1
+    python scripts/bench_streaming.py --shape mixtral --divide 2 --layers 1
+    python scripts/bench_streaming.py --shape llama-70b --dry-run
+
+With `--dry-run` nothing is converted, so that weights are not read: files have a header, and a hole in place of them.
 """
 
 from __future__ import annotations
@@ -16,29 +21,71 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accullm_cli.errors import AccullmError, MachineError
-from accullm_cli.run import existing_parent, write_text
+from random_model import checkpoint_bytes, ensure_model
+
+from accullm_cli.errors import AccullmError
+from accullm_cli.run import write_text
 from accullm_cli.units import duration, size
 
-# Of the resident memory of a whole conversion; the reason for streaming.
-TARGET_BYTES = 2_500_000_000
-# 28 blocks of 201 MB and 393 MB of embeddings: 6.03 GB.
-LAYERS = 28
-SHAPE = {
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A model by its sizes, and the resident memory that its whole conversion may take; the reason for streaming."""
+
+    layers: int
+    shape: Mapping[str, int]
+    target_bytes: int
+
+
+BENCHMARKS = {
+    # 28 blocks of 201 MB and 393 MB of embeddings: 6.03 GB.
+    "llama-3b": Benchmark(
+        28,
+        {
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "vocab_size": 32000,
+        },
+        2_500_000_000,
+    ),
+    "llama-70b": Benchmark(
+        80,
+        {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "vocab_size": 32000,
+        },
+        16_000_000_000,
+    ),
+    "mixtral": Benchmark(
+        32,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32000,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        16_000_000_000,
+    ),
 }
-# Raised whenever the bytes of the model change, so that an older one is written again.
-RECIPE = 1
+# What `--divide` makes smaller: the sides of matrices, and with them the number of heads.
+DIVIDED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+# How far the memory that a dry run names may be from what a conversion takes.
+TOLERANCE = 0.15
 SECONDS_BETWEEN_LOOKS = 0.05
 
 
@@ -52,6 +99,18 @@ class StageFigures:
 
 
 @dataclass(frozen=True)
+class Foreseen:
+    """What a dry run names, and what it took itself."""
+
+    peak_bytes: int
+    disk_bytes: int
+    artifact_bytes: int
+    seconds: float
+    own_peak_bytes: int
+    own_seconds: float
+
+
+@dataclass(frozen=True)
 class Figures:
     """What a conversion took.
 
@@ -61,9 +120,11 @@ class Figures:
 
     layers: int
     checkpoint_bytes: int
+    target_bytes: int
     seconds: float
     observed_peak_bytes: int
     stages: tuple[StageFigures, ...]
+    foreseen: Foreseen
     command: tuple[str, ...]
 
     @property
@@ -76,13 +137,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the model where there is none, convert it, print and keep the figures; returns the exit code."""
     options = parse(arguments)
     try:
-        shape = {**SHAPE, "num_hidden_layers": options.layers}
-        model = options.work / f"llama-{shape['hidden_size']}-{options.layers}-layers"
-        ensure_model(model, shape)
-        figures = measure(options, model)
-        text = render(figures)
+        chosen = BENCHMARKS[options.shape]
+        shape = {key: size // options.divide if key in DIVIDED else size for key, size in chosen.shape.items()}
+        layers = options.layers or chosen.layers
+        shape["num_hidden_layers"] = layers
+        name = f"{options.shape.partition('-')[0]}-{shape['hidden_size']}-{layers}-layers"
+        if options.dry_run:
+            model = options.work / f"{name}-without-weights"
+            ensure_model(model, shape, with_weights=False)
+            text = render_foreseen(foresee(options, model), checkpoint_bytes(shape), layers)
+        else:
+            model = options.work / name
+            ensure_model(model, shape)
+            figures = measure(options, model, layers, chosen.target_bytes)
+            text = render(figures)
+            write_text(options.work / "streaming.json", json.dumps(asdict(figures), indent=1) + "\n")
         write_text(options.work / "streaming.md", text + "\n")
-        write_text(options.work / "streaming.json", json.dumps(asdict(figures), indent=1) + "\n")
         print(text)
     except AccullmError as error:
         print(f"error: {error.line()}", file=sys.stderr)
@@ -97,162 +167,79 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         epilog="Other options are passed on to accullm convert, for instance --rounding nearest.",
     )
     parser.add_argument("--work", type=Path, default=Path("work/bench"), help="directory for everything (work/bench)")
-    parser.add_argument("--layers", type=int, default=LAYERS, help=f"blocks of the model ({LAYERS})")
+    parser.add_argument("--shape", choices=BENCHMARKS, default="llama-3b", help="sizes of the model (llama-3b)")
+    parser.add_argument("--divide", type=int, default=1, help="divide the sides of its matrices by this (1)")
+    parser.add_argument("--layers", type=int, help="blocks of the model (as many as its shape has)")
+    parser.add_argument("--dry-run", action="store_true", help="convert nothing: what is said before, and how fast")
     parser.add_argument("--samples", type=int, default=8, help="calibration windows (8)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a window (512)")
     parser.add_argument("--validation-windows", type=int, default=2, help="validation windows (2)")
     options, options.passed_on = parser.parse_known_args(arguments)
-    if options.layers < 1:
+    if options.layers is not None and options.layers < 1:
         parser.error("--layers must be 1 or more")
+    heads = BENCHMARKS[options.shape].shape["num_key_value_heads"]
+    if options.divide < 1 or heads % options.divide:
+        parser.error(f"--divide must divide the {heads} key and value heads")
     return options
-
-
-# -- the model ---------------------------------------------------------------------------------------------
-
-
-def ensure_model(directory: Path, shape: Mapping[str, int], seed: int = 0) -> None:
-    """Write a Llama of normally distributed weights; nothing where it is there already. Holds one block at a time.
-
-    Args:
-        shape: hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, vocab_size and
-            num_hidden_layers.
-
-    Raises:
-        MachineError: the disk has no room for it.
-    """
-    marker = {"recipe": RECIPE, "seed": seed, **shape}
-    made = directory / "made.json"
-    if made.exists() and json.loads(made.read_text(encoding="utf-8")) == marker:
-        return
-    needed = checkpoint_bytes(shape)
-    free = shutil.disk_usage(existing_parent(directory)).free
-    # The model, and its artifact with the working files (4.5 of 16 bits, twice where the disk cannot link).
-    if free < 1.6 * needed:
-        raise MachineError(
-            f"has {size(free)} free, but {size(int(1.6 * needed))} are needed", directory, "give another --work"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    made.unlink(missing_ok=True)
-    write_weights(directory, shape, seed)
-    write_tokenizer(directory)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": 256,
-        **shape,
-    }
-    write_text(directory / "config.json", json.dumps(config, indent=1) + "\n")
-    write_text(made, json.dumps(marker, indent=1) + "\n")
-
-
-def block_shapes(shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The tensors of one block, by the end of their name."""
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    return {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (hidden, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, hidden),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-
-
-def outside_shapes(shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The tensors outside the blocks."""
-    hidden, vocabulary = shape["hidden_size"], shape["vocab_size"]
-    return {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (vocabulary, hidden),
-    }
-
-
-def checkpoint_bytes(shape: Mapping[str, int]) -> int:
-    """Bytes of all weights in bfloat16."""
-
-    def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-        return sum(sides[0] * (sides[1] if len(sides) > 1 else 1) for sides in shapes.values())
-
-    return 2 * (count(outside_shapes(shape)) + shape["num_hidden_layers"] * count(block_shapes(shape)))
-
-
-def write_weights(directory: Path, shape: Mapping[str, int], seed: int) -> None:
-    """One safetensors file for each block and one for the rest, with their index."""
-    import torch
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(sides: tuple[int, ...]) -> torch.Tensor:
-        if len(sides) == 1:
-            return torch.ones(sides, dtype=torch.bfloat16)
-        # 0.02 is what Llama's own training started from.
-        return torch.empty(sides, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-
-    parts = [outside_shapes(shape)]
-    for layer in range(shape["num_hidden_layers"]):
-        parts.append({f"model.layers.{layer}.{name}": sides for name, sides in block_shapes(shape).items()})
-    file_of: dict[str, str] = {}
-    for number, shapes in enumerate(parts, 1):
-        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        say(f"writing {directory / file}")
-        save_file({name: draw(sides) for name, sides in shapes.items()}, directory / file, metadata={"format": "pt"})
-        file_of |= dict.fromkeys(shapes, file)
-    index = {"metadata": {"total_size": checkpoint_bytes(shape)}, "weight_map": file_of}
-    write_text(directory / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-
-
-def write_tokenizer(directory: Path) -> None:
-    """A tokenizer of single bytes, 0 to 255, with the end of text as 256: it needs no training and no download."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: number for number, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(directory)
 
 
 # -- the conversion ----------------------------------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace, model: Path) -> Figures:
+def measure(options: argparse.Namespace, model: Path, layers: int, target_bytes: int) -> Figures:
     """Convert `model` in a process of its own, from the start, and look at its memory all the while.
 
     Raises:
         AccullmError: the conversion failed.
     """
-    out = options.work / f"{model.name}-int4"
-    run = options.work / f"{model.name}.run"
-    command = [sys.executable, "-m", "accullm_cli", "convert", str(model), "--out", str(out), "--run", str(run)]
-    command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
-    command += ["--validation-windows", str(options.validation_windows), "--fresh", *options.passed_on]
-    started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    observed = watch(process)
-    seconds = time.monotonic() - started
-    if process.returncode != 0:
-        raise AccullmError(f"accullm convert ended with exit code {process.returncode}", model)
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    foreseen = foresee(options, model)
+    command = command_of(options, model)
+    seconds, observed, _ = timed([*command, "--fresh"])
+    manifest = json.loads((options.work / f"{model.name}.run" / "manifest.json").read_text(encoding="utf-8"))
     return Figures(
-        layers=options.layers,
+        layers=layers,
         checkpoint_bytes=sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        target_bytes=target_bytes,
         seconds=round(seconds, 1),
         observed_peak_bytes=observed,
         stages=stages_of(manifest),
+        foreseen=foreseen,
         command=("accullm", *command[3:]),
     )
+
+
+def foresee(options: argparse.Namespace, model: Path) -> Foreseen:
+    """Have `accullm convert --dry-run` say what a conversion will take."""
+    shutil.rmtree(options.work / f"{model.name}.run", ignore_errors=True)
+    seconds, peak, output = timed([*command_of(options, model), "--dry-run", "--json"])
+    told = json.loads(output)["dry_run"]
+    return Foreseen(
+        *(told[key] for key in ("peak_bytes", "disk_bytes", "artifact_bytes", "seconds")), peak, round(seconds, 1)
+    )
+
+
+def command_of(options: argparse.Namespace, model: Path) -> list[str]:
+    command = [sys.executable, "-m", "accullm_cli", "convert", str(model)]
+    command += ["--out", str(options.work / f"{model.name}-int4"), "--run", str(options.work / f"{model.name}.run")]
+    command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
+    return [*command, "--validation-windows", str(options.validation_windows), *options.passed_on]
+
+
+def timed(command: Sequence[str]) -> tuple[float, int, str]:
+    """Run a command: its seconds, its peak resident memory in bytes, and what it wrote to its output.
+
+    Raises:
+        AccullmError: it failed.
+    """
+    with tempfile.TemporaryFile() as output:
+        started = time.monotonic()
+        process = subprocess.Popen(command, stdout=output)
+        observed = watch(process)
+        seconds = time.monotonic() - started
+        if process.returncode != 0:
+            raise AccullmError(f"accullm convert ended with exit code {process.returncode}", command[4])
+        output.seek(0)
+        return seconds, observed, output.read().decode()
 
 
 def watch(process: subprocess.Popen[Any]) -> int:
@@ -293,26 +280,42 @@ def render(figures: Figures) -> str:
         (stage.name, duration(stage.seconds), f"{stage.seconds / figures.layers:.2f} s", size(stage.peak_bytes))
         for stage in figures.stages
     ]
-    per_block = f"{figures.seconds / figures.layers:.2f} s"
-    rows.append(("whole process", duration(figures.seconds), per_block, size(figures.observed_peak_bytes)))
-    verdict = "met" if figures.peak_bytes < TARGET_BYTES else "NOT MET"
+    foreseen = figures.foreseen
+    for name, seconds, peak in (
+        ("whole process", figures.seconds, figures.observed_peak_bytes),
+        ("as the dry run said", foreseen.seconds, foreseen.peak_bytes),
+    ):
+        rows.append((name, duration(seconds), f"{seconds / figures.layers:.2f} s", size(peak)))
+    verdict = "met" if figures.peak_bytes < figures.target_bytes else "NOT MET"
+    error = foreseen.peak_bytes / figures.peak_bytes - 1
+    foresight = "met" if abs(error) <= TOLERANCE else "NOT MET"
     return (
         f"A checkpoint of {size(figures.checkpoint_bytes)} ({figures.layers} blocks), converted with\n"
         f"`{' '.join(figures.command)}` on {os.cpu_count()} cores:\n\n"
         f"{markdown(('stage', 'time', 'per block', 'peak RSS'), rows)}\n\n"
+        f"The dry run said {error:+.0%} of that memory; target within {TOLERANCE:.0%}: {foresight}.\n"
         f"Peak resident memory {size(figures.peak_bytes)}, {figures.peak_bytes / figures.checkpoint_bytes:.0%} of the "
-        f"checkpoint; target under {size(TARGET_BYTES)}: {verdict}."
+        f"checkpoint; target under {size(figures.target_bytes)}: {verdict}."
+    )
+
+
+def render_foreseen(foreseen: Foreseen, checkpoint_bytes: int, layers: int) -> str:
+    """What a dry run said, as a Markdown table, and a sentence on itself."""
+    rows = [
+        ("peak memory", size(foreseen.peak_bytes)),
+        ("disk", size(foreseen.disk_bytes)),
+        ("artifact", size(foreseen.artifact_bytes)),
+        ("time", duration(foreseen.seconds)),
+    ]
+    return (
+        f"{markdown((f'{layers} blocks, {size(checkpoint_bytes)}', 'as the dry run says'), rows)}\n\n"
+        f"It took {foreseen.own_seconds:.1f} s and {size(foreseen.own_peak_bytes)} of memory itself."
     )
 
 
 def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows))
-
-
-def say(line: str) -> None:
-    """Progress, on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

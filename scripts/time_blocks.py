@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from bench_streaming import ensure_model
+from random_model import ensure_model
 
 from accullm_cli.config import Config
 from accullm_cli.config_file import load_config

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from bench_streaming import write_tokenizer
+from random_model import write_tokenizer
 from tiny_configurations import ABSENT, COMPOSITE, NOT_BUILT, SIZES, SPECIAL, TOWER, UNLISTED
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel

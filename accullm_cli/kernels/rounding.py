@@ -14,7 +14,8 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.launch import Launch
-from accullm_cli.quant.loops import COMPILED, Descent, Loops, Tile
+from accullm_cli.quant.loops import Descent, Loops, Tile
+from accullm_cli.quant.wavefront import round_chained
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 # A warp holds a row's columns in registers, four per lane.
@@ -42,8 +43,9 @@ class DescentStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "error", "slope", "hessian", "curvature", "scale", "levels")),
+        *((name, ctypes.c_void_p) for name in ("product", "fisher")),
         ("ridge", ctypes.c_double),
-        *((name, ctypes.c_int) for name in ("columns", "groups", "columns_per_group", "largest_code")),
+        *((name, ctypes.c_int) for name in ("rows", "columns", "groups", "columns_per_group", "largest_code")),
         *((name, ctypes.c_int) for name in ("sweeps", "slope_is_shared")),
     )
 
@@ -51,8 +53,8 @@ class DescentStruct(ctypes.Structure):
 def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], None], shared_bytes: int) -> Loops:
     """The loops of a GPU.
 
-    Where rows feed each other, a tile is a chain through all of its weights, and so is a block of rows in descent: the
-    CPU does these, and they go there and back.
+    Tiles whose rows feed each other are rounded by torch, see quant.wavefront; a block of rows that feed each other is
+    one chain in descent, which one block of threads goes through.
 
     Args:
         launch: `kernels.device.launch`.
@@ -61,21 +63,20 @@ def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], No
 
     def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         if tile.rows is not None:
-            return COMPILED.round_tile(tile)
+            return round_chained([tile])[0]
         own = _contiguous(tile)
         codes, error = torch.empty_like(own.wanted, dtype=torch.uint8), torch.empty_like(own.wanted)
         launch(tile_launch(own, codes, error), device)
         return codes, error
 
     def descend(descent: Descent) -> None:
-        if descent.rows is not None:
-            return COMPILED.descend(descent)
         grid = replace(descent.grid, scale=descent.grid.scale.contiguous())
-        own = replace(descent, hessian=descent.hessian.contiguous(), grid=grid)
+        rows = None if descent.rows is None else (descent.rows[0], descent.rows[1].contiguous())
+        own = replace(descent, hessian=descent.hessian.contiguous(), grid=grid, rows=rows)
         curvature = curvature_of(own)  # a launch holds addresses alone
         launch(descent_launch(own, curvature, shared_bytes), device)
 
-    return Loops(device, round_tile, descend)
+    return Loops(device, round_tile, descend, round_chained)
 
 
 def tile_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
@@ -140,7 +141,9 @@ def descent_launch(descent: Descent, curvature: torch.Tensor, shared_bytes: int)
     arguments = DescentStruct(
         *(tensor.data_ptr() for tensor in tensors),
         None if descent.levels is None else descent.levels.data_ptr(),
+        *((None, None) if descent.rows is None else (tensor.data_ptr() for tensor in descent.rows)),
         descent.ridge,
+        count,
         columns,
         grid.scale.shape[1],
         grid.columns_per_group,
@@ -152,7 +155,7 @@ def descent_launch(descent: Descent, curvature: torch.Tensor, shared_bytes: int)
         source="descend.cu",
         kernel="descend",
         defines=_defines(descent.slope.dtype),
-        grid=(count, 1, 1),
+        grid=(count if descent.rows is None else 1, 1, 1),
         threads=DESCENT_THREADS,
         shared_bytes=wanted if fits else TURN_BYTES,
         arguments=(arguments,),

@@ -49,6 +49,8 @@ def loops_of(device: torch.device) -> Loops:
 def rounding_disagreement(loops: Loops) -> str | None:
     """Round tiles, at random and not, to steps and levels, and descend over some rows, by these loops and the CPU's.
 
+    With rows that feed each other, and with such that do not.
+
     Both add up the same terms in the same order, so that any numbers will do, and all bits have to be equal.
 
     Returns:
@@ -64,8 +66,12 @@ def rounding_disagreement(loops: Loops) -> str | None:
         found_codes, found_error = loops.round_tile(there)
         if not _equal((found_codes, codes), (found_error, error), (there.fed, tile.fed)):
             return f"{what}: {_different(found_codes, codes)}"
-    for what, levels in (("descend", None), ("descend over levels", LEVELS)):
-        rows = _descent(draw, levels)
+    for what, levels, rows_feed in (
+        ("descend", None, False),
+        ("descend over levels", LEVELS, False),
+        ("descend over rows that feed each other", None, True),
+    ):
+        rows = _descent(draw, levels, rows_feed)
         moved: Descent = _copied(rows, loops.device)
         COMPILED.descend(rows)
         loops.descend(moved)
@@ -75,10 +81,16 @@ def rounding_disagreement(loops: Loops) -> str | None:
 
 
 def _tiles(draw: torch.Generator) -> Iterator[tuple[str, Tile]]:
-    """Three tiles: for codes that are steps, at random, and for codes of levels."""
+    """Four tiles: for codes that are steps, at random, for codes of levels, and with rows that feed each other."""
     order = torch.randperm(MOST_COLUMNS, generator=draw)
     chance = Chance(torch.rand(ROWS, MOST_COLUMNS, generator=draw), 2**63 + 5, 7, order)
-    for what, own in (("", {}), (" at random", {"chance": chance}), (" to levels", {"levels": LEVELS})):
+    chain = torch.randn(ROWS, MOST_COLUMNS, generator=draw), torch.randn(ROWS, ROWS, generator=draw) / 16
+    for what, own in (
+        ("", {}),
+        (" at random", {"chance": chance}),
+        (" to levels", {"levels": LEVELS}),
+        (" of rows that feed each other", {"rows": chain}),
+    ):
         wanted, fed = (torch.randn(ROWS, MOST_COLUMNS, generator=draw) for _ in range(2))
         upper = torch.randn(MOST_COLUMNS, MOST_COLUMNS, generator=draw) / 16
         grid = _grid(draw)
@@ -86,7 +98,7 @@ def _tiles(draw: torch.Generator) -> Iterator[tuple[str, Tile]]:
         yield f"feedback_round{what}", replace(tile, **own)
 
 
-def _descent(draw: torch.Generator, levels: torch.Tensor | None) -> Descent:
+def _descent(draw: torch.Generator, levels: torch.Tensor | None, rows_feed: bool) -> Descent:
     """Rows whose codes are far from the best, over more columns than a block has threads."""
     columns = 3 * MOST_COLUMNS
     inputs = torch.randn(2 * columns, columns, generator=draw)
@@ -97,7 +109,13 @@ def _descent(draw: torch.Generator, levels: torch.Tensor | None) -> Descent:
     grid = _grid(draw, columns)
     if levels is not None:
         grid = replace(grid, scale=grid.scale * torch.where(torch.arange(grid.scale.shape[1]) % 2 == 1, -1, 1))
-    return Descent(codes, error, error @ hessian, hessian, 0.01, grid, movable, 3, levels=levels)
+    product, chain = error @ hessian, None
+    slope = product
+    if rows_feed:
+        gradients = torch.randn(2 * ROWS, ROWS, generator=draw)
+        fisher = gradients.T @ gradients / len(gradients)
+        slope, chain = fisher @ product, (product, fisher)
+    return Descent(codes, error, slope, hessian, 0.01, grid, movable, 3, chain, levels)
 
 
 def _grid(draw: torch.Generator, columns: int = MOST_COLUMNS) -> Grid:
@@ -113,6 +131,8 @@ def _copied(task: Any, device: torch.device) -> Any:
             parts[name] = part.to(device, copy=True)
         elif isinstance(part, Chance | Grid):
             parts[name] = _copied(part, device)
+        elif name == "rows" and part is not None:
+            parts[name] = tuple(tensor.to(device, copy=True) for tensor in part)
     return replace(task, **parts)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.ahead import sent_ahead
 from accullm_cli.model.calls import Call, Layout, is_alike
 from accullm_cli.model.dry_pass import Path, is_same, replace_at, value_at
 from accullm_cli.model.shortcut import Shortcut
@@ -226,6 +227,11 @@ class Decoder:
     def batches(self, stream: torch.Tensor) -> list[slice]:
         """Slices of the windows of a stream, or of ids [windows, tokens], that go through a block at once."""
         return batches(stream.shape[0], stream.shape[1], self._together)
+
+    def sent(self, stream: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`batches` with what they hold, on the device; see `sent_ahead`."""
+        rows = self.batches(stream)
+        yield from zip(rows, sent_ahead((stream[some] for some in rows), self.device), strict=True)
 
     def run(
         self,

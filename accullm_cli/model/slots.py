@@ -55,11 +55,12 @@ class LinearSlot:
         setattr(block.get_submodule(module_name), attribute, nn.Parameter(stored, requires_grad=False))
 
 
-def share_weights(block: nn.Module, slots: list[LinearSlot]) -> nn.Module:
-    """A second block on the same weights; writing a slot of one leaves the other as it is."""
-    stacks = {slot.parameter for slot in slots if slot.expert is not None}
-    tensors: list[torch.Tensor] = [tensor for name, tensor in block.named_parameters() if name not in stacks]
-    tensors += list(block.buffers())
+def share_weights(block: nn.Module) -> nn.Module:
+    """A second block on the same weights; writing a slot of one leaves the other as it is, but for experts.
+
+    An expert is overwritten in both: a second stack of all would take as much memory as the block.
+    """
+    tensors: list[torch.Tensor] = [*block.parameters(), *block.buffers()]
     return copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
 
 

@@ -55,8 +55,7 @@ class Draft:
     def descend(self, fisher: torch.Tensor | None = None, loops: Loops = COMPILED) -> None:
         """Change codes in place, one at a time, as long as that lowers the loss.
 
-        Where rows feed each other, their blocks are a chain, and within a block all weights are: too little at a time
-        for a GPU, so that the sweeps run on the CPU wherever the tensors are.
+        Where rows feed each other, their blocks are a chain, and within a block all weights are.
 
         Args:
             fisher: G, [N, N], positive definite; None for the identity: rows do not feed each other then.
@@ -73,12 +72,11 @@ class Draft:
             return
         _, error = self._errors(slice(None))
         product = error @ self.hessian + self.ridge * error
-        hessian = self.hessian.cpu()  # once, and not for each step
         for start in ROUNDS * list(range(0, len(error), ROWS_IN_STEP)):
             part = slice(start, start + ROWS_IN_STEP)
             slope, rows = fisher[part] @ product, (product[part], fisher[part, part])
             descent = Descent(
-                self.codes[part], error[part], slope, hessian, self.ridge, self.grid.rows(part), movable,
+                self.codes[part], error[part], slope, self.hessian, self.ridge, self.grid.rows(part), movable,
                 SWEEPS // ROUNDS, rows, levels,
             )  # fmt: skip
             loops.descend(descent)

@@ -5,6 +5,7 @@ The mathematics is in `accullm_cli.quant.rounding`, and on one page in docs/roun
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,8 @@ def require_finite(matrix: torch.Tensor | None, kind: str, where: str) -> None:
     Raises:
         NumericalError: there are some.
     """
-    if matrix is None or bool(torch.isfinite(matrix).all()):
+    # A few rows at a time: to test all at once takes nearly twice the matrix's memory.
+    if matrix is None or all(bool(torch.isfinite(rows).all()) for rows in matrix.split(ROWS_TOGETHER)):
         return
     count = int((~torch.isfinite(matrix)).sum())
     what = f"holds NaN or Inf in {count} of its {matrix.numel()} entries"
@@ -186,31 +188,50 @@ def round_with_feedback(
         whole = factor.feedback(0, rounded_features)
         share = feedback_share(position.T, own_scale.T, whole, grid.largest_code).T
         del own_scale, position, whole
-    for top in range(0, count, row_block):
-        part = slice(top, min(top + row_block, count))
-        down = None if rows is None else rows.feedback(top, part.stop)
-        for start in range(0, rounded_features, COLUMN_BLOCK):
-            columns = slice(start, min(start + COLUMN_BLOCK, rounded_features))
-            feedback = factor.feedback(start, columns.stop)
-            fed = error[part, :start] @ feedback[:start]
+    several = loops.round_chained if rows is not None else None
+    down, down_to = None, slice(0)
+    for wave in _waves(count, row_block, rounded_features, several is not None):
+        tiles = []
+        for part, columns in wave:
+            feedback = factor.feedback(columns.start, columns.stop)
+            fed = error[part, : columns.start] @ feedback[: columns.start]
             from_above, chance = None, None
+            if rows is not None and part != down_to:
+                down, down_to = rows.feedback(part.start, part.stop), part
             if down is not None:
-                from_above = (down[:top].T @ carried[:top, columns], down[top:])
+                from_above = (down[: part.start].T @ carried[: part.start, columns], down[part.start :])
             if generator is not None and share is not None:
                 chance = Chance(share[:, columns], *generator, order[columns])
-            tile = Tile(
-                wanted[part, columns], fed, feedback[start:], scale[part], zero[part], group[columns],
+            tiles.append(Tile(
+                wanted[part, columns], fed, feedback[columns.start :], scale[part], zero[part], group[columns],
                 grid.largest_code, from_above, chance, levels,
-            )  # fmt: skip
-            own_codes, error[part, columns] = loops.round_tile(tile)
+            ))  # fmt: skip
+        results = [loops.round_tile(tile) for tile in tiles] if several is None else several(tiles)
+        for (part, columns), tile, (own_codes, own_error) in zip(wave, tiles, results, strict=True):
+            error[part, columns] = own_error
             codes[row_order[part, None], order[columns]] = own_codes
             if rows is not None:
-                carried[part, columns] = error[part, columns] + fed
+                carried[part, columns] = own_error + tile.fed
     if len(order) > rounded_features:
         compensating = _round_to_source(wanted, error, factor, rounded_features, kept.dtype)
         kept = torch.empty_like(compensating)
         kept[row_order] = compensating[:, torch.argsort(order[rounded_features:])]
     return codes, kept, clamped
+
+
+def _waves(rows: int, row_block: int, columns: int, several: bool) -> Iterator[list[tuple[slice, slice]]]:
+    """Tiles (rows, columns) that may be rounded together, after those before; with `several`, as many as can be.
+
+    A tile waits for those to its left, which feed its columns, and for those above it, which feed its rows.
+    """
+    heights = [slice(start, min(start + row_block, rows)) for start in range(0, rows, row_block)]
+    widths = [slice(start, min(start + COLUMN_BLOCK, columns)) for start in range(0, columns, COLUMN_BLOCK)]
+    if not several or not widths:
+        yield from ([(part, own)] for part in heights for own in widths)
+        return
+    for step in range(len(heights) + len(widths) - 1):
+        first, last = max(0, step - len(widths) + 1), min(len(heights) - 1, step)
+        yield [(heights[number], widths[step - number]) for number in range(first, last + 1)]
 
 
 def _round_to_source(

@@ -7,7 +7,7 @@ is reordered or fused, so that the same numbers come out on every CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -84,11 +84,14 @@ class Loops:
     device: the one they are for, where all that belongs to rounding then happens.
     round_tile: codes, uint8 [N, C], and what they miss of `wanted`, [N, C].
     descend: does its work in place.
+    round_chained: tiles whose rows feed each other, none of which waits for another, at once; None where they are no
+        faster than one after the other. The same for each as `round_tile` gives.
     """
 
     device: torch.device
     round_tile: Callable[[Tile], tuple[torch.Tensor, torch.Tensor]]
     descend: Callable[[Descent], None]
+    round_chained: Callable[[Sequence[Tile]], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
 
 
 # -- compiled by numba -------------------------------------------------------------------------------------

@@ -36,7 +36,10 @@ GRAM_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class BlockPair:
-    """A block of the original and the same block as far as it is rounded."""
+    """A block of the original and the same block as far as it is rounded; see `share_weights` for experts.
+
+    So the original must not run any more once the first expert is rounded.
+    """
 
     decoder: Decoder
     index: int
@@ -111,8 +114,8 @@ def round_with_streams(
                         slot_of[name].write(pair.original, slot_of[name].read(pair.rounded))
                 results |= found
         with job.compute.products():
-            for batch, rows in enumerate(decoder.batches(rounded)):
-                rounded[rows] = decoder.run(index, pair.rounded, rounded[rows], _known_inputs(captures, batch, known))
+            for batch, (rows, states) in enumerate(decoder.sent(rounded)):
+                rounded[rows] = decoder.run(index, pair.rounded, states, _known_inputs(captures, batch, known))
     return results
 
 
@@ -203,7 +206,7 @@ def _run_original(
     names = [name for group in groups for name in group] if gradient is not None else []
     device = pair.decoder.device
     grams = {name: GramMatrices(pair.slot_of[name].out_features, device=device) for name in names}
-    for batch, rows in enumerate(pair.decoder.batches(original)):
+    for batch, (rows, states) in enumerate(pair.decoder.sent(original)):
 
         def keep_input(name: str, value: torch.Tensor, batch: int = batch) -> None:
             if name in wanted.inputs:
@@ -219,7 +222,7 @@ def _run_original(
 
         # The last batch with a gradient may have it for some of its windows only.
         own = None if gradient is None else gradient[rows]
-        hidden = original[rows].to(device, copy=True).requires_grad_(own is not None and len(own) > 0)
+        hidden = states.clone().requires_grad_(own is not None and len(own) > 0)
         output = pair.decoder.run_capturing(
             pair.index, pair.original, hidden, keep_input, keep_sum, on_gradient=add_gradient
         )
@@ -269,7 +272,7 @@ def _accumulate(
     # Which experts a batch reaches is not known before its end.
     awaited = {("input", first) for first in grams} | {("sum", name) for name in summed} if is_dense else set()
 
-    def add_batch(batch: int, rows: slice) -> None:
+    def add_batch(batch: int, states: torch.Tensor) -> None:
         read: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # inputs, and what their tokens count
 
         def add(name: str, value: torch.Tensor) -> None:
@@ -289,10 +292,10 @@ def _accumulate(
                 grams[first].add_output(name, inputs, difference, weights)
 
         own = _known_inputs(captures, batch, known)
-        pair.decoder.run_capturing(pair.index, pair.rounded, rounded[rows], add, add_sum, frozenset(awaited), known=own)
+        pair.decoder.run_capturing(pair.index, pair.rounded, states, add, add_sum, frozenset(awaited), known=own)
 
-    for batch, rows in enumerate(pair.decoder.batches(rounded)):
-        add_batch(batch, rows)
+    for batch, (_, states) in enumerate(pair.decoder.sent(rounded)):
+        add_batch(batch, states)
     return grams
 
 

@@ -31,13 +31,21 @@ PASSES_OF_GRADIENTS = 3.0
 # cores; without the text of another kind, which the estimate holds, it took 4 min 25 s.
 SHARE_OF_FULL_SPEED = 0.5
 # What rounding takes for each weight, in operations at that speed: the search for scales and the loop over columns wait
-# for memory rather than for arithmetic. One core takes 21 s for that Llama's 106 million weights (16 s without search).
-OPERATIONS_PER_WEIGHT = 14_000
+# for memory rather than for arithmetic. With the products below, one core takes 21 s for that Llama's 106 million
+# weights (16 s without search).
+OPERATIONS_PER_WEIGHT = 6_500
+# Products of a weight with the Hessian or its factor, at full speed, in multiplications and additions for each of its
+# input features: for the corrected target 2, for feedback 1, for the error that is reported 4; and where scales are
+# fitted to codes and these to them, feedback once more, and five whole products.
+PRODUCTS_OF_FEEDBACK, PRODUCTS_OF_FIT = 7, 11
 # A token that a model writes waits for all of its weights to come from memory: as long as so many operations on each.
 # A Llama of 135M parameters took as long as 22 on one busy core.
 OPERATIONS_PER_WEIGHT_READ = 20
 # Of the items on which whole answers are compared, how many the original is thought to get wrong and has to write.
 SHARE_WRITTEN = 0.5
+# What rounding holds beside a weight [N, K], the Hessian [K, K] and its factor, in sizes of the weight: its target, the
+# same in the order of rounding, errors, codes twice, and a half in parts. With 4096 x 4096 it took 4.4 of them.
+WEIGHTS_BESIDE = 4.5
 # Logits of a window that validate holds at once: of original, artifact and noise floor, and one's softmax.
 LOGITS_HELD = 4
 # What calibrate keeps of each input feature of a linear: its damage for four group sizes, and three statistics.
@@ -100,10 +108,11 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     # Two of the calibration text in quantize; or in calibrate its measured part, and two of each other text.
     beside = 2 * sum(windows_of(job, text).ids.numel() for text in texts_of(job))
     streams = hidden * max(2 * tokens, measured_windows(job, decoder) * calibration.seq_len + beside)
-    # What surrounds the blocks, together with a block and its stored form or with logits; or the block with its rounded
-    # copy and the Hessian that is being factored (three [K, K]; while Gram matrices grow, two and a few activations).
+    # What surrounds the blocks, together with a block and its stored form or with logits; or the block with a Hessian,
+    # its factor, and what is as large as the weight that is rounded (while Gram matrices grow, two, and activations).
     block = max(in_blocks)
-    largest = max(outside + 1.5 * block, outside + logits, 1.5 * block + 3 * widest**2 + _fisher_elements(job, decoder))
+    one = WEIGHTS_BESIDE * max(linear.weights for linear in plan.linears.values())
+    largest = max(outside + 1.5 * block, outside + logits, block + 2 * widest**2 + one + _fisher_elements(job, decoder))
     operations = _operations(job, decoder, plan, vocabulary * hidden)
     if wants_tasks(job):
         asked = _Asked.of(job)
@@ -182,6 +191,9 @@ def _operations(job: Job, decoder: Decoder, plan: Plan, head_weights: int) -> fl
         inputs = {(name.rpartition(".")[0], linear.in_features) for name, linear in plan.linears.items()}
         grams = 2 * (1 + corrected) * tokens * sum(features**2 for _, features in inputs)
         grams += 2 * with_gradient * sum(linear.out_features**2 for linear in plan.linears.values())
+        products = PRODUCTS_OF_FEEDBACK + PRODUCTS_OF_FIT * (rounding.grid == "fit" and rounding.method != "stochastic")
+        grams += SHARE_OF_FULL_SPEED * products * sum(own.weights * own.in_features for own in plan.quantized.values())
+        grams += SHARE_OF_FULL_SPEED * sum(features**3 for _, features in inputs) / 3  # a Cholesky factor of each
     # Calibrate's likelihoods, and in validate the original, the artifact and the noise floor.
     head = 2 * head_weights * 4 * held_out
     rounded = sum(linear.weights for linear in plan.quantized.values())

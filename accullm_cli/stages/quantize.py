@@ -172,7 +172,7 @@ def _quantize_block(
     job: Job, decoder: Decoder, plan: Plan, unit: Unit, index: int, streams: TwoStreams | None, inputs: dict[str, str]
 ) -> UnitRecord:
     block = decoder.load_block(index)
-    pair = BlockPair(decoder, index, block, share_weights(block, decoder.slots[index]))
+    pair = BlockPair(decoder, index, block, share_weights(block))
     if streams is None:
         rounded = round_without_streams(job, plan, pair)
     else:

@@ -32,11 +32,11 @@ def advance(
     on_input: Callable[[str, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Run a block over a stream [windows, tokens, hidden], in place; `on_input` as for `Decoder.run_capturing`."""
-    for rows in decoder.batches(hidden):
+    for rows, states in decoder.sent(hidden):
         if on_input is None:
-            hidden[rows] = decoder.run(index, block, hidden[rows])
+            hidden[rows] = decoder.run(index, block, states)
         else:
-            output = decoder.run_capturing(index, block, hidden[rows], on_input)
+            output = decoder.run_capturing(index, block, states, on_input)
             assert output is not None  # nothing was asked for at which it would stop
             hidden[rows] = output
     return hidden

@@ -75,7 +75,10 @@ class TwoStreams:
     def follow(self, job: Job, index: int, plan: Plan) -> None:
         """Run both streams through a finished block, from its shard."""
         block = self._decoder.load_block(index)
-        rounded_block = share_weights(block, self._decoder.slots[index])
+        rounded_block = share_weights(block)
+        if self.original is not None:  # before any expert is overwritten, which both blocks hold
+            with self._compute.products():
+                advance(self._decoder, index, block, self.original)
         tensors = load_file(shard_path(job, block_unit(index)))
         for slot in self._decoder.slots[index]:
             linear_plan = plan.linears[slot.name]
@@ -83,8 +86,6 @@ class TwoStreams:
                 linear = linear_of(tensors, linear_plan).to(self._decoder.device)
                 slot.write(rounded_block, linear.dequantize(torch.float32))
         with self._compute.products():
-            if self.original is not None:
-                advance(self._decoder, index, block, self.original)
             advance(self._decoder, index, rounded_block, self.rounded)
         self.position = index + 1
         self._decoder.release_block(index)

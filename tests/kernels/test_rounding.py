@@ -191,7 +191,13 @@ def test_what_the_kernel_does_not_know_is_refused_by_name(change: dict[str, Any]
 
 
 def random_descent(
-    rows: int, columns: int, dtype: torch.dtype, seed: int, exact: bool = False, levels: bool = False
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    seed: int,
+    exact: bool = False,
+    levels: bool = False,
+    rows_feed: bool = False,
 ) -> Descent:
     """With `exact`, whole numbers and powers of two whose sums need few bits, many of them ties between two codes."""
     draw = torch.Generator().manual_seed(seed)
@@ -216,52 +222,64 @@ def random_descent(
     dead = torch.rand(columns, generator=draw) < 0.1  # nothing reads these, so that nothing is gained there
     hessian[dead] = 0
     hessian[:, dead] = 0
+    product, chain = error @ hessian + ridge * error, None
+    slope = product
+    if rows_feed:
+        gradients = torch.randn(2 * rows, rows, generator=draw, dtype=torch.float64)
+        gradients += torch.randn(2 * rows, 1, generator=draw, dtype=torch.float64)
+        fisher = (gradients.T @ gradients / len(gradients)).to(dtype)
+        slope, chain = fisher @ product, (guarded(product), guarded(fisher))
     return Descent(
         codes=guarded(codes),
         error=guarded(error),
-        slope=guarded(error @ hessian + ridge * error),
+        slope=guarded(slope),
         hessian=guarded(hessian),
         ridge=ridge if exact or seed % 2 else 0.0,
         grid=Grid(guarded(scale), torch.zeros_like(scale), 3, GROUP_SIZE, False),
         movable=torch.rand(columns, generator=draw) < 0.9,
         sweeps=3,
+        rows=chain,
         levels=guarded(LEVELS[4:12].to(dtype)) if levels else None,
     )
 
 
 def swept(rows: Descent, order: int, shared_bytes: int = AMPLE) -> None:
     curvature = guarded(curvature_of(rows))
-    buffers = [part for part in tensors_of(rows) if part is not rows.movable]
+    buffers = [part for part in tensors_of(rows) if part is not rows.movable] + list(rows.rows or ())
     run(descent_launch(rows, curvature, shared_bytes), [*buffers, curvature, rows.grid.scale], order)
 
 
 def copy_of(rows: Descent) -> Descent:
-    return replace(rows, codes=rows.codes.clone(), error=rows.error.clone(), slope=rows.slope.clone())
+    chain = None if rows.rows is None else (rows.rows[0].clone(), rows.rows[1])
+    return replace(rows, codes=rows.codes.clone(), error=rows.error.clone(), slope=rows.slope.clone(), rows=chain)
 
 
 @needs_compiler
 @settings(deadline=None, max_examples=30)
 @given(
-    st.integers(1, 5), st.integers(1, 60), DTYPES, ORDERS, st.sampled_from([AMPLE, 64]), st.booleans(),
+    st.integers(1, 5), st.integers(1, 60), DTYPES, ORDERS, st.sampled_from([AMPLE, 64]), st.booleans(), st.booleans(),
     st.integers(0, 999),
 )  # fmt: skip
 def test_a_descent_is_that_of_the_compiled_loop_bit_for_bit(
-    rows: int, columns: int, dtype: torch.dtype, order: int, shared_bytes: int, levels: bool, seed: int
+    rows: int, columns: int, dtype: torch.dtype, order: int, shared_bytes: int, levels: bool, rows_feed: bool, seed: int
 ) -> None:
-    there = random_descent(rows, columns, dtype, seed, levels=levels)
+    there = random_descent(rows, columns, dtype, seed, levels=levels, rows_feed=rows_feed)
     here, before = copy_of(there), there.codes.clone()
     COMPILED.descend(here)
     swept(there, order, shared_bytes)
     assert torch.equal(there.codes, here.codes)
     assert torch.equal(there.error, here.error)
     assert torch.equal(there.codes[:, ~there.movable], before[:, ~there.movable])
+    if there.rows is not None and here.rows is not None:
+        assert torch.equal(there.rows[0], here.rows[0])
 
 
 @needs_compiler
 @pytest.mark.parametrize("shared_bytes", [AMPLE, 64])
 @pytest.mark.parametrize("order", [FORWARDS, BACKWARDS, SHUFFLED])
-def test_a_row_longer_than_a_block_of_threads(order: int, shared_bytes: int) -> None:
-    there = random_descent(2, 600, torch.float32, seed=1)
+@pytest.mark.parametrize("rows_feed", [False, True])
+def test_a_row_longer_than_a_block_of_threads(rows_feed: bool, order: int, shared_bytes: int) -> None:
+    there = random_descent(2, 600, torch.float32, seed=1, rows_feed=rows_feed)
     here, before = copy_of(there), there.codes.clone()
     COMPILED.descend(here)
     swept(there, order, shared_bytes)

@@ -65,25 +65,27 @@ def test_writing_one_expert_leaves_the_others() -> None:
 def test_a_shared_block_can_be_written_without_touching_the_original() -> None:
     block = Mixture()
     slots = MIXTURE_SLOTS
-    before = {name: value.clone() for name, value in block.state_dict().items()}
-    other = share_weights(block, slots)
+    before = {name: value.clone() for name, value in block.state_dict().items() if "experts" not in name}
+    other = share_weights(block)
     for slot in slots:
         slot.write(other, torch.zeros(slot.out_features, slot.in_features))
-    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+    assert all(torch.equal(block.state_dict()[name], value) for name, value in before.items())
     assert all(not bool(slot.read(other).any()) for slot in slots)
 
 
-def test_a_shared_block_takes_memory_for_its_experts_alone() -> None:
+def test_a_shared_block_takes_no_memory_and_its_experts_are_written_in_both() -> None:
     block = Mixture()
-    other = share_weights(block, MIXTURE_SLOTS)
-    shared = {name for name, value in block.named_parameters() if other.get_parameter(name) is value}
-    assert shared == {"router.weight", "shared.weight"}
+    other = share_weights(block)
+    assert all(other.get_parameter(name) is value for name, value in block.named_parameters())
+    slots = {slot.name: slot for slot in MIXTURE_SLOTS}
+    slots["b.experts.up.2"].write(other, torch.zeros(5, 8))
+    assert not bool(slots["b.experts.up.2"].read(block).any())
 
 
 def test_a_shared_block_computes_the_same_before_it_is_written() -> None:
     block = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     x = torch.randn(2, 4)
-    assert torch.equal(share_weights(block, [linear_slot(block, "0.weight")])(x), block(x))
+    assert torch.equal(share_weights(block)(x), block(x))
 
 
 # -- inputs ------------------------------------------------------------------------------------------------

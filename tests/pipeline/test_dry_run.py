@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from accullm_cli.config import Config
 from accullm_cli.config_file import load_config
+from accullm_cli.model.integrity import ContentHashes
 from accullm_cli.pipeline import (
     STAGES,
     PlannedStage,
@@ -38,6 +39,26 @@ def test_a_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:
     assert planned.stages == tuple(PlannedStage(name, "new", True) for name in ALL)
     assert planned.peak_bytes > 100_000_000
     assert planned.device.startswith("CPU with ")
+
+
+def test_a_dry_run_reads_contents_only_where_something_was_made_from_them(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = fast_config(llama, tmp_path / "out")
+    read: list[Path] = []
+    hashed = ContentHashes.of
+
+    def of(hashes: ContentHashes, paths: Sequence[Path]) -> dict[Path, str]:
+        read.extend(paths)
+        return hashed(hashes, paths)
+
+    monkeypatch.setattr(ContentHashes, "of", of)
+    dry_run(config)
+    assert read == []
+    run_stage("calibrate", config)
+    read.clear()
+    assert [stage.runs for stage in dry_run(config).stages[:3]] == [False, False, True]
+    assert llama / "model.safetensors" in read
 
 
 @pytest.mark.parametrize(

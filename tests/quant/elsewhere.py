@@ -109,6 +109,34 @@ def as_if_there_were_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         torch._C._set_only_lift_cpu_tensors(False)
 
 
+def pretend_streams(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> None:
+    """Streams of a GPU that does everything at once; `told` gets who waited for whom, and which stream was entered."""
+
+    class Stream:
+        def __init__(self, device: torch.device, name: str = "other") -> None:
+            assert device == THERE
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            told.append(f"{self.name} waits for {other.name}")
+
+        def record_event(self) -> str:
+            return self.name
+
+        def wait_event(self, event: str) -> None:
+            told.append(f"{self.name} waits for {event}")
+
+    @contextmanager
+    def entered(stream: Stream) -> Iterator[None]:
+        told.append(f"in {stream.name}")
+        yield
+
+    current = Stream(THERE, "current")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+
+
 def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation, on the CPU; where its result belongs is what a GPU would make of it."""
     name, device = function._schema.name, kwargs.get("device")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return script.make_model(tmp_path_factory.mktemp("faults") / "model")
 
 
-def test_the_table_counts_what_was_not_survived() -> None:
+def test_the_table_counts_what_was_hit_and_what_was_not_survived() -> None:
     faults = [script.Fault("kill", 7, "other bytes in config.json")]
-    assert script.render({"kill": 20, "full": 4}, faults, 61.2).splitlines() == [
-        "| what | times | not survived |",
+    hits = {"kill": Counter({"quantize": 29, script.OPENING: 3}), "full": Counter(export=4)}
+    assert script.render({"kill": 20, "full": 4}, hits, faults, 61.2).splitlines() == [
+        "| what | conversions | hit | not survived |",
+        "| --- | --- | --- | --- |",
+        "| kill | 20 | 32 | 1 |",
+        "| full | 4 | 4 | 0 |",
+        "",
+        "| hit in | kill | full |",
         "| --- | --- | --- |",
-        "| kill | 20 | 1 |",
-        "| full | 4 | 0 |",
+        "| before the first stage | 3 | 0 |",
+        "| source | 0 | 0 |",
+        "| reading | 0 | 0 |",
+        "| calibrate | 0 | 0 |",
+        "| profile | 0 | 0 |",
+        "| quantize | 29 | 0 |",
+        "| export | 0 | 4 |",
+        "| reference | 0 | 0 |",
+        "| validate | 0 | 0 |",
         "",
         "In 61 s.",
         "kill, seed 7: other bytes in config.json",
@@ -32,16 +47,23 @@ def test_the_table_counts_what_was_not_survived() -> None:
 
 def test_each_disturbance_is_one_and_is_survived(model: Path, tmp_path: Path) -> None:
     whole = script.undisturbed(model, tmp_path / "whole", NEAREST)
-    expected, seconds, operations = whole
-    assert "accullm.json" in expected
+    operations = whole.operations
+    assert "accullm.json" in whole.hashes
     assert operations > 40
     config = script.config_of(model, tmp_path / "out", NEAREST)
-    assert script.call(config, fail_at=operations // 2).code == -9
+    killed = script.call(config, fail_at=operations // 2)
+    assert killed.code == -9
+    assert killed.stage in ("quantize", "export")
     full = script.call(config, fail_at=operations // 2, is_full=True)
     assert (full.code, full.line.count("\n")) == (4, 0)
     assert "no space left on the disk" in full.line
-    assert script.call(config, kill_after=0.0).code == -9
+    at_once = script.call(config, kill_after=0.0)
+    assert (at_once.code, at_once.stage) == (-9, script.OPENING)
     for kind in ("operation", "full"):
-        assert script.disturb(kind, 0, model, tmp_path / "out", NEAREST, whole) == ""
-    changed = ({**expected, "config.json": "0"}, seconds, operations)
-    assert script.disturb("operation", 0, model, tmp_path / "out", NEAREST, changed) == "other bytes in config.json"
+        why, stages = script.disturb(kind, 0, model, tmp_path / "out", NEAREST, whole)
+        assert why == ""
+        assert stages
+        assert set(stages) <= set(script.STAGES)
+    changed = replace(whole, hashes={**whole.hashes, "config.json": "0"})
+    why, _ = script.disturb("operation", 0, model, tmp_path / "out", NEAREST, changed)
+    assert why == "other bytes in config.json"

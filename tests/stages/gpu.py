@@ -16,7 +16,7 @@ from accullm_cli.quant.loops import COMPILED, Loops
 from accullm_cli.stages import compute, device
 from accullm_cli.stages.precision import products
 from tests.cuda_emulation import COMPILER, emulate
-from tests.quant.elsewhere import THERE, as_if_there_were_a_gpu
+from tests.quant.elsewhere import THERE, as_if_there_were_a_gpu, pretend_streams
 
 NAME = "Some GPU"
 # Of its memory, what is free: enough for a tiny model, but in the share that captures get not for all of them.
@@ -56,5 +56,6 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         for name in ("memory_reserved", "memory_allocated"):
             patched.setattr(torch.cuda, name, lambda device: 0)
         patched.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        pretend_streams(patched, [])
         with as_if_there_were_a_gpu(patched):
             yield launched
