@@ -80,8 +80,8 @@ class Calibration(Section):
 
     text: str = option(
         "default",
-        "Calibration text: 'default' ('packaged', a tenth other languages, and a fifth chats and tool calls where the "
-        "tokenizer has a chat template; needs no download), 'packaged' (prose, code and generated documents), 'self' "
+        "Calibration text: 'default' ('packaged', 6% other languages, and 12% chats and tool calls where the tokenizer "
+        "has a chat template; needs no download), 'packaged' (prose, code and generated documents), 'self' "
         "(text that the model samples), "
         "'self-chat' (chats that it samples through its template), 'chat', 'tools', 'languages', 'documents' (as in "
         "--other-text, but none that is held out there), a file, or a dataset on the hub as 'hub:NAME[:COLUMN]'. "

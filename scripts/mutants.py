@@ -59,8 +59,8 @@ MUTANTS = (
     Mutant(
         "errors of earlier blocks of columns are not fed on",
         FEEDBACK,
-        "fed = error[part, :start] @ feedback[:start]",
-        "fed = 0 * (error[part, :start] @ feedback[:start])",
+        "fed = error[part, : columns.start] @ feedback[: columns.start]",
+        "fed = 0 * (error[part, : columns.start] @ feedback[: columns.start])",
         ROUNDING_TESTS,
         quick=True,
     ),
@@ -117,8 +117,8 @@ MUTANTS = (
     Mutant(
         "rows of earlier blocks pass nothing on",
         FEEDBACK,
-        "(down[:top].T @ carried[:top, columns], down[top:])",
-        "(0 * (down[:top].T @ carried[:top, columns]), down[top:])",
+        "(down[: part.start].T @ carried[: part.start, columns], down[part.start :])",
+        "(0 * (down[: part.start].T @ carried[: part.start, columns]), down[part.start :])",
         ("tests/quant/test_row_feedback.py",),
     ),
     Mutant(

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import inspect
 import itertools
 import platform
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.model import packaged_text
 from accullm_cli.model.generated_text import generated_document
+from accullm_cli.model.hub_text import hub_rows
 from accullm_cli.model.json_lines import JsonLines, parse_json_lines
 from accullm_cli.model.mixture import SAMPLED, apportion
 from accullm_cli.model.other_text import KINDS, documents_of
@@ -35,10 +35,10 @@ PACKAGED = "packaged"
 # numbers from being strangers to the quantized model.
 _PACKAGED_SHARES = {"prose": 0.45, "code": 0.35, "licences": 0.08, "generated": 0.12}
 # By default other languages are a part of it, and chats and tool calls of a model that is talked to.
-_DEFAULT_SHARES = {"prose": 0.4, "code": 0.33, "licences": 0.05, "generated": 0.12, "languages": 0.1}
+_DEFAULT_SHARES = {"prose": 0.42, "code": 0.34, "licences": 0.06, "generated": 0.12, "languages": 0.06}
 _CHATTING_SHARES = {
-    **{"prose": 0.3, "code": 0.26, "licences": 0.03, "generated": 0.11},
-    **{"languages": 0.1, "chat": 0.15, "tools": 0.05},
+    **{"prose": 0.36, "code": 0.3, "licences": 0.05, "generated": 0.11},
+    **{"languages": 0.06, "chat": 0.09, "tools": 0.03},
 }
 _VALIDATION_SHARES = {"prose": 0.5, "code": 0.5}
 
@@ -123,7 +123,7 @@ def _for_calibration(cutter: _Cutter, text: str, samples: int, seed: int) -> _Fo
     if text in KINDS:
         return _of_kind(cutter, text, samples, seed, "calibration")
     if text.startswith("hub:"):
-        rows = _read_hub(text, samples * cutter.seq_len * _CHARACTERS_PER_TOKEN * 2, seed)
+        rows = hub_rows(text, samples * cutter.seq_len * _CHARACTERS_PER_TOKEN * 2, seed)
         return cutter.cut(rows, samples), text
     return next(_from_file(cutter, text, samples, rng))
 
@@ -395,50 +395,6 @@ def _read_file(path: Path) -> str:
         raise AccullmError("no such file", path, "check its spelling") from None
     except OSError as error:
         raise AccullmError(f"cannot be read ({error.strerror})", path) from None
-
-
-def _read_hub(text: str, characters: int, seed: int) -> list[str]:
-    """Rows of a dataset on the hub, enough for `characters`."""
-    name, _, column = text.removeprefix("hub:").partition(":")
-    try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise AccullmError("needs the package datasets", text, "pip install datasets") from None
-    rows: list[str] = []
-    length = 0
-    try:
-        dataset: Iterable[Mapping[str, Any]] = datasets.load_dataset(
-            name, split="train", streaming=True, **_no_code(datasets.load_dataset)
-        ).shuffle(seed=seed, buffer_size=1_000)
-        for row in dataset:
-            key = column or next((key for key, value in row.items() if isinstance(value, str)), "text")
-            if not isinstance(row.get(key), str):
-                columns = ", ".join(row)
-                raise AccullmError(f"has no text column {key}", text, f"its columns are {columns}")
-            rows.append(row[key])
-            length += len(row[key])
-            if length >= characters:
-                break
-    except (OSError, ValueError, RuntimeError) as error:
-        if _needs_code(error):
-            raise AccullmError(
-                "the dataset is a script, Python code that is never run", text, "give one in Parquet or JSON, or a file"
-            ) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise AccullmError(
-            f"the dataset cannot be had ({reason})", text, "connect to the network, or give a local file"
-        ) from None
-    return rows
-
-
-def _no_code(load_dataset: Callable[..., Any]) -> dict[str, bool]:
-    """What tells `load_dataset` to run no code of a dataset. From version 4 on it never does."""
-    return {"trust_remote_code": False} if "trust_remote_code" in inspect.signature(load_dataset).parameters else {}
-
-
-def _needs_code(error: Exception) -> bool:
-    """Whether this is how datasets says that a dataset is a script: before version 4, and from then on."""
-    return "trust_remote_code" in str(error) or "Dataset scripts are no longer supported" in str(error)
 
 
 def _wrap(found: _Found, asked: int) -> Windows:

@@ -40,8 +40,8 @@ CHATS = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{{ eos_tok
     ("text", "template", "shares"),
     [
         ("packaged", CHATS, "45 prose, 35 code, 8 licences, 12 generated"),
-        ("default", None, "40 prose, 33 code, 5 licences, 12 generated, 10 languages"),
-        ("default", CHATS, "30 prose, 26 code, 3 licences, 11 generated, 10 languages, 15 chat, 5 tools"),
+        ("default", None, "42 prose, 34 code, 6 licences, 12 generated, 6 languages"),
+        ("default", CHATS, "36 prose, 30 code, 5 licences, 11 generated, 6 languages, 9 chat, 3 tools"),
     ],
 )
 def test_calibration_is_a_mixture_by_shares(text: str, template: str | None, shares: str) -> None:

@@ -313,7 +313,7 @@ def test_a_data_set_on_the_hub_is_read_once_and_again_when_asked_afresh(
         reads.append(text)
         return rows
 
-    monkeypatch.setattr("accullm_cli.model.text._read_hub", read)
+    monkeypatch.setattr("accullm_cli.model.text.hub_rows", read)
     config = short_config(source, tmp_path / "out", calibration__text="hub:some/texts")
     assert again(config) == Reason("new")
     assert again(config) == Reason("up to date")
