@@ -59,7 +59,8 @@ def test_the_original_is_the_model_it_claims_to_be(report: Report) -> None:
 def test_the_artifact_answers_in_transformers(run: Path, report: Report) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run / "feedback")
     model = AutoModelForCausalLM.from_pretrained(run / "feedback", dtype=torch.float32)
-    prompt = "The first letters of the alphabet are A, B, C, D,"
+    # The original is sure of each letter, by 1 nat and more.
+    prompt = "The alphabet: A, B, C, D, E, F, G, H,"
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     written = model.generate(ids, max_new_tokens=6, do_sample=False)
-    assert tokenizer.decode(written[0, ids.shape[1] :]).replace(" ", "").startswith("E,F,G")
+    assert tokenizer.decode(written[0, ids.shape[1] :]).replace(" ", "").startswith("I,J,K")
