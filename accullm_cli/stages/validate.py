@@ -136,7 +136,7 @@ def _measure(
     decoder.load_outside()
     records: tuple[str, ...] = ()
     if text is VALIDATION and not alone:
-        measured = decoder.logits(hidden[:1])[0, :TOKENS].cpu()
+        measured = decoder.logits(hidden[:1])[0, :TOKENS].cpu().clone()  # and not all tokens' beside it
         records = check_shipped(artifact, ids[0, :TOKENS], measured)
         if compute.device.type == "cuda" and CAPABILITIES[artifact.format].kernels:
             dtype = compute_dtype(compute.device, job.source.config)
@@ -149,6 +149,7 @@ def _measure(
             floor = decoder.logits(reference["floor"][window : window + 1])[0]
         _check_head(original, ids[window], reference["negative_log_likelihood"][window], directory)
         divergence.add(original, decoder.logits(hidden[window : window + 1])[0], ids[window], floor)
+        del original, floor  # before the next window's
         job.progress(Event(decision.stage, "step", f"window {window + 1}/{len(ids)}", None, window + 1, len(ids)))
     found = divergence.finish(described(job, text), job.config.machine.seed)
     arithmetic = found.arithmetic if compute.device.type == "cpu" else f"float32 on {describe_device(compute.device)}"

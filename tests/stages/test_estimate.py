@@ -218,5 +218,4 @@ def test_a_large_vocabulary_takes_the_memory_of_its_logits(tmp_path: Path) -> No
     ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     found = int(ended.stdout.splitlines()[-1])
     assert found > 1_000_000_000
-    # What the allocator keeps varies: five runs took 1.97 to 2.39 GB.
-    assert estimated(tmp_path / "model", tmp_path / "dry", **settings).peak_bytes == pytest.approx(found, rel=0.4)
+    assert estimated(tmp_path / "model", tmp_path / "dry", **settings).peak_bytes == pytest.approx(found, rel=0.3)
