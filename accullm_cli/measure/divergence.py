@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -14,6 +14,8 @@ from accullm_cli.measure.statistics import bootstrap_mean, bootstrap_quantile
 
 # Logits in one float32 temporary (4 MB, which caches hold): a vocabulary of 150,000 is taken 6 positions at a time.
 _CHUNK_ELEMENTS = 1 << 20
+
+_LENGTHS = "logits and tokens must be of one length of at least 2, logits of one width"
 
 # Upper edges of the histogram's bins in nats: 1e-6 to 10, four per decade.
 HISTOGRAM_EDGES = tuple(10 ** (-6 + step / 4) for step in range(29))
@@ -46,34 +48,52 @@ class Divergence:
         token_ids: torch.Tensor,
         floor_logits: torch.Tensor | None = None,
     ) -> None:
-        """Add one window.
+        """Add one window, as `add_parts` does, whose logits are all there.
 
         Args:
             original_logits: [T, V], any float dtype.
             artifact_logits: [T, V].
+            token_ids: integer [T].
+            floor_logits: [T, V], or None.
+        """
+        self.add_parts([(original_logits, artifact_logits, floor_logits)], token_ids)
+
+    def add_parts(
+        self, parts: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], token_ids: torch.Tensor
+    ) -> None:
+        """Add one window, whose logits come some positions at a time: all of them may take more memory than a model.
+
+        Args:
+            parts: of successive positions, together T, the logits [t, V] in any float dtype: of the original, of the
+                artifact, and of the original with one bfloat16 rounding per block, for the noise floor of the KL;
+                windows without the last (None) take no part in it.
             token_ids: integer [T], T >= 2: position t predicts token t + 1, and the last position has no target.
-            floor_logits: [T, V] of the original with one bfloat16 rounding per block, for the noise floor of the KL;
-                windows without them take no part in it.
 
         Raises:
             AccullmError: the vocabularies differ, a token lies outside of them, or logits are not finite.
         """
         where = f"validation window {self.windows + 1}"
-        _check(original_logits, artifact_logits, token_ids, floor_logits, where)
-        targets = token_ids[1:]
+        targets, behind, scratch = token_ids[1:], 0, None
         kl, floor_kl, agrees, nll_original, nll_artifact = [], [], [], [], []
-        for rows in _chunks(*original_logits.shape):
-            original = _Distribution(original_logits[rows])
-            artifact = _Distribution(artifact_logits[rows])
-            kl.append(_kl(original, artifact))
-            agrees.append((original.argmax == artifact.argmax).double().cpu())
-            nll_original.append(_negative_log_likelihood(original, targets[rows]))
-            nll_artifact.append(_negative_log_likelihood(artifact, targets[rows]))
-            if floor_logits is not None:
-                floor_kl.append(_kl(original, _Distribution(floor_logits[rows])))
-        # One NaN or infinite logit makes its row's KL so: a look at T sums instead of T * V logits.
-        if not torch.isfinite(torch.cat(kl + floor_kl)).all():
-            raise _not_finite(original_logits, artifact_logits, where)
+        for original_logits, artifact_logits, floor_logits in parts:
+            _check(original_logits, artifact_logits, token_ids, floor_logits, where)
+            own = targets[behind : behind + len(original_logits)]
+            behind += len(original_logits)
+            scratch = scratch or _Scratch(original_logits)
+            for rows in _chunks(*original_logits.shape):
+                original = _Distribution(original_logits[rows], scratch, 0)
+                artifact = _Distribution(artifact_logits[rows], scratch, 1)
+                kl.append(_kl(original, artifact, scratch))
+                agrees.append((original.argmax == artifact.argmax).double().cpu())
+                nll_original.append(_negative_log_likelihood(original, own[rows]))
+                nll_artifact.append(_negative_log_likelihood(artifact, own[rows]))
+                if floor_logits is not None:  # in the place of the artifact's
+                    floor_kl.append(_kl(original, _Distribution(floor_logits[rows], scratch, 1), scratch))
+                # One NaN or infinite logit makes its row's KL so: a look at t sums instead of t * V logits.
+                if not torch.isfinite(torch.cat(kl[-1:] + floor_kl[-1:])).all():
+                    raise _not_finite(original_logits, artifact_logits, where)
+        if len(token_ids) < 2 or behind != len(token_ids):
+            raise ValueError(f"{where}: {_LENGTHS}")
         self._kl.append(torch.cat(kl))
         self._agrees.append(torch.cat(agrees))
         self._nll_original.append(torch.cat(nll_original))
@@ -132,9 +152,30 @@ def histogram(values: torch.Tensor) -> tuple[tuple[float, int], ...]:
     return tuple(bins)
 
 
+def _rows(vocabulary: int) -> int:
+    return max(1, _CHUNK_ELEMENTS // vocabulary)
+
+
 def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_ELEMENTS // vocabulary)
+    step = _rows(vocabulary)
     return (slice(start, min(start + step, positions)) for start in range(0, positions, step))
+
+
+class _Scratch:
+    """Memory for one chunk of positions, taken again for the next: freed and asked for again, blocks of this size leave
+    holes that none of them fits into, of gigabytes in all.
+    """
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        shape = (_rows(logits.shape[-1]), logits.shape[-1])
+        self._double = logits.new_empty(shape, dtype=torch.float64)
+        self.shifted = logits.new_empty((2, *shape), dtype=torch.float32)
+        self.exponentials = torch.empty_like(self.shifted)
+        self.difference = torch.empty_like(self.shifted[0])
+
+    def summed(self, values: torch.Tensor) -> torch.Tensor:
+        """Over the vocabulary, in float64."""
+        return self._double[: len(values)].copy_(values).sum(-1)
 
 
 class _Distribution:
@@ -144,19 +185,20 @@ class _Distribution:
     of 1e-6, too near the noise floors that are measured here. Summed in float64 it is 1e-8, at the same speed.
     """
 
-    def __init__(self, logits: torch.Tensor) -> None:
-        logits = logits.float()
+    def __init__(self, logits: torch.Tensor, scratch: _Scratch, place: int) -> None:
         # argmax is the first of tied logits; the shift could tie more of them by rounding, so it comes after.
         self.argmax = logits.argmax(-1)  # int64 [t]
-        self.shifted = logits - logits.amax(-1, keepdim=True)  # float32 [t, V]
-        self.exponentials = self.shifted.exp()  # float32 [t, V]
-        self.sum = self.exponentials.sum(-1, dtype=torch.float64)  # float64 [t]
+        shifted, exponentials = scratch.shifted[place, : len(logits)], scratch.exponentials[place, : len(logits)]
+        self.shifted = shifted.copy_(logits).sub_(logits.amax(-1, keepdim=True))  # float32 [t, V]
+        self.exponentials = torch.exp(self.shifted, out=exponentials)  # float32 [t, V]
+        self.sum = scratch.summed(self.exponentials)  # float64 [t]
 
 
-def _kl(original: _Distribution, other: _Distribution) -> torch.Tensor:
+def _kl(original: _Distribution, other: _Distribution, scratch: _Scratch) -> torch.Tensor:
     """KL(original || other): float64 [t] on the CPU."""
-    difference = (original.shifted - other.shifted).mul_(original.exponentials)
-    expected = difference.sum(-1, dtype=torch.float64) / original.sum
+    difference = scratch.difference[: len(original.shifted)]
+    torch.sub(original.shifted, other.shifted, out=difference).mul_(original.exponentials)
+    expected = scratch.summed(difference) / original.sum
     return (expected - original.sum.log() + other.sum.log()).clamp(min=0).cpu()
 
 
@@ -183,9 +225,8 @@ def _check(
             where,
             "compare an artifact with the model that it was made from",
         )
-    lengths = {len(token_ids), *(len(logits) for logits in (original, artifact, floor) if logits is not None)}
-    if len(lengths) > 1 or len(token_ids) < 2 or (floor is not None and floor.shape != original.shape):
-        raise ValueError(f"{where}: logits and tokens must be of one length of at least 2, logits of one width")
+    if len(artifact) != len(original) or (floor is not None and floor.shape != original.shape):
+        raise ValueError(f"{where}: {_LENGTHS}")
     outside = token_ids.max().item()
     if outside >= vocabulary:
         raise AccullmError(

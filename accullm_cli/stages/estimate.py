@@ -16,6 +16,7 @@ from accullm_cli.stages.asking import PORTION, bytes_of, fits
 from accullm_cli.stages.calibrate import measured_windows
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.model_shape import source_dtype
+from accullm_cli.stages.streams import POSITIONS
 from accullm_cli.stages.texts import SEARCH, shape_of, texts_of, windows_of
 
 FLOAT = 4
@@ -46,8 +47,9 @@ SHARE_WRITTEN = 0.5
 # What rounding holds beside a weight [N, K], the Hessian [K, K] and its factor, in sizes of the weight: its target, the
 # same in the order of rounding, errors, codes twice, and a half in parts. With 4096 x 4096 it took 4.4 of them.
 WEIGHTS_BESIDE = 4.5
-# Logits of a window that validate holds at once: of original, artifact and noise floor, and one's softmax.
-LOGITS_HELD = 4
+# Of as many positions as pass an output head at once, logits that are held: in validate of original, artifact and noise
+# floor, those of the positions before, and one's softmax; in calibrate the softmax, gradients and what is drawn of it.
+LOGITS_HELD = 7
 # What calibrate keeps of each input feature of a linear: its damage for four group sizes, and three statistics.
 STATISTICS_PER_FEATURE = 7
 # Of each token of a text that is measured on, beside hidden states: its id and its likelihood.
@@ -102,7 +104,7 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     widest = max(linear.in_features for linear in plan.linears.values())
     vocabulary, hidden = decoder.model.get_input_embeddings().weight.shape
     longest = max(shape_of(job, text)[1] for text in texts_of(job))
-    logits = LOGITS_HELD * longest * vocabulary
+    logits = LOGITS_HELD * POSITIONS * vocabulary
     if plan.embeddings:  # beside its own head, the artifact has that of the original
         logits += vocabulary * hidden
     # Two of the calibration text in quantize; or in calibrate its measured part, and two of each other text.

@@ -31,11 +31,7 @@ from accullm_cli.quant.token_weights import TokenWeights
 from accullm_cli.run import UP_TO_DATE, Reason, key_of, write_file
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.keyed import is_made_for, write_keyed
-
-# Logits that are computed at once, and positions whose sums of probabilities are held: a vocabulary may have a quarter
-# of a million tokens.
-_LOGITS = 1 << 25
-_ROWS = 64
+from accullm_cli.stages.streams import POSITIONS
 
 
 def gradient_path(job: Job, index: int) -> Path:
@@ -154,10 +150,9 @@ def _of_the_loss(
     rows, columns = (head.weight.new_zeros(count) for count in head.weight.shape)
     gradients = []
     try:
-        size = max(1, _LOGITS // head.weight.shape[0])
         for number, window in enumerate(hidden):
-            for first in range(0, len(window), size):
-                inputs = window[None, first : first + size].to(decoder.device, copy=True).requires_grad_()
+            for first in range(0, len(window), POSITIONS):
+                inputs = window[None, first : first + POSITIONS].to(decoder.device, copy=True).requires_grad_()
                 passed.clear()
                 logits = decoder.logits(inputs)
                 ((read, given),) = passed
@@ -198,11 +193,8 @@ def draw_tokens(probabilities: torch.Tensor, seed: int, window: int, first: int 
     """
     positions = first + torch.arange(len(probabilities), device=probabilities.device)
     numbers = uniform(seed, window, positions, 1).double()
-    drawn = []
-    for rows, own in zip(probabilities.split(_ROWS), numbers.split(_ROWS), strict=True):
-        reached = rows.cumsum(-1, dtype=torch.float64)
-        drawn.append(torch.searchsorted(reached, own * reached[:, -1:], right=True).squeeze(1))
-    return torch.cat(drawn)
+    reached = probabilities.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(reached, numbers * reached[:, -1:], right=True).squeeze(1)
 
 
 def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -20,7 +20,7 @@ from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.keyed import facts_of, is_made_for, write_keyed
 from accullm_cli.stages.passes import Passenger, run_blocks
 from accullm_cli.stages.stage import Before, Decision, Stage, Work, decide
-from accullm_cli.stages.streams import advance, copy_of
+from accullm_cli.stages.streams import POSITIONS, advance, copy_of
 from accullm_cli.stages.texts import Text, text_inputs, texts_of, windows_of
 
 VERSION = 1
@@ -100,7 +100,7 @@ class ReferenceStreams(Passenger):
         """Write the reference; all blocks must be behind."""
         ids = self._windows.ids
         self.decoder.load_outside()
-        likelihood = _negative_log_likelihood(self.decoder, self.streams["hidden"], ids)
+        likelihood = _likelihoods(self.decoder, self.streams["hidden"], ids)
         self.decoder.release_outside()
         tensors = {"ids": ids, "negative_log_likelihood": likelihood, **self.streams}
         write_keyed(self._path, self._key, tensors, text=self._windows.description)
@@ -111,10 +111,16 @@ def _path(job: Job, text: Text) -> Path:
     return job.run.file(f"{text.place}reference.safetensors")
 
 
-def _negative_log_likelihood(decoder: Decoder, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _likelihoods(decoder: Decoder, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Of each next token, in nats: [V, T - 1]."""
     rows = []
     for window, tokens in zip(hidden, ids, strict=True):
-        logits = decoder.logits(window[None])[0, :-1].float()
-        rows.append(nn.functional.cross_entropy(logits, tokens[1:].to(logits.device), reduction="none").cpu())
+        parts = zip(window[:-1].split(POSITIONS), tokens[1:].split(POSITIONS), strict=True)
+        rows.append(torch.cat([negative_log_likelihood(decoder.logits(part[None])[0], own) for part, own in parts]))
     return torch.stack(rows)
+
+
+def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """In nats, float32 on the CPU, of `targets`, one for each of the leading rows of logits [t, vocabulary]."""
+    logits = logits[: len(targets)].float()
+    return nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none").cpu()

@@ -9,7 +9,7 @@ head, or, where this is quantized, the one in the source.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,12 +36,15 @@ from accullm_cli.stages.device import compute_dtype, describe_device
 from accullm_cli.stages.export import known_files
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.passes import Passenger, run_blocks
-from accullm_cli.stages.reference import described, load_reference
+from accullm_cli.stages.reference import described, load_reference, negative_log_likelihood
 from accullm_cli.stages.shipped import TOKENS, check_kernels, check_shipped
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
+from accullm_cli.stages.streams import POSITIONS
 from accullm_cli.stages.texts import VALIDATION, Text, windows_of
 
 VERSION = 4
+# Logits [t, vocabulary] of some positions: by the original, by the artifact, and of the noise floor.
+_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # What the name of the stage ends with that leaves out an artifact's adapter.
 ALONE = " without adapter"
 # Float32 sums in another order change a token's negative log-likelihood by some 1e-5; another head changes it by more.
@@ -136,7 +139,7 @@ def _measure(
     decoder.load_outside()
     records: tuple[str, ...] = ()
     if text is VALIDATION and not alone:
-        measured = decoder.logits(hidden[:1])[0, :TOKENS].cpu().clone()  # and not all tokens' beside it
+        measured = decoder.logits(hidden[:1, :TOKENS])[0].cpu()
         records = check_shipped(artifact, ids[0, :TOKENS], measured)
         if compute.device.type == "cuda" and CAPABILITIES[artifact.format].kernels:
             dtype = compute_dtype(compute.device, job.source.config)
@@ -144,12 +147,10 @@ def _measure(
     originals_head = _head_weight(job) if artifact.plan.embeddings else None
     divergence = Divergence()
     for window in range(len(ids)):
-        with _other_head(decoder, originals_head):
-            original = decoder.logits(reference["hidden"][window : window + 1])[0]
-            floor = decoder.logits(reference["floor"][window : window + 1])[0]
-        _check_head(original, ids[window], reference["negative_log_likelihood"][window], directory)
-        divergence.add(original, decoder.logits(hidden[window : window + 1])[0], ids[window], floor)
-        del original, floor  # before the next window's
+        streams = [stream[window] for stream in (reference["hidden"], hidden, reference["floor"])]
+        parts = _parts(decoder, originals_head, *streams)
+        likelihood = reference["negative_log_likelihood"][window]
+        divergence.add_parts(_with_checked_head(parts, ids[window], likelihood, directory), ids[window])
         job.progress(Event(decision.stage, "step", f"window {window + 1}/{len(ids)}", None, window + 1, len(ids)))
     found = divergence.finish(described(job, text), job.config.machine.seed)
     arithmetic = found.arithmetic if compute.device.type == "cpu" else f"float32 on {describe_device(compute.device)}"
@@ -193,13 +194,38 @@ def _other_head(decoder: Decoder, weight: nn.Parameter | None) -> Iterator[None]
         head.weight = own
 
 
-def _check_head(logits: torch.Tensor, ids: torch.Tensor, expected: torch.Tensor, directory: Path) -> None:
+def _parts(
+    decoder: Decoder,
+    originals_head: nn.Parameter | None,
+    original: torch.Tensor,
+    artifact: torch.Tensor,
+    floor: torch.Tensor,
+) -> Iterator[_Part]:
+    """Of a window's hidden states [T, hidden] the logits, some positions at a time."""
+    rows = zip(original.split(POSITIONS), artifact.split(POSITIONS), floor.split(POSITIONS), strict=True)
+    for of_original, of_artifact, of_floor in rows:
+        with _other_head(decoder, originals_head):
+            first, third = (decoder.logits(states[None])[0] for states in (of_original, of_floor))
+        yield first, decoder.logits(of_artifact[None])[0], third
+
+
+def _with_checked_head(
+    parts: Iterable[_Part], ids: torch.Tensor, expected: torch.Tensor, directory: Path
+) -> Iterator[_Part]:
     """The original's logits come from the artifact's final norm and, unless it is quantized, its output head; make sure
     that these are the original's.
 
+    Args:
+        expected: the negative log-likelihoods [T - 1] by its own head.
+
     Raises:
-        AccullmError: the original's likelihoods come out different from what its own head gave.
+        AccullmError: they come out different.
     """
-    found = nn.functional.cross_entropy(logits[:-1].float(), ids[1:].to(logits.device), reduction="none").cpu()
-    if not bool(((found - expected).abs() <= HEAD_TOLERANCE).all()):
-        raise AccullmError("final norm or output head differ from the original's", directory, "export again")
+    behind = 0
+    for part in parts:
+        logits, targets = part[0], ids[behind + 1 : behind + 1 + len(part[0])]
+        found = negative_log_likelihood(logits, targets)
+        if not bool(((found - expected[behind : behind + len(found)]).abs() <= HEAD_TOLERANCE).all()):
+            raise AccullmError("final norm or output head differ from the original's", directory, "export again")
+        behind += len(logits)
+        yield part

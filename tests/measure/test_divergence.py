@@ -298,6 +298,23 @@ def test_logits_that_are_not_finite_are_refused(place, line, value):
     assert refusal(*arguments) == f"validation window 2: {line}"
 
 
+@pytest.mark.parametrize("sizes", [(12,), (5, 7), (1,) * 12, (11, 1)])
+def test_logits_that_come_in_parts_count_as_those_of_the_window(sizes):
+    original, artifact, tokens, floor = window(4)
+    whole, parted = Divergence(), Divergence()
+    for accumulator in (whole, parted):
+        accumulator.add(*window(3))
+    whole.add(original, artifact, tokens, floor)
+    parted.add_parts(zip(original.split(sizes), artifact.split(sizes), floor.split(sizes), strict=True), tokens)
+    assert parted.finish("default", 0) == whole.finish("default", 0)
+
+
+def test_a_window_whose_parts_leave_off_is_a_fault():
+    original, artifact, tokens, floor = window(0)
+    with pytest.raises(ValueError, match="validation window 1: logits and tokens must be of one length"):
+        Divergence().add_parts([(original[:5], artifact[:5], floor[:5])], tokens)
+
+
 def test_one_window_is_refused():
     accumulator = Divergence()
     accumulator.add(*window(0))

@@ -198,13 +198,13 @@ def test_a_long_document_takes_memory_for_all_of_its_tokens(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak of a part of a process here")
-def test_a_large_vocabulary_takes_the_memory_of_its_logits(tmp_path: Path) -> None:
-    """Validation holds those of one window: here some 800 MB, beside which the model is nothing."""
+def test_a_large_vocabulary_takes_the_memory_of_a_few_positions_logits(tmp_path: Path) -> None:
+    """Those of a window would be 410 MB, three times over; beside them the model is nothing."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 200_000}
     config = LlamaConfig(num_hidden_layers=1, tie_word_embeddings=True, **shape)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    settings = {"calibration__seq_len": 256, "calibration__samples": 1, "validation__windows": 2}
+    settings = {"calibration__seq_len": 512, "calibration__samples": 1, "validation__windows": 2}
     # In a process of its own: one that has freed memory before takes less of the system's.
     program = (
         "import sys\n"
@@ -217,5 +217,5 @@ def test_a_large_vocabulary_takes_the_memory_of_its_logits(tmp_path: Path) -> No
     command = [sys.executable, "-c", program, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     found = int(ended.stdout.splitlines()[-1])
-    assert found > 1_000_000_000
+    assert found < 1_300_000_000
     assert estimated(tmp_path / "model", tmp_path / "dry", **settings).peak_bytes == pytest.approx(found, rel=0.3)

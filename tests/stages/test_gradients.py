@@ -107,13 +107,13 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     assert torch.equal(drawn, gradients.draw_tokens(probabilities * 2, 5, 2))
 
 
-@pytest.mark.parametrize(("name", "logits"), [("llama", None), ("gpt2", None), ("gemma2", 1000), ("mixtral", 1)])
+@pytest.mark.parametrize(("name", "positions"), [("llama", None), ("gpt2", None), ("gemma2", 3), ("mixtral", 1)])
 def test_gradients_are_those_of_one_backward_pass(
-    name: str, logits: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, positions: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However few logits are computed at once."""
-    if logits is not None:
-        monkeypatch.setattr(gradients, "_LOGITS", logits)
+    """However few positions pass the head at once."""
+    if positions is not None:
+        monkeypatch.setattr(gradients, "POSITIONS", positions)
     source = make_checkpoint(name, tmp_path / "model")
     config = short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS, machine__seed=3)
     with opened(config) as job:
@@ -134,7 +134,7 @@ def test_gradients_are_those_of_one_backward_pass(
 def test_the_heads_rows_and_columns_are_weighed_by_the_gradients_of_its_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "_LOGITS", 3000)
+    monkeypatch.setattr(gradients, "POSITIONS", 9)
     source = make_checkpoint("llama", tmp_path / "model")
     config = short_config(source, tmp_path / "out", calibration__gradient_samples=WINDOWS, machine__seed=3)
     with opened(config) as job:
