@@ -285,14 +285,18 @@ def measure(peer: Peer, group_size: int, options: argparse.Namespace, reference:
 def make(command: Sequence[str], out: Path, key: str) -> None:
     """Run a tool, unless `out` holds what was made under the same key: of the same inputs with the same settings.
 
+    What an interrupted run with this key has left there stays, for the tool to go on from.
+
     Raises:
         AccullmError: it failed; its output is in `out`/log.txt.
     """
-    marker = out / "made-by.txt"
+    marker, begun = out / "made-by.txt", out / "begun-by.txt"
     if marker.exists() and marker.read_text() == key:
         return
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    if not begun.exists() or begun.read_text() != key:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        write_text(begun, key)
     log = out / "log.txt"
     with log.open("w") as stream:
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)

@@ -15,12 +15,13 @@ of its own; weights and bits are read back from those files, and checked against
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -163,14 +164,51 @@ def auto_round(task: Task) -> Quantized:
     tokenizer = transformers.AutoTokenizer.from_pretrained(task.model)
     model = load_original(task.model, torch.bfloat16)
     tool = AutoRound(model, tokenizer, dataset=windows, device_map="cpu", **settings)
+    before = keep_blocks(task.artifact.with_name("blocks"))
     tool.quantize()
     in_memory = {name: weight.clone() for name, weight in linear_weights(tool.model).items()}
     # GPTQ's packing without its index. AutoRound's own choice takes the same bits, but 0.16.1 fails to save it.
     packing = "auto_round:auto_gptq"
     tool.save_quantized(str(task.artifact), format=packing, inplace=True)
     cost = task.cost()
+    cost = replace(cost, seconds=cost.seconds + sum(before))
     stored = stored_tensors(task.artifact)
-    return Quantized(cost, stored, gptq_weights(stored, task.group_size), in_memory, {**settings, "format": packing})
+    settings = {**settings, "format": packing, "blocks of a run before": len(before)}
+    return Quantized(cost, stored, gptq_weights(stored, task.group_size), in_memory, settings)
+
+
+def keep_blocks(directory: Path) -> list[float]:
+    """Have AutoRound store what it has learned for each block, and take it from there when it is run again.
+
+    It may need hours, and stores nothing until the end. After a run that was interrupted the other blocks draw other
+    batches than they would have.
+
+    Returns: grows by the seconds that each block took which was there.
+    """
+    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+    from auto_round.wrapper import unwrapper_block
+
+    directory.mkdir(exist_ok=True)
+    learn, taken, numbers = SignRoundQuantizer.quantize_block, [], itertools.count()
+
+    def quantize_block(self: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
+        path = directory / f"{next(numbers):03}.pt"
+        if path.exists():
+            kept = torch.load(path, weights_only=True)
+            compiled = self.compress_context.enable_torch_compile
+            self.wrapper_block(block, self.enable_minmax_tuning, self.enable_norm_bias_tuning, compiled, "cpu")
+            with torch.no_grad():
+                unwrapper_block(block, kept["parameters"])
+            taken.append(kept["seconds"])
+            return kept["parameters"]
+        started = time.monotonic()
+        parameters = learn(self, block, *args, **kwargs)
+        torch.save({"parameters": parameters, "seconds": time.monotonic() - started}, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+        return parameters
+
+    SignRoundQuantizer.quantize_block = quantize_block
+    return taken
 
 
 def hqq(task: Task) -> Quantized:

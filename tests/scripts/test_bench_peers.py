@@ -279,8 +279,22 @@ def test_a_tool_that_fails_ends_the_benchmark_with_one_line_and_runs_again(
     assert last.startswith(f"error: {sys.executable} {tmp_path / 'run_peer.py'} fake --model ")
     assert last.endswith(f": ended with exit code 1; read {log}")
     assert log.read_text() == "out of luck\n"
+    kept = log.with_name("blocks")
+    kept.mkdir()
     (tmp_path / "broken").unlink()
     assert script.main(bench) == 0
+    assert kept.exists()  # what the tool goes on from
+
+
+def test_nothing_is_kept_of_a_tool_that_was_told_something_else(bench: list[str], tmp_path: Path) -> None:
+    (tmp_path / "broken").touch()
+    bench += ["--rows", "fake", "--peer", f"fake={sys.executable}"]
+    kept = tmp_path / "peers-weights" / "fake-32" / "blocks"
+    assert script.main(bench) == 2
+    kept.mkdir()
+    kept.with_name("begun-by.txt").write_text("another key")
+    assert script.main(bench) == 2
+    assert not kept.exists()
 
 
 def test_a_peer_without_a_tools_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
