@@ -225,8 +225,13 @@ class Rounding(Section):
         "'minmax' spans each group's range; 'search' picks the scale of least activation-weighted error; 'fit' goes on "
         "from there: it rounds with feedback, fits the scales to the codes by least squares, and does both again.",
     )
-    damping: float = option(
-        0.3, "Added to the Hessian's diagonal, as a fraction of its mean.", gt=0, le=1, example="0.01"
+    damping: float | None = option(
+        None,
+        "Added to the Hessian's diagonal, as a fraction of its mean. Default: what loses least on calibration text "
+        "that is held out, and 0.3 in the target.",
+        gt=0,
+        le=1,
+        example="0.01",
     )
 
 

@@ -25,6 +25,11 @@ ROWS_TOGETHER = 512
 DAMPING_STEP = 10.0
 # From where it grows if none was asked for.
 SMALLEST_DAMPING = 1e-6
+# What feedback may be damped by. Below the first of them it gains nothing more on text that it does not know.
+DAMPINGS = (0.03, 0.1, 0.3, 1.0)
+# Noise is not what rounding leaves: codes end where the grid does, and the descent over codes finds more with little
+# feedback than with much. So the loss falls by some 2% less than is expected from one damping to the next smaller one.
+MARGIN = 1.02
 
 
 class NumericalError(AccullmError):
@@ -66,18 +71,33 @@ class Factor:
     cholesky: [M, M], the lower Cholesky factor of the damped H in this order, reversed. U is this with rows and
         columns reversed and divided by its diagonal.
     damping: what was added to H's diagonal, as a fraction of its mean; ridge: the same as a number.
+    is_raised: it was not positive definite with the damping that was asked for.
     """
 
     order: torch.Tensor
     cholesky: torch.Tensor
     damping: float
     ridge: float
+    is_raised: bool = False
 
     def feedback(self, start: int, end: int) -> torch.Tensor:
         """Columns `start` to `end` of U down to row `end`, below which they are zero: [end, end - start]."""
         count = len(self.order)
         reversed_columns = self.cholesky[count - end :, count - end : count - start].flip(0, 1)
         return reversed_columns / self.cholesky.diagonal().flip(0)[start:end]
+
+    def expected_loss(self, rows: torch.Tensor, last: int = 0) -> float:
+        """What rounding with this feedback may be expected to lose on some inputs, but for a common factor.
+
+        Where e U = -n with noise n that is alike and independent for all columns, e H e^T has a mean proportional to
+        the trace of U^-1 H U^-T. So this is the sum of the squares of U^-1 Z^T.
+
+        Args:
+            rows: Z, [n, K].
+            last: so many of the last columns in the order have no noise of their own.
+        """
+        solved = torch.linalg.solve_triangular(self.cholesky, rows[:, self.order.flip(0)].T, upper=False)
+        return float(solved.mul_(self.cholesky.diagonal()[:, None])[last:].square_().sum(dtype=torch.float64))
 
 
 def factor_hessian(
@@ -87,6 +107,7 @@ def factor_hessian(
     compensating: bool = False,
     kind: str = "Hessian",
     where: str = "",
+    without: torch.Tensor | None = None,
 ) -> Factor:
     """Order the columns, the largest input first, and factor the damped Hessian in that order.
 
@@ -96,11 +117,14 @@ def factor_hessian(
     Args:
         hessian: H, [K, K]; or another second moment, which `kind` names.
         where: the linear or linears that it is for.
+        without: rows Z [n, K] that are left out of H: H - Z^T Z is factored.
 
     Raises:
         NumericalError: not positive definite even with damping equal to the mean of the diagonal.
     """
     diagonal = hessian.diagonal()
+    if without is not None:
+        diagonal = (diagonal - without.square().sum(0)).clamp_(min=0)
     is_outlier = torch.zeros(len(diagonal), dtype=torch.bool, device=hessian.device)
     is_outlier[list(outliers)] = True
     by_size = torch.argsort(diagonal, descending=True, stable=True)
@@ -111,11 +135,14 @@ def factor_hessian(
     mean = float(diagonal[order].mean())
     # A dead input (all features always zero) makes every rounding equally good; any positive number will do.
     mean = mean if mean > 0 else 1.0
-    reverse = order.flip(0)
+    reverse, asked = order.flip(0), damping
     while True:
         # H = R R^T with R upper triangular is the Cholesky factorization of H with rows and columns reversed. It takes
         # the place of its argument, laid out by columns (which H, being symmetric, is as well).
         cholesky = hessian[reverse[:, None], reverse].T
+        if without is not None:
+            left_out = without[:, reverse]
+            cholesky.addmm_(left_out.T, left_out, alpha=-1)
         cholesky.diagonal().add_(damping * mean)
         failed = torch.empty((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(cholesky, out=(cholesky, failed))
@@ -125,7 +152,30 @@ def factor_hessian(
             what = "cannot be factored at any damping up to its mean"
             raise NumericalError(kind, what, where, "use more samples", hessian)
         damping = min(max(damping, SMALLEST_DAMPING) * DAMPING_STEP, 1.0)
-    return Factor(order, cholesky, damping, damping * mean)
+    return Factor(order, cholesky, damping, damping * mean, damping > asked)
+
+
+def damping_for(
+    hessian: torch.Tensor, held_out: torch.Tensor, outliers: tuple[int, ...] = (), compensating: bool = False
+) -> float:
+    """The damping with which feedback that knows nothing of some rows is expected to lose least on them.
+
+    With little text, or inputs a few of which are large, H is a noisy estimate, and feedback that follows it closely
+    makes errors elsewhere. How noisy differs from linear to linear. Of DAMPINGS it is the largest whose loss is within
+    MARGIN of the least.
+
+    Args:
+        hessian: H, [K, K]. held_out: rows Z [n, K], of which Z^T Z is their part of H.
+        outliers, compensating: as for `factor_hessian`.
+    """
+    last = len(outliers) if compensating else 0
+
+    def loss(damping: float) -> float:
+        factor = factor_hessian(hessian, damping, outliers, compensating, without=held_out)
+        return factor.expected_loss(held_out, last)
+
+    losses = {damping: loss(damping) for damping in DAMPINGS}
+    return max(damping for damping in DAMPINGS if losses[damping] <= MARGIN * min(losses.values()))
 
 
 def corrected_target(weight: torch.Tensor, pull: torch.Tensor, factor: Factor) -> torch.Tensor:

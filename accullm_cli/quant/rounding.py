@@ -52,6 +52,7 @@ from accullm_cli.quant.feedback import (
     ROWS_TOGETHER,
     Factor,
     corrected_target,
+    damping_for,
     factor_hessian,
     require_finite,
     round_with_feedback,
@@ -69,19 +70,25 @@ ROW_DAMPING = 1.0
 # costs 9% and 1% of the loss with adapter; without, the loss falls to a twentieth and to a half (to a fortieth and to a
 # third with `codes_after_the_rest`).
 BESIDE_WEIGHT = 0.1
+# Of the Hessian in the corrected target, where none is asked for. What earlier layers lost is less the same in other
+# text than what a column's rounding does to the others: smaller damping, which feedback gains by, does harm here.
+TARGET_DAMPING = 0.3
 # How often codes and scales are fitted to each other in turns; a third time gains less than a thousandth.
 DESCENTS = 2
 
 
 @dataclass(frozen=True)
 class RoundingOptions:
-    """How to round; the fields are those of the configuration's `rounding` section."""
+    """How to round; the fields are those of the configuration's `rounding` section.
+
+    damping: of the target and of feedback; None for TARGET_DAMPING and what loses least on held-out rows.
+    """
 
     method: Literal["nearest", "feedback", "stochastic"] = "feedback"
     outlier_mode: Literal["untouched", "compensating"] = "untouched"
     target: Literal["corrected", "original"] = "corrected"
     grid: Literal["fit", "search", "minmax"] = "fit"
-    damping: float = 0.01
+    damping: float | None = 0.01
     seed: int = 0
     scale_dtype: str = "float16"
 
@@ -108,6 +115,7 @@ def round_linears(
     pulls: Mapping[str, torch.Tensor] | None = None,
     importance: torch.Tensor | None = None,
     fishers: Mapping[str, torch.Tensor] | None = None,
+    held_out: torch.Tensor | None = None,
     loops: Loops = COMPILED,
 ) -> dict[str, RoundedLinear]:
     """Round the linears that read one input.
@@ -120,6 +128,7 @@ def round_linears(
         pulls: C = Y^T O / T of each linear, [K, N]; a linear without one is rounded towards its own weight.
         importance: [K], weight of a column's squared error for the choice of grids; default: the Hessian's diagonal.
         fishers: G of each linear, [N, N]; in one that has none, rows do not feed each other.
+        held_out: some rows of Y [n, K], scaled as the Hessian is: what damping is chosen by.
         loops: what decides weight after weight. Everything goes to its device, a linear at a time, and comes back.
 
     Returns:
@@ -130,7 +139,7 @@ def round_linears(
         NumericalError: a matrix holds NaN or Inf, or one cannot be factored at any damping up to its own mean.
     """
     pulls, fishers, device = dict(pulls or {}), fishers or {}, loops.device
-    hessian, importance = _sent(hessian, device), _sent(importance, device)
+    hessian, importance, held_out = (_sent(matrix, device) for matrix in (hessian, importance, held_out))
     require_finite(hessian, "Hessian", ", ".join(weights))
     for kind, matrices in (("pull of earlier errors", pulls), ("Fisher matrix", fishers)):
         for name, matrix in matrices.items():
@@ -143,16 +152,15 @@ def round_linears(
         without_data = ("no calibration token reached its input: rounded to nearest without data",)
     if options.target == "original":
         pulls = {}
+    corrected = frozenset(pulls) if hessian is not None and options.method != "nearest" else frozenset()
     stochastic = options.method == "stochastic"
     fits = options.grid == "fit" and not stochastic
     linears: dict[str, StoredLinear] = {}
     records: dict[str, tuple[str, ...]] = {}
-    for name, factor in _with_factors(weights, plans, options, hessian):
+    for name, target, factor in _with_targets(weights, pulls, plans, options, hessian, held_out, device):
         weight, plan, sentences = weights[name].to(device), plans[name], list(without_data)
-        pull, fisher = _sent(pulls.pop(name, None), device), _sent(fishers.get(name), device)
-        target = weight if factor is None or pull is None else corrected_target(weight, pull, factor)
-        del pull
-        require_finite(target, "corrected target" if target is not weight else "weight", name)
+        fisher = _sent(fishers.get(name), device)
+        require_finite(target, "corrected target" if name in corrected else "weight", name)
         outliers = torch.tensor(plan.outlier_index, dtype=torch.int64, device=device)
         grid, clamps = _grid(target, importance, plan, options, outliers)
         sentences += clamps
@@ -181,7 +189,7 @@ def round_linears(
                     draft.descend(loops=loops)
                     draft.fit_scales()
                 grid = draft.grid
-            if factor.damping > options.damping:
+            if factor.is_raised:
                 sentences.append(f"Hessian not positive definite: damping raised to {factor.damping:g}")
             if clamped:
                 sentences.append(f"{clamped} weights lie outside the grid of stochastic rounding and were clamped")
@@ -204,21 +212,38 @@ def _sent(matrix: torch.Tensor | None, device: torch.device) -> torch.Tensor | N
     return None if matrix is None else matrix.to(device)
 
 
-def _with_factors(
+def _with_targets(
     weights: Mapping[str, torch.Tensor],
+    pulls: dict[str, torch.Tensor],
     plans: Mapping[str, LinearPlan],
     options: RoundingOptions,
     hessian: torch.Tensor | None,
-) -> Iterator[tuple[str, Factor | None]]:
-    """Each linear with the factor that those with its outliers share; None for nearest rounding."""
+    held_out: torch.Tensor | None,
+    device: torch.device,
+) -> Iterator[tuple[str, torch.Tensor, Factor | None]]:
+    """Each linear with its target, and the factor that those with its outliers share; None for nearest rounding.
+
+    Targets take the place of the pulls, which are as large.
+    """
+    compensating = options.outlier_mode == "compensating"
+    chooses = options.damping is None and held_out is not None
     for outliers in sorted({plans[name].outlier_index for name in weights}):
         names = [name for name in weights if plans[name].outlier_index == outliers]
-        factor = None
+        where = ", ".join(names)
+        factor, targets = None, {}
         if hessian is not None and options.method != "nearest":
-            compensating = options.outlier_mode == "compensating"
-            factor = factor_hessian(hessian, options.damping, outliers, compensating, where=", ".join(names))
+            if not chooses or not pulls.keys().isdisjoint(names):
+                damping = TARGET_DAMPING if options.damping is None else options.damping
+                factor = factor_hessian(hessian, damping, outliers, compensating, where=where)
+            for name in pulls.keys() & set(names):
+                assert factor is not None
+                targets[name] = corrected_target(weights[name].to(device), pulls.pop(name).to(device), factor)
+            if chooses and held_out is not None:
+                del factor  # before the next one is made
+                damping = damping_for(hessian, held_out, outliers, compensating)
+                factor = factor_hessian(hessian, damping, outliers, compensating, where=where)
         for name in names:
-            yield name, factor
+            yield name, targets.pop(name) if name in targets else weights[name].to(device), factor
         del factor
 
 

@@ -87,6 +87,7 @@ class GramMatrices:
 
         self.tokens = 0
         self._weight = 0.0
+        self._held_out: list[torch.Tensor] = []
         self._hessian: torch.Tensor | None = zeros(features)
         self._drift = zeros(features) if with_drift else None
         self._pulls = {name: zeros(count) for name, count in (outputs or {}).items()}
@@ -96,11 +97,13 @@ class GramMatrices:
         quantized_rows: torch.Tensor,
         original_rows: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
+        held_out: torch.Tensor | None = None,
     ) -> None:
         """Add rows [T, K] of both streams (of the quantized one alone where drift is not kept).
 
         Args:
             weights: of the tokens, [T]; all 1 by default.
+            held_out: int64 [n], which of the rows `take_held_out` returns, too.
         """
         assert self._hessian is not None, "the Hessian was taken"
         rows = quantized_rows.to(self._hessian.dtype)
@@ -110,6 +113,8 @@ class GramMatrices:
         if weights is not None:
             root = weights.to(rows.dtype).sqrt()[:, None]
             rows, drift = rows * root, None if drift is None else drift * root
+        if held_out is not None:
+            self._held_out.append(rows[held_out])
         for start, end in _strips(len(self._hessian)):  # what lies below the diagonal is its mirror image
             self._hessian[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
         if self._drift is not None and drift is not None:
@@ -142,6 +147,11 @@ class GramMatrices:
         for start, end in _strips(len(hessian)):
             hessian[end:, start:end] = hessian[start:end, end:].T
         return hessian.div_(self._weight)
+
+    def take_held_out(self) -> torch.Tensor | None:
+        """Rows Z [n, K] of which Z^T Z is their part of the Hessian; None where there are none. They are given away."""
+        rows, self._held_out = self._held_out, []
+        return torch.cat(rows).div_(self._weight**0.5) if sum(map(len, rows)) else None
 
     def take_pulls(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The pull of each linear of weight [N, K]; of those alone for which it is known. The drift is dropped."""

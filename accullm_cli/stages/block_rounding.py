@@ -32,6 +32,8 @@ from accullm_cli.stages.streams import Captures
 
 # Gram matrices that are accumulated in one pass; the experts of a step come in parts of this size.
 GRAM_BYTES = 1 << 30
+# Tokens whose inputs are kept to choose damping by.
+HELD_OUT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def round_with_streams(
     }
     results: dict[str, RoundedLinear] = {}
     corrected = job.config.rounding.target == "corrected"
+    held_out = held_out_windows(*rounded.shape[:2]) if job.config.rounding.damping is None else frozenset()
     fishers: dict[str, torch.Tensor] = {}
     with Captures(job.run.path, decoder.device, job.compute.room()) as captures:
         if original is not None:
@@ -90,7 +93,7 @@ def round_with_streams(
             follows = shortcuts[len(known) : len(known) + 1]
             kept = frozenset(group[0] for group in part).intersection(follows)
             with job.compute.products():
-                grams = _accumulate(pair, trace, part, rounded, captures, corrected, weights_of, known, kept)
+                grams = _accumulate(pair, trace, part, rounded, captures, corrected, weights_of, known, kept, held_out)
             # Only as a whole are the first of the shortcuts one.
             known += tuple(kept)
             for group in part:
@@ -105,6 +108,7 @@ def round_with_streams(
                         gram.take_hessian(),
                         gram.take_pulls(weights),
                         fishers={name: fishers.pop(name) for name in group if name in fishers},
+                        held_out=gram.take_held_out(),
                         loops=job.compute.loops,
                     )
                 for name, result in found.items():
@@ -244,6 +248,7 @@ def _accumulate(
     weights_of: Mapping[str, TokenWeights],
     known: tuple[str, ...],
     kept: frozenset[str],
+    held_out: frozenset[int],
 ) -> dict[str, GramMatrices]:
     """The Gram matrices of some inputs of a block over the calibration text, by the first linear of each.
 
@@ -253,6 +258,7 @@ def _accumulate(
         weights_of: how much each token counts, by the first linear of each input; where there is none, all alike.
         known: the linears whose inputs are there, see `Decoder.shortcuts`.
         kept: those whose inputs will be.
+        held_out: windows of which the Gram matrices keep the rows, too.
     """
     slot_of = pair.slot_of
     is_dense = slot_of[groups[0][0]].expert is None
@@ -272,7 +278,7 @@ def _accumulate(
     # Which experts a batch reaches is not known before its end.
     awaited = {("input", first) for first in grams} | {("sum", name) for name in summed} if is_dense else set()
 
-    def add_batch(batch: int, states: torch.Tensor) -> None:
+    def add_batch(batch: int, own: torch.Tensor, states: torch.Tensor) -> None:
         read: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # inputs, and what their tokens count
 
         def add(name: str, value: torch.Tensor) -> None:
@@ -282,7 +288,7 @@ def _accumulate(
                 if name in kept:
                     captures.write(batch, f"rounded input {name}", inputs)
                 original = captures.read(batch, f"input {name}") if name in with_drift else None
-                grams[name].add(inputs, original, read[name][1])
+                grams[name].add(inputs, original, read[name][1], own)
 
         def add_sum(name: str, value: torch.Tensor) -> None:
             if name in summed:
@@ -291,12 +297,25 @@ def _accumulate(
                 difference = captures.read(batch, f"sum {name}") - _as_rows(value)
                 grams[first].add_output(name, inputs, difference, weights)
 
-        own = _known_inputs(captures, batch, known)
-        pair.decoder.run_capturing(pair.index, pair.rounded, states, add, add_sum, frozenset(awaited), known=own)
+        there = _known_inputs(captures, batch, known)
+        pair.decoder.run_capturing(pair.index, pair.rounded, states, add, add_sum, frozenset(awaited), known=there)
 
-    for batch, (_, states) in enumerate(pair.decoder.sent(rounded)):
-        add_batch(batch, states)
+    tokens = torch.arange(rounded.shape[1])
+    for batch, (rows, states) in enumerate(pair.decoder.sent(rounded)):
+        # Routing leaves other rows to experts: what is held out of dense linears' inputs says nothing of theirs.
+        places = [place for place, window in enumerate(range(rows.start, rows.stop)) if window in held_out and is_dense]
+        own = (torch.tensor(places, dtype=torch.int64)[:, None] * len(tokens) + tokens).flatten()
+        add_batch(batch, own.to(states.device), states)
     return grams
+
+
+def held_out_windows(windows: int, tokens: int) -> frozenset[int]:
+    """Windows of the calibration text that damping is chosen on: an eighth of them, or HELD_OUT_TOKENS tokens.
+
+    They are drawn, as texts and windows without BOS come in turns. The same ones for all linears.
+    """
+    count = min(windows // 8, max(1, HELD_OUT_TOKENS // tokens))
+    return frozenset(torch.randperm(windows, generator=torch.Generator().manual_seed(0))[:count].tolist())
 
 
 def _known_inputs(captures: Captures, batch: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
