@@ -96,8 +96,11 @@ class Factor:
             rows: Z, [n, K].
             last: so many of the last columns in the order have no noise of their own.
         """
-        solved = torch.linalg.solve_triangular(self.cholesky, rows[:, self.order.flip(0)].T, upper=False)
-        return float(solved.mul_(self.cholesky.diagonal()[:, None])[last:].square_().sum(dtype=torch.float64))
+        loss, reverse, diagonal = 0.0, self.order.flip(0), self.cholesky.diagonal()[:, None]
+        for part in rows.split(ROWS_TOGETHER):
+            solved = torch.linalg.solve_triangular(self.cholesky, part[:, reverse].T, upper=False)
+            loss += float(solved.mul_(diagonal)[last:].square_().sum(dtype=torch.float64))
+        return loss
 
 
 def factor_hessian(
@@ -124,7 +127,7 @@ def factor_hessian(
     """
     diagonal = hessian.diagonal()
     if without is not None:
-        diagonal = (diagonal - without.square().sum(0)).clamp_(min=0)
+        diagonal = (diagonal - without.norm(dim=0).square()).clamp_(min=0)
     is_outlier = torch.zeros(len(diagonal), dtype=torch.bool, device=hessian.device)
     is_outlier[list(outliers)] = True
     by_size = torch.argsort(diagonal, descending=True, stable=True)
@@ -140,8 +143,8 @@ def factor_hessian(
         # H = R R^T with R upper triangular is the Cholesky factorization of H with rows and columns reversed. It takes
         # the place of its argument, laid out by columns (which H, being symmetric, is as well).
         cholesky = hessian[reverse[:, None], reverse].T
-        if without is not None:
-            left_out = without[:, reverse]
+        for part in () if without is None else without.split(ROWS_TOGETHER):
+            left_out = part[:, reverse]
             cholesky.addmm_(left_out.T, left_out, alpha=-1)
         cholesky.diagonal().add_(damping * mean)
         failed = torch.empty((), dtype=torch.int32, device=hessian.device)

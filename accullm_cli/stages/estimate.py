@@ -10,9 +10,11 @@ import torch
 from accullm_cli.formats import FORMATS, NATIVE
 from accullm_cli.formats.adapters import linear_bytes
 from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
+from accullm_cli.quant.feedback import DAMPINGS
 from accullm_cli.quant.plan import Plan
 from accullm_cli.stages.answers import JUDGED, SEARCHED, most_written, questions_of, wants_tasks
 from accullm_cli.stages.asking import PORTION, bytes_of, fits
+from accullm_cli.stages.block_rounding import held_out_windows
 from accullm_cli.stages.calibrate import measured_windows
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.model_shape import source_dtype
@@ -114,7 +116,8 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     # its factor, and what is as large as the weight that is rounded (while Gram matrices grow, two, and activations).
     block = max(in_blocks)
     one = WEIGHTS_BESIDE * max(linear.weights for linear in plan.linears.values())
-    largest = max(outside + 1.5 * block, outside + logits, block + 2 * widest**2 + one + _fisher_elements(job, decoder))
+    rounding = block + 2 * widest**2 + one + (_held_out_tokens(job) or 0) * widest + _fisher_elements(job, decoder)
+    largest = max(outside + 1.5 * block, outside + logits, rounding)
     operations = _operations(job, decoder, plan, vocabulary * hidden)
     if wants_tasks(job):
         asked = _Asked.of(job)
@@ -173,6 +176,14 @@ def _fisher_elements(job: Job, decoder: Decoder) -> int:
     return max(sum(slot.out_features**2 for slot in slots if slot.expert is None) for slots in decoder.slots)
 
 
+def _held_out_tokens(job: Job) -> int | None:
+    """Of the calibration text, those that damping is chosen on; None where it is not."""
+    calibration, rounding = job.config.calibration, job.config.rounding
+    if rounding.method == "nearest" or rounding.damping is not None:
+        return None
+    return len(held_out_windows(calibration.samples, calibration.seq_len)) * calibration.seq_len or None
+
+
 def _operations(job: Job, decoder: Decoder, plan: Plan, head_weights: int) -> float:
     """Multiplications and additions of all stages."""
     calibration, rounding = job.config.calibration, job.config.rounding
@@ -185,7 +196,7 @@ def _operations(job: Job, decoder: Decoder, plan: Plan, head_weights: int) -> fl
     # Calibrate runs the held-out text and its noise floor, validate the artifact.
     formats = len(job.config.export.format)
     passes = measured + (2 + formats) * held_out + PASSES_OF_GRADIENTS * with_gradient
-    grams = 0.0
+    grams, chosen = 0.0, _held_out_tokens(job)
     if rounding.method != "nearest":
         corrected = rounding.target == "corrected"
         passes += formats * tokens * (PASSES_OF_THE_ROUNDED + corrected * PASSES_OF_THE_ORIGINAL)
@@ -195,7 +206,9 @@ def _operations(job: Job, decoder: Decoder, plan: Plan, head_weights: int) -> fl
         grams += 2 * with_gradient * sum(linear.out_features**2 for linear in plan.linears.values())
         products = PRODUCTS_OF_FEEDBACK + PRODUCTS_OF_FIT * (rounding.grid == "fit" and rounding.method != "stochastic")
         grams += SHARE_OF_FULL_SPEED * products * sum(own.weights * own.in_features for own in plan.quantized.values())
-        grams += SHARE_OF_FULL_SPEED * sum(features**3 for _, features in inputs) / 3  # a Cholesky factor of each
+        factors = (1 if chosen is None else len(DAMPINGS) + 1 + corrected) / 3  # Cholesky's, of each input
+        solved = 0 if chosen is None else len(DAMPINGS) * chosen
+        grams += SHARE_OF_FULL_SPEED * sum(factors * features**3 + solved * features**2 for _, features in inputs)
     # Calibrate's likelihoods, and in validate the original, the artifact and the noise floor.
     head = 2 * head_weights * 4 * held_out
     rounded = sum(linear.weights for linear in plan.quantized.values())

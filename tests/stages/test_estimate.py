@@ -118,14 +118,22 @@ def test_the_disk_is_what_all_files_take_when_there_are_most(
     assert 0.95 * most < expected.disk_bytes < 1.6 * most
 
 
+FIXED = {"rounding__damping": 0.3}
+
+
 def test_more_text_takes_more_time_and_memory(tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
-    little = estimated(source, tmp_path / "out", calibration__samples=100, validation__windows=2)
-    much = estimated(source, tmp_path / "out", calibration__samples=10_000, validation__windows=2)
+    little, chosen, much = (
+        estimated(source, tmp_path / "out", validation__windows=2, calibration__samples=samples, **damping)
+        for samples, damping in ((100, FIXED), (100, {}), (10_000, FIXED))
+    )
     assert much.seconds > 10 * little.seconds
     # Both streams, in float32.
     assert much.peak_bytes - little.peak_bytes == 9_900 * 48 * 64 * 4 * 2
     assert much.artifact_bytes == little.artifact_bytes
+    # Of an eighth of the windows the widest input is kept, to choose damping by.
+    assert chosen.peak_bytes - little.peak_bytes <= 12 * 48 * 96 * 4
+    assert chosen.seconds >= little.seconds
 
 
 def test_references_are_held_beside_the_text_that_is_measured(tmp_path: Path) -> None:
