@@ -21,8 +21,8 @@ CONFIDENCE = 0.95
 # A statistic of resampled windows: takes how often each window was drawn, float64 [R, W], and returns float64 [R].
 Statistic = Callable[[torch.Tensor], torch.Tensor]
 
-# Elements of a temporary in the quantile's cumulative sums: 64 MB in int64.
-_CHUNK_ELEMENTS = 1 << 23
+# Elements of a temporary in the quantile's cumulative sums, of which there are two: 8 MB each.
+_CHUNK_ELEMENTS = 1 << 20
 
 
 def cluster_bootstrap(statistic: Statistic, windows: int, seed: int, resamples: int = RESAMPLES) -> Estimate:

@@ -192,7 +192,7 @@ def test_an_interrupted_call_goes_on_behind_the_last_portion(
     with opened(config) as job:
         run_alone(job, original_answers(JUDGED))
         resumed = load_answers(job, JUDGED, None)
-    assert sum(ran) == ITEMS
+    assert sum(ran) == 2 * ITEMS  # the answer behind a space, and at once
     assert not list((tmp_path / "out.run/tasks").glob("*step*"))
     monkeypatch.setattr(module, "PORTION", 8192)
     with opened(asking(copier, tmp_path / "whole")) as job:
@@ -230,7 +230,12 @@ def test_items_longer_than_the_model_are_refused_before_any_work(tmp_path: Path)
     source = make_checkpoint("llama", tmp_path / "model")
     config = fast_config(source, tmp_path / "out", validation__tasks="retrieval:500")
     line = refusal(lambda: convert(config))
-    assert line.startswith("--tasks: task retrieval:500, ")
+    assert line == (
+        "--tasks: task retrieval:500 takes some 500 tokens, and the model has 256 positions; give fewer tokens"
+    )
+    config = fast_config(source, tmp_path / "out", validation__tasks="words:easy")
+    line = refusal(lambda: convert(config))
+    assert line.startswith("--tasks: task words:easy, ")
     assert line.endswith(" tokens, and the model has 256 positions; give an easier level, or fewer tokens")
     assert not (tmp_path / "out.run").exists()
 
@@ -276,8 +281,7 @@ def test_a_context_of_sixteen_tokens_too_few_is_named_by_the_item(copier: Path, 
     write_items(tmp_path / "copy.jsonl", 3)
     config = asking(small, tmp_path / "out", calibration__seq_len=16)
     assert refusal(lambda: convert(config)) == (
-        "--tasks: task copy, line 1 takes 18 tokens, and the model has 16 positions; "
-        "give an easier level, or fewer tokens"
+        "--tasks: task copy, line 1 takes 18 tokens, and the model has 16 positions; give shorter prompts"
     )
 
 
