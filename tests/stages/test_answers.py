@@ -226,6 +226,34 @@ def test_the_same_items_under_another_name_are_others(copier: Path, tmp_path: Pa
     assert outcome.reason == Reason("input changed", "judged items")
 
 
+def test_what_blocks_are_passed_for_the_lengths_of_one_portion_alone_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Masks and rotary positions of every length of all items would add up."""
+    source = make_checkpoint("gemma3", tmp_path / "model")
+    rows = [{"prompt": "x" * length + "=", "answer": "y"} for length in range(10, 30)]
+    (tmp_path / "copy.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(module, "PORTION", 100)
+    kept: list[int] = []
+    decoders = []
+    by_blocks = module.by_blocks
+
+    def seen(decoder):  # type: ignore[no-untyped-def]
+        decoders.append(decoder)
+        return by_blocks(decoder)
+
+    monkeypatch.setattr(module, "by_blocks", seen)
+
+    def count(event: Event) -> None:
+        if event.kind == "step" and decoders:
+            kept.append(len(decoders[0]._calls))
+
+    with opened(asking(source, tmp_path / "out"), count) as job:
+        run_alone(job, original_answers(JUDGED))
+    assert len(kept) >= 10
+    assert 1 <= max(kept) <= 5
+
+
 def test_items_longer_than_the_model_are_refused_before_any_work(tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
     config = fast_config(source, tmp_path / "out", validation__tasks="retrieval:500")
