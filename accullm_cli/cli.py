@@ -53,6 +53,8 @@ from accullm_cli.questions import (
 if TYPE_CHECKING:
     from accullm_cli.measure.result import ModelResult, Report
 
+# Those that say how many compiled products torch and oneDNN keep.
+PROGRAMS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 # The variables by which a user says how OpenMP's threads wait.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
@@ -70,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     console = Console()
     let_waiting_threads_sleep()
     keep_threads_to_the_quota()
+    keep_few_compiled_products()
     code = EXIT_OK if words else EXIT_USAGE
     try:
         with _signals():
@@ -118,6 +121,18 @@ def keep_threads_to_the_quota() -> None:
     """
     if "torch" not in sys.modules and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(usable_cores())
+
+
+def keep_few_compiled_products() -> None:
+    """Have oneDNN, and torch before it, keep the programs of the last few shapes of products, unless the user says.
+
+    They compile one for each, and keep 1,024: a tiny block that ran at 20 lengths of text left 112 MB, and exact tasks
+    have hundreds of lengths. Other stages have two or three, with some 20 shapes.
+    Read when torch is loaded and at the first product.
+    """
+    if "torch" not in sys.modules:
+        for name in PROGRAMS:
+            os.environ.setdefault(name, "32")
 
 
 @contextmanager

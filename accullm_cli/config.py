@@ -279,7 +279,9 @@ class Validation(Section):
         "(mine.jsonl: prompt or messages, and answer), or 'none'.",
         example="default",
     )
-    task_items: int = option(40, "Items of each task; of a file of your own all lines are used.", ge=2, example="200")
+    task_items: int = option(
+        40, "Items of each task; of a file of your own all lines are used.", ge=2, le=100_000, example="200"
+    )
     require: list[str] = option(
         [],
         "A condition the artifact must meet, as METRIC<=VALUE or METRIC>=VALUE; give it again for several. "

@@ -23,7 +23,7 @@ BOUNDS = ("low", "high")
 
 _WHERE = "--require"
 _EXAMPLE = "write METRIC<=VALUE or METRIC>=VALUE, such as mean_kl<=0.02"
-_CONDITION = re.compile(r"\s*([^\s<>=]+)\s*(<=|>=|<|>)\s*([^\s<>=]+)\s*")
+_CONDITION = re.compile(r"\s*([^<>=]*[^\s<>=])\s*(<=|>=|<|>)\s*([^\s<>=]+)\s*")
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,

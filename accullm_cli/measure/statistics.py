@@ -21,8 +21,8 @@ CONFIDENCE = 0.95
 # A statistic of resampled windows: takes how often each window was drawn, float64 [R, W], and returns float64 [R].
 Statistic = Callable[[torch.Tensor], torch.Tensor]
 
-# Elements of a temporary in the quantile's cumulative sums: 64 MB in int64.
-_CHUNK_ELEMENTS = 1 << 23
+# Elements of a temporary in the quantile's cumulative sums: 8 MB.
+_CHUNK_ELEMENTS = 1 << 20
 
 
 def cluster_bootstrap(statistic: Statistic, windows: int, seed: int, resamples: int = RESAMPLES) -> Estimate:
@@ -97,7 +97,8 @@ def bootstrap_quantile(values_by_window: Sequence[torch.Tensor], share: float, s
     def quantile(counts: torch.Tensor) -> torch.Tensor:
         found = []
         for start in range(0, len(counts), rows):
-            at_or_below = counts[start : start + rows, window_of].cumsum(1)
+            at_or_below = counts[start : start + rows].index_select(1, window_of)
+            torch.cumsum(at_or_below, 1, out=at_or_below)
             # The tolerance undoes the rounding of a product: 0.07 * 100 is 7.000000000000001.
             needed = (share * at_or_below[:, -1:] - 1e-6).ceil()
             found.append(values[torch.searchsorted(at_or_below, needed).squeeze(1)])

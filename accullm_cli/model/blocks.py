@@ -215,6 +215,11 @@ class Decoder:
             hidden[rows] = part
         return hidden
 
+    def forget_calls(self) -> None:
+        """Let go of what the model passes to its blocks for windows of the shapes so far: of many lengths, the masks
+        and rotary positions of each would add up."""
+        self._calls.clear()
+
     def learn_calls(self, ids: torch.Tensor) -> None:
         """Find out what the model passes to its blocks for batches of these windows [windows, tokens].
 

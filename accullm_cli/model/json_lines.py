@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.json_text import parse_json
+from accullm_cli.json_text import parse_json, parse_json_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ def parse_json_lines(text: str, path: Path) -> JsonLines | None:
     kind = ""
     for number, line in lines:
         try:
-            row = parse_json(line)
+            row = parse_json_line(line)
         except ValueError as error:
             _refuse(path, number, f"not JSON ({error})", _HINT)
         if not isinstance(row, dict):

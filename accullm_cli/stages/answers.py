@@ -24,14 +24,14 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.measure.answers import Answer, Score, answer_of
 from accullm_cli.model.blocks import Decoder
-from accullm_cli.model.tokenizer import check_ids
+from accullm_cli.model.tokenizer import check_ids, embedding_rows
 from accullm_cli.run import Reason, write_text
 from accullm_cli.stages.artifact_weights import open_artifact_decoder
 from accullm_cli.stages.asking import Asker
 from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.stage import Before, Decision, Stage, Work
 from accullm_cli.stages.validate import foreseen_sha256
-from accullm_cli.tasks import draw, family_of, is_right, parse_tasks
+from accullm_cli.tasks import draw, family_of, is_right, parse_tasks, repetitions
 from accullm_cli.tasks.prompt import Prompter, Question, with_spellings
 from accullm_cli.tasks.wordlist import ordinal
 
@@ -71,27 +71,33 @@ def questions_of(job: Job, purpose: Purpose) -> tuple[Prompter, list[Question]]:
     Raises:
         AccullmError: one does not fit the model.
     """
-    prompter = job.kept(f"{purpose.name} prompter", lambda: Prompter(job.tokenizer, job.source.directory))
+    directory = job.source.directory
+    prompter = job.kept("prompter", lambda: Prompter(job.tokenizer, directory, embedding_rows(directory)))
     return prompter, job.kept(f"{purpose.name} questions", lambda: _questions(job, purpose, prompter))
 
 
 def _questions(job: Job, purpose: Purpose, prompter: Prompter) -> list[Question]:
-    options = job.config.validation
-    items = draw(
-        parse_tasks(options.tasks), options.task_items, job.config.machine.seed, purpose.name, job.config.search.golden
-    )
-    questions = [prompter.question(item) for item in items]
-    positions = job.positions
-    for question in questions:
+    options, positions = job.config.validation, job.positions
+    tasks = parse_tasks(options.tasks)
+    for task in tasks:  # before as many texts of that length are made as there are items
+        if positions is not None and task.level.isdecimal() and int(task.level) > positions:
+            raise AccullmError(
+                f"task {task.name} takes some {task.level} tokens, and the model has {positions} positions",
+                "--tasks",
+                "give fewer tokens",
+            )
+    questions = []
+    for item in draw(tasks, options.task_items, job.config.machine.seed, purpose.name, job.config.search.golden):
+        question = prompter.question(item)
         if positions is not None and question.tokens > positions:
             raise AccullmError(
-                f"task {question.item.name} takes {question.tokens} tokens, and the model has {positions} positions",
+                f"task {item.name} takes {question.tokens} tokens, and the model has {positions} positions",
                 "--tasks",
-                "give an easier level, or fewer tokens",
+                "give shorter prompts" if family_of(item) is None else "give an easier level, or fewer tokens",
             )
-    ids = torch.tensor(
-        sorted({token for question in questions for row in (question.prompt, *question.rows) for token in row})
-    )
+        questions.append(question)
+    tokens = {token for question in questions for row in (question.prompt, *question.rows) for token in row}
+    ids = torch.tensor(sorted(tokens.union(prompter.ends)))
     check_ids(ids[None], job.tokenizer, job.source.directory)
     return questions
 
@@ -140,7 +146,8 @@ def original_answers(purpose: Purpose) -> Stage:
         decoder = open_decoder(job)
         _, questions = questions_of(job, purpose)
         work = _answer(job, decision, purpose, None, questions, decoder)
-        return Work(work.outputs, (*job.source.records, *work.records))
+        left_out = repetitions(parse_tasks(job.config.validation.tasks))
+        return Work(work.outputs, (*job.source.records, *left_out, *work.records))
 
     files = (f"{purpose.place}original*.json",)
     return Stage(purpose.original, inputs, work, commands=("validate",), files=files)

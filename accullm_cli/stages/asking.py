@@ -187,6 +187,7 @@ def by_blocks(decoder: Decoder) -> Logits:
     """Block by block, all rows of a portion through one block before the next is read."""
 
     def logits_of(portion: Sequence[Row], places: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+        decoder.forget_calls()  # of another portion's lengths
         groups: dict[int, list[int]] = {}
         for number, row in enumerate(portion):
             groups.setdefault(len(row.ids), []).append(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from accullm_cli.config import Config
@@ -38,6 +39,8 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
     check_tasks(config.validation.tasks)
     tasks = [task.name for task in parse_tasks(config.validation.tasks)]
     check_needed([parse_requirement(text) for text in config.validation.require], tasks)
+    check_result_file("--junit", config.validation.junit)
+    check_result_file("--summary", config.validation.summary)
     check_device(config, only_validates)
     for name in config.export.format:
         check_format(config, name)
@@ -61,6 +64,21 @@ def check_config(config: Config, run: RunDirectory, converts: bool, only_validat
     if stages and (CALIBRATE.name in stages) != converts:
         what = "holds the validation of a finished artifact" if converts else "holds a conversion"
         raise AccullmError(what, run.path, "give another directory with --run")
+
+
+def check_result_file(flag: str, path: Path | None) -> None:
+    """Refuse a file for results that could not be written once they are there.
+
+    Raises:
+        AccullmError: it is a directory, or the directory that it would be in takes no files.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise AccullmError("is a directory", f"{flag} {path}", "give a file")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise AccullmError(f"cannot be written in {place}", f"{flag} {path}", "give a file in a directory of yours")
 
 
 def _check_file_size(config: Config) -> None:

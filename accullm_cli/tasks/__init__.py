@@ -13,9 +13,11 @@ from pathlib import Path
 from accullm_cli.errors import AccullmError
 from accullm_cli.tasks import arithmetic, code, identifiers, retrieval, sql, words
 from accullm_cli.tasks.item import LEVELS, Family, Item, is_verbatim
-from accullm_cli.tasks.own import is_file, own_items
+from accullm_cli.tasks.own import is_file, own_items, repeated
 
-__all__ = ["FAMILIES", "Family", "Item", "Task", "check_tasks", "draw", "family_of", "is_right", "parse_tasks"]
+__all__ = [
+    "FAMILIES", "Family", "Item", "Task", "check_tasks", "draw", "family_of", "is_right", "parse_tasks", "repetitions",
+]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     module.NAME: module.FAMILY for module in (arithmetic, words, retrieval, sql, identifiers, code)
@@ -23,7 +25,7 @@ FAMILIES: dict[str, Family] = {
 WHERE = "--tasks"
 # A family that is named without a level takes these in turns.
 _USUAL_LEVELS = ("easy", "medium")
-_SMALLEST = 100  # tokens of a level that is a number
+_SMALLEST, _LARGEST = 100, 1_000_000  # tokens of a level that is a number
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,14 @@ def _parse(name: str) -> Task:
         raise AccullmError(
             f"{family!r} is no task", WHERE, f"give default, some of {', '.join(FAMILIES)}, or a file ending in .jsonl"
         )
-    if level and level not in LEVELS and not (FAMILIES[family].takes_tokens and level.isdecimal()):
+    is_size = FAMILIES[family].takes_tokens and level.isascii() and level.isdecimal() and len(level) < 20
+    if level and level not in LEVELS and not is_size:
         sizes = " or a number of tokens" if FAMILIES[family].takes_tokens else ""
         raise AccullmError(f"{level!r} is no level of {family}", WHERE, f"give {', '.join(LEVELS)}{sizes}")
-    if level.isdecimal() and int(level) < _SMALLEST:
-        raise AccullmError(f"{level} tokens are too few for {family}", WHERE, f"give {_SMALLEST} or more")
+    if is_size and not _SMALLEST <= int(level) <= _LARGEST:
+        few = int(level) < _SMALLEST
+        limit = f"{_SMALLEST} or more" if few else f"{_LARGEST:,} at most"
+        raise AccullmError(f"{level} tokens are too {'few' if few else 'many'} for {family}", WHERE, f"give {limit}")
     return Task(name, family, level)
 
 
@@ -96,11 +101,20 @@ def draw(tasks: Sequence[Task], count: int, seed: int, purpose: str, shared: boo
     Args:
         purpose: "judged" or "search": items of one are never those of the other.
         shared: whether both purposes are in use, so that a user's file has to serve both: every second item each.
+
+    Raises:
+        AccullmError: a line of a file is not what it should be, or a file cannot serve both.
     """
     items: list[Item] = []
     for task in tasks:
         if task.path is not None:
             own = own_items(task.name, task.path)
+            if shared and len(own) < 2:
+                raise AccullmError(
+                    "holds one item, and a search needs others than those that its choice is judged on",
+                    task.path,
+                    "give two or more, or leave out --golden",
+                )
             items += own[purpose == "search" :: 2] if shared else own
             continue
         family = FAMILIES[task.family]
@@ -110,9 +124,21 @@ def draw(tasks: Sequence[Task], count: int, seed: int, purpose: str, shared: boo
     return items
 
 
+def repetitions(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """A sentence for each file with lines that are left out."""
+    paths = [task.path for task in tasks if task.path is not None]
+    counts = ((path, repeated(path)) for path in paths)
+    return tuple(
+        f"{count} of the lines of {path.name} ask{'s' if count == 1 else ''} what an earlier one does, and "
+        f"{'is' if count == 1 else 'are'} left out"
+        for path, count in counts
+        if count
+    )
+
+
 def family_of(item: Item) -> Family | None:
-    """The family of an item; None for one of the user's."""
-    return FAMILIES.get(item.task.partition(":")[0])
+    """The family of an item; None for one of the user's, whatever the file is called."""
+    return None if item.completion or item.messages else FAMILIES.get(item.task.partition(":")[0])
 
 
 def is_right(item: Item, text: str) -> bool:

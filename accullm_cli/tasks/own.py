@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.json_text import parse_json
+from accullm_cli.json_text import parse_json_line
 from accullm_cli.tasks.item import Item
 
 _SUFFIXES = (".jsonl", ".ndjson")
@@ -19,7 +19,7 @@ def is_file(name: str) -> bool:
 
 
 def own_items(task: str, path: Path) -> list[Item]:
-    """Every line of the file as an item.
+    """Every line of the file as an item; one that asks what an earlier one does is left out.
 
     A prompt is a turn of the user's in a chat where the model has a template, and a text to continue where not.
     `answer` is a string, or a list of strings of which each is right.
@@ -27,14 +27,28 @@ def own_items(task: str, path: Path) -> list[Item]:
     Raises:
         AccullmError: it cannot be read, or a line is not what it should be; the line is named.
     """
+    items = [_item(task, path, number, line) for number, line in _lines(path)]
+    if not items:
+        raise AccullmError("holds no item", path, _HINT)
+    # Two that are one would count twice in every interval, and be in a search and in what judges it.
+    first: dict[object, Item] = {}
+    for item in items:
+        first.setdefault((item.question, item.messages, frozenset((item.answer, *item.also))), item)
+    return list(first.values())
+
+
+def repeated(path: Path) -> int:
+    """How many lines of the file `own_items` leaves out."""
+    return len(_lines(path)) - len(own_items("", path))
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The number and the text of each line that is not empty."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # other line ends may stand in a JSON string
     except (OSError, UnicodeDecodeError) as error:
         raise AccullmError(f"cannot be read ({error})", path, "give a file of JSON Lines in UTF-8") from None
-    items = [_item(task, path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not items:
-        raise AccullmError("holds no item", path, _HINT)
-    return items
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _item(task: str, path: Path, number: int, line: str) -> Item:
@@ -42,7 +56,7 @@ def _item(task: str, path: Path, number: int, line: str) -> Item:
         raise AccullmError(what, f"{path}:{number}", hint)
 
     try:
-        row = parse_json(line)
+        row = parse_json_line(line)
     except ValueError as error:
         refuse(f"not JSON ({error})")
     if not isinstance(row, dict):

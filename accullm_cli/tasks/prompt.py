@@ -9,6 +9,7 @@ right where the most likely token leads from its root to an end.
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,35 +67,54 @@ class Prompter:
     """Turns items into tokens for one model.
 
     directory: of the model, for the tokens that end its answers.
+    rows: of its embedding; a token beyond them, whatever names it, is none that it could say.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, directory: Path, rows: int | None = None) -> None:
         self.tokenizer = tokenizer
-        self._directory = directory
+        self._directory, self._rows = directory, rows
         self.chats = bool(tokenizer.chat_template)
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """The tokens of which any ends an answer: the model's end of text or turn; where it has no chat template, also
-        whatever begins with a line's end."""
-        ends = {*self._named_ends(), *([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])}
+        whatever begins with a line's end.
+
+        Raises:
+            AccullmError: there is none, so that no answer would ever be at its end.
+        """
+        ends = set(self._stops)
+        if not self.chats:
+            count = len(self.tokenizer) if self._rows is None else min(len(self.tokenizer), self._rows)
+            tokens = self.tokenizer.convert_ids_to_tokens(list(range(count)))
+            ends.update(number for number, token in enumerate(tokens) if token and token.startswith(_LINE_ENDS))
+        if not ends:
+            raise AccullmError(
+                "neither the model nor its tokenizer names a token that ends an answer",
+                self._directory,
+                "give eos_token_id in generation_config.json",
+            )
+        return tuple(sorted(ends))
+
+    @cached_property
+    def _stops(self) -> frozenset[int]:
+        """The model's end of text or turn: whoever generates stops there, wherever it comes."""
+        stops = {*self._named_ends(), *([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])}
         if self.chats:
             tail = self._render([("user", "?"), ("assistant", "\u241f")], generates=False).rpartition("\u241f")[2]
-            special = self._ids(tail)[:1]
-            ends.update(token for token in special if token in self.tokenizer.all_special_ids)
-        else:
-            tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
-            ends.update(number for number, token in enumerate(tokens) if token and token.startswith(_LINE_ENDS))
-        return tuple(sorted(ends))
+            added = self.tokenizer.added_tokens_decoder
+            stops.update(token for token in self._ids(tail)[:1] if token in added and str(added[token]).strip())
+        return frozenset(token for token in stops if 0 <= token and (self._rows is None or token < self._rows))
 
     def question(self, item: Item) -> Question:
         """The item as tokens.
 
         Raises:
-            AccullmError: messages without a chat template, or ones that do not fit it; an answer of no tokens.
+            AccullmError: messages without a chat template, or ones that do not fit it; a prompt of no tokens; an answer
+                that no tokens spell.
         """
         if self.chats:
-            text, lead = self._render(_turns(item)), ""
+            text, leads = self._render(_turns(item)), [""]
         elif item.messages:
             raise AccullmError(
                 "has messages, but the model's tokenizer has no chat template",
@@ -103,11 +123,16 @@ class Prompter:
             )
         else:
             text = _continued(item)
-            lead = "" if text[-1:].isspace() else " "
+            leads = [""] if text[-1:].isspace() else [" "]
+            if item.completion and not _is_one_word(text, item.answer):
+                leads = list(dict.fromkeys([*leads, ""]))
         prompt = self._ids(text, starts=not self.chats)
-        spellings = tuple(dict.fromkeys(self._spellings(item, text, prompt, lead)))
-        if not all(spellings):
-            raise AccullmError("its answer has no tokens", f"task {item.task}, {item.kind}", "give another answer")
+        where = f"task {item.task}, {item.kind}"
+        if not prompt:
+            raise AccullmError("its prompt has no tokens", where, "give another prompt")
+        spellings = tuple(dict.fromkeys(self._spellings(item, text, prompt, leads)))
+        if not spellings:
+            raise AccullmError(f"no tokens spell its answer {item.answer!r}", where, "give another answer")
         return Question(item, tuple(prompt), spellings, *_tree(spellings))
 
     def respelled(self, question: Question, path: Sequence[int], other: int) -> Question | None:
@@ -134,12 +159,20 @@ class Prompter:
 
     # -- tokens ------------------------------------------------------------------------------------------------
 
-    def _spellings(self, item: Item, text: str, prompt: list[int], lead: str) -> Iterator[tuple[int, ...]]:
+    def _spellings(self, item: Item, text: str, prompt: list[int], leads: Sequence[str]) -> Iterator[tuple[int, ...]]:
+        """The cuts of each right answer, with and without the spaces in front that it was given with; spaces behind it
+        stand beyond its end. One that cannot be said is none: letters that the tokenizer does not have, or an end of
+        the model's in the middle."""
         for answer in (item.answer, *item.also):
-            together = self._ids(text + lead + answer, starts=not self.chats)
-            if together[: len(prompt)] == prompt:
-                yield tuple(together[len(prompt) :])
-            yield tuple(self._ids(lead + answer))
+            whole = answer.rstrip()
+            bare = whole.lstrip()
+            for told in dict.fromkeys([*(lead + bare for lead in leads), *([whole] if whole != bare else [])]):
+                together = self._ids(text + told, starts=not self.chats)
+                behind = [together[len(prompt) :]] if together[: len(prompt)] == prompt else []
+                for ids in (*behind, self._ids(told)):
+                    said = self.text_of([*prompt[-1:], *ids]).removeprefix(self.text_of(prompt[-1:]))
+                    if _letters(said) == _letters(bare) and self._stops.isdisjoint(ids):
+                        yield tuple(ids)
 
     def _ids(self, text: str, starts: bool = False) -> list[int]:
         """Tokens of a text; `starts` puts in front what the tokenizer puts in front of every text."""
@@ -176,6 +209,17 @@ def _continued(item: Item) -> str:
         return item.question
     shown = [f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in item.examples]
     return "".join([*shown, f"Question: {item.question}\nAnswer:"])
+
+
+def _is_one_word(text: str, answer: str) -> bool:
+    """Whether a text and what follows it at once would be read as one word or number."""
+    return all(character.isascii() and character.isalnum() for character in (text[-1:], answer.lstrip()[:1]))
+
+
+def _letters(text: str) -> str:
+    """What is left of a text that tokenizers change: they may fold case, accents, and spaces."""
+    folded = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(letter for letter in folded if not letter.isspace() and not unicodedata.combining(letter))
 
 
 def with_spellings(question: Question, spellings: Sequence[Sequence[int]]) -> Question:

@@ -17,6 +17,7 @@ from accullm_cli.places import artifact_paths
 from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.report.zoo import write_zoo_junit, write_zoo_page, write_zoo_summary
 from accullm_cli.run import locked_output
+from accullm_cli.stages.checks import check_result_file
 from accullm_cli.stages.estimate import Estimated
 from accullm_cli.zoo.file import Entry, Zoo
 
@@ -85,8 +86,10 @@ def convert_zoo(
     A model that fails is a row; the others go on. Every conversion has its run directory: the same call resumes.
 
     Raises:
-        AccullmError: another process is at work on the same zoo, or its page cannot be written.
+        AccullmError: another process is at work on the same zoo, or its page, or a file of results, cannot be written.
     """
+    check_result_file("--junit", junit)
+    check_result_file("--summary", summary)
     results: dict[str, ModelResult] = {}
     with locked_output(zoo.out):
         for result in convert(zoo.entries, progress):

@@ -160,6 +160,48 @@ def test_where_torch_is_there_already_the_environment_is_left_alone(monkeypatch)
     assert "OMP_WAIT_POLICY" not in os.environ
 
 
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_few_compiled_products_are_kept_unless_the_user_or_a_torch_that_is_there_says_otherwise(is_loaded, monkeypatch):
+    first, second = cli.PROGRAMS
+    monkeypatch.setenv(first, "7")
+    monkeypatch.setenv(second, "")
+    monkeypatch.delenv(second)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    if is_loaded:
+        monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    cli.keep_few_compiled_products()
+    assert (os.environ[first], os.environ.get(second)) == ("7", None if is_loaded else "32")
+
+
+def test_what_a_command_says_of_compiled_products_reaches_onednn():
+    """Products of 200 shapes leave much less memory than where all of their programs are kept."""
+    program = (
+        "import sys\n"
+        "from accullm_cli import cli\n"
+        "cli.keep_few_compiled_products()\n"
+        "import torch\n"
+        "from accullm_cli.run import peak_memory\n"
+        "from accullm_cli.stages.precision import products\n"
+        "weight, before = torch.randn(64, 64), 0\n"
+        "with torch.no_grad(), products('float32'):\n"
+        "    for tokens in range(300, 500):\n"
+        "        torch.nn.functional.linear(torch.randn(tokens, 64), weight)\n"
+        "        before = before or peak_memory()\n"
+        "print(peak_memory() - before)\n"
+    )
+    found = []
+    for kept in (None, "1024"):
+        environment = {name: value for name, value in os.environ.items() if name not in cli.PROGRAMS}
+        environment |= {"PYTHONPATH": str(ROOT)} | (dict.fromkeys(cli.PROGRAMS, kept) if kept else {})
+        ended = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+        )
+        found.append(int(ended.stdout))
+    if found[1] < 50_000_000:
+        pytest.skip("torch compiles no products of float32 matrices here")
+    assert found[0] < found[1] / 2, found
+
+
 def test_threads_of_the_commands_that_only_ask_keep_to_the_quota(monkeypatch):
     monkeypatch.setattr(cli, "usable_cores", lambda: 3)
     monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))

@@ -261,6 +261,20 @@ def test_options_that_make_no_sense(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flag", ["--junit", "--summary"])
+def test_results_that_could_not_be_written_in_the_end(
+    flag: str, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    call = ("--out", tmp_path / "out", *SMALL, flag)
+    line = f"error: {flag} {tmp_path}: is a directory; give a file\n"
+    assert refusal(capfd, whole, *call, tmp_path) == (2, line)
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "deeper" / "results"
+    line = f"error: {flag} {path}: cannot be written in {tmp_path / 'file'}; give a file in a directory of yours\n"
+    assert refusal(capfd, whole, *call, path) == (2, line)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
 def test_outliers_in_a_format_that_has_none(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     flags = ["--format", "compressed-tensors", "--outliers", "5%"]
     code, err = refusal(capfd, whole, "--out", tmp_path / "out", *SMALL, *flags)

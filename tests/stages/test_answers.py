@@ -192,7 +192,7 @@ def test_an_interrupted_call_goes_on_behind_the_last_portion(
     with opened(config) as job:
         run_alone(job, original_answers(JUDGED))
         resumed = load_answers(job, JUDGED, None)
-    assert sum(ran) == ITEMS
+    assert sum(ran) == 2 * ITEMS  # the answer behind a space, and at once
     assert not list((tmp_path / "out.run/tasks").glob("*step*"))
     monkeypatch.setattr(module, "PORTION", 8192)
     with opened(asking(copier, tmp_path / "whole")) as job:
@@ -226,11 +226,44 @@ def test_the_same_items_under_another_name_are_others(copier: Path, tmp_path: Pa
     assert outcome.reason == Reason("input changed", "judged items")
 
 
+def test_what_blocks_are_passed_for_the_lengths_of_one_portion_alone_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Masks and rotary positions of every length of all items would add up."""
+    source = make_checkpoint("gemma3", tmp_path / "model")
+    rows = [{"prompt": "x" * length + "=", "answer": "y"} for length in range(10, 30)]
+    (tmp_path / "copy.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(module, "PORTION", 100)
+    kept: list[int] = []
+    decoders = []
+    by_blocks = module.by_blocks
+
+    def seen(decoder):  # type: ignore[no-untyped-def]
+        decoders.append(decoder)
+        return by_blocks(decoder)
+
+    monkeypatch.setattr(module, "by_blocks", seen)
+
+    def count(event: Event) -> None:
+        if event.kind == "step" and decoders:
+            kept.append(len(decoders[0]._calls))
+
+    with opened(asking(source, tmp_path / "out"), count) as job:
+        run_alone(job, original_answers(JUDGED))
+    assert len(kept) >= 10
+    assert 1 <= max(kept) <= 5
+
+
 def test_items_longer_than_the_model_are_refused_before_any_work(tmp_path: Path) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
     config = fast_config(source, tmp_path / "out", validation__tasks="retrieval:500")
     line = refusal(lambda: convert(config))
-    assert line.startswith("--tasks: task retrieval:500, ")
+    assert line == (
+        "--tasks: task retrieval:500 takes some 500 tokens, and the model has 256 positions; give fewer tokens"
+    )
+    config = fast_config(source, tmp_path / "out", validation__tasks="words:easy")
+    line = refusal(lambda: convert(config))
+    assert line.startswith("--tasks: task words:easy, ")
     assert line.endswith(" tokens, and the model has 256 positions; give an easier level, or fewer tokens")
     assert not (tmp_path / "out.run").exists()
 
@@ -276,8 +309,7 @@ def test_a_context_of_sixteen_tokens_too_few_is_named_by_the_item(copier: Path, 
     write_items(tmp_path / "copy.jsonl", 3)
     config = asking(small, tmp_path / "out", calibration__seq_len=16)
     assert refusal(lambda: convert(config)) == (
-        "--tasks: task copy, line 1 takes 18 tokens, and the model has 16 positions; "
-        "give an easier level, or fewer tokens"
+        "--tasks: task copy, line 1 takes 18 tokens, and the model has 16 positions; give shorter prompts"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.tasks import FAMILIES, Task, draw, parse_tasks
+from accullm_cli.tasks import FAMILIES, Task, draw, family_of, is_right, parse_tasks, repetitions
 from accullm_cli.tasks.own import own_items
 
 
@@ -41,6 +41,11 @@ def test_names_levels_and_sizes() -> None:
         ("sql:8000", "'8000' is no level of sql; give easy, medium, hard"),
         ("retrieval:far", "'far' is no level of retrieval; give easy, medium, hard or a number of tokens"),
         ("retrieval:5", "5 tokens are too few for retrieval; give 100 or more"),
+        ("retrieval:1000001", "1000001 tokens are too many for retrieval; give 1,000,000 at most"),
+        (
+            f"retrieval:{'9' * 5000}",
+            f"'{'9' * 5000}' is no level of retrieval; give easy, medium, hard or a number of tokens",
+        ),
         ("sql,code,sql", "sql is given twice; give it once, or rename a file"),
         ("default,sql", "sql is given twice; give it once, or rename a file"),
     ],
@@ -97,6 +102,8 @@ HINT = "give one object a line with prompt (or messages) and answer"
         ("[1]", "is no object"),
         ({"answer": "x"}, "has neither prompt nor messages"),
         ({"prompt": "a", "messages": [], "answer": "x"}, "has both prompt and messages"),
+        ('{"prompt": "a\\ud83d", "answer": "x"}', "not JSON (\\ud83d is half of a character)"),
+        ('{"prompt": "a", "answer": ["x", "\\uDC00"]}', "not JSON (\\udc00 is half of a character)"),
         ({"prompt": "a"}, "its answer is no text, and no list of texts"),
         ({"prompt": "a", "answer": []}, "its answer is no text, and no list of texts"),
         ({"prompt": "a", "answer": ["x", 1]}, "its answer is no text, and no list of texts"),
@@ -134,6 +141,38 @@ def test_a_file_without_items_and_one_that_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(AccullmError) as error:
         own_items("mine", path)
     assert error.value.line().startswith(f"{path}: cannot be read ('utf-8' codec can't decode byte 0xff")
+
+
+def test_a_line_that_repeats_another_is_left_out_and_told(tmp_path: Path) -> None:
+    """It would count twice in every interval, and be in a search and in what judges it."""
+    rows = [{"prompt": "a", "answer": ["b", "c"]}, {"prompt": "a", "answer": "d"}, {"prompt": "e", "answer": "f"}]
+    path = own(tmp_path, *rows, {"prompt": "a", "answer": ["c", "b"]})
+    assert [item.kind for item in own_items("mine", path)] == ["line 1", "line 2", "line 3"]
+    told = "1 of the lines of mine.jsonl asks what an earlier one does, and is left out"
+    assert repetitions(parse_tasks(f"sql,{path}")) == (told,)
+    path = own(tmp_path, *rows, *rows)
+    told = "3 of the lines of mine.jsonl ask what an earlier one does, and are left out"
+    assert repetitions(parse_tasks(str(path))) == (told,)
+    assert repetitions(parse_tasks(str(own(tmp_path, *rows)))) == ()
+
+
+def test_a_file_that_cannot_serve_a_search_and_what_judges_it(tmp_path: Path) -> None:
+    path = own(tmp_path, *[{"prompt": "a", "answer": "b"}] * 2)
+    with pytest.raises(AccullmError) as error:
+        draw(parse_tasks(str(path)), 1, 0, "judged", shared=True)
+    assert error.value.line() == (
+        f"{path}: holds one item, and a search needs others than those that its choice is judged on; give two or more, "
+        "or leave out --golden"
+    )
+
+
+def test_a_users_file_is_its_own_task_whatever_it_is_called(tmp_path: Path) -> None:
+    """Not one whose statements may be right in other words."""
+    path = own(tmp_path, {"prompt": "a", "answer": "SELECT a"}).rename(tmp_path / "sql.jsonl")
+    (item,) = draw(parse_tasks(str(path)), 1, 0, "judged")
+    assert family_of(item) is None
+    assert is_right(item, " SELECT a\n")
+    assert not is_right(item, "select a")
 
 
 def test_items_of_a_search_are_never_those_that_are_judged() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,79 @@ def test_without_a_template_examples_show_the_form(tmp_path: Path) -> None:
     assert texts(prompter, prompter.question(ITEM)) == (prompt, [" 3."])
 
 
-@pytest.mark.parametrize(("prompt", "row"), [("Say 3", " 3"), ("Say ", "3"), ("Say\n", "3")])
-def test_a_users_prompt_is_continued_as_it_stands(prompt: str, row: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "answer", "rows"),
+    [
+        ("Say 3", "3", [" 3"]),
+        ("Say ", "3", ["3"]),
+        ("Say\n", "3", ["3"]),
+        ("Say 3", " 3\n", [" 3"]),
+        # Nothing has to stand between what is not read as one word.
+        ("1+2=", "3", [" 3", "3"]),
+        ("首都は", "東京", [" 東京", "東京"]),
+        # Spaces that a user puts in front of an answer count where a text goes on with them, and nowhere else.
+        ("def f():\n", "    pass\n", ["pass", "    pass"]),
+        ("def f():", "\n    pass", [" pass", "pass", "\n    pass"]),
+    ],
+)
+def test_a_users_prompt_is_continued_as_it_stands(prompt: str, answer: str, rows: list[str], tmp_path: Path) -> None:
     prompter = Prompter(make_tokenizer(), tmp_path)
-    item = Item("mine", "", "line 1", prompt, "3", completion=True)
-    assert texts(prompter, prompter.question(item)) == (prompt, [row])
+    item = Item("mine", "", "line 1", prompt, answer, completion=True)
+    assert texts(prompter, prompter.question(item)) == (prompt, rows)
+
+
+def refusal(tokenizer: PreTrainedTokenizerFast, item: Item, tmp_path: Path) -> str:
+    with pytest.raises(AccullmError) as error:
+        Prompter(tokenizer, tmp_path).question(item)
+    return error.value.line()
+
+
+def test_an_answer_that_a_model_cannot_say_is_none(tmp_path: Path) -> None:
+    """Letters without a token, dropped or as an unknown one; an end of the model's within it."""
+    for unknown in (None, "<unk>"):
+        letters = {letter: number for number, letter in enumerate("\n ab|")}
+        tokenizer = Tokenizer(models.BPE(vocab=letters | {"<unk>": 5}, merges=[], unk_token=unknown))
+        tokenizer.decoder = decoders.Fuse()
+        few = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+        item = Item("mine", "", "line 1", "a|", "aéb", completion=True)
+        where = "task mine, line 1: "
+        assert refusal(few, item, tmp_path) == f"{where}no tokens spell its answer 'aéb'; give another answer"
+        known = Prompter(few, tmp_path).question(replace(item, also=("ab",)))
+        assert [few.decode(row) for row in known.spellings] == [" ab", "ab"]
+        assert refusal(few, replace(item, answer="ab</s>"), tmp_path) == (
+            f"{where}no tokens spell its answer 'ab</s>'; give another answer"
+        )
+
+
+def test_a_prompt_of_no_tokens_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"\n": 0, "a": 1}, merges=[]))
+    few = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    item = Item("mine", "", "line 1", "éé", "a", completion=True)
+    assert refusal(few, item, tmp_path) == "task mine, line 1: its prompt has no tokens; give another prompt"
+
+
+def test_a_model_without_an_end_is_refused_and_one_that_it_cannot_say_is_none(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "?": 1, "|": 2}, merges=[]))
+    few = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    with pytest.raises(AccullmError) as error:
+        _ = Prompter(few, tmp_path).ends
+    assert error.value.line() == (
+        f"{tmp_path}: neither the model nor its tokenizer names a token that ends an answer; give eos_token_id in "
+        "generation_config.json"
+    )
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 3]}))
+    assert Prompter(few, tmp_path).ends == (3,)
+    assert Prompter(few, tmp_path, rows=4).ends == (3,)
+    with pytest.raises(AccullmError, match="names a token that ends an answer"):
+        _ = Prompter(few, tmp_path, rows=3).ends
+
+
+def test_a_turns_end_counts_that_is_an_added_token_but_no_special_one(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<stop>"])
+    tokenizer.chat_template = TEMPLATE
+    stop = tokenizer.convert_tokens_to_ids("<stop>")
+    assert Prompter(tokenizer, tmp_path).ends == tuple(sorted([tokenizer.eos_token_id, stop]))
 
 
 def test_where_tokenization_allows_two_spellings_both_are_right(tmp_path: Path) -> None:
