@@ -346,13 +346,13 @@ def test_what_fits_has_no_objection() -> None:
             linear(out_features=100),
             "gptq holds linears whose input features are a multiple of 32 and whose output features one of 32, and p "
             "has 1536 and 100",
-            "keep it in 16 bits (--keep 'p'), or export to the format accullm",
+            "export to the format accullm",
         ),
         (
             linear(in_features=1528, group_size=-1),
             "gptq holds linears whose input features are a multiple of 32 and whose output features one of 32, and p "
             "has 1528 and 96",
-            "keep it in 16 bits (--keep 'p'), or export to the format accullm",
+            "export to the format accullm",
         ),
         (
             linear(outlier_index=(1, 2)),
@@ -368,6 +368,19 @@ def test_what_fits_has_no_objection() -> None:
 )
 def test_what_does_not_fit(row: LinearPlan, what: str, hint: str) -> None:
     assert objections(row) == [Objection(what, hint)]
+
+
+def test_shapes_that_do_not_fit_are_to_be_kept_with_their_partners() -> None:
+    rows = [linear(f"layers.{layer}.{last}") for layer in range(2) for last in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    rows = [dataclasses.replace(row, out_features=100 if "k_proj" in row.name else 96) for row in rows]
+    assert objections(*rows) == [
+        Objection(
+            "gptq holds linears whose input features are a multiple of 32 and whose output features one of 32, and "
+            "layers.0.k_proj has 1536 and 100 (and 1 more)",
+            "keep them in 16 bits (--keep '*.q_proj' --keep '*.k_proj' --keep '*.v_proj'), or export to the format "
+            "accullm",
+        )
+    ]
 
 
 def test_partners_that_vllm_fuses_need_one_scheme() -> None:
