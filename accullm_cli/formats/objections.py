@@ -145,12 +145,14 @@ def _encoding_hint(name: str, found: list[LinearPlan], rows: list[LinearPlan], k
     if fitting and not any(first.group_size in way.group_sizes for way in fitting):
         return f"leave out --group-size{another}"
     if fitting:
-        return f"use {' '.join(f'--encodings {way.encoding}' for way in fitting)}{another}"
+        # The others of its width keep the encoding that these cannot have.
+        names = [*([first.encoding] if len(found) < len(rows) else []), *(way.encoding for way in fitting)]
+        return f"use {' '.join(f'--encodings {encoding}' for encoding in names)}{another}"
     widths = _usable_widths(format, found, kinds)
     flag = "--embedding-bits" if kinds[first.name] == "embedding" else "--bits"
-    if widths:
-        return f"use {_flags(flag, widths)}{another}"
-    return (_keeping(format, found, rows) + another).removeprefix(", or ")
+    use = f"use {_flags(flag, widths)}" if widths else ""
+    keep = _keeping(format, found, rows) if flag == "--bits" else ""
+    return ", or ".join(filter(None, (use, keep, another.removeprefix(", or "))))
 
 
 def _keeping(format: Capabilities, found: list[LinearPlan], rows: list[LinearPlan]) -> str:

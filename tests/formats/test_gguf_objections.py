@@ -99,3 +99,33 @@ def test_an_average_that_cannot_be_had_names_the_format(narrow: Path, tmp_path: 
         "give more"
     )
     planned(narrow, tmp_path / "out", **{**settings, "plan__bits": 4.5})
+
+
+def test_rows_of_several_lengths(tmp_path: Path) -> None:
+    """Those that 256 does not divide take another width, another encoding, or stay as they are."""
+    model = saved(tmp_path / "model", hidden_size=256, head_dim=64, intermediate_size=320, num_hidden_layers=1)
+    what = "--format gguf: model.layers.0.mlp.down_proj has 320 input features, which are no multiple of"
+    assert refusal(model, tmp_path / "out", plan__bits=6) == (
+        f"{what} Q6_K's blocks of 256; use --bits 4, 5 or 8, or keep it in 16 bits (--keep '*.down_proj'), or export "
+        "to the format accullm"
+    )
+    planned(model, tmp_path / "out", plan__bits=6, plan__keep="['*.down_proj']")
+    assert refusal(model, tmp_path / "out", plan__bits=4, plan__encodings="[Q4_K]") == (
+        f"{what} Q4_K's blocks of 256; use --encodings Q4_K --encodings IQ4_NL --encodings Q4_0 --encodings Q4_1, or "
+        "export to the format accullm"
+    )
+    planned(model, tmp_path / "out", plan__bits=4, plan__encodings="[Q4_K, IQ4_NL, Q4_0, Q4_1]")
+
+
+def test_zero_points_that_were_asked_for(narrow: Path, tmp_path: Path) -> None:
+    assert refusal(narrow, tmp_path / "out", plan__bits=4, plan__symmetric="false", plan__embedding_bits=4) == (
+        f"--format gguf: {FIRST} has 64 input features, which are no multiple of Q4_K's blocks of 256 (and 13 more); "
+        "use --encodings IQ4_NL --encodings Q4_0 --encodings Q4_1, or export to the format accullm"
+    )
+    planned(
+        narrow,
+        tmp_path / "out",
+        plan__bits=4,
+        plan__symmetric="false",
+        plan__encodings="[IQ4_NL, Q4_0, Q4_1]",
+    )
