@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from accullm_cli.model.structure import Structure
 
+# What most architectures call the parts of an expert that checkpoints of Mixtral number.
+PARTS_OF_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
 
 def placed_plan(
     artifact: StoredArtifact, model: PreTrainedModel, structure: Structure
@@ -40,7 +43,8 @@ def placed_plan(
         names |= expert_names(model, block, own)
     stored_as: dict[str, tuple[str, ...]] = {}
     for name in (*slots, *outer):
-        ways = ((name,), names.get(name, (name,)))
+        parts = names.get(name, (name,))
+        ways = ((name,), parts, tuple(map(_in_words, parts)))
         if (way := next((way for way in ways if all(part in quantized for part in way)), None)) is not None:
             stored_as[name] = way
     left = sorted(quantized.keys() - {part for parts in stored_as.values() for part in parts})
@@ -62,6 +66,12 @@ def placed_plan(
     embeddings = {name: row for name, row in rows.items() if name in outer}
     linears |= kept_rows(artifact, structure, {name: parts[0] for name, parts in stored_as.items()}, linears.keys())
     return Plan(linears, artifact.plan.scale_dtype, embeddings), stored_as
+
+
+def _in_words(name: str) -> str:
+    """What llm-compressor calls a part of an expert that checkpoints of Mixtral number."""
+    owner, _, last = name.rpartition(".")
+    return f"{owner}.{PARTS_OF_EXPERTS.get(last, last)}"
 
 
 def with_kept_linears(artifact: StoredArtifact) -> StoredArtifact:
