@@ -259,13 +259,14 @@ def write(format: str, directory: Path, made: Made) -> Path:
 
 def assert_reads_back(format: str, directory: Path, made: Made, foreign: bool) -> None:
     """All that was written is read, bit for bit; `foreign` as of another tool, without the manifest."""
-    plans = dict(made.parts.plan.linears)
     if foreign:
         (directory / "accullm.json").unlink()
-        plans = {name: plans[name] for name in made.linears}
     assert artifact_format(directory) == format
-    opened = open_artifact(directory)
-    assert dict(opened.plan.linears) == plans
+    opened, plan = open_artifact(directory), made.parts.plan
+    assert opened.plan.quantized == plan.quantized
+    assert {name: row.bits for name, row in opened.plan.linears.items()} == {
+        name: row.bits for name, row in plan.linears.items()
+    }
     for name, linear in made.linears.items():
         assert torch.equal(opened.linear(name).dequantize(), linear.dequantize()), name
     for name, row in made.parts.plan.linears.items():
@@ -297,6 +298,12 @@ def edit_config(directory: Path, **changes: object) -> None:
     changed = {**config["quantization_config"], **changes}
     config["quantization_config"] = {key: value for key, value in changed.items() if value is not None}
     (directory / "config.json").write_text(json.dumps(config))
+
+
+def write_quantization(directory: Path, **described: object) -> None:
+    """Write another quantization_config."""
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": described}))
 
 
 def expert_objections(format: str, *rows: LinearPlan, named: bool = True) -> list[Objection]:

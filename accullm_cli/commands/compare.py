@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats import artifact_format, open_artifact
+from accullm_cli.formats import artifact_format, open_artifact, refuse_unknown_quantization
 from accullm_cli.formats.shards import TensorFiles
 from accullm_cli.formats.stored import StoredArtifact
 from accullm_cli.measure.result import Estimate
@@ -112,6 +112,7 @@ def compare(a: Path, b: Path, max_mean_kl: float | None = None) -> Comparison:
 
 def _open(path: Path) -> StoredArtifact | TensorFiles:
     if path.is_dir() and artifact_format(path) is None:
+        refuse_unknown_quantization(path)
         return TensorFiles.open(path, of_artifact=False)
     return open_artifact(path)
 

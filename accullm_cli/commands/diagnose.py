@@ -102,7 +102,7 @@ def diagnose(
         manifest = open_artifact(place).manifest
         provenance = {} if manifest is None else manifest.provenance
         source = open_source(original or named_original(artifact, provenance), Path(cache), progress)
-        if manifest is not None and provenance.get("source_sha256") != source.sha256:
+        if provenance.get("source_sha256", source.sha256) != source.sha256:  # of a GGUF file nobody knows
             raise _other_model(artifact, source.origin)
         tokenizer = load_tokenizer(source.directory)
         text = validation_windows("default", tokenizer, windows, seq_len, seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats import artifact_format, artifact_in, open_artifact
+from accullm_cli.formats import artifact_format, artifact_in, open_artifact, refuse_unknown_quantization
 from accullm_cli.formats.adapters import FOLDER
 from accullm_cli.formats.manifest import flat_facts
 from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json
@@ -124,6 +124,7 @@ def inspect(path: Path) -> Inspection:
     if not path.is_dir() and artifact_format(path) is None:
         raise AccullmError("no such directory", path, "give the directory of an artifact or a model")
     if artifact_format(path) is None:
+        refuse_unknown_quantization(path)
         return _inspect_checkpoint(path)
     found, file = _inspect_artifact(open_artifact(path)), artifact_in(path)
     # Of a file by itself, what it is opened in is no concern of anybody.

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # The format whose shards are those that quantize writes.
 NATIVE = next(iter(CAPABILITIES))
 
+# Where tools that leave config.json as it was say how they quantized.
+_BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
 
 class _Formats(Mapping[str, "Format"]):
     """The formats by name, each imported when it is asked for: the names alone need no torch.
@@ -107,13 +110,42 @@ def open_artifact(path: Path) -> StoredArtifact:
         raise AccullmError("no such directory", path, "give the directory of an artifact")
     format = artifact_format(path)
     if format is None:
+        refuse_unknown_quantization(path)
         raise AccullmError(
             f"not an artifact of a known format ({', '.join(CAPABILITIES)})",
             path,
             "make one with: accullm convert MODEL",
         )
     artifact: StoredArtifact = FORMATS[format].open(path)  # type: ignore[assignment]
-    return artifact
+    if artifact.manifest is not None:
+        return artifact
+    from accullm_cli.formats.placing import with_kept_linears
+
+    return with_kept_linears(artifact)
+
+
+def refuse_unknown_quantization(path: Path) -> None:
+    """Refuse a directory whose weights were quantized in a way that no format here reads.
+
+    Raises:
+        AccullmError: says by what it was quantized.
+    """
+    from accullm_cli.formats.shards import read_json
+
+    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    described = config.get("quantization_config") or config.get("compression_config")
+    beside = next((name for name in _BESIDE if (path / name).exists()), None)
+    if not described and beside is None:
+        return
+    method = described.get("quant_method", "unknown") if isinstance(described, Mapping) else "unknown"
+    told = f"quant_method {method}" if described else f"as {beside} says"
+    if packing := described.get("packing_format") if isinstance(described, Mapping) else None:
+        told += f", {packing}"
+    raise AccullmError(
+        f"the weights are quantized ({told}) in none of the formats that are read ({', '.join(CAPABILITIES)})",
+        path,
+        "give an artifact of one of these, or the original checkpoint",
+    )
 
 
 def _open_file(path: Path) -> StoredArtifact:

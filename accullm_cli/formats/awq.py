@@ -22,6 +22,7 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.assemble import assemble, placing, refuse
 from accullm_cli.formats.base import Parts
+from accullm_cli.formats.capabilities import quantization_of
 from accullm_cli.formats.earlier_keys import with_earlier_keys
 from accullm_cli.formats.manifest import manifest_of
 from accullm_cli.formats.shards import TensorFiles, read_json
@@ -163,8 +164,7 @@ def linear_schema(row: LinearPlan) -> dict[str, TensorSchema]:
 
 
 def _check_version(path: Path) -> None:
-    config = read_json(path).get("quantization_config")
-    config = config if isinstance(config, dict) else {}
+    config = quantization_of(read_json(path))
     version = config.get("version") or config.get("format") or "gemm"
     if str(version).lower() != "gemm":
         raise AccullmError(f"is AWQ in version {version}, of which only gemm is supported", path)

@@ -170,8 +170,8 @@ class Capabilities:
         """Whether a config.json is that of an artifact of this format, whose name is given."""
         if self.config_key:
             return isinstance(config.get(self.config_key), dict)
-        described = config.get("quantization_config")
-        if not isinstance(described, dict) or described.get("quant_method") != (self.quant_method or name):
+        described = quantization_of(config)
+        if described.get("quant_method") != (self.quant_method or name):
             return False
         found = described.get("checkpoint_format", described.get("format"))
         return self.checkpoint_format in ("", found)
@@ -230,6 +230,25 @@ class Capabilities:
                 if last in names:
                     found.setdefault((parameter, *names), []).append(name)
         return tuple(tuple(names) for names in found.values() if len(names) > 1)
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The quantization_config of a config.json; empty where there is none.
+
+    AutoRound by itself stores integers as GPTQ or AWQ lays them out, under a quant_method of its own. Here it has that
+    of the layout.
+    """
+    found = config.get("quantization_config")
+    found = found if isinstance(found, dict) else {}
+    if found.get("quant_method") not in ("auto-round", "intel/auto-round"):
+        return found
+    packing = str(found.get("packing_format", found.get("backend", "")))
+    if found.get("data_type", "int") != "int" or found.get("act_bits", 16) != 16 or "auto_round" not in packing:
+        return found
+    if "awq" in packing:
+        return {**found, "quant_method": "awq", "version": "gemm"}
+    less_one = "gptq" in packing and "gptqmodel" not in packing  # what of zero points is stored
+    return {**found, "quant_method": "gptq", "checkpoint_format": "gptq" if less_one else "gptq_v2"}
 
 
 _ALL_WIDTHS = (2, 3, 4, 5, 6, 7, 8)

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 StoredAs = Mapping[str, tuple[str, ...]]
 # In the name of an expert, what stands before its number, as readers look for it.
 _EXPERT = re.compile(r"\.experts\.\d+\.|\.experts\.\w+\.\d+$")
+# What llm-compressor writes of Mixtral, and transformers loads with experts at random.
+_UNKNOWN_EXPERT = re.compile(r"\.block_sparse_moe\.experts\.\d+\.\w+_proj$")
 
 
 class CompressedTensorsFormat:
@@ -139,6 +141,9 @@ class CompressedTensorsArtifact(StoredArtifact):
     def readings(self) -> tuple[Reading, ...]:
         """See `StoredArtifact.readings`. Other tools do not write the key by which transformers reads zero points."""
         found = super().readings
+        if self.manifest is None and any(map(_UNKNOWN_EXPERT.search, self.plan.quantized)):
+            why = "its experts have other names than in checkpoints of the model, under which readers do not find them"
+            return tuple(replace(each, obstacle=each.obstacle or why) for each in found)
         if self._dequantizes or not _needs_dequantizing(self.plan, self.kinds):
             return found
         why = 'its config.json does not say "dequantize": true, without which zero points and embeddings are not read'

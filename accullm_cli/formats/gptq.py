@@ -6,7 +6,8 @@ For a linear P with weight [N, K], b bits and group size g; value = (code - zero
 - P.qzeros int32 [K/g, N*b/32]: zero points packed along N, each less one in version 1, and as they are in version 2 (a
   format of its own here; checkpoint_format says which). So version 1 has no zero point of 0: of 2**b - 1, which some
   writers store for it, some readers make 0 and others 2**b.
-- P.scales float16 [K/g, N]; P.g_idx int32 [K]: the group of each input feature.
+- P.scales float16 [K/g, N]; P.g_idx int32 [K]: the group of each input feature. Some writers leave it out where groups
+  are neighbours; and some have a last group of fewer features, where g does not divide K.
 
 Linears that differ from the rest are named in `dynamic`: "+:REGEX" with what they have, "-:REGEX" for those left as
 they are. vLLM looks for a regex that matches the name of the module that it makes of fused linears.
@@ -14,6 +15,7 @@ they are. vLLM looks for a regex that matches the name of the module that it mak
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +27,7 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.assemble import assemble, placing, refuse
 from accullm_cli.formats.base import Parts
-from accullm_cli.formats.capabilities import CAPABILITIES
+from accullm_cli.formats.capabilities import CAPABILITIES, WHOLE_ROWS, quantization_of
 from accullm_cli.formats.earlier_keys import with_earlier_keys
 from accullm_cli.formats.manifest import Manifest, manifest_of
 from accullm_cli.formats.shards import TensorFiles, read_json
@@ -103,7 +105,11 @@ class GptqArtifact(StoredArtifact):
     ) -> None:
         self.format = format
         self._added = added
-        super().__init__(path, plan, files, {n: linear_schema(row) for n, row in plan.quantized.items()}, manifest)
+        schema = {name: linear_schema(row) for name, row in plan.quantized.items()}
+        for name, tensors in schema.items() if manifest is None else ():
+            if f"{name}.g_idx" not in files.infos:
+                del tensors[f"{name}.g_idx"]
+        super().__init__(path, plan, files, schema, manifest)
 
     def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> StoredLinear:
         return decode(stored, self.plan.quantized[name], self._added, self.path)
@@ -216,8 +222,8 @@ def decode(tensors: Mapping[str, torch.Tensor], row: LinearPlan, added: int, whe
         bits=row.bits,
         group_size=row.group_size,
     )
-    group = tensors["g_idx"].long()
     in_order = torch.arange(row.in_features) // linear.columns_per_group
+    group = tensors.get("g_idx", in_order).long()
     if torch.equal(group, in_order):
         return linear
     order = group.argsort(stable=True)
@@ -250,8 +256,7 @@ def linear_schema(row: LinearPlan) -> dict[str, TensorSchema]:
 
 def _version(path: Path) -> object:
     """The checkpoint_format of an artifact; older tools wrote it under another key, or none."""
-    config = read_json(path / "config.json").get("quantization_config")
-    config = config if isinstance(config, dict) else {}
+    config = quantization_of(read_json(path / "config.json"))
     return config.get("checkpoint_format", config.get("format")) or FORMAT.name
 
 
@@ -263,37 +268,47 @@ def derived_plan(path: Path, files: TensorFiles, added: int) -> Plan:
     Raises:
         AccullmError: the shapes of a linear's tensors do not fit each other.
     """
+    usual = quantization_of(read_json(path / "config.json")).get("group_size")
     linears: dict[str, LinearPlan] = {}
     embeddings: dict[str, LinearPlan] = {}
     for name in files.infos:
         owner, _, suffix = name.rpartition(".")
         if suffix == "qweight":
             in_block = any(part.isdigit() for part in owner.split("."))
-            (linears if in_block else embeddings)[owner] = _derived_linear(path, files, owner, added)
+            (linears if in_block else embeddings)[owner] = _derived_linear(path, files, owner, added, usual)
     return Plan(linears, embeddings=embeddings)
 
 
-def _derived_linear(path: Path, files: TensorFiles, name: str, added: int) -> LinearPlan:
+def _derived_linear(path: Path, files: TensorFiles, name: str, added: int, usual: object) -> LinearPlan:
+    """Args: usual: the group size that config.json gives most linears."""
     shapes = {}
     for suffix, dimensions in (("qweight", 2), ("qzeros", 2), ("scales", 2), ("g_idx", 1)):
         info = files.infos.get(f"{name}.{suffix}")
+        if info is None and suffix == "g_idx":
+            continue
         if info is None:
             raise AccullmError(f"tensor {name}.{suffix} is missing", path, "copy the artifact again")
         shapes[suffix] = info.shape
         if len(info.shape) != dimensions:
             raise AccullmError(f"tensor {name}.{suffix} has shape {list(info.shape)}", info.file)
-    (words, rows), (columns,), groups = shapes["qweight"], shapes["g_idx"], shapes["scales"][0]
-    bits = next((bits for bits in WIDTHS if word_count(columns, bits) == words), None)
+    (words, rows), zero_words, groups = shapes["qweight"], shapes["qzeros"][1], shapes["scales"][0]
+    if "g_idx" in shapes:
+        (columns,) = shapes["g_idx"]
+        bits = next((bits for bits in WIDTHS if word_count(columns, bits) == words), None)
+    else:
+        bits = next((bits for bits in WIDTHS if word_count(rows, bits) == zero_words), None)
+        columns = 32 * words // (bits or 1)
     if bits is None:
         raise AccullmError(f"tensor {name}.qweight has {words} words for {columns} inputs", path)
-    if not groups or columns % groups:
+    size = _group_size(files, name, columns, groups, usual)
+    if size is None:
         raise AccullmError(f"tensor {name}.scales has {groups} groups for {columns} inputs", path)
     row = LinearPlan(
         name=name,
         out_features=rows,
         in_features=columns,
         bits=bits,
-        group_size=-1 if groups == 1 else columns // groups,
+        group_size=size,
         symmetric=False,
         encoding="integer from 1" if added else "integer",
     )
@@ -301,3 +316,15 @@ def _derived_linear(path: Path, files: TensorFiles, name: str, added: int) -> Li
         return row  # which is refused when the schema is looked at
     zeros = _zeros(files.tensor(f"{name}.qzeros"), row, added)
     return row if not bool((zeros == 2 ** (bits - 1)).all()) else replace(row, symmetric=True)
+
+
+def _group_size(files: TensorFiles, name: str, columns: int, groups: int, usual: object) -> int | None:
+    """Of so many groups; None where there is none."""
+    if groups == 1:
+        return WHOLE_ROWS
+    if f"{name}.g_idx" in files.infos:
+        # All but the last have as many features, also where they are no neighbours.
+        usual = int((files.tensor(f"{name}.g_idx") == 0).sum())
+    if isinstance(usual, int) and usual > 0 and math.ceil(columns / usual) == groups:
+        return usual
+    return columns // groups if groups and columns % groups == 0 else None

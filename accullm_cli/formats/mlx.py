@@ -31,7 +31,7 @@ from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.earlier_keys import with_earlier_keys
 from accullm_cli.formats.manifest import Manifest, manifest_of
 from accullm_cli.formats.objections import SCALE_DTYPES
-from accullm_cli.formats.placing import placed_plan
+from accullm_cli.formats.placing import PARTS_OF_EXPERTS, placed_plan
 from accullm_cli.formats.shards import TensorFiles, dtype_name, read_json, write_shard
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite, schema_bytes
 from accullm_cli.formats.words import to_octets, to_words, word_count
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 CONFIG_KEY = "quantization"
 # What mlx_lm calls the experts of a layer.
 _STACKS = "switch_mlp"
-# What it calls the parts of an expert that checkpoints of Mixtral number.
-_OTHER_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 class MlxFormat:
@@ -193,7 +191,7 @@ def place_of(name: str, kinds: Mapping[str, str], stored_as: Mapping[str, tuple[
     for expert in names:
         owner, _, rest = expert.partition(".experts.")
         number, _, last = rest.partition(".")
-        modules.append(f"{owner}.{_STACKS}.{_OTHER_NAMES.get(last, last)}")
+        modules.append(f"{owner}.{_STACKS}.{PARTS_OF_EXPERTS.get(last, last)}")
     return Place(tuple(modules), int(number))
 
 
@@ -201,7 +199,7 @@ def experts_of(module: str, count: int) -> list[str]:
     """The names in checkpoints of the experts in a stack: the inverse of `place_of`."""
     owner, _, part = module.partition(f".{_STACKS}.")
     if owner.endswith(".block_sparse_moe"):
-        part = next(other for other, own in _OTHER_NAMES.items() if own == part)
+        part = next(other for other, own in PARTS_OF_EXPERTS.items() if own == part)
     return [f"{owner}.experts.{number}.{part}" for number in range(count)]
 
 

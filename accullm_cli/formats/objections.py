@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -86,23 +87,18 @@ def _row_objections(name: str, rows: list[LinearPlan], kinds: Mapping[str, str])
         storable[row.name] = own
     found = [row for row in rows if row.bits not in storable[row.name].bits]
     if found:
-        first = found[0]
-        flag = "--embedding-bits" if kinds[first.name] == "embedding" else "--bits"
-        bits = storable[first.name].bits
-        another = _or_another(name, lambda other: first.bits in other.bits)
-        yield Objection(
-            f"{name} holds {_widths(bits)} bits, and {first.name} has {first.bits}{_more(found)}",
-            f"use {_flags(flag, bits)}{another}",
-        )
+        yield _width_objection(name, found, kinds, storable[found[0].name])
     others = [row for row in rows if row not in found and storable[row.name].holds_scales(row)]
     reasons = [(row, reason) for row in others if (reason := ENCODINGS[row.encoding].problem(row))]
     for row, reason in reasons[:1]:
-        yield Objection(f"{row.name} {reason}{_more(reasons)}", "use another --group-size")
+        yield Objection(
+            f"{row.name} {reason}{_more(reasons)}", _encoding_hint(name, [row for row, _ in reasons], rows, kinds)
+        )
     if reasons:
         return
     found = [row for row in rows if not storable[row.name].holds_shape(row.out_features, row.in_features)]
     if found:
-        yield _shape_objection(name, found, storable[found[0].name])
+        yield _shape_objection(name, found, rows, storable[found[0].name])
     found = [row for row in rows if not storable[row.name].holds_group_size(row.group_size, row.in_features)]
     if found:
         yield _group_objection(name, found, rows, storable[found[0].name])
@@ -124,7 +120,71 @@ def _row_objections(name: str, rows: list[LinearPlan], kinds: Mapping[str, str])
         )
 
 
-def _shape_objection(name: str, found: list[LinearPlan], storable: Storable) -> Objection:
+def _width_objection(name: str, found: list[LinearPlan], kinds: Mapping[str, str], storable: Storable) -> Objection:
+    """To a width that the encoding of a linear has not, or no encoding of the format."""
+    first, format = found[0], CAPABILITIES[name]
+    flag = "--embedding-bits" if kinds[first.name] == "embedding" else "--bits"
+    held = sorted({bits for way in format.storables(kinds[first.name]) for bits in way.bits})
+    if first.bits in held:
+        what, hint = f"{storable.encoding} of {name} has {_widths(storable.bits)} bits", "leave out --encodings"
+    else:
+        widths = _usable_widths(format, found, kinds)
+        what, hint = f"{name} holds {_widths(held)} bits", f"use {_flags(flag, widths)}" if widths else ""
+    another = _or_another(name, lambda other: first.bits in other.bits)
+    return Objection(f"{what}, and {first.name} has {first.bits}{_more(found)}", (hint + another).removeprefix(", or "))
+
+
+def _encoding_hint(name: str, found: list[LinearPlan], rows: list[LinearPlan], kinds: Mapping[str, str]) -> str:
+    """What to do where the encoding of some linears says that it cannot hold them."""
+    first, format = found[0], CAPABILITIES[name]
+    ways = [way for way in format.storables(kinds[first.name]) if first.bits in way.bits]
+    if not any(way.group_sizes for way in ways):
+        return "use another --group-size"
+    fitting = [way for way in ways if all(_fits(way, row, row.bits) for row in found)]
+    another = _or_another(name, lambda other: first.bits in other.bits)
+    if fitting and not any(first.group_size in way.group_sizes for way in fitting):
+        return f"leave out --group-size{another}"
+    if fitting:
+        # The others of its width keep the encoding that these cannot have.
+        names = [*([first.encoding] if len(found) < len(rows) else []), *(way.encoding for way in fitting)]
+        return f"use {' '.join(f'--encodings {encoding}' for encoding in names)}{another}"
+    widths = _usable_widths(format, found, kinds)
+    flag = "--embedding-bits" if kinds[first.name] == "embedding" else "--bits"
+    use = f"use {_flags(flag, widths)}" if widths else ""
+    keep = _keeping(format, found, rows) if flag == "--bits" else ""
+    return ", or ".join(filter(None, (use, keep, another.removeprefix(", or "))))
+
+
+def _keeping(format: Capabilities, found: list[LinearPlan], rows: list[LinearPlan]) -> str:
+    """How to keep some linears in 16 bits, and the others that must be like them; "" where that leaves none."""
+    lasts = {row.name.rpartition(".")[2] for row in found}
+    lasts |= {last for names in format.fused if lasts & {*names} for last in names}
+    kept = dict.fromkeys(last for row in rows if (last := row.name.rpartition(".")[2]) in lasts)
+    if len(kept) == len({row.name.rpartition(".")[2] for row in rows}):
+        return ""
+    patterns = " ".join(f"--keep '*.{last}'" for last in kept)
+    return f"keep {'them' if len(found) > 1 else 'it'} in 16 bits ({patterns})"
+
+
+def _usable_widths(format: Capabilities, rows: list[LinearPlan], kinds: Mapping[str, str]) -> list[int]:
+    """The widths that a format holds each of some linears in, in one encoding or another."""
+    ways = [format.storables(kinds[row.name]) for row in rows]
+    held = sorted({bits for way in ways[0] for bits in way.bits})
+    return [
+        bits
+        for bits in held
+        if all(any(_fits(way, row, bits) for way in own) for row, own in zip(rows, ways, strict=True))
+    ]
+
+
+def _fits(way: Storable, row: LinearPlan, bits: int) -> bool:
+    """Whether a linear of this many features can have so many bits in an encoding, its groups apart."""
+    sizes = way.group_sizes or (row.group_size,)
+    own = replace(row, encoding=way.encoding, bits=bits, group_size=sizes[0], symmetric=way.symmetric[0])
+    return bits in way.bits and not ENCODINGS[way.encoding].problem(own)
+
+
+def _shape_objection(name: str, found: list[LinearPlan], rows: list[LinearPlan], storable: Storable) -> Objection:
     first = found[0]
     another = _or_another(
         name, lambda other: any(entry.holds_shape(first.out_features, first.in_features) for entry in other.linears)
@@ -133,7 +193,7 @@ def _shape_objection(name: str, found: list[LinearPlan], storable: Storable) -> 
         f"{name} holds linears whose input features are a multiple of {storable.in_multiple} and whose output features "
         f"one of {storable.out_multiple}, and {first.name} has {first.in_features} and {first.out_features}"
         f"{_more(found)}",
-        f"keep it in 16 bits (--keep '{first.name}'){another}",
+        (_keeping(CAPABILITIES[name], found, rows) + another).removeprefix(", or "),
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.stored import StoredArtifact
-from accullm_cli.quant.plan import LinearPlan, Plan
+from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from accullm_cli.model.structure import Structure
+
+# What most architectures call the parts of an expert that checkpoints of Mixtral number.
+PARTS_OF_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 def placed_plan(
@@ -39,7 +43,8 @@ def placed_plan(
         names |= expert_names(model, block, own)
     stored_as: dict[str, tuple[str, ...]] = {}
     for name in (*slots, *outer):
-        ways = ((name,), names.get(name, (name,)))
+        parts = names.get(name, (name,))
+        ways = ((name,), parts, tuple(map(_in_words, parts)))
         if (way := next((way for way in ways if all(part in quantized for part in way)), None)) is not None:
             stored_as[name] = way
     left = sorted(quantized.keys() - {part for parts in stored_as.values() for part in parts})
@@ -59,7 +64,63 @@ def placed_plan(
         stored_as[place.name] = (stored,)
     linears = {name: row for name, row in rows.items() if name not in outer}
     embeddings = {name: row for name, row in rows.items() if name in outer}
+    linears |= kept_rows(artifact, structure, {name: parts[0] for name, parts in stored_as.items()}, linears.keys())
     return Plan(linears, artifact.plan.scale_dtype, embeddings), stored_as
+
+
+def _in_words(name: str) -> str:
+    """What llm-compressor calls a part of an expert that checkpoints of Mixtral number."""
+    owner, _, last = name.rpartition(".")
+    return f"{owner}.{PARTS_OF_EXPERTS.get(last, last)}"
+
+
+def with_kept_linears(artifact: StoredArtifact) -> StoredArtifact:
+    """The artifact of another tool, with the linears in its plan that this left in 16 bits, by their names there.
+
+    Nothing but the model says which matrices are linears. Where transformers does not know the model, or it is another
+    one, the plan stays as it is.
+    """
+    from accullm_cli.model.names import checkpoint_modules
+    from accullm_cli.model.skeleton import build_skeleton
+    from accullm_cli.model.structure import read_structure
+    from accullm_cli.model.supported import check_supported, read_config
+
+    path = artifact.path / "config.json"
+    quantization = ("quantization", "quantization_config")
+    try:
+        config = {key: value for key, value in read_config(path).items() if key not in quantization}
+        check_supported(config, path)
+        model = build_skeleton(artifact.path)
+        structure = read_structure(model)
+    except AccullmError:
+        return artifact
+    slots = [slot.name for own in structure.slots for slot in own]
+    names = {name: other for name, other in checkpoint_modules(model, slots).items() if name != other}
+    own = kept_rows(artifact, structure, names, artifact.plan.linears.keys())
+    rows = {names.get(name, name): replace(row, name=names.get(name, name)) for name, row in own.items()}
+    found = copy(artifact)
+    found.plan = replace(artifact.plan, linears={**artifact.plan.linears, **rows})
+    return found
+
+
+def kept_rows(
+    artifact: StoredArtifact, structure: Structure, stored_as: Mapping[str, str], quantized: Collection[str]
+) -> dict[str, LinearPlan]:
+    """The linears of a model that an artifact stores as they are, but for those of experts, by the model's names.
+
+    Args:
+        stored_as: what linears are called there, where that is not their name. quantized: those that are not.
+    """
+    rows = {}
+    for slot in (slot for own in structure.slots for slot in own if slot.kind != "expert"):
+        stored = stored_as.get(slot.name, slot.name)
+        info = artifact.files.infos.get(f"{stored}.weight")
+        if info is None or not {slot.name, stored}.isdisjoint(quantized):
+            continue
+        if sorted(info.shape) == sorted((slot.out_features, slot.in_features)):
+            sizes = slot.out_features, slot.in_features
+            rows[slot.name] = LinearPlan(slot.name, *sizes, KEPT_BITS, -1, False, (), info.torch_dtype.itemsize)
+    return rows
 
 
 def _row(artifact: StoredArtifact, name: str, parts: tuple[str, ...]) -> LinearPlan:

@@ -47,6 +47,7 @@ class Choices:
         with every group size that it has losses for.
     partners: linears that must be stored alike, but for their outliers. One without losses follows the others.
     stored_bytes: of a linear without outliers; each of these takes `LinearPlan.outlier_bytes` more.
+    format, has_larger_groups: for a refusal: whose ways these are, and whether it has larger groups.
     """
 
     plans: Mapping[str, LinearPlan]
@@ -58,6 +59,8 @@ class Choices:
     stored_bytes: Callable[[LinearPlan], int] = lambda plan: plan.stored_bytes
     most_outliers: Mapping[str, int] = field(default_factory=dict)
     all_or_none: bool = False
+    format: str = ""
+    has_larger_groups: bool = True
 
     def within(self, bits_per_weight: float) -> Plan:
         """The plan of least expected loss that takes no more: that of the lowest price at which it fits.
@@ -71,10 +74,12 @@ class Choices:
         smallest = self.bits_per_weight(self.smallest())
         if smallest > bits_per_weight:
             raise AccullmError(
-                f"an average of {bits_per_weight:g} bits cannot be had: the smallest plan takes "
-                f"{smallest:.3f}, scales included",
+                f"an average of {bits_per_weight:g} bits cannot be had{f' in {self.format}' if self.format else ''}: "
+                f"the smallest plan takes {math.ceil(smallest * 1000) / 1000:.3f}, scales included",
                 "--bits",
-                "give more, or larger groups" + (", or keep fewer" if self._keeps_some() else ""),
+                "give more"
+                + (", or larger groups" if self.has_larger_groups else "")
+                + (", or keep fewer" if self._keeps_some() else ""),
             )
         return self.fitting(lambda plan: self.bits_per_weight(plan) <= bits_per_weight)
 

@@ -49,6 +49,7 @@ from accullm_cli.stages.rows import (
     counted_embeddings,
     embedding_row,
     embedding_rows,
+    has_larger_groups,
     kept_linears,
     kinds_of,
     may_choose_groups,
@@ -203,6 +204,8 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
         together,
         lambda plan: linear_bytes(format, plan, dtype),
         largest_ranks(job, decoder),
+        format=job.format,
+        has_larger_groups=has_larger_groups(job),
     )
 
 

@@ -70,12 +70,18 @@ def embedding_rows(job: Job, decoder: Decoder) -> dict[str, LinearPlan]:
     They are rounded in parts, and each would have a table of its own: their scales are float16.
     """
     asked, format = job.config.plan.embedding_bits, capabilities_of(job)
-    bits = asked or (USUAL_EMBEDDING_BITS if format.counts_embeddings else KEPT_BITS)
+    bits = asked or (_usual_embedding_bits(format) if format.counts_embeddings else KEPT_BITS)
     if bits == KEPT_BITS or counted_embeddings(job, decoder):
         return {}
     # One that holds none objects to what was asked for, whatever it is.
     ways = format.embeddings or format.linears
     return {slot.name: embedding_row(job, decoder, slot, ways, bits) for slot in _rounded_embeddings(job, decoder)}
+
+
+def _usual_embedding_bits(format: Capabilities) -> int:
+    """Or what is nearest to it among the encodings that were asked for."""
+    widths = {bits for way in format.embeddings for bits in way.bits}
+    return min(widths, key=lambda bits: abs(bits - USUAL_EMBEDDING_BITS))
 
 
 def _rounded_embeddings(job: Job, decoder: Decoder) -> list[EmbeddingSlot]:
@@ -224,12 +230,23 @@ def _group_size(job: Job, storable: Storable, features: int) -> int:
     usable = [size for size in sizes if size > 0 and storable.holds_group_size(size, features)]
     if usable:
         return min(usable, key=lambda size: (abs(size - usual), size))
-    return WHOLE_ROWS if storable.holds_group_size(WHOLE_ROWS, features) else usual
+    if storable.holds_group_size(WHOLE_ROWS, features):
+        return WHOLE_ROWS
+    return min(storable.group_sizes, key=lambda size: abs(size - usual), default=usual)  # which is objected to
 
 
 def may_choose_groups(job: Job) -> bool:
     """Whether a group size that nobody asked for may differ from linear to linear."""
     return job.config.plan.group_size is None and any(entry.whole_groups for entry in capabilities_of(job).linears)
+
+
+def has_larger_groups(job: Job) -> bool:
+    """Whether a format holds larger groups than a plan may choose from."""
+    sizes = job.config.plan.group_sizes
+    return WHOLE_ROWS not in sizes and any(
+        not way.group_sizes or WHOLE_ROWS in way.group_sizes or max(way.group_sizes) > max(sizes)
+        for way in capabilities_of(job).linears
+    )
 
 
 def _symmetric(job: Job, storable: Storable) -> bool:

@@ -15,6 +15,7 @@ from accullm_cli.formats import open_artifact
 from accullm_cli.model import text as text_module
 from accullm_cli.pipeline import convert
 from accullm_cli.progress import Event
+from tests.llama_cpp import byte_tokenizer
 from tests.streaming import fast_config, random_ids, reference_model
 from tests.tiny import make_checkpoint
 
@@ -168,6 +169,17 @@ def test_what_another_tool_wrote_is_diagnosed_against_a_named_original(format: s
     found = diagnose(tmp_path / "out", str(source))
     assert found.mean_kl == expected.mean_kl > 0
     assert [part.gain for part in found.parts] == [part.gain for part in expected.parts]
+
+
+def test_a_gguf_file_alone_is_diagnosed_against_a_named_original(tmp_path: Path) -> None:
+    """It does not say what it was made from."""
+    source = make_checkpoint("llama-tied", tmp_path / "model")
+    byte_tokenizer().save_pretrained(source)
+    settings = {"export__format": "[gguf]", "plan__outliers": "null", "plan__group_size": "null"}
+    convert(fast_config(source, tmp_path / "out", **settings))
+    file = tmp_path / "model.gguf"
+    next((tmp_path / "out").glob("*.gguf")).rename(file)
+    assert diagnose(file, str(source)).mean_kl > 0
 
 
 def test_names_of_checkpoints_are_those_of_the_model(tmp_path: Path) -> None:

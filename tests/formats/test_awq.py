@@ -194,13 +194,26 @@ def test_what_fits_has_no_objection() -> None:
             linear(out_features=100),
             "awq holds linears whose input features are a multiple of 32 and whose output features one of 8, and p "
             "has 1536 and 100",
-            "keep it in 16 bits (--keep 'p'), or export to the format accullm",
+            "export to the format accullm",
         ),
         (linear(symmetric=True), "awq holds asymmetric grids only, and that of p is not", "use --no-symmetric"),
     ],
 )
 def test_what_does_not_fit(row: LinearPlan, what: str, hint: str) -> None:
     assert objections(row) == [Objection(what, hint)]
+
+
+def test_shapes_that_do_not_fit_are_to_be_kept_with_their_partners() -> None:
+    rows = [linear(f"layers.{layer}.{last}") for layer in range(2) for last in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    rows = [dataclasses.replace(row, out_features=100 if "k_proj" in row.name else 96) for row in rows]
+    assert objections(*rows) == [
+        Objection(
+            "awq holds linears whose input features are a multiple of 32 and whose output features one of 8, and "
+            "layers.0.k_proj has 1536 and 100 (and 1 more)",
+            "keep them in 16 bits (--keep '*.q_proj' --keep '*.k_proj' --keep '*.v_proj'), or export to the format "
+            "accullm",
+        )
+    ]
 
 
 def test_two_schemes() -> None:

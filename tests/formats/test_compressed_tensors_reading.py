@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import open_artifact
+from accullm_cli.model.skeleton import build_skeleton
+from accullm_cli.model.structure import read_structure
 from tests.artifacts import change_tensors, edit_config, make_parts
 from tests.formats.compressed import UP_PROJ, export, read_config
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_mixtral
 
 
 def test_an_exported_artifact_reads_back(tmp_path: Path) -> None:
@@ -28,9 +31,11 @@ def test_an_exported_artifact_reads_back(tmp_path: Path) -> None:
 def test_an_artifact_of_another_tool_reads_back_without_a_manifest(tmp_path: Path) -> None:
     made = make_parts(tiny_llama(), tmp_path / "run", keep=("o_proj",))
     directory = export(tmp_path, made)
+    as_written = open_artifact(directory).bits_per_weight
     (directory / "accullm.json").unlink()
     opened = open_artifact(directory)
-    assert dict(opened.plan.linears) == {name: made.parts.plan.linears[name] for name in made.linears}
+    assert opened.plan.quantized == made.parts.plan.quantized
+    assert opened.bits_per_weight == as_written
     assert torch.equal(opened.linear(UP_PROJ).dequantize(), made.linears[UP_PROJ].dequantize())
 
 
@@ -119,3 +124,28 @@ def test_damaged_tensors_are_refused(
     with pytest.raises(AccullmError) as error:
         open_artifact(directory)
     assert error.value.line() == message.format(dir=directory, block=directory / BLOCK, p=UP_PROJ)
+
+
+def test_experts_of_mixtral_as_llm_compressor_names_them(tmp_path: Path) -> None:
+    """They are read, though no other reader finds them."""
+    model = tiny_mixtral(hidden=64, intermediate=32)
+    made = make_parts(model, tmp_path / "run", 4, 32, symmetric=True)
+    directory = export(tmp_path, made)
+    (directory / "accullm.json").unlink()
+    (directory / "model.safetensors.index.json").unlink()
+    tensors = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
+    for number, word in {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}.items():
+        tensors = {name.replace(number, word): tensor for name, tensor in tensors.items()}
+    save_file(tensors, directory / "model.safetensors")
+    opened = open_artifact(directory)
+    assert {found.obstacle for found in opened.readings} == {
+        "its experts have other names than in checkpoints of the model, under which readers do not find them"
+    }
+    skeleton = build_skeleton(directory)
+    placed = opened.placed(skeleton, read_structure(skeleton))
+    experts = [name for name in made.linears if ".experts." in name]
+    assert len(experts) == 16
+    for name in experts:
+        assert torch.equal(placed.linear(name).dequantize(), made.linears[name].dequantize())

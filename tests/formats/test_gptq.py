@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from accullm_cli.commands.inspect import inspect
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.formats.base import ModelShape, Objection
@@ -30,6 +31,7 @@ from tests.artifacts import (
     make_parts,
     quantize_nearest,
     write,
+    write_quantization,
 )
 from tests.tiny import tiny_llama, tiny_mixtral
 
@@ -241,6 +243,77 @@ def test_groups_of_features_that_are_no_neighbours(tmp_path: Path, monkeypatch: 
     np.testing.assert_array_equal(found.dequantize().numpy(), dequantized(own, 4).astype(np.float32))
 
 
+@pytest.mark.parametrize(
+    ("packing", "format", "added"),
+    [
+        ("auto_round:auto_gptq", "gptq", 0),
+        ("auto_round", "gptq_v2", -1),
+        ("auto_round:gptqmodel", "gptq_v2", -1),
+    ],
+)
+@pytest.mark.parametrize("method", ["auto-round", "intel/auto-round"])
+def test_what_auto_round_calls_by_a_name_of_its_own(
+    method: str, packing: str, format: str, added: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves out which group a feature is of, and the width of one linear is that of its zero points."""
+    made = made_of(tmp_path, monkeypatch, mixed=True)
+    directory = export(tmp_path, made)
+    (directory / "accullm.json").unlink()
+    (directory / "model.safetensors.index.json").unlink()
+    tensors = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
+    own = {name: tensor for name, tensor in tensors.items() if not name.endswith(".g_idx")}
+    save_file(own, directory / "model.safetensors")
+    write_quantization(directory, quant_method=method, packing_format=packing, data_type="int", bits=4, group_size=32)
+    opened = open_artifact(directory)
+    assert opened.format == format
+    for name, linear in made.linears.items():
+        expected = dataclasses.replace(linear, zeros=linear.zeros + added)
+        assert torch.equal(opened.linear(name).dequantize(), expected.dequantize())
+    assert {name: row.bits for name, row in opened.plan.quantized.items()} == {
+        name: linear.bits for name, linear in made.linears.items()
+    }
+
+
+def test_what_auto_round_stores_otherwise_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = export(tmp_path, made_of(tmp_path, monkeypatch))
+    (directory / "accullm.json").unlink()
+    write_quantization(directory, quant_method="auto-round", packing_format="auto_round:fp8", data_type="fp")
+    for look in (open_artifact, inspect):
+        with pytest.raises(AccullmError) as error:
+            look(directory)
+        assert error.value.line() == (
+            f"{directory}: the weights are quantized (quant_method auto-round, auto_round:fp8) in none of the formats "
+            f"that are read ({', '.join(FORMATS)}); give an artifact of one of these, or the original checkpoint"
+        )
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_last_group_of_fewer_features(indexed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of 40 and 24 features, which two of 32 would be taken for by their number alone."""
+    directory = export(tmp_path, made_of(tmp_path, monkeypatch))
+    group = (torch.arange(64) // 40).to(torch.int32)
+    damaged(directory, g_idx=group if indexed else None)
+    edit_config(directory, group_size=40)
+    tensors = load_file(directory / BLOCK)
+    own = {suffix: tensors[f"{UP_PROJ}.{suffix}"] for suffix in ("qweight", "qzeros", "scales")}
+    found = open_artifact(directory).linear(UP_PROJ).dequantize()
+    np.testing.assert_array_equal(found.numpy(), dequantized(own | {"g_idx": group}, 4).astype(np.float32))
+
+
+def test_linears_that_another_tool_left_alone_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = made_of(tmp_path, monkeypatch, mixed=True)
+    directory = export(tmp_path, made)
+    expected = open_artifact(directory)
+    (directory / "accullm.json").unlink()
+    found = open_artifact(directory)
+    assert found.bits_per_weight == expected.bits_per_weight
+    assert {name: row.bits for name, row in found.plan.linears.items()} == {
+        name: row.bits for name, row in expected.plan.linears.items()
+    }
+
+
 def test_a_zero_point_that_readers_disagree_about_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = export(tmp_path, made_of(tmp_path, monkeypatch))
     qzeros = load_file(directory / BLOCK)[f"{UP_PROJ}.qzeros"]
@@ -255,7 +328,7 @@ def test_a_zero_point_that_readers_disagree_about_is_a_problem(tmp_path: Path, m
     ("changes", "manifest", "message"),
     [
         ({"scales": None}, True, "{dir}: tensor {p}.scales is missing; copy the artifact again"),
-        ({"g_idx": None}, False, "{dir}: tensor {p}.g_idx is missing; copy the artifact again"),
+        ({"g_idx": None}, True, "{dir}: tensor {p}.g_idx is missing; copy the artifact again"),
         ({"scales": torch.zeros(2, 96)}, False, "{block}: tensor {p}.scales is float32, expected float16"),
         ({"scales": torch.zeros(2).half()}, False, "{block}: tensor {p}.scales has shape [2]"),
         ({"scales": torch.zeros(3, 96).half()}, False, "{dir}: tensor {p}.scales has 3 groups for 64 inputs"),
@@ -346,13 +419,13 @@ def test_what_fits_has_no_objection() -> None:
             linear(out_features=100),
             "gptq holds linears whose input features are a multiple of 32 and whose output features one of 32, and p "
             "has 1536 and 100",
-            "keep it in 16 bits (--keep 'p'), or export to the format accullm",
+            "export to the format accullm",
         ),
         (
             linear(in_features=1528, group_size=-1),
             "gptq holds linears whose input features are a multiple of 32 and whose output features one of 32, and p "
             "has 1528 and 96",
-            "keep it in 16 bits (--keep 'p'), or export to the format accullm",
+            "export to the format accullm",
         ),
         (
             linear(outlier_index=(1, 2)),
@@ -368,6 +441,19 @@ def test_what_fits_has_no_objection() -> None:
 )
 def test_what_does_not_fit(row: LinearPlan, what: str, hint: str) -> None:
     assert objections(row) == [Objection(what, hint)]
+
+
+def test_shapes_that_do_not_fit_are_to_be_kept_with_their_partners() -> None:
+    rows = [linear(f"layers.{layer}.{last}") for layer in range(2) for last in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    rows = [dataclasses.replace(row, out_features=100 if "k_proj" in row.name else 96) for row in rows]
+    assert objections(*rows) == [
+        Objection(
+            "gptq holds linears whose input features are a multiple of 32 and whose output features one of 32, and "
+            "layers.0.k_proj has 1536 and 100 (and 1 more)",
+            "keep them in 16 bits (--keep '*.q_proj' --keep '*.k_proj' --keep '*.v_proj'), or export to the format "
+            "accullm",
+        )
+    ]
 
 
 def test_partners_that_vllm_fuses_need_one_scheme() -> None:

@@ -149,7 +149,8 @@ def test_the_plan_of_a_foreign_artifact_is_derived(tmp_path: Path) -> None:
     (directory / "accullm.json").unlink()
     assert artifact_format(directory) == "mlx"
     opened = open_artifact(directory)
-    assert dict(opened.plan.linears) == {name: made.parts.plan.linears[name] for name in made.linears}
+    assert opened.plan.quantized == made.parts.plan.quantized
+    assert opened.plan.linears.keys() == made.parts.plan.linears.keys()
     assert dict(opened.plan.embeddings) == dict(made.parts.plan.embeddings)
     assert torch.equal(opened.linear(UP_PROJ).dequantize(), made.linears[UP_PROJ].dequantize())
 
