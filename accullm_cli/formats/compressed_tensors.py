@@ -53,6 +53,10 @@ if TYPE_CHECKING:
 StoredAs = Mapping[str, tuple[str, ...]]
 # In the name of an expert, what stands before its number, as readers look for it.
 _EXPERT = re.compile(r"\.experts\.\d+\.|\.experts\.\w+\.\d+$")
+# An expert's gate and up projection in one parameter.
+_GATE_AND_UP = re.compile(r"\.gate_up_proj\.\d+$")
+# Of a weight_shape.
+_SHAPE_BYTES = 16
 # What llm-compressor writes of Mixtral, and transformers loads with experts at random.
 _UNKNOWN_EXPERT = re.compile(r"\.block_sparse_moe\.experts\.\d+\.\w+_proj$")
 
@@ -64,7 +68,11 @@ class CompressedTensorsFormat:
 
     def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
         """Bytes that are stored for a linear: codes and zero points are padded to words of 32 bits."""
-        return linear.stored_bytes if linear.bits == KEPT_BITS else stored_bytes(linear, dtype)
+        if linear.bits == KEPT_BITS:
+            return linear.stored_bytes
+        # Of an expert gate and up are stored apart, each with its shape.
+        shapes = _SHAPE_BYTES if _GATE_AND_UP.search(linear.name) else 0
+        return stored_bytes(linear, dtype) + shapes
 
     def write(self, directory: Path, parts: Parts) -> None:
         """Write an artifact: codes are packed anew, never rounded anew.

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.formats import open_artifact
+from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import read_structure
 from tests.artifacts import change_tensors, edit_config, make_parts
@@ -149,3 +149,10 @@ def test_experts_of_mixtral_as_llm_compressor_names_them(tmp_path: Path) -> None
     assert len(experts) == 16
     for name in experts:
         assert torch.equal(placed.linear(name).dequantize(), made.linears[name].dequantize())
+
+
+def test_a_plan_counts_what_is_stored_of_experts(tmp_path: Path) -> None:
+    made = make_parts(tiny_mixtral(hidden=64, intermediate=32), tmp_path / "run", 4, 32, symmetric=True)
+    opened, format = open_artifact(export(tmp_path, made)), FORMATS["compressed-tensors"]
+    for name, row in made.parts.plan.linears.items():
+        assert format.linear_bytes(row, made.parts.shape.dtype) == opened.linear_bytes(name), name
