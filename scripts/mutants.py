@@ -207,9 +207,16 @@ MUTANTS = (
     Mutant(
         "the divergence is weighted by the artifact",
         "accullm_cli/measure/divergence.py",
-        "kl.append(_kl(original, artifact))",
-        "kl.append(_kl(artifact, original))",
+        "kl.append(_kl(original, artifact, scratch))",
+        "kl.append(_kl(artifact, original, scratch))",
         ("tests/measure/test_divergence.py",),
+    ),
+    Mutant(
+        "damping is chosen on rows that feedback knows",
+        FEEDBACK,
+        "compensating, without=held_out)",
+        "compensating)",
+        ("tests/quant/test_feedback_damping.py",),
     ),
     Mutant(
         "a few tokens with most of the squared gradient decide alone",
