@@ -84,10 +84,10 @@ def _key(rng: random.Random, level: str, count: int) -> Item:
 
 def _passkey(rng: random.Random, level: str, count: int) -> Item:
     """Passkeys of people in places; several share a name, and many a place."""
-    names = NAMES
+    names = list(NAMES)
     for enough in (200, 5000):  # initials where there are more people than names and places tell apart
         if count > enough:
-            names = tuple(f"{name} {initial}." for initial in string.ascii_uppercase for name in names)
+            names = [f"{name} {initial}." for initial in string.ascii_uppercase for name in names]
     names = rng.sample(names, min(len(names), max(2, count // 2)))
     people: dict[tuple[str, str], str] = {}
     while len(people) < min(count, len(names) * len(PLACES)):
