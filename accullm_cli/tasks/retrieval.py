@@ -84,14 +84,14 @@ def _key(rng: random.Random, level: str, count: int) -> Item:
 
 def _passkey(rng: random.Random, level: str, count: int) -> Item:
     """Passkeys of people in places; several share a name, and many a place."""
-    names: tuple[str, ...] = NAMES
+    names = list(NAMES)
     for enough in (200, 5000):  # initials where there are more people than names and places tell apart
         if count > enough:
-            names = tuple(f"{name} {initial}." for initial in string.ascii_uppercase for name in names)
-    chosen = rng.sample(names, min(len(names), max(2, count // 2)))
+            names = [f"{name} {initial}." for initial in string.ascii_uppercase for name in names]
+    names = rng.sample(names, min(len(names), max(2, count // 2)))
     people: dict[tuple[str, str], str] = {}
-    while len(people) < min(count, len(chosen) * len(PLACES)):
-        people[rng.choice(chosen), rng.choice(PLACES)] = _code(rng, string.digits, 6)
+    while len(people) < min(count, len(names) * len(PLACES)):
+        people[rng.choice(names), rng.choice(PLACES)] = _code(rng, string.digits, 6)
     listed = "\n".join(f"The passkey of {name} from {place} is {code}." for (name, place), code in people.items())
     name, place = rng.choice(list(people))
     question = f"{listed}\n\nWhat is the passkey of {name} from {place}? Answer with the passkey only."
