@@ -214,8 +214,8 @@ MUTANTS = (
     Mutant(
         "damping is chosen on rows that feedback knows",
         FEEDBACK,
-        "compensating, without=held_out)",
-        "compensating)",
+        "factor_hessian(rest, damping, outliers, compensating).expected_loss",
+        "factor_hessian(hessian, damping, outliers, compensating).expected_loss",
         ("tests/quant/test_feedback_damping.py",),
     ),
     Mutant(

@@ -110,7 +110,6 @@ def factor_hessian(
     compensating: bool = False,
     kind: str = "Hessian",
     where: str = "",
-    without: torch.Tensor | None = None,
 ) -> Factor:
     """Order the columns, the largest input first, and factor the damped Hessian in that order.
 
@@ -120,14 +119,11 @@ def factor_hessian(
     Args:
         hessian: H, [K, K]; or another second moment, which `kind` names.
         where: the linear or linears that it is for.
-        without: rows Z [n, K] that are left out of H: H - Z^T Z is factored.
 
     Raises:
         NumericalError: not positive definite even with damping equal to the mean of the diagonal.
     """
     diagonal = hessian.diagonal()
-    if without is not None:
-        diagonal = (diagonal - without.norm(dim=0).square()).clamp_(min=0)
     is_outlier = torch.zeros(len(diagonal), dtype=torch.bool, device=hessian.device)
     is_outlier[list(outliers)] = True
     by_size = torch.argsort(diagonal, descending=True, stable=True)
@@ -143,9 +139,6 @@ def factor_hessian(
         # H = R R^T with R upper triangular is the Cholesky factorization of H with rows and columns reversed. It takes
         # the place of its argument, laid out by columns (which H, being symmetric, is as well).
         cholesky = hessian[reverse[:, None], reverse].T
-        for part in () if without is None else without.split(ROWS_TOGETHER):
-            left_out = part[:, reverse]
-            cholesky.addmm_(left_out.T, left_out, alpha=-1)
         cholesky.diagonal().add_(damping * mean)
         failed = torch.empty((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(cholesky, out=(cholesky, failed))
@@ -172,12 +165,15 @@ def damping_for(
         outliers, compensating: as for `factor_hessian`.
     """
     last = len(outliers) if compensating else 0
-
-    def loss(damping: float) -> float:
-        factor = factor_hessian(hessian, damping, outliers, compensating, without=held_out)
-        return factor.expected_loss(held_out, last)
-
-    losses = {damping: loss(damping) for damping in DAMPINGS}
+    if len(held_out) > held_out.shape[1]:  # as many rows as features have the same Gram matrix
+        gram = held_out.T @ held_out
+        gram.diagonal().add_(SMALLEST_DAMPING * float(gram.diagonal().mean()))
+        held_out = torch.linalg.cholesky(gram).T
+    rest = torch.addmm(hessian, held_out.T, held_out, alpha=-1)
+    losses = {
+        damping: factor_hessian(rest, damping, outliers, compensating).expected_loss(held_out, last)
+        for damping in DAMPINGS
+    }
     return max(damping for damping in DAMPINGS if losses[damping] <= MARGIN * min(losses.values()))
 
 

@@ -52,14 +52,16 @@ def test_columns_without_noise_of_their_own_cost_nothing() -> None:
     assert factor.expected_loss(held_out, 2) == pytest.approx(float(expected))
 
 
-def test_rows_that_are_left_out_are_not_in_what_is_factored() -> None:
-    rows = rows_of(300, 1)
-    hessian, left = rows.T @ rows / 300, rows[200:] / 300**0.5
-    rest = rows[:200].T @ rows[:200] / 300
-    found, expected = factor_hessian(hessian, 0.1, (5,), without=left), factor_hessian(rest, 0.1, (5,))
-    assert torch.equal(found.order, expected.order)
-    torch.testing.assert_close(found.cholesky, expected.cholesky)
-    assert found.ridge == pytest.approx(expected.ridge)
+@pytest.mark.parametrize("held", [5, FEATURES, 300])
+def test_the_choice_is_that_of_the_rows_however_many_there_are(held: int) -> None:
+    """More rows than features become as many as features."""
+    hessian, held_out = split(60, held)
+    losses = {
+        damping: factor_hessian(hessian - held_out.T @ held_out, damping, (3,)).expected_loss(held_out)
+        for damping in DAMPINGS
+    }
+    expected = max(damping for damping in DAMPINGS if losses[damping] <= feedback.MARGIN * min(losses.values()))
+    assert damping_for(hessian, held_out, (3,)) == expected
 
 
 def test_little_text_is_damped_more_than_much() -> None:
@@ -107,8 +109,7 @@ def test_the_target_and_the_feedback_have_a_damping_of_their_own(monkeypatch: py
     asked: list[float] = []
 
     def noted(hessian: torch.Tensor, damping: float, *rest: object, **named: object) -> feedback.Factor:
-        if "without" not in named:
-            asked.append(damping)
+        asked.append(damping)
         return factor_hessian(hessian, damping, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr("accullm_cli.quant.rounding.factor_hessian", noted)
