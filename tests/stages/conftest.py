@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from accullm_cli.quant.loops import COMPILED
 from accullm_cli.quant.rounding import round_linears
 from accullm_cli.stages import block_rounding
 from tests.stages.quantized import Call
@@ -21,12 +20,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     def copy(matrix: torch.Tensor | None) -> torch.Tensor | None:
         return None if matrix is None else matrix.double().clone()
 
-    def spy(weights, plans, options, dtype, hessian=None, pulls=None, importance=None, fishers=None, loops=COMPILED):  # type: ignore[no-untyped-def]
+    def spy(weights, plans, options, dtype, hessian=None, pulls=None, importance=None, fishers=None, **rest):  # type: ignore[no-untyped-def]
         assert weights.keys() == plans.keys()
         own = {name: pull.double().clone() for name, pull in (pulls or {}).items()}
         fisher = {name: matrix.double().clone() for name, matrix in (fishers or {}).items()}
         made.append(Call(tuple(weights), copy(hessian), own, copy(importance), options.seed, dtype, fisher))
-        return round_linears(weights, plans, options, dtype, hessian, pulls, importance, fishers, loops)
+        return round_linears(weights, plans, options, dtype, hessian, pulls, importance, fishers, **rest)
 
     monkeypatch.setattr(block_rounding, "round_linears", spy)
     return made

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.progress import Event
 from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.rounding import TARGET_DAMPING
 from accullm_cli.stages import embedding_rounding
 from accullm_cli.stages.embedding_rounding import round_embedding
 from accullm_cli.stages.job import open_decoder
@@ -148,13 +149,12 @@ def test_a_tied_matrix_has_the_codes_of_textbook_gptq(bits: int, tmp_path: Path)
     settings = {"plan__embedding_bits": bits, "rounding__grid": "minmax"}
     with opened(short_config(source, tmp_path / "out", **settings)) as job:
         run_to(job, "quantize")
-        damping = job.config.rounding.damping
     rounded = Rounded.of(source, tmp_path / "out.run")
     y = head_rows(rounded.model, rounded.ids)
     found = embedding_of(rounded.run, EMBEDDING)
     weight = rounded.original.get_parameter(f"{EMBEDDING}.weight").double().numpy()
     scale, zero = scale_and_zero(found)
-    codes, _ = textbook_gptq(weight, (y.T @ y / len(y)).numpy(), scale, zero, bits, damping)
+    codes, _ = textbook_gptq(weight, (y.T @ y / len(y)).numpy(), scale, zero, bits, TARGET_DAMPING)
     # Sums in float32 move a few targets across the middle between two codes, and what follows them in their row.
     assert (found.codes.numpy() != codes).mean() < 0.02
     lost = np.abs(weight - (codes - zero) * scale).mean()

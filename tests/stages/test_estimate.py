@@ -175,7 +175,7 @@ def test_tasks_take_their_tokens_twice_and_what_the_original_writes(
     monkeypatch.setattr(stage, "_operations_per_second", lambda job: 1e9)
     source = wide_model(tmp_path / "model")
     items = tmp_path / "mine.jsonl"
-    items.write_text("\n".join(json.dumps({"prompt": "a" * 100, "answer": "b" * 9}) for _ in range(30)))
+    items.write_text("\n".join(json.dumps({"prompt": f"{number:0100}", "answer": "b" * 9}) for number in range(30)))
     memory: list[int | None] = [None]
     monkeypatch.setattr(Compute, "free_memory", lambda compute: memory[0])
     without = estimated(source, tmp_path / "out")
