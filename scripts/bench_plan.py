@@ -31,11 +31,9 @@ from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.job import Job, open_decoder
 from accullm_cli.stages.losses import feature_losses
 from accullm_cli.stages.profile import load_stats
-from accullm_cli.stages.streams import advance
+from accullm_cli.stages.streams import POSITIONS, advance
 
 BITS, GROUP_SIZE = 4, 64
-# Positions whose logits are held at once.
-POSITIONS = 256
 
 
 def expected(job: Job, decoder: Decoder) -> dict[str, float]:
