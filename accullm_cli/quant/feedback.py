@@ -166,14 +166,16 @@ def damping_for(
     """
     last = len(outliers) if compensating else 0
     if len(held_out) > held_out.shape[1]:  # as many rows as features have the same Gram matrix
-        gram = held_out.T @ held_out
-        gram.diagonal().add_(SMALLEST_DAMPING * float(gram.diagonal().mean()))
-        held_out = torch.linalg.cholesky(gram).T
+        held_out = torch.linalg.qr(held_out, mode="r").R
     rest = torch.addmm(hessian, held_out.T, held_out, alpha=-1)
-    losses = {
-        damping: factor_hessian(rest, damping, outliers, compensating).expected_loss(held_out, last)
-        for damping in DAMPINGS
-    }
+
+    def loss(damping: float) -> float:
+        try:
+            return factor_hessian(rest, damping, outliers, compensating).expected_loss(held_out, last)
+        except NumericalError:  # next to nothing is left, and H as a whole may do
+            return torch.inf
+
+    losses = {damping: loss(damping) for damping in DAMPINGS}
     return max(damping for damping in DAMPINGS if losses[damping] <= MARGIN * min(losses.values()))
 
 

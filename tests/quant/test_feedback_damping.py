@@ -64,6 +64,22 @@ def test_the_choice_is_that_of_the_rows_however_many_there_are(held: int) -> Non
     assert damping_for(hessian, held_out, (3,)) == expected
 
 
+def test_rows_of_few_directions_and_a_massive_feature_choose_as_in_float64() -> None:
+    """Their Gram matrix has no inverse, and float32 holds little of it beside the massive one."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(600, 8, generator=draw, dtype=torch.float64)
+    rows = rows @ torch.randn(8, 96, generator=draw, dtype=torch.float64)
+    rows[:, 3] *= 3000
+    hessian, held_out = rows.T @ rows / 600, rows[400:] / 600**0.5
+    assert damping_for(hessian.float(), held_out.float()) == damping_for(hessian, held_out)
+
+
+def test_where_nothing_else_is_left_that_can_be_factored_damping_is_the_largest() -> None:
+    _, held_out = split(60, 40)
+    less = held_out.T @ held_out - 10 * torch.eye(FEATURES, dtype=torch.float64)
+    assert damping_for(less, held_out) == DAMPINGS[-1]
+
+
 def test_little_text_is_damped_more_than_much() -> None:
     few = damping_for(*split(8, 200))
     many = damping_for(*split(20_000, 2000))
