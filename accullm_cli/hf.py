@@ -278,9 +278,8 @@ def _replace_stack(
 
 def _plan(name: str, shape: tuple[int, int], config: AccullmConfig) -> tuple[LinearPlan, int]:
     scheme = config.scheme(name)
-    plan = LinearPlan(
-        name, *shape, scheme["bits"], scheme["group_size"], scheme["symmetric"], scale_bits=scheme["scale_bits"]
-    )
+    own = {key: scheme[key] for key in ("bits", "group_size", "symmetric", "scale_bits", "encoding")}
+    plan = LinearPlan(name, *shape, **own)
     return plan, scheme["outliers"]
 
 

@@ -12,6 +12,7 @@ from accullm_cli.formats.accullm import SUFFIXES, linear_schema
 from accullm_cli.kernels.matmul import hybrid_matmul
 from accullm_cli.kernels.stored_weight import StoredWeight
 from accullm_cli.lazy_weight import LazyWeight
+from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.plan import LinearPlan
 
 
@@ -27,7 +28,8 @@ class HybridWeight(StoredWeight):
         for suffix in SUFFIXES:
             wanted = schema.get(f"{plan.name}.{suffix}")
             buffers[suffix] = None if wanted is None else torch.empty(wanted.shape, dtype=wanted.dtype, device="meta")
-        super().__init__(buffers, plan.in_features, plan.bits, plan.group_size)
+        levels = ENCODINGS[plan.encoding].levels(plan)
+        super().__init__(buffers, plan.in_features, plan.bits, plan.group_size, levels)
         self.out_features = plan.out_features
         # Follows `model.to(...)`, and so knows the dtype of the activations.
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)

@@ -15,15 +15,18 @@ from accullm_cli.formats import NATIVE
 from accullm_cli.formats.assemble import assemble, refuse
 from accullm_cli.formats.base import Parts, Stack
 from accullm_cli.formats.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
+    OLDEST_WRITTEN,
+    USUAL_ENCODING,
     Manifest,
     check_version,
     read_manifest,
     record_fidelity,
+    version_of,
 )
 from accullm_cli.formats.shards import TensorFiles, link_or_copy, read_json
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
+from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.integer import IntegerZero
 from accullm_cli.quant.linear import QuantizedLinear, check_outlier_index
 from accullm_cli.quant.packing import pack, packed_length, unpack
@@ -32,9 +35,9 @@ from accullm_cli.quant.plan import LinearPlan, Plan
 __all__ = ["LOADER_GUARD", "AccullmArtifact", "AccullmFormat", "record_fidelity"]
 
 SUFFIXES = IntegerZero.suffixes
-# What config.json leaves out: version 1 had no tables of scales, and embeddings have none.
-DEFAULT_SCHEME = {"scale_bits": 16}
-SCHEME_KEYS = ("bits", "group_size", "scale_bits", "symmetric", "outliers")
+# What config.json leaves out: version 1 had no tables of scales, version 2 no levels, and embeddings have neither.
+DEFAULT_SCHEME = {"scale_bits": 16, "encoding": USUAL_ENCODING}
+SCHEME_KEYS = ("bits", "group_size", "scale_bits", "symmetric", "encoding", "outliers")
 # An embedding has no outliers, and no scheme in common with the linears.
 EMBEDDING_KEYS = ("bits", "group_size", "symmetric")
 
@@ -98,7 +101,9 @@ class AccullmArtifact(StoredArtifact):
 
     def _linear(self, name: str, stored: Mapping[str, torch.Tensor]) -> QuantizedLinear:
         plan = self.plan.embeddings.get(name) or self.plan.linears[name]
-        return QuantizedLinear.from_tensors(stored, plan.in_features, plan.bits, plan.group_size)
+        linear = ENCODINGS[plan.encoding].from_tensors(stored, plan)
+        assert isinstance(linear, QuantizedLinear)
+        return linear
 
     def _linear_problems(self, name: str, stored: Mapping[str, torch.Tensor]) -> Iterator[str]:
         linear = self._linear(name, stored)
@@ -110,11 +115,12 @@ class AccullmArtifact(StoredArtifact):
         yield from not_finite("outlier_weight", linear.outlier_weight)
         index = linear.outlier_index.long()
         group = index // linear.columns_per_group
-        zero = 2 ** (linear.bits - 1) if linear.zeros is None else linear.zeros[:, group]
+        zero = linear.zero_code if linear.zeros is None else linear.zeros[:, group]
         differs = (linear.codes[:, index] != zero).any(0)
         if differs.any():
             feature = index[differs][0].item()
-            yield f"the codes of outlier feature {feature} differ from the zero point"
+            what = "zero point" if linear.levels is None else "level 0"
+            yield f"the codes of outlier feature {feature} differ from the {what}"
 
 
 def _scale_problems(linear: QuantizedLinear, stored: Mapping[str, torch.Tensor]) -> Iterator[str]:
@@ -143,17 +149,17 @@ def quantization_config(plan: Plan, stacks: Mapping[str, Stack] | None = None) -
     `embeddings` is there where embedding or head are quantized, `stacks` where experts are not stored as [E, N, K].
     """
     quantized = {name: scheme_of(linear) for name, linear in plan.linears.items() if linear.bits != 16}
+    keys = [key for key in SCHEME_KEYS if key != "encoding" or version_of(plan) > OLDEST_WRITTEN]
     common = {
         key: Counter(scheme[key] for scheme in quantized.values()).most_common(1)[0][0] if quantized else 0
-        for key in SCHEME_KEYS
+        for key in keys
     }
     return {
         "quant_method": NATIVE,
-        "format_version": FORMAT_VERSION,
+        "format_version": version_of(plan),
         **common,
         "linears": {
-            name: {key: scheme[key] for key in SCHEME_KEYS if scheme[key] != common[key]}
-            for name, scheme in quantized.items()
+            name: {key: scheme[key] for key in keys if scheme[key] != common[key]} for name, scheme in quantized.items()
         },
         "skipped": [name for name, linear in plan.linears.items() if linear.bits == 16],
         **({"embeddings": embedding_schemes(plan)} if plan.embeddings else {}),
@@ -161,12 +167,13 @@ def quantization_config(plan: Plan, stacks: Mapping[str, Stack] | None = None) -
     }
 
 
-def scheme_of(linear: LinearPlan) -> dict[str, int | bool]:
+def scheme_of(linear: LinearPlan) -> dict[str, int | bool | str]:
     return {
         "bits": linear.bits,
         "group_size": linear.group_size,
         "scale_bits": linear.scale_bits,
         "symmetric": linear.symmetric,
+        "encoding": linear.encoding,
         "outliers": len(linear.outlier_index),
     }
 
@@ -194,7 +201,7 @@ def check_config(path: Path, manifest: Manifest) -> None:
         raise AccullmError("does not name its quantized embeddings", path, "copy the artifact again")
     common = {**DEFAULT_SCHEME, **{key: config[key] for key in SCHEME_KEYS if key in config}}
     described = {name: {**common, **entry} for name, entry in entries.items()} | embeddings
-    planned = embedding_schemes(manifest.plan)
+    planned: dict[str, Mapping[str, int | bool | str]] = {**embedding_schemes(manifest.plan)}
     for name, linear in manifest.plan.linears.items():
         if linear.bits != 16:
             planned[name] = {**scheme_of(linear), "outliers": manifest.outliers[name]}

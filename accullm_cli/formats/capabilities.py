@@ -6,7 +6,7 @@ artifact is loaded, and the table in docs/formats.md. Nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -189,11 +189,16 @@ class Capabilities:
     def of_encodings(self, names: Sequence[str]) -> Capabilities:
         """The same, of some encodings alone; with no names, without those on request."""
 
-        def chosen(ways: tuple[Storable, ...]) -> tuple[Storable, ...]:
-            return tuple(way for way in ways if (way.encoding in names if names else not way.on_request))
+        return self.without(lambda way: way.encoding not in names if names else way.on_request)
+
+    def without(self, unwanted: Callable[[Storable], bool]) -> Capabilities:
+        """The same without some ways to store linears, experts and embeddings; of each where that leaves any."""
+
+        def wanted(ways: tuple[Storable, ...]) -> tuple[Storable, ...]:
+            return tuple(way for way in ways if not unwanted(way)) or ways
 
         return replace(
-            self, linears=chosen(self.linears), experts=chosen(self.experts), embeddings=chosen(self.embeddings)
+            self, linears=wanted(self.linears), experts=wanted(self.experts), embeddings=wanted(self.embeddings)
         )
 
     def storables(self, kind: str) -> tuple[Storable, ...]:
@@ -325,6 +330,13 @@ _GPTQ = Capabilities(
 CAPABILITIES: Mapping[str, Capabilities] = {
     "accullm": Capabilities(
         linears=(
+            Storable(
+                "levels",
+                bits=(2, 3, 4, 5),
+                whole_groups=False,
+                scale_bits=(4, 5, 6, 7, 8, 16),
+                symmetric=(True,),
+            ),
             Storable(
                 "integer",
                 bits=(2, 3, 4, 5, 6, 7, 8),

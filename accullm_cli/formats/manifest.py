@@ -30,9 +30,13 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "accullm.json"
 CARD_NAME = "README.md"
-FORMAT_VERSION = 2
+# The newest version, and the oldest that is still written: what can be said in it is, for older readers.
+FORMAT_VERSION = 3
+OLDEST_WRITTEN = 2
 # What a linear is stored in where nothing else is said.
 USUAL_ENCODING = "integer"
+# What readers of version 2 would take for steps of one size.
+_SINCE_VERSION_3 = ("levels",)
 
 _FIDELITY_START, _FIDELITY_END = "<!-- fidelity -->", "<!-- /fidelity -->"
 
@@ -141,6 +145,12 @@ def read_manifest(directory: Path) -> Manifest:
         ) from None
 
 
+def version_of(plan: Plan) -> int:
+    """The version that says how a plan's linears are stored."""
+    new = any(linear.encoding in _SINCE_VERSION_3 for linear in plan.quantized.values())
+    return FORMAT_VERSION if new else OLDEST_WRITTEN
+
+
 def check_version(version: object, where: Path) -> None:
     """Refuse what a newer accullm wrote.
 
@@ -202,7 +212,7 @@ def write_manifest(directory: Path, parts: Parts, format_name: str) -> None:
     }
     content = {
         "format": format_name,
-        "format_version": FORMAT_VERSION,
+        "format_version": version_of(parts.plan),
         "dtype": dtype_name(parts.shape.dtype),
         "scale_dtype": parts.plan.scale_dtype,
         "bits_per_weight": _bits_per_weight(parts, format_name),

@@ -27,13 +27,19 @@ class StoredWeight(nn.Module):
     """
 
     def __init__(
-        self, buffers: Mapping[str, torch.Tensor | None], in_features: int, bits: int, group_size: int
+        self,
+        buffers: Mapping[str, torch.Tensor | None],
+        in_features: int,
+        bits: int,
+        group_size: int,
+        levels: tuple[int, ...] | None = None,
     ) -> None:
         """Takes buffers by suffix (`QuantizedLinear.to_tensors`), on the meta device until they are loaded."""
         super().__init__()
         self.in_features = in_features
         self.bits = bits
         self.group_size = group_size
+        self.levels = levels
         for suffix, buffer in buffers.items():
             self.register_buffer(suffix, buffer)
         self._suffixes = [suffix for suffix, buffer in buffers.items() if buffer is not None]
@@ -41,7 +47,8 @@ class StoredWeight(nn.Module):
 
     def quantized(self, rows: torch.Tensor | None = None) -> QuantizedLinear:
         """The codes, unpacked; of these rows alone, int64 [R] (of a weight without outliers)."""
-        return QuantizedLinear.from_tensors(self._stored(rows), self.in_features, self.bits, self.group_size)
+        scheme = self.in_features, self.bits, self.group_size, self.levels
+        return QuantizedLinear.from_tensors(self._stored(rows), *scheme)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [N, K] in `dtype`."""
@@ -49,6 +56,8 @@ class StoredWeight(nn.Module):
 
     def operand(self, x: torch.Tensor) -> Operand:
         """What to multiply x by: where a kernel of its device serves, what was prepared for it at the first product."""
+        if self.levels is not None:
+            return self.quantized()
         ready, scheme = self._prepared, (self.bits, self.group_size, x.dtype)
         if isinstance(ready, TiledLinear) and (ready.dtype, ready.tiles.device) == (x.dtype, x.device):
             return ready

@@ -153,7 +153,7 @@ def minmax_grid(
             point and scale are rounded; stochastic rounding needs that.
         first_zero: the least zero point that may be stored; the range grows downwards where it takes that.
     """
-    low, high, size = _group_range(weight, group_size, ignored)
+    low, high, size = group_range(weight, group_size, ignored)
     return _grid_of_range(low, high, bits, size, symmetric, storable, margin, first_zero)
 
 
@@ -170,7 +170,7 @@ def spanning_scales(
     Args:
         (as for `minmax_grid`)
     """
-    low, high, _ = _group_range(weight, group_size, ignored)
+    low, high, _ = group_range(weight, group_size, ignored)
     return _spanning(low, high, bits, symmetric, margin)
 
 
@@ -198,7 +198,7 @@ def searched_grid(
         column_weight = torch.where(ignored, column_weight * ignored_weight, column_weight)
     parts: list[Grid] = []
     for part in row_chunks(weight):
-        ranges = [_group_range(part, group_size, without) for without in (ignored, *([None] if ignored_weight else []))]
+        ranges = [group_range(part, group_size, without) for without in (ignored, *([None] if ignored_weight else []))]
         candidates = (
             _grid_of_range(low * fraction, high * fraction, bits, size, symmetric, storable, first_zero=first_zero)
             for (low, high, size), fraction in product(ranges, SEARCHED_RANGES)
@@ -295,7 +295,7 @@ def _spanning(low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool,
     return 2 * torch.maximum(-low, high) / steps if symmetric else (high - low) / steps
 
 
-def _group_range(
+def group_range(
     weight: torch.Tensor, group_size: int, ignored: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Each group's smallest and largest weight, 0 included, [N, G] both; and the columns in a group."""

@@ -19,8 +19,9 @@ ELEMENTS_TOGETHER = 1 << 24
 class QuantizedLinear:
     """A weight of shape [N, K] as integer codes, group scales and outlier input features.
 
-    The dequantized weight is (code - zero) * scale, computed in float32 and rounded once to the compute dtype; the
-    columns of the outlier features are replaced by `outlier_weight`, and their own codes equal the zero point.
+    The dequantized weight is (code - zero) * scale, or levels[code] * scale, computed in float32 and rounded once to
+    the compute dtype; the columns of the outlier features are replaced by `outlier_weight`, and their own codes stand
+    for 0.
     """
 
     codes: torch.Tensor  # uint8 [N, K], each below 2**bits
@@ -31,6 +32,7 @@ class QuantizedLinear:
     bits: int
     group_size: int  # -1: one group per row
     scale_table: torch.Tensor | None = None  # float16 [2**scale bits], ascending, all scales among them; None: no table
+    levels: tuple[int, ...] | None = None  # of 8 bits, 2**bits ascending ones, 0 among them; None: steps from the zero
 
     @property
     def columns_per_group(self) -> int:
@@ -43,11 +45,24 @@ class QuantizedLinear:
         together = max(1, ELEMENTS_TOGETHER // count)
         for start in range(0, len(weight), together):
             part = slice(start, start + together)
-            zero = 2 ** (self.bits - 1) if self.zeros is None else spread(self.zeros[part].to(torch.int16), size, count)
-            values = (self.codes[part].to(torch.int16) - zero).to(torch.float32)
-            weight[part] = values.mul_(spread(self.scales[part].to(torch.float32), size, count))
+            weight[part] = self._points(part).mul_(spread(self.scales[part].to(torch.float32), size, count))
         weight[:, self.outlier_index.long()] = self.outlier_weight.to(dtype)
         return weight
+
+    def _points(self, rows: slice) -> torch.Tensor:
+        """What the codes of some rows stand for, in steps of the scale: float32 [R, K]."""
+        codes = self.codes[rows]
+        if self.levels is not None:
+            return torch.tensor(self.levels, dtype=torch.float32, device=codes.device)[codes.int()]
+        zero: int | torch.Tensor = self.zero_code
+        if self.zeros is not None:
+            zero = spread(self.zeros[rows].to(torch.int16), self.columns_per_group, codes.shape[1])
+        return (codes.to(torch.int16) - zero).to(torch.float32)
+
+    @property
+    def zero_code(self) -> int:
+        """The code that stands for 0 where no zero points are stored."""
+        return 2 ** (self.bits - 1) if self.levels is None else self.levels.index(0)
 
     def to(self, device: torch.device) -> QuantizedLinear:
         """The same linear on a device."""
@@ -85,9 +100,14 @@ class QuantizedLinear:
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, torch.Tensor], in_features: int, bits: int, group_size: int
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        in_features: int,
+        bits: int,
+        group_size: int,
+        levels: tuple[int, ...] | None = None,
     ) -> QuantizedLinear:
-        """The inverse of `to_tensors`.
+        """The inverse of `to_tensors`, which does not have the levels.
 
         Raises:
             AccullmError: a tensor is absent, or its shape does not fit `in_features`, `bits` and `group_size`; outlier
@@ -123,6 +143,7 @@ class QuantizedLinear:
             bits=bits,
             group_size=group_size,
             scale_table=table,
+            levels=levels,
         )
 
 

@@ -6,6 +6,7 @@ a table then costs no accuracy but what a slightly larger or smaller scale does,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,11 @@ LARGEST_BFLOAT16_SCALE = 65280.0  # that float16 holds too
 # Of a table's largest value over its smallest: groups with less than a thousandth of the largest scale round to zeros
 # next to others, whatever theirs is.
 LARGEST_RATIO = 1024.0
+# How finely the density of a linear's scales is told, over how many of these bins it is smoothed, and how much of its
+# largest it has at least.
+DENSITY_BINS = 256
+SMOOTHED = 9
+LEAST_DENSITY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -25,13 +31,17 @@ class StorableScales:
 
     dtype: "float16", or "bfloat16" for scales that are exact in both.
     table: float16 [2**scale bits], ascending; None where any scale may be stored.
+    signed: scales of either sign; a table has each of its magnitudes twice.
     """
 
     dtype: str = "float16"
     table: torch.Tensor | None = None
+    signed: bool = False
 
     def round(self, scale: torch.Tensor) -> torch.Tensor:
         """The nearest of them (in a table: by their ratio), in the dtype of `scale`; never zero."""
+        if self.signed:
+            return torch.copysign(self._magnitudes().round(scale.abs()), scale)
         if self.table is None:
             return round_scale(scale, self.dtype)
         table = self.table.double()
@@ -46,6 +56,19 @@ class StorableScales:
         # One step of the stored dtype's significand: what is then rounded down is still no smaller than it was.
         step = 2.0**-7 if self.dtype == "bfloat16" else 2.0**-10
         return torch.where(rounded < scale, round_scale(scale * (1 + step), self.dtype), rounded)
+
+    def around(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a table the two next to each scale in magnitude, of its sign; the last one twice for what lies beyond."""
+        table = self._magnitudes().table
+        assert table is not None
+        table = table.to(scale.dtype)
+        place = torch.searchsorted(table, scale.abs()).clamp_(max=len(table) - 1)
+        lower, upper = table[(place - 1).clamp_(min=0)], table[place]
+        return torch.copysign(lower, scale), torch.copysign(upper, scale)
+
+    def _magnitudes(self) -> StorableScales:
+        table = self.table
+        return StorableScales(self.dtype, None if table is None else table[len(table) // 2 :]) if self.signed else self
 
     @property
     def range(self) -> tuple[float, float]:
@@ -65,6 +88,34 @@ class StorableScales:
         if not len(scale):
             return self.with_table(1.0, 1.0, bits, spanning.device)
         return self.with_table(smallest_range * float(scale.min()), float(scale.max()), bits, spanning.device)
+
+    def table_of(self, scale: torch.Tensor, bits: int) -> StorableScales:
+        """A table of 2**(bits - 1) magnitudes, of either sign, for scales of which any could be best: [N, G].
+
+        A group loses as the square of its scale's relative error, so that the magnitudes lie as the cube root of how
+        many scales are there, in logarithms (Panter and Dite, Proceedings of the IRE 39, 1951), from the smallest to
+        the largest. It is made on the CPU, so that it is the same on every device.
+
+        Args:
+            scale: 0 for groups that do not count.
+        """
+        places = scale.abs().cpu().double()
+        places = places[places > 0].log()
+        count = 2 ** (bits - 1)
+        if not len(places):
+            places = places.new_zeros(1)
+        high = float(places.max())
+        low = max(float(places.min()), high - math.log(LARGEST_RATIO))
+        density = torch.histc(places.clamp(min=low), DENSITY_BINS, low, high)
+        smooth = torch.nn.functional.avg_pool1d(density[None], SMOOTHED, 1, SMOOTHED // 2, count_include_pad=False)[0]
+        parts = (smooth + LEAST_DENSITY * smooth.max()).pow_(1 / 3).cumsum(0)
+        parts = torch.cat([parts.new_zeros(1), parts / parts[-1]])
+        wanted = torch.linspace(0, 1, count, dtype=torch.float64)
+        bin = torch.searchsorted(parts, wanted).clamp_(1, DENSITY_BINS)
+        within = (wanted - parts[bin - 1]) / (parts[bin] - parts[bin - 1])
+        magnitudes = (low + (high - low) * (bin - 1 + within) / DENSITY_BINS).exp()
+        table = round_scale(magnitudes, self.dtype).to(torch.float16)
+        return StorableScales(self.dtype, torch.cat([-table.flip(0), table]).to(scale.device), signed=True)
 
     def with_table(
         self, smallest: float, largest: float, bits: int, device: torch.device | None = None

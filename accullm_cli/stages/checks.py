@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from accullm_cli.config import Config
@@ -123,18 +124,21 @@ def _refuse_outliers(config: Config, name: str) -> None:
 
 def _refuse_randomness(config: Config, name: str) -> None:
     """Refuse stochastic rounding where grids have no room for it."""
-    if config.rounding.method != "stochastic" or _rounds_at_random(name):
+    if config.rounding.method != "stochastic" or _rounds_at_random(name, config.plan.encodings):
         return
-    other = next(own for own in CAPABILITIES if _rounds_at_random(own))
+    what, another = name, next(f"export to the format {own}" for own in CAPABILITIES if _rounds_at_random(own))
+    if _rounds_at_random(name):
+        what, another = f"--encodings {' '.join(config.plan.encodings)}", "leave out --encodings"
     raise AccullmError(
-        f"{name} has grids that need not hold the range of the weights, so that they cannot be rounded at random",
+        f"{what} has grids that need not hold the range of the weights, so that they cannot be rounded at random",
         "--rounding stochastic",
-        f"use another --rounding, or export to the format {other}",
+        f"use another --rounding, or {another}",
     )
 
 
-def _rounds_at_random(name: str) -> bool:
-    return all(ENCODINGS[entry.encoding].rounds_at_random for entry in CAPABILITIES[name].linears)
+def _rounds_at_random(name: str, encodings: Sequence[str] = ()) -> bool:
+    ways = CAPABILITIES[name].of_encodings(encodings).linears
+    return any(ENCODINGS[way.encoding].rounds_at_random for way in ways)
 
 
 def _with_outliers(held: str) -> str:

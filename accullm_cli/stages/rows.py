@@ -27,17 +27,23 @@ USUAL_EMBEDDING_BITS = 8
 
 
 def capabilities_of(job: Job) -> Capabilities:
-    """What the format holds of the encodings that may be chosen from.
+    """What the format holds of the encodings that may be chosen from: as asked for, and as rounding and grids can be.
 
     Raises:
         AccullmError: it has not the one that was asked for.
     """
-    format, asked = CAPABILITIES[job.format], job.config.plan.encodings
+    format, options = CAPABILITIES[job.format], job.config.plan
+    asked = options.encodings
     known = dict.fromkeys(way.encoding for way in format.linears)
     for name in asked:
         if name not in known:
             raise AccullmError(f"{job.format} has no encoding {name!r}", "--encodings", f"give {', '.join(known)}")
-    return format.of_encodings(asked)
+    format = format.of_encodings(asked)
+    if job.config.rounding.method == "stochastic":
+        format = format.without(lambda way: not ENCODINGS[way.encoding].rounds_at_random)
+    if options.symmetric is not None:
+        format = format.without(lambda way: options.symmetric not in way.symmetric)
+    return format
 
 
 def kept_linears(job: Job, decoder: Decoder) -> Mapping[str, tuple[str, ...]]:

@@ -56,6 +56,13 @@ class Encoding(ABC):
     def problem(self, row: LinearPlan) -> str:
         """Why a linear cannot be stored like this, as the end of a sentence that begins with its name; "" if it can."""
 
+    def levels(self, row: LinearPlan) -> tuple[int, ...] | None:
+        """What codes stand for in units of the scale, where that is a table of whole numbers; None: steps of one size.
+
+        Only of encodings whose linears are stored as `QuantizedLinear`.
+        """
+        return None
+
     def relative_damage(self, row: LinearPlan) -> float:
         """The squared error of rounding to a row's grid, over that of MEASURED_BITS with a scale and a zero point.
 
