@@ -23,6 +23,8 @@ LARGEST_RATIO = 1024.0
 DENSITY_BINS = 256
 SMOOTHED = 9
 LEAST_DENSITY = 1e-3
+# Of the logarithms of scales that are all alike.
+LEAST_WIDTH = 1e-6
 
 
 @dataclass(frozen=True)
@@ -89,26 +91,29 @@ class StorableScales:
             return self.with_table(1.0, 1.0, bits, spanning.device)
         return self.with_table(smallest_range * float(scale.min()), float(scale.max()), bits, spanning.device)
 
-    def table_of(self, scale: torch.Tensor, bits: int) -> StorableScales:
-        """A table of 2**(bits - 1) magnitudes, of either sign, for scales of which any could be best: [N, G].
+    def table_of(self, scale: torch.Tensor, energy: torch.Tensor, bits: int) -> StorableScales:
+        """A table of 2**(bits - 1) magnitudes, of either sign, for the scales [N, G] that groups would have without.
 
-        A group loses as the square of its scale's relative error, so that the magnitudes lie as the cube root of how
-        many scales are there, in logarithms (Panter and Dite, Proceedings of the IRE 39, 1951), from the smallest to
-        the largest. It is made on the CPU, so that it is the same on every device.
+        A group loses its energy times the square of its scale's relative error. So in logarithms, from the smallest to
+        the largest, magnitudes lie as the cube root of the energy at a place (Panter and Dite, Proceedings of the IRE
+        39, 1951). The table is made on the CPU, so that it is the same on every device.
 
         Args:
-            scale: 0 for groups that do not count.
+            scale: 0 for groups that do not count. energy: [N, G], 0 or more.
         """
-        places = scale.abs().cpu().double()
-        places = places[places > 0].log()
-        count = 2 ** (bits - 1)
+        places, energy = scale.abs().cpu().double(), energy.cpu().double()
+        counts = places > 0
+        places, energy, count = places[counts].log(), energy[counts], 2 ** (bits - 1)
         if not len(places):
-            places = places.new_zeros(1)
+            places, energy = places.new_zeros(1), places.new_ones(1)
         high = float(places.max())
         low = max(float(places.min()), high - math.log(LARGEST_RATIO))
-        density = torch.histc(places.clamp(min=low), DENSITY_BINS, low, high)
+        bins = ((places - low) * (DENSITY_BINS / max(high - low, LEAST_WIDTH))).clamp_(0, DENSITY_BINS - 1).long()
+        density = energy.new_zeros(DENSITY_BINS).index_add_(0, bins, energy)
         smooth = torch.nn.functional.avg_pool1d(density[None], SMOOTHED, 1, SMOOTHED // 2, count_include_pad=False)[0]
-        parts = (smooth + LEAST_DENSITY * smooth.max()).pow_(1 / 3).cumsum(0)
+        parts = (
+            (smooth + (LEAST_DENSITY * smooth.max()).clamp(min=torch.finfo(smooth.dtype).tiny)).pow_(1 / 3).cumsum(0)
+        )
         parts = torch.cat([parts.new_zeros(1), parts / parts[-1]])
         wanted = torch.linspace(0, 1, count, dtype=torch.float64)
         bin = torch.searchsorted(parts, wanted).clamp_(1, DENSITY_BINS)

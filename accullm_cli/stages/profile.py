@@ -54,7 +54,6 @@ from accullm_cli.stages.rows import (
     kinds_of,
     may_choose_groups,
     partners_of,
-    scale_bits,
     shared_features,
     storable_rows,
     uniform_rows,
@@ -104,7 +103,9 @@ def profile_inputs(job: Job, before: Before) -> dict[str, str]:
         **spend,
         "config:plan.outliers": repr(outlier_fraction(job)),
         "config:plan.group_size": repr(options.group_sizes) + (" or near" if may_choose_groups(job) else ""),
-        "config:plan.scale_bits": str(scale_bits(job)),
+        "config:plan.scale_bits": str(options.scale_bits),
+        # Some encodings cannot be rounded at random.
+        **({"config:rounding.method": "stochastic"} if job.config.rounding.method == "stochastic" else {}),
     }
 
 

@@ -22,7 +22,6 @@ from accullm_cli.stages.kept import kept_names
 # losses are measured for.
 WIDTHS = {"widths": (3, 4, 5, 6, 8), "outliers": (4,)}
 # Where nobody says otherwise.
-USUAL_SCALE_BITS = 6
 USUAL_EMBEDDING_BITS = 8
 
 
@@ -147,7 +146,6 @@ def uniform_rows(job: Job, decoder: Decoder, bits: int = MEASURED_BITS) -> dict[
                 in_features=slot.in_features,
                 bits=bits,
                 group_size=job.config.plan.uniform_group_size,
-                scale_bits=scale_bits(job),
                 symmetric=False,
                 source_itemsize=decoder.weights.dtype(f"{block}.{slot.parameter}").itemsize,
                 adapter=format.adapter if job.config.plan.outlier_adapter else "",
@@ -166,6 +164,7 @@ def uniform_rows(job: Job, decoder: Decoder, bits: int = MEASURED_BITS) -> dict[
                 plan,
                 bits=KEPT_BITS if name in kept else bits,
                 group_size=_group_size(job, storable[name], shared[name]),
+                scale_bits=_scale_bits(job, storable[name]),
             )
             for name, plan in linears.items()
         },
@@ -200,7 +199,12 @@ def storable_rows(job: Job, plan: LinearPlan, features: int, kind: str) -> list[
         sizes = [size for size in options.group_sizes if storable.holds_group_size(size, features)]
         if not sizes and options.group_size is None:
             sizes = [_group_size(job, storable, features)]
-        row = replace(plan, encoding=storable.encoding, symmetric=_symmetric(job, storable))
+        row = replace(
+            plan,
+            encoding=storable.encoding,
+            scale_bits=_scale_bits(job, storable),
+            symmetric=_symmetric(job, storable),
+        )
         found += [
             replace(row, bits=bits, group_size=size)
             for size in sizes
@@ -267,7 +271,7 @@ def _symmetric(job: Job, storable: Storable) -> bool:
     return False not in storable.symmetric or (several and capabilities_of(job).prefers_one_way)
 
 
-def scale_bits(job: Job) -> int:
+def _scale_bits(job: Job, storable: Storable) -> int:
     """As asked for; else those of a table, where the format has such."""
-    asked, held = job.config.plan.scale_bits, capabilities_of(job).linears[0].scale_bits
-    return asked or (USUAL_SCALE_BITS if USUAL_SCALE_BITS in held else 16)
+    usual = ENCODINGS[storable.encoding].table_bits
+    return job.config.plan.scale_bits or (usual if usual in storable.scale_bits else 16)

@@ -51,6 +51,8 @@ class Encoding(ABC):
     suffixes: ClassVar[tuple[str, ...]]
     # Whether `grid` can leave a margin, without which stochastic rounding is biased.
     rounds_at_random: ClassVar[bool] = True
+    # Of a scale's place in a table, where nobody says otherwise and a format has tables.
+    table_bits: ClassVar[int] = 6
 
     @abstractmethod
     def problem(self, row: LinearPlan) -> str:

@@ -53,6 +53,7 @@ class LevelGroups(IntegerZero):
 
     name = "levels"
     rounds_at_random: ClassVar[bool] = False
+    table_bits: ClassVar[int] = 7  # 64 magnitudes, as without a sign
 
     def levels(self, row: LinearPlan) -> tuple[int, ...]:
         return LEVELS[row.bits]
@@ -89,7 +90,8 @@ class LevelGroups(IntegerZero):
         def search(part: torch.Tensor) -> LevelSearch:
             return LevelSearch(part, columns, held, row)
 
-        scale = torch.cat([search(part).spanning if importance is None else search(part).best() for part in parts])
+        found = [search(part).spanning if importance is None else search(part).best() for part in parts]
+        scale, energy = (torch.cat(own) for own in zip(*found, strict=True))
         storable = StorableScales(scale_dtype, signed=True)
         low, high = storable.range
         clamped = int(((scale != 0) & ((scale.abs() < low) | (scale.abs() > high))).sum())
@@ -98,10 +100,10 @@ class LevelGroups(IntegerZero):
             of = f"{clamped} of {scale.numel()} scales"
             sentences.append(f"{of} lie outside of what can be stored, {low:.3g} to {high:.3g}, and were clamped")
         if row.scale_bits < 16:
-            storable = storable.table_of(scale, row.scale_bits)
+            storable = storable.table_of(scale, energy, row.scale_bits)
             if importance is not None:
-                found = scale.split(len(parts[0]))
-                scale = torch.cat([search(part).stored(own, storable) for part, own in zip(parts, found, strict=True)])
+                wanted = scale.split(len(parts[0]))
+                scale = torch.cat([search(part).stored(own, storable) for part, own in zip(parts, wanted, strict=True)])
         scale = storable.round(scale)
         size = weight.shape[1] if row.group_size == -1 else row.group_size
         levels = tuple(map(float, LEVELS[row.bits]))
@@ -151,26 +153,27 @@ class LevelSearch:
         low, high = ranges[0]
         # The longer end of the levels is where the largest weight is.
         spanning = torch.maximum(self.largest[0], torch.minimum(high, -low) / -levels[0])
-        self.spanning = torch.where(high >= -low, spanning, -spanning)
+        self.spanning = torch.where(high >= -low, spanning, -spanning), torch.ones_like(spanning)
         # Levels are whole numbers, so that between two halves all places have one nearest level.
         table = torch.tensor(levels, dtype=weight.dtype, device=weight.device)
         halves = torch.arange(-2 * REACH, 2 * REACH, dtype=weight.dtype, device=weight.device) / 2 + 0.5
         self.nearest = table[torch.bucketize(halves, (table[1:] + table[:-1]) / 2)]
 
-    def best(self) -> torch.Tensor:
-        """The best scales, of any size and sign: [R, G]; 0 for groups of zeros."""
+    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best scales, of any size and sign (0 for zeros), and the energy of what they hold: [R, G] both."""
         first, last = SEARCHED[self.bits]
-        best = least = None
+        best = most = None
         for largest, step, sign in product(self.largest, range(CANDIDATES), (1, -1)):
             fraction = first + (last - first) * step / (CANDIDATES - 1)
-            scale, error = self._refitted(largest * (sign * fraction))
-            if best is None or least is None:
-                best, least = scale, error
+            scale, energy = self._refitted(largest * (sign * fraction))
+            if best is None or most is None:
+                best, most = scale, energy
                 continue
-            better = error < least
-            best, least = torch.where(better, scale, best), torch.where(better, error, least)
+            better = energy > most
+            best, most = torch.where(better, scale, best), torch.where(better, energy, most)
         assert best is not None
-        return best
+        assert most is not None
+        return best, most
 
     def stored(self, scale: torch.Tensor, storable: StorableScales) -> torch.Tensor:
         """For each scale that of the two next to it in a table whose error is less."""
@@ -184,12 +187,12 @@ class LevelSearch:
         return self.nearest[places.add_(2 * REACH - 1).int()]
 
     def _refitted(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best scale for the levels that are nearest at this one, and its error but for what all have."""
+        """The best scale for the levels that are nearest at this one, and what it takes off the energy of the error."""
         points = self._points(scale)
         along = (self.weighted * points).sum(-1)
         square = points.square_().mul_(self.importance).sum(-1)
         fitted = torch.where(square > 0, along / square, scale)
-        return fitted, -along * fitted
+        return fitted, along * fitted
 
     def _error(self, scale: torch.Tensor) -> torch.Tensor:
         lost = self._points(scale).mul_(scale[..., None]).sub_(self.weight)
