@@ -162,18 +162,13 @@ class LevelSearch:
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The best scales, of any size and sign (0 for zeros), and the energy of what they hold: [R, G] both."""
         first, last = SEARCHED[self.bits]
-        best = most = None
+        best: tuple[torch.Tensor, torch.Tensor] | None = None
         for largest, step, sign in product(self.largest, range(CANDIDATES), (1, -1)):
             fraction = first + (last - first) * step / (CANDIDATES - 1)
-            scale, energy = self._refitted(largest * (sign * fraction))
-            if best is None or most is None:
-                best, most = scale, energy
-                continue
-            better = energy > most
-            best, most = torch.where(better, scale, best), torch.where(better, energy, most)
+            found = self._refitted(largest * (sign * fraction))
+            best = found if best is None else _better(found, best)
         assert best is not None
-        assert most is not None
-        return best, most
+        return _better(self._refitted(best[0]), best)
 
     def stored(self, scale: torch.Tensor, storable: StorableScales) -> torch.Tensor:
         """For each scale that of the two next to it in a table whose error is less."""
@@ -197,3 +192,11 @@ class LevelSearch:
     def _error(self, scale: torch.Tensor) -> torch.Tensor:
         lost = self._points(scale).mul_(scale[..., None]).sub_(self.weight)
         return lost.square_().mul_(self.importance).sum(-1)
+
+
+def _better(
+    found: tuple[torch.Tensor, torch.Tensor], best: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of two scales for each group, with their energies, the one that holds more."""
+    better = found[1] > best[1]
+    return torch.where(better, found[0], best[0]), torch.where(better, found[1], best[1])
