@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from accullm_cli.formats import FORMATS, artifact_format, open_artifact
 from accullm_cli.formats.base import ModelShape, Objection, Parts
 from accullm_cli.formats.objections import objections
 from accullm_cli.quant.encodings.affine import AffineLinear
+from accullm_cli.quant.encodings.levels import LEVELS
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
 
@@ -95,6 +97,39 @@ def quantize_affine(weight: torch.Tensor, bits: int, group_size: int) -> AffineL
     )
 
 
+def quantize_levels(
+    weight: torch.Tensor, bits: int, group_size: int, outliers: tuple[int, ...] = (), scale_bits: int = 16
+) -> QuantizedLinear:
+    """Round [N, K] to the nearest level; the largest weight of a group becomes the last one, whatever its sign is."""
+    levels = torch.tensor(LEVELS[bits], dtype=torch.float32)
+    table = None
+    if scale_bits < 16:
+        magnitudes = (2.0 ** torch.linspace(-20, 0, 2 ** (scale_bits - 1))).bfloat16().half()
+        table = torch.cat([-magnitudes.flip(0), magnitudes])
+    values = weight.detach().float().clone()
+    values[:, list(outliers)] = 0
+    size = weight.shape[1] if group_size == -1 else group_size
+    codes, scales = [], []
+    for group in values.split(size, 1):
+        largest = group.gather(1, group.abs().argmax(1, keepdim=True)) / 127
+        scale = torch.where(largest.abs() < 1e-6, 1e-6, largest).bfloat16().half()
+        if table is not None:
+            scale = table[(scale.float() - table.float()).abs().argmin(1, keepdim=True)]
+        codes.append(((group / scale.float())[..., None] - levels).abs().argmin(-1).byte())
+        scales.append(scale)
+    return QuantizedLinear(
+        codes=torch.cat(codes, 1),
+        scales=torch.cat(scales, 1),
+        zeros=None,
+        outlier_index=torch.tensor(outliers, dtype=torch.int32),
+        outlier_weight=weight.detach()[:, list(outliers)].contiguous(),
+        bits=bits,
+        group_size=group_size,
+        scale_table=table,
+        levels=LEVELS[bits],
+    )
+
+
 @dataclass(frozen=True)
 class Made:
     """Parts of an artifact, what they hold, and the model with the weights that the artifact stands for."""
@@ -129,6 +164,8 @@ def make_parts(
     def quantize(weight: torch.Tensor, bits: int, group_size: int, *rest: Any) -> Any:
         if encoding == "affine":
             return quantize_affine(weight, bits, group_size)
+        if encoding == "levels":
+            return quantize_levels(weight, bits, group_size, *rest[1:])
         return quantize_nearest(weight, bits, group_size, *rest)
 
     run.mkdir(parents=True, exist_ok=True)
@@ -169,10 +206,12 @@ def make_parts(
     if embedding_bits < 16:
         for name in (EMBEDDING_OF[prefix],) if tied else (EMBEDDING_OF[prefix], "lm_head"):
             weight = model.get_parameter(f"{name}.weight")
-            embeddings[name] = quantize(weight, embedding_bits, group_size, symmetric)
+            own = "integer" if encoding == "levels" else encoding
+            rounds = quantize_affine if own == "affine" else partial(quantize_nearest, symmetric=symmetric)
+            embeddings[name] = rounds(weight, embedding_bits, group_size)
             itemsize = weight.element_size()
             embedding_plans[name] = LinearPlan(
-                name, *weight.shape, embedding_bits, group_size, symmetric, source_itemsize=itemsize, encoding=encoding
+                name, *weight.shape, embedding_bits, group_size, symmetric, source_itemsize=itemsize, encoding=own
             )
             reference.get_parameter(f"{name}.weight").data.copy_(embeddings[name].dequantize(weight.dtype))
             embedding_shards.append(run / f"{name}.safetensors")
