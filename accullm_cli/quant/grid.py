@@ -58,7 +58,7 @@ class Grid:
         scale, zero = self.per_column(count)
         table = self.table()
         if table is not None:
-            return torch.bucketize(weight / scale, (table[1:] + table[:-1]) / 2).to(weight.dtype)
+            return torch.bucketize((weight / scale).contiguous(), (table[1:] + table[:-1]) / 2).to(weight.dtype)
         return (weight / scale + zero).round_().clamp_(0, self.largest_code)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:

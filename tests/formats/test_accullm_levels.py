@@ -48,7 +48,8 @@ def test_levels_round_trip(bits: int, scale_bits: int, tmp_path: Path) -> None:
 
 def test_experts_of_levels_beside_integer_embeddings(tmp_path: Path) -> None:
     made = make_parts(
-        tiny_mixtral(), tmp_path / "run", bits=3, symmetric=True, encoding="levels", keep=("down_proj.2",), embedding_bits=8
+        tiny_mixtral(), tmp_path / "run", bits=3, symmetric=True, encoding="levels", keep=("down_proj.2",),
+        embedding_bits=8,
     )  # fmt: skip
     directory = empty(tmp_path / "artifact")
     FORMATS["accullm"].write(directory, made.parts)

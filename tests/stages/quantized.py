@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import Plan
 from accullm_cli.stages.profile import load_plan
@@ -53,7 +54,9 @@ def linear_of(run: Path, plan: Plan, name: str) -> QuantizedLinear:
         key.removeprefix(f"{name}."): value for key, value in shard(run, index).items() if key.startswith(f"{name}.")
     }
     entry = plan.linears[name]
-    return QuantizedLinear.from_tensors(own, entry.in_features, entry.bits, entry.group_size)
+    linear = ENCODINGS[entry.encoding].from_tensors(own, entry)
+    assert isinstance(linear, QuantizedLinear)
+    return linear
 
 
 def weights_of(run: Path) -> Callable[[str], torch.Tensor]:

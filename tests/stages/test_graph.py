@@ -38,7 +38,7 @@ DEPENDS: dict[str, tuple[Any, set[str]]] = {
     "plan.embedding_bits": (8, {"profile"}),
     "plan.encodings": ("['integer']", {"profile"}),
     "plan.keep": ("['*.down_proj']", {"profile"}),
-    "rounding.method": ("stochastic", {"quantize"}),
+    "rounding.method": ("stochastic", {"profile", "quantize"}),  # levels are not rounded at random
     "rounding.outlier_mode": ("compensating", {"quantize"}),
     "rounding.target": ("original", {"quantize"}),
     "rounding.grid": ("minmax", {"quantize"}),

@@ -170,6 +170,7 @@ def test_experts_get_the_rows_that_are_routed_to_them(calls: list[Call], tmp_pat
 def test_nearest_runs_no_block(tmp_path: Path, calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_checkpoint("llama", tmp_path / "model")
     settings = {"rounding__method": "nearest", "rounding__grid": "minmax", "plan__scale_bits": 16}
+    settings |= {"plan__encodings": "[integer]"}
     with opened(short_config(source, tmp_path / "out", **settings)) as job:
         run_to(job, "profile")
 
@@ -291,7 +292,7 @@ def test_what_two_formats_have_alike_is_rounded_once(tmp_path: Path, monkeypatch
     """Equal plans: the second format's shards are the first one's files. Another width for one of them: all anew."""
     source = make_checkpoint("llama", tmp_path / "model", torch.float16)
     names = ("accullm", "compressed-tensors")
-    alike = {"plan__outliers": 0, "plan__group_size": 32, "plan__scale_bits": 16}
+    alike = {"plan__outliers": 0, "plan__group_size": 32, "plan__scale_bits": 16, "plan__encodings": "[integer]"}
     alike["export__format"] = f"[{','.join(names)}]"
     rounded: list[int] = []
     quantize_block = quantize_module._quantize_block
