@@ -88,8 +88,9 @@ class Problem:
 
     def rounded(self, method: str, mode: str, dtype: torch.dtype, **plan) -> dict[str, torch.Tensor]:
         layout = LinearPlan(
-            "a", ROWS, self.columns, plan.get("bits", 4), GROUP_SIZE, plan.get("symmetric", False), self.outliers
-        )
+            "a", ROWS, self.columns, plan.get("bits", 4), GROUP_SIZE, plan.get("symmetric", False), self.outliers,
+            scale_bits=plan.get("scale_bits", 16), encoding=plan.get("encoding", "integer"),
+        )  # fmt: skip
         grid = plan.get("grid", "minmax")
         options = RoundingOptions(method, mode, damping=self.damping, grid=grid, seed=2**40 + 5)
         result = round_linears(
@@ -129,6 +130,7 @@ class Case:
 
 # Stochastic rounding chooses its scale such that a last bit of a corrected target could make it another one.
 UNCORRECTED = {"span": 14, "corrected": False}
+LEVELS = {"encoding": "levels", "symmetric": True, "bits": 3}
 CASES = {
     "nearest": Case("nearest", True, {"corrected": False}),
     "nearest, searched": Case("nearest", True, {"corrected": False}, {"grid": "search", "bits": 3}),
@@ -137,6 +139,8 @@ CASES = {
     "feedback, searched": Case("feedback", True, {}, {"grid": "search", "bits": 3}),
     "feedback, fitted": Case("feedback", True, {}, {"grid": "fit", "bits": 3}),
     "feedback, symmetric": Case("feedback", True, {"span": 11.5}, {"symmetric": True}),
+    "nearest, levels": Case("nearest", True, {"corrected": False}, LEVELS | {"grid": "search"}),
+    "feedback, levels": Case("feedback", True, {}, LEVELS | {"grid": "fit", "scale_bits": 5}),
     "stochastic, untouched": Case("stochastic", True, UNCORRECTED),
     "stochastic, compensating": Case("stochastic", False, UNCORRECTED),
 }
@@ -149,6 +153,8 @@ PINNED = {
     "feedback, searched": (6, "80658225229db0d75be86cb58a2be61ff1228d35f295208439165c0cd7fb0bb3"),
     "feedback, fitted": (6, "f564ed0b4bdda330db0ffd1e81452d67ee07db8a7369a158952d04196d4587d9"),
     "feedback, symmetric": (6, "2b908f71040eb92e4d5af24fb7bd28199d207b8aae61f438189a58eb98dfdaaa"),
+    "nearest, levels": (6, "2cb359e096f7c640d84f44c8421f9103d458947fafad7970729c448de6321121"),
+    "feedback, levels": (6, "26499060d25d4d605d536d52a4a15e06dea07762c15b91352c280a50d101d7c4"),
     "stochastic, untouched": (6, "53ea3e1b3512b5e1ac8f8051ae12b61879fed475bca8e50fc14ad50f1f0ae7a5"),
     "stochastic, compensating": (6, "97f4a32cbf6bacc8e51071bd9be31ac789dea8e9f3c43accb2650cf3adc0dfd4"),
 }
