@@ -33,6 +33,7 @@ from accullm_cli.formats.manifest import check_version
 from accullm_cli.formats.shards import dtype_name, tensors_of
 from accullm_cli.hybrid import HybridEmbedding, HybridExperts, HybridLinear, HybridWeight, KeptWeight, TiedHead
 from accullm_cli.model.integrity import TensorInfo
+from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.linear import check_outlier_index
 from accullm_cli.quant.plan import LinearPlan
 
@@ -280,6 +281,8 @@ def _plan(name: str, shape: tuple[int, int], config: AccullmConfig) -> tuple[Lin
     scheme = config.scheme(name)
     own = {key: scheme[key] for key in ("bits", "group_size", "symmetric", "scale_bits", "encoding")}
     plan = LinearPlan(name, *shape, **own)
+    if plan.encoding not in ENCODINGS or ENCODINGS[plan.encoding].problem(plan):
+        raise AccullmError(f"describes {name} as no accullm stores it", "config.json", "copy the artifact again")
     return plan, scheme["outliers"]
 
 

@@ -96,8 +96,8 @@ MUTANTS = (
     Mutant(
         "of two levels that are as near the upper one is taken",
         LOOPS,
-        "if place + place > levels[middle] + levels[middle + 1]:",
-        "if place + place >= levels[middle] + levels[middle + 1]:",
+        "code += place + place > levels[above - 1] + levels[above]",
+        "code += place + place >= levels[above - 1] + levels[above]",
         ("tests/quant/test_loops.py",),
     ),
     Mutant(
@@ -161,10 +161,24 @@ MUTANTS = (
     Mutant(
         "the zero point of symmetric codes is one too low",
         "accullm_cli/quant/linear.py",
-        "zero = 2 ** (self.bits - 1) if self.zeros is None",
-        "zero = 2 ** (self.bits - 1) - 1 if self.zeros is None",
+        "return 2 ** (self.bits - 1) if self.levels is None",
+        "return 2 ** (self.bits - 1) - 1 if self.levels is None",
         ("tests/quant/test_linear.py",),
         quick=True,
+    ),
+    Mutant(
+        "of two scales in a table the one that loses more is taken",
+        "accullm_cli/quant/encodings/levels.py",
+        "torch.where(self._error(lower) <= self._error(upper), lower, upper)",
+        "torch.where(self._error(lower) >= self._error(upper), lower, upper)",
+        ("tests/quant/test_levels.py",),
+    ),
+    Mutant(
+        "a table of scales does not know where the energy is",
+        "accullm_cli/quant/scales.py",
+        "density = energy.new_zeros(DENSITY_BINS).index_add_(0, bins, energy)",
+        "density = energy.new_zeros(DENSITY_BINS).index_add_(0, bins, energy.new_ones(energy.shape))",
+        ("tests/quant/test_levels.py",),
     ),
     Mutant(
         "nibbles are swapped",

@@ -22,7 +22,8 @@ from accullm_cli.formats.readers import readings
 from accullm_cli.formats.shards import dtype_name, read_json
 from accullm_cli.measure.measurement import recorded_name
 from accullm_cli.progress import SHOWN, grouped
-from accullm_cli.quant.plan import LinearPlan, Plan
+from accullm_cli.quant.encodings import ENCODINGS
+from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 from accullm_cli.run import file_sha256, write_text
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def _linear_plan(name: str, entry: Mapping[str, Any], dtype: torch.dtype) -> Lin
     is_whole = min(out_features, in_features) > 0 and (group_size > 0 or group_size == -1)
     if not is_whole or not {bits, scale_bits} <= {*range(1, 17)} or not isinstance(entry["symmetric"], bool):
         raise ValueError(f"{name} is no linear")
-    return LinearPlan(
+    row = LinearPlan(
         name=name,
         out_features=out_features,
         in_features=in_features,
@@ -187,6 +188,12 @@ def _linear_plan(name: str, entry: Mapping[str, Any], dtype: torch.dtype) -> Lin
         source_itemsize=dtype.itemsize,
         encoding=entry.get("encoding", USUAL_ENCODING),
     )
+    if row.encoding not in ENCODINGS:
+        raise ValueError(f"{name} has an unknown encoding")
+    problem = "" if bits == KEPT_BITS else ENCODINGS[row.encoding].problem(row)
+    if problem:
+        raise ValueError(f"{name} {problem}")
+    return row
 
 
 # -- writing -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def change_plan_of_first_block(run: Path) -> None:
     """As if another budget had given one linear of block 1 other bits, while profile is up to date."""
     plan = json.loads((run / "plan.json").read_text())
     name = next(name for name in plan["linears"] if ".layers.0." in name)
-    plan["linears"][name]["bits"] = 8
+    plan["linears"][name]["bits"] = 5
     (run / "plan.json").write_text(json.dumps(plan))
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["stages"]["profile"]["outputs"] = {}

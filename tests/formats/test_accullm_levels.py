@@ -112,11 +112,26 @@ def test_a_config_that_does_not_say_so_is_refused(tmp_path: Path) -> None:
     assert refusal.value.line() == f"{path}: describes {first} otherwise than accullm.json; copy the artifact again"
 
 
-def test_zero_points_beside_levels_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"symmetric": False}, "is to have zero points, and levels has none"),
+        ({"bits": 6}, "is to have 6 bits, and levels has 2 to 5"),
+        ({"encoding": "stairs"}, "has an unknown encoding"),
+    ],
+)
+def test_what_levels_cannot_be_is_refused(change: dict[str, object], what: str, tmp_path: Path) -> None:
     _, directory = make(tmp_path)
-    path = directory / "accullm.json"
-    manifest = json.loads(path.read_text())
-    manifest["linears"][Q_PROJ]["symmetric"] = False
+    path, config_path = directory / "accullm.json", directory / "config.json"
+    manifest, config = (json.loads(own.read_text()) for own in (path, config_path))
+    manifest["linears"][Q_PROJ] |= change
     path.write_text(json.dumps(manifest))
-    with pytest.raises(AccullmError, match=f"describes {Q_PROJ} otherwise than accullm.json"):
+    with pytest.raises(AccullmError) as refusal:
         open_artifact(directory)
+    line = f"{path}: not a manifest of format version 3 (ValueError: {Q_PROJ} {what}); copy the artifact again"
+    assert refusal.value.line() == line
+    config["quantization_config"]["linears"][Q_PROJ] |= change
+    config_path.write_text(json.dumps(config))
+    with pytest.raises(AccullmError) as refusal:
+        AutoModelForCausalLM.from_pretrained(directory)
+    assert refusal.value.line() == f"config.json: describes {Q_PROJ} as no accullm stores it; copy the artifact again"
