@@ -168,7 +168,7 @@ class LevelSearch:
             found = self._refitted(largest * (sign * fraction))
             best = found if best is None else _better(found, best)
         assert best is not None
-        return _better(self._refitted(best[0]), best)
+        return best
 
     def stored(self, scale: torch.Tensor, storable: StorableScales) -> torch.Tensor:
         """For each scale that of the two next to it in a table whose error is less."""
