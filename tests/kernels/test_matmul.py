@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def check_gradients(
 
 
 @needs_compiler
-def test_the_check_of_doctor_finds_no_disagreement_and_a_wrong_scale(
+def test_the_check_of_doctor_finds_no_disagreement_a_wrong_scale_and_a_wrong_level(
     launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert largest_disagreement(torch.device("cpu")) is None
@@ -187,6 +188,16 @@ def test_the_check_of_doctor_finds_no_disagreement_and_a_wrong_scale(
     found = largest_disagreement(torch.device("cpu"))
     assert found is not None
     assert re.fullmatch(r"CUDA: hybrid_gemv with 1 tokens is off by \d+ in whole numbers", found)
+
+    def other_level(linear: QuantizedLinear, dtype: torch.dtype) -> object:
+        if linear.levels is not None:
+            linear = replace(linear, levels=(*linear.levels[:-1], linear.levels[-1] - 1))
+        return tile(linear, dtype)
+
+    monkeypatch.setattr(check, "tile", other_level)
+    found = largest_disagreement(torch.device("cpu"))
+    assert found is not None
+    assert re.fullmatch(r"CUDA: hybrid_gemv with 1 tokens is off by \d+ in whole numbers of levels", found)
 
 
 def test_no_tokens_make_no_launch(launches: list[str]) -> None:
