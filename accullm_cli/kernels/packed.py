@@ -18,7 +18,7 @@ the codes, and take twice as long as one (1.4 and 2.7 ms for a weight [4096, 409
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -166,7 +166,12 @@ def packed_product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | N
         kernels, origin = (_one_token_of_levels, _four_tokens_of_levels), torch.tensor(packed.levels, dtype=torch.int8)
     arrays = [tensor.numpy() for tensor in (packed.codes, packed.scales, origin, even, odd, y)]
     kernel = kernels[padded > 1]
-    work = partial(kernel, *arrays, half, packed.dtype == torch.bfloat16)
+    rounds = packed.dtype == torch.bfloat16
+
+    def work(first: int, last: int) -> None:
+        room = [] if packed.levels is None else [np.empty((2, packed.codes.shape[1]), np.int8)]
+        kernel(*arrays, *room, half, rounds, first, last)
+
     _in_threads(work, features, packed.codes.numel() * padded)
     y = y[:tokens]
     if len(packed.outlier_index):
@@ -176,7 +181,7 @@ def packed_product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | N
     return y.to(x.dtype).view(*x.shape[:-1], features)
 
 
-def _in_threads(work: partial[None], rows: int, multiplications: int) -> None:
+def _in_threads(work: Callable[[int, int], None], rows: int, multiplications: int) -> None:
     """`work(first, last)` for parts of the rows, the last of them in this thread and each other in one of its own."""
     threads = max(1, min(torch.get_num_threads(), multiplications // WORTH_A_THREAD))
     bounds = [rows * part // threads for part in range(threads + 1)]
@@ -282,10 +287,10 @@ def _levels_by_one(low, high, scale, to_bfloat16, even, odd):  # type: ignore[no
 
 
 @fast
-def _one_token_of_levels(codes, scales, table, even, odd, y, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
-    """As `_one_token`; table: int8 [16], what the codes stand for."""
+def _one_token_of_levels(codes, scales, table, even, odd, y, room, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
+    """As `_one_token`; table: int8 [16], what the codes stand for. room: int8 [2, octets], for the levels of a row."""
     octets = codes.shape[1]
-    low, high = np.empty(octets, np.int8), np.empty(octets, np.int8)
+    low, high = room[0], room[1]
     for n in range(first, last):
         _look_up_row(codes[n], table, low, high)
         total = np.float32(0)
@@ -297,10 +302,10 @@ def _one_token_of_levels(codes, scales, table, even, odd, y, half, to_bfloat16, 
 
 
 @fast
-def _four_tokens_of_levels(codes, scales, table, even, odd, y, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
+def _four_tokens_of_levels(codes, scales, table, even, odd, y, room, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
     """As `_four_tokens`, and the levels of a row are looked up once for all tokens."""
     octets = codes.shape[1]
-    low_levels, high_levels = np.empty(octets, np.int8), np.empty(octets, np.int8)
+    low_levels, high_levels = room[0], room[1]
     for n in range(first, last):
         _look_up_row(codes[n], table, low_levels, high_levels)
         for quad in range(y.shape[0] // 4):

@@ -136,12 +136,13 @@ def test_gradients_are_those_of_the_dequantized_weight(
 @pytest.mark.parametrize("of_x", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("levels", [False, True])
 def test_gradients_are_those_of_the_dequantized_weight_on_a_cpu(
-    symmetric: bool, tokens: int, dtype: torch.dtype, of_x: bool, of_bias: bool
+    levels: bool, tokens: int, dtype: torch.dtype, of_x: bool, of_bias: bool
 ) -> None:
-    linear = random_linear(Shape(24, 203, 64, symmetric, outliers=3), dtype, seed=1)
-    check_gradients(linear, pack_linear(linear.to_tensors(), 203, 4, 64, dtype), tokens, dtype, of_x, of_bias)
+    linear = random_linear(Shape(24, 203, 64, True, outliers=3, levels=levels), dtype, seed=1)
+    packed = pack_linear(linear.to_tensors(), 203, 4, 64, dtype, linear.levels)
+    check_gradients(linear, packed, tokens, dtype, of_x, of_bias)
 
 
 def check_gradients(
