@@ -267,7 +267,7 @@ def _four_tokens(codes, scales, zeros, even, odd, y, half, to_bfloat16, first, l
             y[a, n], y[b, n], y[c, n], y[d, n] = sum_a, sum_b, sum_c, sum_d
 
 
-@inlined
+@fast
 def _look_up_row(row, table, low, high):  # type: ignore[no-untyped-def]
     whole = row.shape[0] // OCTETS
     for part in range(whole):
