@@ -211,8 +211,8 @@ inlined = partial(fast, inlined=True)
 
 
 @inlined
-def _weight(step, scale, to_bfloat16):  # type: ignore[no-untyped-def]
-    value = np.float32(np.float32(np.int32(step)) * scale)
+def _weight(code, zero, scale, to_bfloat16):  # type: ignore[no-untyped-def]
+    value = np.float32(np.float32(np.int32(np.int32(code) - zero)) * scale)
     if to_bfloat16:
         bits = value.view(np.uint32)
         bits = np.uint32(np.uint32(bits + _BELOW_HALF + ((bits >> _HALF_BITS) & _ONE)) & _UPPER)
@@ -225,8 +225,8 @@ def _group_by_one(codes, zero, scale, to_bfloat16, even, odd):  # type: ignore[n
     total = np.float32(0)
     for j in range(codes.shape[0]):
         pair = codes[j]
-        total += _weight(np.int32(pair & _LOW_NIBBLE) - zero, scale, to_bfloat16) * even[j]
-        total += _weight(np.int32(pair >> _HIGH_NIBBLE) - zero, scale, to_bfloat16) * odd[j]
+        total += _weight(pair & _LOW_NIBBLE, zero, scale, to_bfloat16) * even[j]
+        total += _weight(pair >> _HIGH_NIBBLE, zero, scale, to_bfloat16) * odd[j]
     return total
 
 
@@ -258,8 +258,8 @@ def _four_tokens(codes, scales, zeros, even, odd, y, half, to_bfloat16, first, l
                 for offset in range(min(half, octets - begin)):
                     j = _INDEX(begin) + _INDEX(offset)
                     pair = codes[n, j]
-                    low = _weight(np.int32(pair & _LOW_NIBBLE) - zero, scale, to_bfloat16)
-                    high = _weight(np.int32(pair >> _HIGH_NIBBLE) - zero, scale, to_bfloat16)
+                    low = _weight(pair & _LOW_NIBBLE, zero, scale, to_bfloat16)
+                    high = _weight(pair >> _HIGH_NIBBLE, zero, scale, to_bfloat16)
                     sum_a += low * even[a, j] + high * odd[a, j]
                     sum_b += low * even[b, j] + high * odd[b, j]
                     sum_c += low * even[c, j] + high * odd[c, j]
@@ -281,8 +281,8 @@ def _look_up_row(row, table, low, high):  # type: ignore[no-untyped-def]
 def _levels_by_one(low, high, scale, to_bfloat16, even, odd):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for j in range(low.shape[0]):
-        total += _weight(low[j], scale, to_bfloat16) * even[j]
-        total += _weight(high[j], scale, to_bfloat16) * odd[j]
+        total += _weight(low[j], np.int32(0), scale, to_bfloat16) * even[j]
+        total += _weight(high[j], np.int32(0), scale, to_bfloat16) * odd[j]
     return total
 
 
@@ -316,8 +316,8 @@ def _four_tokens_of_levels(codes, scales, table, even, odd, y, room, half, to_bf
                 scale = scales[n, g]
                 for place in range(g * half, min(g * half + half, octets)):
                     j = _INDEX(place)
-                    low = _weight(low_levels[j], scale, to_bfloat16)
-                    high = _weight(high_levels[j], scale, to_bfloat16)
+                    low = _weight(low_levels[j], np.int32(0), scale, to_bfloat16)
+                    high = _weight(high_levels[j], np.int32(0), scale, to_bfloat16)
                     sum_a += low * even[a, j] + high * odd[a, j]
                     sum_b += low * even[b, j] + high * odd[b, j]
                     sum_c += low * even[c, j] + high * odd[c, j]
