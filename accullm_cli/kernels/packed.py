@@ -165,7 +165,7 @@ def packed_product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | N
     if origin is None:
         kernels, origin = (_one_token_of_levels, _four_tokens_of_levels), torch.tensor(packed.levels, dtype=torch.int8)
     arrays = [tensor.numpy() for tensor in (packed.codes, packed.scales, origin, even, odd, y)]
-    kernel = kernels[padded > 1]
+    kernel = kernels[0 if padded == 1 else 1]
     rounds = packed.dtype == torch.bfloat16
 
     def work(first: int, last: int) -> None:
