@@ -17,13 +17,13 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_tiles(Weight weight
         const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
         const int k = tile * TILE_K + 16 * t;
         const u64 entry = (static_cast<u64>(strip) * weight.groups + (k >> weight.group_shift)) * 8 + row;
-        const u32 zeros = weight.zeros == nullptr ? weight.symmetric_zero * 0x11 : weight.zeros[entry];
+        const u32 zeros = has_zeros(weight) ? weight.zeros[entry] : weight.symmetric_zero * 0x11;
         const RowPair pair = row_pair(weight.scales[entry], zeros);
         u32 values[2][8];  // of `row` and `row + 8`: pairs of neighbouring features
 #pragma unroll
         for (int step = 0; step < 4; step++) {
             u32 a[4];
-            dequantize(words[step], pair, a);
+            dequantize(words[step], pair, weight, a);
             values[0][2 * step] = a[0], values[0][2 * step + 1] = a[2];
             values[1][2 * step] = a[1], values[1][2 * step + 1] = a[3];
         }

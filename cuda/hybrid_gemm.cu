@@ -33,6 +33,19 @@ constexpr int SCALES_AT = BLOCK_STRIPS * TILE_BYTES;
 constexpr int ZEROS_AT = SCALES_AT + BLOCK_STRIPS * 4 * LANES;
 constexpr int ACTIVATIONS_AT = ZEROS_AT + BLOCK_STRIPS * 4 * LANES;
 
+// Where a strip's scales begin. In a build with LEVELS, whose table takes registers, it is their number: half as long.
+#if LEVELS
+using Scales = int;
+__device__ __forceinline__ Scales scales_from(const Weight&, u64 first) { return static_cast<int>(first); }
+__device__ __forceinline__ const u32* scale_of(const Weight& weight, Scales scales, u32 group) {
+    return weight.scales + (scales + 8 * group);
+}
+#else
+using Scales = const u32*;
+__device__ __forceinline__ Scales scales_from(const Weight& weight, u64 first) { return weight.scales + first; }
+__device__ __forceinline__ const u32* scale_of(const Weight&, Scales scales, u32 group) { return scales + 8 * group; }
+#endif
+
 // Three stages keep 128 tokens below the 99 KB per block of compute capability 8.6, and 64 tokens below the 64 KB of 7.5.
 template <int TOKENS>
 __device__ __forceinline__ void gemm(const Weight& weight, const Product& product) {
@@ -45,7 +58,7 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
     const int row = lane / 4, t = lane % 4;
     const int first_token = blockIdx.y * TOKENS, tokens = min(TOKENS, product.tokens - first_token);
     const int first_strip = blockIdx.x * BLOCK_STRIPS, strips = strips_of(weight);
-    const bool asymmetric = weight.zeros != nullptr;
+    const bool asymmetric = has_zeros(weight);
 
     const int all = weight.tiles_k + weight.outlier_steps;
     const int share = (all + gridDim.z - 1) / gridDim.z;
@@ -55,7 +68,7 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
     // The tile that is fetched next, with what this lane fetches of it.
     int coming = begin, coming_k = kept(begin * TILE_K + 16 * t);
     const u8* codes[WARP_STRIPS];
-    const u32* scales[WARP_STRIPS];
+    Scales scales[WARP_STRIPS];
     const u8* zeros[WARP_STRIPS];
     bool strip_there[WARP_STRIPS];
 #pragma unroll
@@ -64,7 +77,7 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
         strip_there[i] = strip < strips;
         const u64 safe = strip_there[i] ? strip : 0;
         codes[i] = kept(weight.tiles + (safe * weight.tiles_k + begin) * TILE_BYTES + 16 * lane);
-        scales[i] = kept(weight.scales + safe * weight.groups * 8 + row);
+        scales[i] = kept(scales_from(weight, safe * weight.groups * 8 + row));
         zeros[i] = kept(weight.zeros + safe * weight.groups * 8 + (row & 4));
     }
     // Activations come in pieces of 8: a thread fetches the same piece of every 16th token.
@@ -82,7 +95,7 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
             for (int i = 0; i < WARP_STRIPS; i++) {
                 u8* const own = stage + own_at + i * LANES * 4;
                 copy_async_16(stage + 4 * own_at + i * TILE_BYTES, codes[i], strip_there[i]);
-                copy_async_4(own + SCALES_AT, scales[i] + 8 * group, strip_there[i]);
+                copy_async_4(own + SCALES_AT, scale_of(weight, scales[i], group), strip_there[i]);
                 if (asymmetric) copy_async_4(own + ZEROS_AT, zeros[i] + 8 * group, strip_there[i]);
                 codes[i] += TILE_BYTES;
             }
@@ -149,8 +162,8 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
             u32 a[WARP_STRIPS][2][4];
 #pragma unroll
             for (int i = 0; i < WARP_STRIPS; i++) {
-                dequantize(words[i][2 * half], pairs[i], a[i][0]);
-                dequantize(words[i][2 * half + 1], pairs[i], a[i][1]);
+                dequantize(words[i][2 * half], pairs[i], weight, a[i][0]);
+                dequantize(words[i][2 * half + 1], pairs[i], weight, a[i][1]);
             }
 #pragma unroll
             for (int part = 0; part < TOKEN_TILES; part++) {

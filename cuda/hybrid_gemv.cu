@@ -53,7 +53,7 @@ __device__ __forceinline__ void gemv(const Weight& weight, const Product& produc
         weight.outlier_tiles + static_cast<u64>(strip) * weight.outlier_steps * TILE_BYTES + 16 * lane;
     const u64 first_entry = static_cast<u64>(strip) * weight.groups * 8;
     const u32* const scales = kept(weight.scales + first_entry + row);
-    const bool asymmetric = weight.zeros != nullptr;
+    const bool asymmetric = has_zeros(weight);
     const u8* const zeros = kept(weight.zeros + first_entry + (row & 4));
     const int codes_at = kept(16 * lane), scales_at = kept(SCALES_AT + 4 * lane);
     const int zeros_at = ZEROS_AT - SCALES_AT, zero_at = kept(ZEROS_AT + 4 * lane + (row & 3));
@@ -129,7 +129,7 @@ __device__ __forceinline__ void gemv(const Weight& weight, const Product& produc
 #pragma unroll
         for (int step = 0; step < 4; step++) {
             u32 a[4];
-            dequantize(words[step], pair, a);
+            dequantize(words[step], pair, weight, a);
 #pragma unroll
             for (int part = 0; part < TOKEN_TILES; part++)
                 multiply_accumulate(sums[part][step % 2], a, x[part][2 * step], x[part][2 * step + 1]);

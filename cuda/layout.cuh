@@ -30,6 +30,9 @@
 //     register  a[3]      a[2]      a[1]      a[0]      a[3]      a[2]      a[1]      a[0]
 //               (the upper half of each register)       (the lower half of each register)
 //
+// In a build with LEVELS j = 1 and j = 2 change places (byte j is feature j), so that each half of the word is all of two
+// registers. Code 0 is the level 0; 1 to 7 are the levels below it and 8 to 15 those above it, the next ones first.
+//
 // Scales are float16 and lie as [strip][group][row 0..7][row, row + 8]; zero points as a byte [strip][group][row 0..7],
 // that of `row` in the low nibble and that of `row + 8` in the high one.
 //
@@ -61,14 +64,17 @@ struct Weight {
     int group_shift;           // a group is 2**group_shift features, at least 16; 31: one group per row
     int symmetric_zero;        // the zero point where `zeros` is null
     int outlier_steps;
+    u32 levels[4];             // with LEVELS: the magnitude of each code's level, a byte of at most 127
 };
 
 __device__ __forceinline__ int strips_of(const Weight& weight) { return (weight.out_features + STRIP - 1) / STRIP; }
 
+__device__ __forceinline__ bool has_zeros(const Weight& weight) { return !LEVELS && weight.zeros != nullptr; }
+
 // -- from nibbles to numbers ---------------------------------------------------------------------------------------
 //
-// The one meaning of scales: a weight is (code - zero) * scale, rounded once to the compute format; then the product is
-// accumulated in float32. Scaling sums of codes instead gives other results, and no kernel here does it.
+// The one meaning of scales: a weight is (code - zero) * scale, or level * scale, rounded once to the compute format; then
+// the product is accumulated in float32. Scaling sums of codes instead gives other results, and no kernel here does it.
 //
 // A nibble becomes a number by sitting in the mantissa of a power of two (the way of FasterTransformer and Marlin):
 //   float16   0x6400 | c      = 1024 + c        nibble in bits 0..3
@@ -77,6 +83,15 @@ __device__ __forceinline__ int strips_of(const Weight& weight) { return (weight.
 // Subtracting the same power of two plus the zero point is exact, and so one rounding remains, that of the product.
 // With bfloat16 the float16 scale does not fit into the compute format: it is taken apart into high + low, both exact
 // in bfloat16 (8 and 3 significant bits). Then q * low is exact and fma(q, high, q * low) rounds q * scale once.
+//
+// Levels are looked up four at a time: `permute_bytes` takes half a word as it is, and gives the magnitudes of codes 0 to
+// 7, and 0 for others, as no magnitude has its upper bit set. With the upper bits of all codes turned round it gives those
+// of codes 8 to 15, and 0 for others. One subtraction, in which nothing is borrowed, makes bytes of 128 + level of them.
+//   float16   0x6400 | byte = 1152 + level, and from there as above
+//   bfloat16  holds neither that nor the level times `low`. In float32 0x47000000 | byte << 8 = 32896 + level, and
+//             fma(that, scale, -32896 * scale) is level * scale: exact, as 32896 is 257 * 128. Two are rounded at once.
+
+#if !LEVELS
 
 // What a lane needs to know about its two rows' groups.
 struct RowPair {
@@ -113,7 +128,7 @@ __device__ __forceinline__ RowPair row_pair(u32 scales, u32 zeros) {
 }
 
 // One word of a tile to the registers a[0] to a[3] of a step.
-__device__ __forceinline__ void dequantize(u32 word, const RowPair& pair, u32 (&a)[4]) {
+__device__ __forceinline__ void dequantize(u32 word, const RowPair& pair, const Weight&, u32 (&a)[4]) {
 #if COMPUTE_BF16
     constexpr u32 ONE = 0x3F803F80, MINUS_ZERO = 0x80008000;  // adding -0 changes nothing, adding +0 changes -0
 #pragma unroll
@@ -137,3 +152,57 @@ __device__ __forceinline__ void dequantize(u32 word, const RowPair& pair, u32 (&
     a[3] = multiply_half2(a[3], pair.scale_high);
 #endif
 }
+
+#else
+
+struct RowPair {
+#if COMPUTE_BF16
+    float scale[2], rest[2];  // of `row` and of `row + 8`, and -32896 times that
+#else
+    u32 scale[2];  // twice each
+#endif
+};
+
+// scales: the pair of `row` and `row + 8`. There are no zeros.
+__device__ __forceinline__ RowPair row_pair(u32 scales, u32) {
+    RowPair pair;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const u16 own = static_cast<u16>(scales >> 16 * i);
+#if COMPUTE_BF16
+        pair.scale[i] = float_from_half(own);
+        pair.rest[i] = -32896 * pair.scale[i];
+#else
+        pair.scale[i] = own * 0x00010001;
+#endif
+    }
+    return pair;
+}
+
+// One word of a tile to the registers a[0] to a[3] of a step.
+__device__ __forceinline__ void dequantize(u32 word, const RowPair& pair, const Weight& weight, u32 (&a)[4]) {
+    const u32 turned = word ^ 0x88888888;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const u32 below = permute_bytes(weight.levels[0], weight.levels[1], word >> 16 * half);
+        const u32 above = permute_bytes(weight.levels[2], weight.levels[3], turned >> 16 * half);
+        const u32 bytes = above - below + 0x80808080;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {  // `row`, in bytes 0 and 2, and `row + 8`, in bytes 1 and 3
+#if COMPUTE_BF16
+            float weights[2];
+#pragma unroll
+            for (int element = 0; element < 2; element++) {
+                const u32 number = permute_bytes(bytes, 0x47, 0x4505 + 0x10 * (2 * element + i));
+                weights[element] = fmaf(__uint_as_float(number), pair.scale[i], pair.rest[i]);
+            }
+            a[2 * half + i] = bfloat2_from_floats(weights[0], weights[1]);
+#else
+            const u32 numbers = permute_bytes(bytes, 0x64, i ? 0x4341 : 0x4240);
+            a[2 * half + i] = multiply_half2(subtract_half2(numbers, 0x64806480), pair.scale[i]);
+#endif
+        }
+    }
+}
+
+#endif

@@ -4,7 +4,8 @@
 // in for it where the host's compiler builds them (the tests do that).
 //
 // Registers that hold two 16-bit numbers are `u32`, the lower half first. Which 16-bit format the numbers have is
-// decided for a whole compilation: COMPUTE_BF16 is 0 (IEEE half) or 1 (bfloat16).
+// decided for a whole compilation: COMPUTE_BF16 is 0 (IEEE half) or 1 (bfloat16). What codes stand for is, too: LEVELS is
+// 0 (steps from a zero point) or 1 (places in a table), see layout.cuh.
 #pragma once
 
 using u8 = unsigned char;
@@ -14,6 +15,10 @@ using u64 = unsigned long long;
 
 #ifndef COMPUTE_BF16
 #define COMPUTE_BF16 0
+#endif
+
+#ifndef LEVELS
+#define LEVELS 0
 #endif
 
 #if COMPUTE_BF16 && __CUDA_ARCH__ < 800
@@ -115,6 +120,15 @@ __device__ __forceinline__ u32 and_or(u32 word) {
     return result;
 }
 
+// Four bytes of eight, those of `low` first; each nibble of the lower half of `selector` names one, lowest first. Where the
+// nibble's upper bit is set, all bits of the byte are the upper one of what its other three name.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-prmt
+__device__ __forceinline__ u32 permute_bytes(u32 low, u32 high, u32 selector) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+    return result;
+}
+
 // -- two 16-bit numbers at once, each rounded once, to nearest even ------------------------------------------------
 
 __device__ __forceinline__ u32 subtract_half2(u32 a, u32 b) {
@@ -169,6 +183,14 @@ __device__ __forceinline__ u16 bfloat_from_float(float value) {
     const u32 bits = __float_as_uint(value);
     return static_cast<u16>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
+
+#if COMPUTE_BF16
+__device__ __forceinline__ u32 bfloat2_from_floats(float lower, float upper) {
+    u32 rounded;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(rounded) : "f"(upper), "f"(lower));
+    return rounded;
+}
+#endif
 
 // To and from the 16-bit format of this compilation.
 __device__ __forceinline__ float float_from_compute(u16 bits) {

@@ -2,6 +2,7 @@
 
     python scripts/bench_kernels.py                                  the GPU if there is one, else the CPU
     python scripts/bench_kernels.py --device cpu --shape 576x576 --tokens 1 8 --json
+    python scripts/bench_kernels.py --encoding levels                codes that are places in a table
 
 Every figure is a median over repeated passes through so many copies of the weight that none is still in the cache when
 it is read again. On a GPU a pass is one CUDA graph, so that launching costs nothing. The limits are measured in the
@@ -27,6 +28,7 @@ from torch.nn.functional import linear as dense_product
 from accullm_cli.kernels.layout import tile
 from accullm_cli.kernels.matmul import engine, hybrid_matmul, why_no_kernels
 from accullm_cli.kernels.packed import PACKED_DTYPES, pack_linear
+from accullm_cli.quant.encodings.levels import LEVELS
 from accullm_cli.quant.linear import QuantizedLinear
 
 # Llama-7B: attention, gate and up, down; Llama-70B: gate and up.
@@ -67,17 +69,20 @@ class Limits:
     operations_per_second: float  # by a dense product, two per multiplication
 
 
-def random_linear(rows: int, columns: int, outliers: int, dtype: torch.dtype, device: torch.device) -> QuantizedLinear:
+def random_linear(
+    rows: int, columns: int, outliers: int, dtype: torch.dtype, device: torch.device, encoding: str = "integer"
+) -> QuantizedLinear:
     """A linear of random codes; what they are does not change the time."""
     groups = -(-columns // GROUP_SIZE)
     return QuantizedLinear(
         codes=torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device=device),
         scales=torch.full((rows, groups), 0.01, dtype=torch.float16, device=device),
-        zeros=torch.full((rows, groups), 8, dtype=torch.uint8, device=device),
+        zeros=None if encoding == "levels" else torch.full((rows, groups), 8, dtype=torch.uint8, device=device),
         outlier_index=torch.arange(outliers, dtype=torch.int32, device=device) * (columns // max(outliers, 1)),
         outlier_weight=torch.randn(rows, outliers, device=device).to(dtype),
         bits=4,
         group_size=GROUP_SIZE,
+        levels=LEVELS[4] if encoding == "levels" else None,
     )
 
 
@@ -146,15 +151,15 @@ def hybrid_calls(linears: Sequence[QuantizedLinear], x: torch.Tensor, kernels: b
         tiled = [tile(linear, x.dtype) for linear in linears]
         yield engine(tiled[0], len(x)), [partial(hybrid_matmul, x, one) for one in tiled], tiled[0].stored_bytes
         return
-    stored = [linear.to_tensors() for linear in linears]
+    stored, levels = [linear.to_tensors() for linear in linears], linears[0].levels
 
     def unpack_and_multiply(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return hybrid_matmul(x, QuantizedLinear.from_tensors(tensors, x.shape[1], 4, GROUP_SIZE))
+        return hybrid_matmul(x, QuantizedLinear.from_tensors(tensors, x.shape[1], 4, GROUP_SIZE, levels))
 
     for dtype in PACKED_DTYPES if x.device.type == "cpu" else (x.dtype,):
         activations = x.to(dtype)
         if x.device.type == "cpu":
-            packed = [pack_linear(tensors, x.shape[1], 4, GROUP_SIZE, dtype) for tensors in stored]
+            packed = [pack_linear(tensors, x.shape[1], 4, GROUP_SIZE, dtype, levels) for tensors in stored]
             calls = [partial(hybrid_matmul, activations, one) for one in packed]
             yield f"{engine(packed[0], len(x))}, {name_of(dtype)}", calls, packed[0].stored_bytes
         calls = [partial(unpack_and_multiply, tensors, activations) for tensors in stored]
@@ -190,6 +195,7 @@ def bench_shape(
     dtype: torch.dtype,
     limits: Limits,
     repeats: int,
+    encoding: str = "integer",
 ) -> list[Row]:
     """All engines for one weight."""
     kernels = why_no_kernels(device, dtype) is None
@@ -202,7 +208,8 @@ def bench_shape(
     dense_weights = [torch.randn(rows, columns, device=device).to(dtype) for _ in range(copies(2 * rows * columns))]
     packed_copies = copies(rows * columns / 2)
     plain, with_outliers = (
-        [random_linear(rows, columns, count, dtype, device) for _ in range(packed_copies)] for count in (0, outliers)
+        [random_linear(rows, columns, count, dtype, device, encoding) for _ in range(packed_copies)]
+        for count in (0, outliers)
     )
     for count in tokens:
         x = torch.randn(count, columns, device=device).to(dtype)
@@ -216,8 +223,8 @@ def bench_shape(
         if device.type == "cpu":
             calls = [partial(dense_product, x.float(), weight.float()) for weight in dense_weights]
             found.append(row("torch float32", seconds_per_call(calls, device, repeats), 4 * rows * columns))
-        if device.type == "cpu" and count > INT4_TOKENS_ON_CPU:
-            continue
+        if encoding == "levels" or (device.type == "cpu" and count > INT4_TOKENS_ON_CPU):
+            continue  # torch has no such product
         for other in PACKED_DTYPES if device.type == "cpu" else (torch.bfloat16,):
             name = f"torch int4, {name_of(other)}"
             try:
@@ -293,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", action="append", help="NxK; repeatable")
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU")
+    parser.add_argument("--encoding", choices=["integer", "levels"], default="integer")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args(arguments)
@@ -306,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for shape in shapes:
         count, width = map(int, shape.split("x"))
-        rows += bench_shape(count, width, tokens, device, dtype, limits, repeats)
+        rows += bench_shape(count, width, tokens, device, dtype, limits, repeats, chosen.encoding)
     if chosen.json:
         print(json.dumps({"device": device_name(device), "torch": torch.__version__, "limits": asdict(limits),
                           "rows": [asdict(row) for row in rows]}))  # fmt: skip

@@ -17,20 +17,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.kernels.machine_code import KernelCode, read_machine_code
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-HALF, BFLOAT = "COMPUTE_BF16=0", "COMPUTE_BF16=1"
 # Tensor cores of compute capability 7.5 know float16 alone.
 OLDEST_WITH_BFLOAT = 80
 BUILDS = (
-    ("hybrid_gemv.cu", HALF, "fp16"),
-    ("hybrid_gemv.cu", BFLOAT, "bf16"),
-    ("hybrid_gemm.cu", HALF, "fp16"),
-    ("hybrid_gemm.cu", BFLOAT, "bf16"),
-    ("dequantize.cu", HALF, "fp16"),
-    ("dequantize.cu", BFLOAT, "bf16"),
-    ("feedback_round.cu", "REAL=float", "fp32"),
-    ("feedback_round.cu", "REAL=double", "fp64"),
-    ("descend.cu", "REAL=float", "fp32"),
-    ("descend.cu", "REAL=double", "fp64"),
+    *(
+        (
+            source,
+            (f"COMPUTE_BF16={bfloat}", f"LEVELS={levels}"),
+            ("fp16", "bf16")[bfloat] + (", levels" if levels else ""),
+        )
+        for source in ("hybrid_gemv.cu", "hybrid_gemm.cu", "dequantize.cu")
+        for bfloat in (0, 1)
+        for levels in (0, 1)
+    ),
+    ("feedback_round.cu", ("REAL=float",), "fp32"),
+    ("feedback_round.cu", ("REAL=double",), "fp64"),
+    ("descend.cu", ("REAL=float",), "fp32"),
+    ("descend.cu", ("REAL=double",), "fp64"),
 )
 # What one pass over the main loop's work takes, by kernel: weights of a lane, and multiplications on the tensor cores.
 # A compiler that unrolls the loop shows more of both.
@@ -43,9 +46,9 @@ WORK = {
 }
 
 
-def builds(architecture: int) -> tuple[tuple[str, str, str], ...]:
-    """(source, define, format) of everything that this architecture can run."""
-    return tuple(build for build in BUILDS if architecture >= OLDEST_WITH_BFLOAT or build[2] != "bf16")
+def builds(architecture: int) -> tuple[tuple[str, tuple[str, ...], str], ...]:
+    """(source, defines, format) of everything that this architecture can run."""
+    return tuple(build for build in BUILDS if architecture >= OLDEST_WITH_BFLOAT or not build[2].startswith("bf16"))
 
 
 def instructions_per_weight(name: str, code: KernelCode, architecture: int) -> float | None:
@@ -63,9 +66,9 @@ def main(arguments: Sequence[str]) -> int:
     print("| architecture | kernel | format | registers | spilled bytes | instructions | in the loop, per weight |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
     for architecture in map(int, arguments or ARCHITECTURES):
-        for source, define, label in builds(architecture):
+        for source, defines, label in builds(architecture):
             try:
-                kernels = read_machine_code(compile_kernels(source, (define,), architecture))
+                kernels = read_machine_code(compile_kernels(source, defines, architecture))
             except AccullmError as error:
                 print(f"error: {error.line()}", file=sys.stderr)
                 return error.exit_code

@@ -22,18 +22,21 @@ def _tokens_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    ("model", "encoding"), [("llama", "integer"), ("llama", "levels"), ("gpt2", "levels"), ("mixtral", "integer")]
+)
 def test_few_tokens_are_multiplied_as_packed_on_a_cpu_and_many_are_not(
-    model: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, encoding: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = make_parts(MODELS[model](), tmp_path / "run", 4, 32, False, (3, 17), embedding_bits=4)
+    scheme = 4, 32, encoding == "levels", (3, 17)
+    made = make_parts(MODELS[model](), tmp_path / "run", *scheme, embedding_bits=4, encoding=encoding)
     loaded = AutoModelForCausalLM.from_pretrained(export(tmp_path, made), dtype=dtype)
     monkeypatch.setattr(packed, "PACKED_TOKENS", 0)
     wanted = logits(loaded).float()
     packed_for: list[torch.dtype] = []
 
     def counted(*arguments: Any) -> packed.PackedLinear:
-        packed_for.append(arguments[-1])
+        packed_for.append(arguments[4])
         return packed.pack_linear(*arguments)
 
     monkeypatch.setattr(stored_weight, "pack_linear", counted)

@@ -40,11 +40,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("encoding", "symmetric"),
+    [("integer", False), ("integer", True), ("levels", True)],
+    ids=["zeros", "symmetric", "levels"],
+)
 @pytest.mark.parametrize("scale_bits", [6, 16])
-def test_what_is_tiled_is_in_memory_once(scale_bits: int, symmetric: bool, tmp_path: Path) -> None:
+def test_what_is_tiled_is_in_memory_once(scale_bits: int, encoding: str, symmetric: bool, tmp_path: Path) -> None:
+    scheme = 4, 32, symmetric, (3, 17)
     made = make_parts(
-        tiny_llama(tied=True), tmp_path / "run", 4, 32, symmetric, (3, 17), embedding_bits=4, scale_bits=scale_bits
+        tiny_llama(tied=True), tmp_path / "run", *scheme, scale_bits=scale_bits, embedding_bits=4, encoding=encoding
     )
     directory = export(tmp_path, made)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)

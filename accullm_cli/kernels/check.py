@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
+from itertools import product
 
 import torch
 
@@ -11,6 +13,7 @@ from accullm_cli.kernels.compile import compile_kernels
 from accullm_cli.kernels.launch import GEMV_TOKENS, defines
 from accullm_cli.kernels.layout import tile
 from accullm_cli.kernels.matmul import FUSED_TOKENS, engine, hybrid_matmul
+from accullm_cli.quant.encodings.levels import LEVELS
 from accullm_cli.quant.linear import QuantizedLinear
 
 SOURCES = ("hybrid_gemv.cu", "hybrid_gemm.cu", "dequantize.cu")
@@ -25,9 +28,8 @@ def compile_all(architecture: int) -> int:
     Raises:
         AccullmError: CuPy or NVRTC is missing, or something does not compile.
     """
-    builds = [(source, defines(torch.float16)) for source in SOURCES]
-    if architecture >= 80:  # tensor cores before know no bfloat16
-        builds += [(source, defines(torch.bfloat16)) for source in SOURCES]
+    dtypes = (torch.float16, torch.bfloat16) if architecture >= 80 else (torch.float16,)  # tensor cores before know one
+    builds = [(source, defines(*what)) for source in SOURCES for what in product(dtypes, (False, True))]
     builds += [(source, ("REAL=float",)) for source in ROUNDING_SOURCES]
     for source, define in builds:
         compile_kernels(source, define, architecture)
@@ -51,38 +53,55 @@ def require_agreement(device: torch.device) -> None:
 
 
 def largest_disagreement(device: torch.device) -> str | None:
-    """Multiply by a small linear with every kernel, in whole numbers whose sums no format rounds; None where all agree.
+    """Multiply by small linears with every kernel, in whole numbers whose sums no format rounds; None where all agree.
 
     Raises:
         AccullmError: the device has no kernels.
     """
     draw = torch.Generator().manual_seed(0)
+    for what, linear, weight, share in _linears(draw):
+        tiled = tile(linear.to(device), torch.float16)
+        for tokens in TOKENS:
+            x = torch.randint(-1, 2, (tokens, weight.shape[1]), generator=draw)
+            x *= torch.rand(x.shape, generator=draw) < share
+            wanted = x.double() @ weight.T
+            found = hybrid_matmul(x.to(device, torch.float16), tiled).double().cpu()
+            error = float((found - wanted).abs().max())
+            if error != 0:
+                return f"{engine(tiled, tokens)} with {tokens} tokens is off by {error:g} in whole numbers{what}"
+    return None
+
+
+def _linears(draw: torch.Generator) -> Iterator[tuple[str, QuantizedLinear, torch.Tensor, float]]:
+    """Two linears, of steps and of levels, with their weights in float64.
+
+    And the share of activations that may be other than 0, so that sums stay below 2048, up to which float16 holds every
+    whole number.
+    """
     rows, columns, size, outliers = 200, 456, 128, 5  # no multiples of the tiles, a last short group
     group = torch.arange(columns) // size
-    zeros = torch.randint(0, 16, (rows, 4), generator=draw, dtype=torch.uint8)
-    codes = torch.randint(0, 16, (rows, columns), generator=draw, dtype=torch.uint8)
-    index = torch.randperm(columns, generator=draw)[:outliers].sort().values
-    codes[:, index] = zeros[:, group[index]]
-    outlier_weight = torch.randint(-4, 5, (rows, outliers), generator=draw).to(torch.float16)
-    weight = codes.double() - zeros[:, group].double()
-    weight[:, index] = outlier_weight.double()
-    linear = QuantizedLinear(
-        codes.to(device),
-        torch.ones(rows, 4, dtype=torch.float16, device=device),
-        zeros.to(device),
-        index.to(torch.int32).to(device),
-        outlier_weight.to(device),
-        bits=4,
-        group_size=size,
-    )
-    tiled = tile(linear, torch.float16)
-    for tokens in TOKENS:
-        # Few are not 0, so that sums stay below 2048, up to which float16 holds every whole number.
-        x = torch.randint(-1, 2, (tokens, columns), generator=draw)
-        x *= torch.rand(tokens, columns, generator=draw) < 0.2
-        wanted = x.double() @ weight.T
-        found = hybrid_matmul(x.to(device, torch.float16), tiled).double().cpu()
-        error = float((found - wanted).abs().max())
-        if error != 0:
-            return f"{engine(tiled, tokens)} with {tokens} tokens is off by {error:g} in whole numbers"
-    return None
+    for levels in (None, LEVELS[4]):
+        zeros = torch.randint(0, 16, (rows, 4), generator=draw, dtype=torch.uint8)
+        codes = torch.randint(0, 16, (rows, columns), generator=draw, dtype=torch.uint8)
+        index = torch.randperm(columns, generator=draw)[:outliers].sort().values
+        outlier_weight = torch.randint(-4, 5, (rows, outliers), generator=draw).to(torch.float16)
+        if levels is None:
+            scales = torch.ones(rows, 4, dtype=torch.float16)
+            codes[:, index] = zeros[:, group[index]]
+            weight = codes.double() - zeros[:, group].double()
+        else:
+            scales = (torch.randint(0, 2, (rows, 4), generator=draw) * 2 - 1).half()
+            codes[:, index] = levels.index(0)
+            weight = torch.tensor(levels).double()[codes.int()] * scales[:, group].double()
+        weight[:, index] = outlier_weight.double()
+        linear = QuantizedLinear(
+            codes,
+            scales,
+            zeros if levels is None else None,
+            index.to(torch.int32),
+            outlier_weight,
+            bits=4,
+            group_size=size,
+            levels=levels,
+        )
+        yield ("", linear, weight, 0.2) if levels is None else (" of levels", linear, weight, 0.05)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.kernels.layout import STEP_K, STRIP, TiledLinear
+from accullm_cli.kernels.layout import STEP_K, STRIP, TiledLinear, magnitudes
 
 WARP = 32
 # Up to here tokens fit beside a strip's weights in one warp's registers.
@@ -84,6 +84,7 @@ class WeightStruct(ctypes.Structure):
         ("group_shift", ctypes.c_int),
         ("symmetric_zero", ctypes.c_int),
         ("outlier_steps", ctypes.c_int),
+        ("levels", ctypes.c_uint8 * 16),
     )
 
 
@@ -185,7 +186,7 @@ def product_launch(
         x.shape[0],
     )
     arguments = (weight_struct(tiled), product)
-    return Launch(plan.source, plan.kernel, defines(tiled.dtype), plan.grid, plan.threads, plan.shared_bytes, arguments)
+    return Launch(plan.source, plan.kernel, defines_of(tiled), plan.grid, plan.threads, plan.shared_bytes, arguments)
 
 
 def dequantize_launch(tiled: TiledLinear, weight: torch.Tensor, device: Device) -> Launch:
@@ -194,7 +195,7 @@ def dequantize_launch(tiled: TiledLinear, weight: torch.Tensor, device: Device) 
     parts = min(tiles, max(1, DEQUANTIZE_BLOCKS * device.multiprocessors // strips))
     arguments = (weight_struct(tiled), ctypes.c_void_p(weight.data_ptr()))
     grid = (strips, parts, 1)
-    return Launch("dequantize.cu", "dequantize_tiles", defines(tiled.dtype), grid, DEQUANTIZE_THREADS, 0, arguments)
+    return Launch("dequantize.cu", "dequantize_tiles", defines_of(tiled), grid, DEQUANTIZE_THREADS, 0, arguments)
 
 
 def weight_struct(tiled: TiledLinear) -> WeightStruct:
@@ -212,9 +213,15 @@ def weight_struct(tiled: TiledLinear) -> WeightStruct:
         tiled.group_shift,
         2 ** (tiled.bits - 1),
         tiled.outlier_tiles.shape[1],
+        (ctypes.c_uint8 * 16)(*(() if tiled.levels is None else magnitudes(tiled.levels))),
     )
 
 
-def defines(dtype: torch.dtype) -> tuple[str, ...]:
-    """What makes a kernel's source compute in `dtype`."""
-    return (f"COMPUTE_BF16={int(dtype == torch.bfloat16)}",)
+def defines_of(tiled: TiledLinear) -> tuple[str, ...]:
+    """What makes a kernel's source multiply by such a linear."""
+    return defines(tiled.dtype, tiled.levels is not None)
+
+
+def defines(dtype: torch.dtype, levels: bool) -> tuple[str, ...]:
+    """What makes a kernel's source compute in `dtype`, with codes that are places in a table or steps."""
+    return (f"COMPUTE_BF16={int(dtype == torch.bfloat16)}", f"LEVELS={int(levels)}")

@@ -5,6 +5,7 @@ cuda/layout.cuh draws it and says why it is so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ STEP_K = 16  # outlier features of a step
 SMALLEST_GROUP = 16
 ONE_GROUP_SHIFT = 31  # k >> 31 is 0: a row's only group
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16)
+# The codes from here on are those of the levels above 0; the ones before are those of 0 and of the levels below it.
+ABOVE_ZERO = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class TiledLinear:
     outliers: int
     bits: int
     group_size: int  # -1: one group per row
+    levels: tuple[int, ...] | None = None  # of the linear, whose codes have another order in the tiles
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,10 +56,12 @@ class TiledLinear:
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
-def why_not_tiled(bits: int, group_size: int, dtype: torch.dtype) -> str | None:
+def why_not_tiled(bits: int, group_size: int, dtype: torch.dtype, levels: tuple[int, ...] | None = None) -> str | None:
     """Why the kernels cannot multiply by such a linear; None where they can."""
     if bits > 4:
         return f"{bits} bits: the kernels read codes of at most 4 bits"
+    if levels is not None and not len(levels) - ABOVE_ZERO <= levels.index(0) + 1 <= ABOVE_ZERO:
+        return f"levels whose 0 is number {levels.index(0)}: the kernels know at most 7 below it and 8 above"
     power_of_two = group_size > 0 and group_size & (group_size - 1) == 0
     if group_size != -1 and not (power_of_two and group_size >= SMALLEST_GROUP):
         return f"group size {group_size}: the kernels know powers of two from {SMALLEST_GROUP} on, and -1"
@@ -71,10 +77,10 @@ def tile(linear: QuantizedLinear, dtype: torch.dtype) -> TiledLinear:
         dtype: float16 or bfloat16, that of the activations; outlier weights are rounded to it.
 
     Raises:
-        AccullmError: more than 4 bits, a group size that is no power of two or below 16, or another dtype; outlier
-            features that do not exist, at whose place the kernels would read.
+        AccullmError: more than 4 bits, a group size that is no power of two or below 16, another dtype, or more than 8
+            levels on one side of 0; outlier features that do not exist, at whose place the kernels would read.
     """
-    reason = why_not_tiled(linear.bits, linear.group_size, dtype)
+    reason = why_not_tiled(linear.bits, linear.group_size, dtype, linear.levels)
     if reason is not None:
         raise AccullmError(f"no CUDA kernel for {reason}")
     rows, columns = linear.codes.shape
@@ -82,8 +88,11 @@ def tile(linear: QuantizedLinear, dtype: torch.dtype) -> TiledLinear:
     strips, tiles = -(-rows // STRIP), -(-columns // TILE_K)
     groups = 1 if linear.group_size == -1 else -(-tiles * TILE_K // linear.group_size)
     # A feature's place is strip, half, row | tile, t, step, pair, element: the names of cuda/layout.cuh.
-    codes = _padded(linear.codes, strips * STRIP, tiles * TILE_K).view(strips, 2, 8, tiles, 4, 4, 2, 2)
-    nibbles = codes[:, 0] | codes[:, 1] << 4
+    ordered = linear.codes if linear.levels is None else _from_zero(linear.codes, linear.levels)
+    codes = _padded(ordered, strips * STRIP, tiles * TILE_K).view(strips, 2, 8, tiles, 4, 4, 2, 2)
+    nibbles = (codes[:, 0] | codes[:, 1] << 4).transpose(1, 2)
+    if linear.levels is None:
+        nibbles = nibbles.transpose(-1, -2)
     zeros = None
     if linear.zeros is not None:
         by_half = _padded(linear.zeros, strips * STRIP, groups).view(strips, 2, 8, groups)
@@ -94,7 +103,7 @@ def tile(linear: QuantizedLinear, dtype: torch.dtype) -> TiledLinear:
     index = torch.full((steps * STEP_K,), -1, dtype=torch.int32, device=linear.codes.device)
     index[: len(linear.outlier_index)] = linear.outlier_index
     return TiledLinear(
-        tiles=nibbles.permute(0, 2, 1, 3, 4, 6, 5).reshape(strips, tiles, 32, 16),
+        tiles=nibbles.reshape(strips, tiles, 32, 16),
         scales=scales.permute(0, 3, 2, 1).contiguous(),
         zeros=zeros,
         outlier_tiles=outliers.view(strips, 2, 8, steps, 4, 2, 2)
@@ -106,6 +115,7 @@ def tile(linear: QuantizedLinear, dtype: torch.dtype) -> TiledLinear:
         outliers=len(linear.outlier_index),
         bits=linear.bits,
         group_size=linear.group_size,
+        levels=linear.levels,
     )
 
 
@@ -121,21 +131,43 @@ def untile(tiled: TiledLinear, rows: torch.Tensor | None = None) -> QuantizedLin
     strip, half, row = rows // STRIP, rows % STRIP // 8, rows % 8
     groups = 1 if tiled.group_size == -1 else -(-tiled.in_features // tiled.group_size)
     shift = (4 * half[:, None]).to(torch.uint8)  # of a row's nibbles in the bytes that it shares with another
-    codes = tiled.tiles.view(strips, tiles, 8, 4, 4, 2, 2)[strip, :, row].transpose(-1, -2)
-    codes = codes.reshape(len(rows), tiles * TILE_K)
+    codes = tiled.tiles.view(strips, tiles, 8, 4, 4, 2, 2)[strip, :, row]
+    if tiled.levels is None:
+        codes = codes.transpose(-1, -2)
+    codes = codes.reshape(len(rows), tiles * TILE_K)[:, : tiled.in_features] >> shift & 15
     # [R, steps, t, pair, half, element]
     outliers = tiled.outlier_tiles.view(strips, steps, 8, 4, 2, 2, 2)[strip, :, row]
     outliers = outliers[torch.arange(len(rows), device=device), ..., half, :].reshape(len(rows), steps * STEP_K)
     count = tiled.outliers
     return QuantizedLinear(
-        codes=(codes[:, : tiled.in_features] >> shift & 15).contiguous(),
+        codes=codes.contiguous() if tiled.levels is None else _from_first(codes, tiled.levels),
         scales=tiled.scales[strip, :, row, half][:, :groups].contiguous(),
         zeros=None if tiled.zeros is None else (tiled.zeros[strip, :, row][:, :groups] >> shift & 15).contiguous(),
         outlier_index=tiled.outlier_index[:count].clone(),
         outlier_weight=outliers[:, :count].contiguous(),
         bits=tiled.bits,
         group_size=tiled.group_size,
+        levels=tiled.levels,
     )
+
+
+def magnitudes(levels: Sequence[int]) -> tuple[int, ...]:
+    """Of the level of each of 16 codes of a tile; 0 where there is none."""
+    zero = levels.index(0)
+    below, above = [-level for level in levels[zero::-1]], levels[zero + 1 :]
+    return (*below, *[0] * (ABOVE_ZERO - len(below)), *above, *[0] * (ABOVE_ZERO - len(above)))
+
+
+def _from_zero(codes: torch.Tensor, levels: tuple[int, ...]) -> torch.Tensor:
+    """Codes in the order of a tile: 0 is the level 0, as padding is; see `ABOVE_ZERO`."""
+    zero = levels.index(0)
+    return torch.where(codes > zero, codes + (ABOVE_ZERO - 1 - zero), zero - codes)
+
+
+def _from_first(codes: torch.Tensor, levels: tuple[int, ...]) -> torch.Tensor:
+    """The inverse of `_from_zero`."""
+    zero = levels.index(0)
+    return torch.where(codes >= ABOVE_ZERO, codes - (ABOVE_ZERO - 1 - zero), zero - codes)
 
 
 def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -6,9 +6,11 @@ are turned into weights where they are multiplied, and no weight is written to m
     byte j of a row     low nibble: feature 2 j      high nibble: feature 2 j + 1
     x                   its even and its odd features apart, so that a loop over bytes reads neighbours
 
-A weight is (code - zero) * scale: of at most 16 significant bits, so exact in float32. For bfloat16 activations it is
-rounded to bfloat16 by its bits, as IEEE 754 rounds to the nearest, ties to even. Sums are float32, in an order that the
-compiler chooses for the CPU, and y is rounded once.
+A weight is (code - zero) * scale, or level * scale: of at most 18 significant bits, so exact in float32. For bfloat16
+activations it is rounded to bfloat16 by its bits, as IEEE 754 rounds to the nearest, ties to even. Sums are float32, in
+an order that the compiler chooses for the CPU, and y is rounded once.
+
+Levels are looked up first, a row of them (`kernels.lookup`), a byte each, which the nearest cache holds.
 
 One token has a loop of its own. More go through in fours, the last four filled up with zeros: these share the work on
 the codes, and take twice as long as one (1.4 and 2.7 ms for a weight [4096, 4096] in groups of 64, one thread).
@@ -16,7 +18,7 @@ the codes, and take twice as long as one (1.4 and 2.7 ms for a weight [4096, 409
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +29,7 @@ import torch
 from torch.autograd import forward_ad
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.kernels.lookup import OCTETS, look_up
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.loops import SUMS_IN_ANY_ORDER, compiled
 from accullm_cli.quant.packing import unpack
@@ -48,18 +51,19 @@ class PackedLinear:
 
     codes: torch.Tensor  # uint8 [N, ceil(K / 2)], as stored
     scales: torch.Tensor  # float32 [N, G]
-    zeros: torch.Tensor  # uint8 [N, G]
+    zeros: torch.Tensor | None  # uint8 [N, G]; None where codes are places in a table
     outlier_index: torch.Tensor  # int64 [n]
     outlier_weight: torch.Tensor  # float32 [N, n], rounded to the compute dtype
     dtype: torch.dtype  # what activations must be
     in_features: int
     group_size: int  # -1: one group per row
+    levels: tuple[int, ...] | None = None  # that table, 16 numbers
 
     @property
     def stored_bytes(self) -> int:
         """Bytes that a product reads, activations aside."""
         parts = (self.codes, self.scales, self.zeros, self.outlier_index, self.outlier_weight)
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     def unpacked(self) -> QuantizedLinear:
         """The linear, its outlier weights rounded to the compute dtype."""
@@ -71,6 +75,7 @@ class PackedLinear:
             outlier_weight=self.outlier_weight,
             bits=PACKED_BITS,
             group_size=self.group_size,
+            levels=self.levels,
         )
 
 
@@ -102,13 +107,19 @@ def needs_gradient(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
 
 
 def pack_linear(
-    tensors: Mapping[str, torch.Tensor], in_features: int, bits: int, group_size: int, dtype: torch.dtype
+    tensors: Mapping[str, torch.Tensor],
+    in_features: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    levels: tuple[int, ...] | None = None,
 ) -> PackedLinear:
     """A linear for products on a CPU.
 
     Args:
         tensors: of the native format, by suffix (`QuantizedLinear.to_tensors`), on the CPU. The codes are shared.
         dtype: float32 or bfloat16, that of the activations; outlier weights are rounded to it.
+        levels: see `QuantizedLinear`.
 
     Raises:
         AccullmError: another width than 4 bits, an odd group size, another dtype, or tensors that do not fit.
@@ -116,19 +127,20 @@ def pack_linear(
     reason = why_not_packed(bits, group_size, dtype)
     if reason is not None:
         raise AccullmError(f"no product on a CPU for {reason}")
-    linear = QuantizedLinear.from_tensors(tensors, in_features, bits, group_size)
+    linear = QuantizedLinear.from_tensors(tensors, in_features, bits, group_size, levels)
     zeros = linear.zeros
-    if zeros is None:
+    if zeros is None and levels is None:
         zeros = torch.full(linear.scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
     return PackedLinear(
         codes=tensors["qweight"].contiguous(),
         scales=linear.scales.float().contiguous(),
-        zeros=zeros.contiguous(),
+        zeros=None if zeros is None else zeros.contiguous(),
         outlier_index=linear.outlier_index.long(),
         outlier_weight=linear.outlier_weight.to(dtype).float(),
         dtype=dtype,
         in_features=in_features,
         group_size=group_size,
+        levels=levels,
     )
 
 
@@ -149,10 +161,17 @@ def packed_product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | N
     even, odd = pairs[..., 0].contiguous(), pairs[..., 1].contiguous()
     y = torch.empty(padded, features)
     half = packed.codes.shape[1] if packed.group_size == -1 else packed.group_size // 2
-    tensors = (packed.codes, packed.scales, packed.zeros, even, odd, y)
-    arrays = [tensor.numpy() for tensor in tensors]
-    kernel = _one_token if padded == 1 else _four_tokens
-    work = partial(kernel, *arrays, half, packed.dtype == torch.bfloat16)
+    kernels, origin = (_one_token, _four_tokens), packed.zeros
+    if origin is None:
+        kernels, origin = (_one_token_of_levels, _four_tokens_of_levels), torch.tensor(packed.levels, dtype=torch.int8)
+    arrays = [tensor.numpy() for tensor in (packed.codes, packed.scales, origin, even, odd, y)]
+    kernel = kernels[0 if padded == 1 else 1]
+    rounds = packed.dtype == torch.bfloat16
+
+    def work(first: int, last: int) -> None:
+        room = [] if packed.levels is None else [np.empty((2, packed.codes.shape[1]), np.int8)]
+        kernel(*arrays, *room, half, rounds, first, last)
+
     _in_threads(work, features, packed.codes.numel() * padded)
     y = y[:tokens]
     if len(packed.outlier_index):
@@ -162,7 +181,7 @@ def packed_product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | N
     return y.to(x.dtype).view(*x.shape[:-1], features)
 
 
-def _in_threads(work: partial[None], rows: int, multiplications: int) -> None:
+def _in_threads(work: Callable[[int, int], None], rows: int, multiplications: int) -> None:
     """`work(first, last)` for parts of the rows, the last of them in this thread and each other in one of its own."""
     threads = max(1, min(torch.get_num_threads(), multiplications // WORTH_A_THREAD))
     bounds = [rows * part // threads for part in range(threads + 1)]
@@ -241,6 +260,64 @@ def _four_tokens(codes, scales, zeros, even, odd, y, half, to_bfloat16, first, l
                     pair = codes[n, j]
                     low = _weight(pair & _LOW_NIBBLE, zero, scale, to_bfloat16)
                     high = _weight(pair >> _HIGH_NIBBLE, zero, scale, to_bfloat16)
+                    sum_a += low * even[a, j] + high * odd[a, j]
+                    sum_b += low * even[b, j] + high * odd[b, j]
+                    sum_c += low * even[c, j] + high * odd[c, j]
+                    sum_d += low * even[d, j] + high * odd[d, j]
+            y[a, n], y[b, n], y[c, n], y[d, n] = sum_a, sum_b, sum_c, sum_d
+
+
+@fast
+def _look_up_row(row, table, low, high):  # type: ignore[no-untyped-def]
+    whole = row.shape[0] // OCTETS
+    for part in range(whole):
+        look_up(row, _INDEX(part * OCTETS), table, low, high)
+    for j in range(whole * OCTETS, row.shape[0]):
+        low[j] = table[row[j] & _LOW_NIBBLE]
+        high[j] = table[row[j] >> _HIGH_NIBBLE]
+
+
+@inlined
+def _levels_by_one(low, high, scale, to_bfloat16, even, odd):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for j in range(low.shape[0]):
+        total += _weight(low[j], np.int32(0), scale, to_bfloat16) * even[j]
+        total += _weight(high[j], np.int32(0), scale, to_bfloat16) * odd[j]
+    return total
+
+
+@fast
+def _one_token_of_levels(codes, scales, table, even, odd, y, room, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
+    """As `_one_token`; table: int8 [16], what the codes stand for. room: int8 [2, octets], for the levels of a row."""
+    octets = codes.shape[1]
+    low, high = room[0], room[1]
+    for n in range(first, last):
+        _look_up_row(codes[n], table, low, high)
+        total = np.float32(0)
+        for g in range(scales.shape[1]):
+            start, stop = g * half, min(g * half + half, octets)
+            x, z = even[0, start:stop], odd[0, start:stop]
+            total += _levels_by_one(low[start:stop], high[start:stop], scales[n, g], to_bfloat16, x, z)
+        y[0, n] = total
+
+
+@fast
+def _four_tokens_of_levels(codes, scales, table, even, odd, y, room, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
+    """As `_four_tokens`, and the levels of a row are looked up once for all tokens."""
+    octets = codes.shape[1]
+    low_levels, high_levels = room[0], room[1]
+    for n in range(first, last):
+        _look_up_row(codes[n], table, low_levels, high_levels)
+        for quad in range(y.shape[0] // 4):
+            a = _INDEX(4 * quad)
+            b, c, d = a + _INDEX(1), a + _INDEX(2), a + _INDEX(3)
+            sum_a = sum_b = sum_c = sum_d = np.float32(0)
+            for g in range(scales.shape[1]):
+                scale = scales[n, g]
+                for place in range(g * half, min(g * half + half, octets)):
+                    j = _INDEX(place)
+                    low = _weight(low_levels[j], np.int32(0), scale, to_bfloat16)
+                    high = _weight(high_levels[j], np.int32(0), scale, to_bfloat16)
                     sum_a += low * even[a, j] + high * odd[a, j]
                     sum_b += low * even[b, j] + high * odd[b, j]
                     sum_c += low * even[c, j] + high * odd[c, j]

@@ -56,9 +56,7 @@ class StoredWeight(nn.Module):
 
     def operand(self, x: torch.Tensor) -> Operand:
         """What to multiply x by: where a kernel of its device serves, what was prepared for it at the first product."""
-        if self.levels is not None:
-            return self.quantized()
-        ready, scheme = self._prepared, (self.bits, self.group_size, x.dtype)
+        ready, scheme = self._prepared, (self.bits, self.group_size, x.dtype, self.levels)
         if isinstance(ready, TiledLinear) and (ready.dtype, ready.tiles.device) == (x.dtype, x.device):
             return ready
         if why_no_kernels(x.device, x.dtype) is None and why_not_tiled(*scheme) is None:
@@ -66,7 +64,7 @@ class StoredWeight(nn.Module):
             self._prepared = tiled = tile(self.quantized(), x.dtype)
             self._buffers.update(dict.fromkeys(self._in_tiles(), None))
             return tiled
-        if why_not_packed(*scheme) or not is_worth_packing(x):
+        if why_not_packed(*scheme[:3]) or not is_worth_packing(x):
             return self.quantized()
         if not isinstance(ready, PackedLinear) or ready.dtype != x.dtype:
             self._restore()

@@ -11,6 +11,10 @@ using u64 = unsigned long long;
 #define COMPUTE_BF16 0
 #endif
 
+#ifndef LEVELS
+#define LEVELS 0
+#endif
+
 #define DYNAMIC_SHARED(name) u8* const name = emulation::shared_memory
 
 // -- copies into shared memory -------------------------------------------------------------------------------------
@@ -102,6 +106,9 @@ static inline u16 bfloat_from_double(double value) {
     }
     return bfloat_from_float(nearest);
 }
+static inline u32 bfloat2_from_floats(float lower, float upper) {
+    return bfloat_from_float(lower) | static_cast<u32>(bfloat_from_float(upper)) << 16;
+}
 
 static inline float float_from_compute(u16 bits) {
     return COMPUTE_BF16 ? float_from_bfloat(bits) : float_from_half(bits);
@@ -113,6 +120,18 @@ static inline u16 compute_from_float(float value) {
 template <u32 mask, u32 magic>
 static inline u32 and_or(u32 word) {
     return (word & mask) | magic;
+}
+
+static inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
+    const u64 bytes = static_cast<u64>(high) << 32 | low;
+    u32 result = 0;
+    for (int i = 0; i < 4; i++) {
+        const u32 which = selector >> 4 * i & 15;
+        u32 byte = static_cast<u32>(bytes >> 8 * (which & 7)) & 0xFF;
+        if (which & 8) byte = byte & 0x80 ? 0xFF : 0;
+        result |= byte << 8 * i;
+    }
+    return result;
 }
 
 template <class Operation>

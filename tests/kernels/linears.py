@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from accullm_cli.quant.encodings.levels import LEVELS
 from accullm_cli.quant.linear import QuantizedLinear
 
 
@@ -19,6 +20,7 @@ class Shape:
     symmetric: bool = False
     outliers: int = 0
     bits: int = 4
+    levels: bool = False  # with scales of either sign and no zero points
 
 
 def random_linear(shape: Shape, dtype: torch.dtype, seed: int, exact: bool = False) -> QuantizedLinear:
@@ -30,7 +32,10 @@ def random_linear(shape: Shape, dtype: torch.dtype, seed: int, exact: bool = Fal
     most = 2**shape.bits
     codes = torch.randint(0, most, (rows, columns), generator=draw, dtype=torch.uint8)
     zeros = torch.randint(0, most, (rows, groups), generator=draw, dtype=torch.uint8)
-    if shape.symmetric:
+    levels = LEVELS[shape.bits] if shape.levels else None
+    if levels is not None:
+        zeros.fill_(levels.index(0))
+    elif shape.symmetric:
         zeros.fill_(most // 2)
     if exact:
         scales = 2.0 ** torch.randint(-2, 2, (rows, groups), generator=draw)
@@ -38,16 +43,19 @@ def random_linear(shape: Shape, dtype: torch.dtype, seed: int, exact: bool = Fal
     else:
         scales = torch.rand(rows, groups, generator=draw) * 0.01 + 0.001
         outlier_weight = torch.randn(rows, shape.outliers, generator=draw)
+    if levels is not None:
+        scales *= torch.randint(0, 2, (rows, groups), generator=draw) * 2 - 1
     index = torch.randperm(columns, generator=draw)[: shape.outliers].sort().values
     codes[:, index] = zeros[:, index // size]
     return QuantizedLinear(
         codes=codes,
         scales=scales.to(torch.float16),
-        zeros=None if shape.symmetric else zeros,
+        zeros=None if shape.symmetric or shape.levels else zeros,
         outlier_index=index.to(torch.int32),
         outlier_weight=outlier_weight.to(dtype),
         bits=shape.bits,
         group_size=shape.group_size,
+        levels=levels,
     )
 
 
@@ -56,9 +64,12 @@ def exact_weight(linear: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor:
     rows, columns = linear.codes.shape
     size = columns if linear.group_size == -1 else linear.group_size
     group = torch.arange(columns) // size
-    zero = torch.full((rows, columns), 2 ** (linear.bits - 1)) if linear.zeros is None else linear.zeros[:, group]
-    weight = (linear.codes.double() - zero.double()) * linear.scales[:, group].double()
-    weight = weight.to(dtype).double()
+    if linear.levels is not None:
+        steps = torch.tensor(linear.levels, dtype=torch.float64)[linear.codes.long()]
+    else:
+        zero = torch.full((rows, columns), 2 ** (linear.bits - 1)) if linear.zeros is None else linear.zeros[:, group]
+        steps = linear.codes.double() - zero.double()
+    weight = (steps * linear.scales[:, group].double()).to(dtype).double()
     for position, column in enumerate(linear.outlier_index.tolist()):
         weight[:, column] = linear.outlier_weight[:, position].to(dtype).double()
     return weight

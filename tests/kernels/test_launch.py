@@ -33,6 +33,7 @@ def shapes(rows: int, columns: int) -> st.SearchStrategy[Shape]:
         symmetric=st.booleans(),
         outliers=st.sampled_from([0, 1, 5, 16, 17, 40]),
         bits=st.sampled_from([2, 4, 4]),
+        levels=st.booleans(),
     )
 
 
@@ -147,16 +148,20 @@ def test_parts_of_k_are_summed_in_their_order_whoever_comes_last(tokens: int, dt
 
 
 @needs_compiler
+@pytest.mark.parametrize("levels", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_code_zero_point_and_scale_becomes_the_weight_of_the_format(dtype: torch.dtype) -> None:
-    """16 codes under 16 zero points with scales of every kind of mantissa, multiplied by one-hot activations."""
+def test_every_code_zero_point_and_scale_becomes_the_weight_of_the_format(dtype: torch.dtype, levels: bool) -> None:
+    """16 codes under 16 zero points, or as levels, with scales of every kind of mantissa; one-hot activations."""
     scales = torch.tensor([1.0, 1.0 + 2.0**-10, 2.0 - 2.0**-10, 2.0**-24, 1023 * 2.0**-24, 6.1e-5, 0.0371, 4000.0])
-    shape = Shape(128, 256, 16)
+    shape = Shape(128, 256, 16, levels=levels)
     linear = random_linear(shape, dtype, seed=0)
     linear.codes.copy_(torch.arange(16).repeat(16))
-    assert linear.zeros is not None
-    linear.zeros.copy_(torch.arange(16))
     linear.scales.copy_(scales.repeat_interleave(16)[:, None])
+    if linear.zeros is None:
+        linear.scales[::2] *= -1
+        linear.scales[-16:] /= 8  # so that 127 times the largest is a float16 number
+    else:
+        linear.zeros.copy_(torch.arange(16))
     found = torch.cat(
         [
             emulated(part.contiguous(), tile(linear, dtype), None, Device(1, LARGE), FORWARDS)[0]

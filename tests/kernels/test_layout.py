@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.kernels.layout import tile, untile
+from accullm_cli.kernels.layout import tile, untile, why_not_tiled
 from tests.kernels.linears import Shape, random_linear
 
 shapes = st.builds(
@@ -21,6 +21,7 @@ shapes = st.builds(
     symmetric=st.booleans(),
     outliers=st.integers(0, 20),
     bits=st.integers(2, 4),
+    levels=st.booleans(),
 )
 
 
@@ -29,7 +30,7 @@ shapes = st.builds(
 def test_the_order_is_undone_exactly(shape: Shape, dtype: torch.dtype, seed: int) -> None:
     linear = random_linear(shape, dtype, seed)
     back = untile(tile(linear, dtype))
-    assert (back.bits, back.group_size) == (linear.bits, linear.group_size)
+    assert (back.bits, back.group_size, back.levels) == (linear.bits, linear.group_size, linear.levels)
     for name in ("codes", "scales", "zeros", "outlier_index", "outlier_weight"):
         wanted, found = getattr(linear, name), getattr(back, name)
         if wanted is None:
@@ -91,6 +92,17 @@ def test_a_code_lies_where_the_drawing_says() -> None:
     assert tiled.outlier_index.tolist() == [*linear.outlier_index.tolist(), *[-1] * 12]
 
 
+def test_codes_of_levels_lie_in_the_order_of_features_and_count_from_the_level_0() -> None:
+    linear = random_linear(Shape(32, 128, 64, levels=True), torch.float16, seed=1)
+    words = tile(linear, torch.float16).tiles.view(torch.int32).long() & 0xFFFFFFFF
+    for row, column in [(0, 0), (3, 1), (8, 2), (15, 3), (16, 4), (25, 63), (31, 127), (7, 80)]:
+        strip, tile_k, lane = row // 16, column // 64, row % 8 * 4 + column % 64 // 16
+        bit = 8 * (column % 4) + 4 * (row % 16 // 8)
+        code = int(linear.codes[row, column])
+        wanted = 7 - code if code <= 7 else code  # the level 0 has code 7
+        assert int(words[strip, tile_k, lane, column % 16 // 4]) >> bit & 15 == wanted
+
+
 def test_padding_is_zero() -> None:
     linear = random_linear(Shape(17, 70, 32, False, outliers=1), torch.float16, seed=2)
     tiled = tile(linear, torch.float16)
@@ -128,3 +140,10 @@ def test_what_the_kernels_do_not_know_is_refused_by_name(shape: Shape, dtype: to
     with pytest.raises(AccullmError) as caught:
         tile(random_linear(shape, torch.float16, seed=0), dtype)
     assert caught.value.line() == line
+
+
+@pytest.mark.parametrize(("zero", "known"), [(6, False), (7, True), (8, False)])
+def test_levels_that_lie_on_one_side_of_0_are_refused_by_name(zero: int, known: bool) -> None:
+    levels = tuple(range(-zero, 16 - zero))
+    reason = f"levels whose 0 is number {zero}: the kernels know at most 7 below it and 8 above"
+    assert why_not_tiled(4, 64, torch.float16, levels) == (None if known else reason)

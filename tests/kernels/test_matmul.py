@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,12 +136,13 @@ def test_gradients_are_those_of_the_dequantized_weight(
 @pytest.mark.parametrize("of_x", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("levels", [False, True])
 def test_gradients_are_those_of_the_dequantized_weight_on_a_cpu(
-    symmetric: bool, tokens: int, dtype: torch.dtype, of_x: bool, of_bias: bool
+    levels: bool, tokens: int, dtype: torch.dtype, of_x: bool, of_bias: bool
 ) -> None:
-    linear = random_linear(Shape(24, 203, 64, symmetric, outliers=3), dtype, seed=1)
-    check_gradients(linear, pack_linear(linear.to_tensors(), 203, 4, 64, dtype), tokens, dtype, of_x, of_bias)
+    linear = random_linear(Shape(24, 203, 64, True, outliers=3, levels=levels), dtype, seed=1)
+    packed = pack_linear(linear.to_tensors(), 203, 4, 64, dtype, linear.levels)
+    check_gradients(linear, packed, tokens, dtype, of_x, of_bias)
 
 
 def check_gradients(
@@ -170,7 +172,7 @@ def check_gradients(
 
 
 @needs_compiler
-def test_the_check_of_doctor_finds_no_disagreement_and_a_wrong_scale(
+def test_the_check_of_doctor_finds_no_disagreement_a_wrong_scale_and_a_wrong_level(
     launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert largest_disagreement(torch.device("cpu")) is None
@@ -187,6 +189,16 @@ def test_the_check_of_doctor_finds_no_disagreement_and_a_wrong_scale(
     found = largest_disagreement(torch.device("cpu"))
     assert found is not None
     assert re.fullmatch(r"CUDA: hybrid_gemv with 1 tokens is off by \d+ in whole numbers", found)
+
+    def other_level(linear: QuantizedLinear, dtype: torch.dtype) -> object:
+        if linear.levels is not None:
+            linear = replace(linear, levels=(*linear.levels[:-1], linear.levels[-1] - 1))
+        return tile(linear, dtype)
+
+    monkeypatch.setattr(check, "tile", other_level)
+    found = largest_disagreement(torch.device("cpu"))
+    assert found is not None
+    assert re.fullmatch(r"CUDA: hybrid_gemv with 1 tokens is off by \d+ in whole numbers of levels", found)
 
 
 def test_no_tokens_make_no_launch(launches: list[str]) -> None:

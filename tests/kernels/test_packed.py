@@ -13,6 +13,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.kernels import packed
 from accullm_cli.kernels.matmul import engine, hybrid_matmul
 from accullm_cli.kernels.packed import PACKED_TOKENS, PackedLinear, is_worth_packing, pack_linear, why_not_packed
+from accullm_cli.quant.encodings.levels import LEVELS
 from accullm_cli.quant.linear import QuantizedLinear
 from tests.kernels.linears import Shape, exact_weight, random_linear
 
@@ -22,7 +23,8 @@ UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
 def pack(linear: QuantizedLinear, dtype: torch.dtype) -> PackedLinear:
-    return pack_linear(linear.to_tensors(), linear.codes.shape[1], linear.bits, linear.group_size, dtype)
+    scheme = linear.bits, linear.group_size, dtype, linear.levels
+    return pack_linear(linear.to_tensors(), linear.codes.shape[1], *scheme)
 
 
 shapes = st.builds(
@@ -32,6 +34,7 @@ shapes = st.builds(
     group_size=st.sampled_from([-1, 2, 16, 32, 40, 64, 128, 256]),
     symmetric=st.booleans(),
     outliers=st.integers(0, 8),
+    levels=st.booleans(),
 )
 
 
@@ -64,16 +67,22 @@ def test_sums_of_whole_numbers_are_exact(shape: Shape, tokens: int, dtype: torch
     assert torch.equal(hybrid_matmul(x, pack(linear, dtype)), wanted.to(dtype))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", ["zero points", "symmetric", "levels"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_each_weight_is_rounded_once_whatever_its_scale(dtype: torch.dtype, symmetric: bool) -> None:
-    """One feature at a time gives the weights themselves: of every float16 scale, all codes and zero points."""
+def test_each_weight_is_rounded_once_whatever_its_scale(dtype: torch.dtype, kind: str) -> None:
+    """One feature at a time gives the weights themselves: of every float16 scale, all codes, zero points and levels."""
     scales = torch.arange(1, 0x7C00, dtype=torch.int16).view(torch.float16)[:, None]
-    codes = torch.arange(16, dtype=torch.uint8).repeat(len(scales), 1)
-    zeros = None if symmetric else (torch.arange(len(scales)) % 16).to(torch.uint8)[:, None]
+    levels = None
+    if kind == "levels":
+        levels = LEVELS[4]
+        scales = torch.cat([scales, -scales])
+    # Levels are looked up 16 bytes at a time: some are, and some are left over.
+    codes = torch.arange(16, dtype=torch.uint8).repeat(len(scales), 3 if levels else 1)
+    zeros = (torch.arange(len(scales)) % 16).to(torch.uint8)[:, None] if kind == "zero points" else None
     none = torch.zeros(0, dtype=torch.int32)
-    linear = QuantizedLinear(codes, scales, zeros, none, torch.zeros(len(scales), 0), bits=4, group_size=16)
-    found = hybrid_matmul(torch.eye(16, dtype=dtype), pack(linear, dtype)).T
+    kept = torch.zeros(len(scales), 0)
+    linear = QuantizedLinear(codes, scales, zeros, none, kept, bits=4, group_size=-1, levels=levels)
+    found = hybrid_matmul(torch.eye(codes.shape[1], dtype=dtype), pack(linear, dtype)).T
     assert torch.equal(found.double(), exact_weight(linear, dtype))
 
 
