@@ -256,15 +256,15 @@ def _self_test() -> Check:
 
 
 def int4_self_test() -> tuple[float, float]:
-    """Convert one small linear as a conversion would, and multiply by it.
+    """Convert one small linear as a conversion would, in levels and in integer codes, and multiply by it.
 
     The matrix has a last short group and two outlier features, and its inputs are correlated, so that error feedback
     has something to gain.
 
     Returns:
         The largest |float32 product - float64 product with the weight read from the packed bytes by hand|, relative
-        to the largest product, of both engines of the CPU; and the squared output error with error feedback over that
-        of nearest rounding.
+        to the largest product, of both engines of the CPU and both encodings; and the squared output error with error
+        feedback over that of nearest rounding, where that is larger.
     """
     import torch
 
@@ -277,38 +277,47 @@ def int4_self_test() -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 96, generator=generator)
     rows = torch.randn(256, 96, generator=generator) @ torch.randn(96, 96, generator=generator) / 96**0.5
-    plan = LinearPlan("self-test", 24, 96, bits=4, group_size=64, symmetric=False, outlier_index=(5, 70))
+    errors, gains = [], []
+    for encoding in ("levels", "integer"):
+        plan = LinearPlan("self-test", 24, 96, 4, 64, encoding == "levels", outlier_index=(5, 70), encoding=encoding)
 
-    def stored_and_error(method: Literal["nearest", "feedback"]) -> tuple[dict[str, torch.Tensor], float]:
-        hessian = rows.T @ rows / len(rows)
-        options = RoundingOptions(method)
-        rounded = round_linears({plan.name: weight}, {plan.name: plan}, options, torch.bfloat16, hessian)
-        stored = rounded[plan.name].linear.to_tensors()
-        lost = weight.double() - decode_by_hand(stored, 96, 64)
-        return stored, float((rows.double() @ lost.T).square().sum())
+        def made(method: Literal["nearest", "feedback"], plan: LinearPlan = plan) -> tuple[QuantizedLinear, float]:
+            hessian = rows.T @ rows / len(rows)
+            options = RoundingOptions(method)
+            linear = round_linears({plan.name: weight}, {plan.name: plan}, options, torch.bfloat16, hessian)[plan.name]
+            assert isinstance(linear.linear, QuantizedLinear)
+            lost = weight.double() - decode_by_hand(linear.linear.to_tensors(), 96, 64, linear.linear.levels)
+            return linear.linear, float((rows.double() @ lost.T).square().sum())
 
-    stored, error = stored_and_error("feedback")
-    _, nearest_error = stored_and_error("nearest")
-    engines = QuantizedLinear.from_tensors(stored, 96, 4, 64), pack_linear(stored, 96, 4, 64, rows.dtype)
-    products = torch.stack([hybrid_matmul(rows, linear) for linear in engines]).double()
-    expected = rows.double() @ decode_by_hand(stored, 96, 64).T
-    return float((products - expected).abs().max() / expected.abs().max()), error / nearest_error
+        linear, error = made("feedback")
+        stored, levels = linear.to_tensors(), linear.levels
+        packed = pack_linear(stored, 96, 4, 64, rows.dtype, levels)
+        engines = QuantizedLinear.from_tensors(stored, 96, 4, 64, levels), packed
+        products = torch.stack([hybrid_matmul(rows, own) for own in engines]).double()
+        expected = rows.double() @ decode_by_hand(stored, 96, 64, levels).T
+        errors.append(float((products - expected).abs().max() / expected.abs().max()))
+        gains.append(error / made("nearest")[1])
+    return max(errors), max(gains)
 
 
-def decode_by_hand(stored: dict[str, torch.Tensor], in_features: int, group_size: int) -> torch.Tensor:
+def decode_by_hand(
+    stored: dict[str, torch.Tensor], in_features: int, group_size: int, levels: tuple[int, ...] | None = None
+) -> torch.Tensor:
     """The weight [N, K] in float64 that 4-bit tensors of the native format stand for, nibble by nibble in Python."""
     import torch
 
-    scales, zeros = stored["scales"].double().tolist(), stored["qzeros"].tolist()
-    outliers = stored["outlier_index"].tolist()
+    scales, outliers = stored["scales"].double().tolist(), stored["outlier_index"].tolist()
     weight = []
     for row, packed in enumerate(stored["qweight"].tolist()):
         values = []
         for k in range(in_features):
             group = k // group_size
             code = packed[k // 2] >> 4 * (k % 2) & 15
-            zero = zeros[row][group // 2] >> 4 * (group % 2) & 15
-            values.append((code - zero) * scales[row][group])
+            if levels is None:
+                point = code - (int(stored["qzeros"][row, group // 2]) >> 4 * (group % 2) & 15)
+            else:
+                point = levels[code]
+            values.append(point * scales[row][group])
         for column, value in zip(outliers, stored["outlier_weight"][row].tolist(), strict=True):
             values[column] += value  # an outlier's own code stands for 0
         weight.append(values)

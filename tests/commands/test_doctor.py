@@ -188,6 +188,17 @@ def test_nibbles_that_the_products_of_a_cpu_swap_fail_the_self_test(monkeypatch:
     assert found("self-test").detail.startswith("int4 path disagrees: max error ")
 
 
+def test_levels_that_a_cpu_looks_up_wrongly_fail_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = matmul.packed_product
+
+    def wrong(x: torch.Tensor, linear: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+        other = linear.levels and (*linear.levels[:-1], linear.levels[-1] - 1)
+        return product(x, replace(linear, levels=other), bias)
+
+    monkeypatch.setattr(matmul, "packed_product", wrong)
+    assert found("self-test").detail.startswith("int4 path disagrees: max error ")
+
+
 def test_feedback_that_loses_to_nearest_fails_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     descend = Draft.descend
 
