@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from accullm_cli.quant.linear import spread
+from accullm_cli.quant.linear import of_table, spread
 from accullm_cli.quant.scales import StorableScales
 
 ANY_SCALE = StorableScales()
@@ -69,7 +69,7 @@ class Grid:
         """What codes [N, K] stand for, in steps of the scale."""
         table = self.table()
         if table is not None:
-            return table[codes.long()]
+            return of_table(table, codes)
         return codes.to(self.scale.dtype) - spread(self.zero, self.columns_per_group, codes.shape[1])
 
     def table(self) -> torch.Tensor | None:

@@ -53,7 +53,7 @@ class QuantizedLinear:
         """What the codes of some rows stand for, in steps of the scale: float32 [R, K]."""
         codes = self.codes[rows]
         if self.levels is not None:
-            return torch.tensor(self.levels, dtype=torch.float32, device=codes.device)[codes.int()]
+            return of_table(torch.tensor(self.levels, dtype=torch.float32, device=codes.device), codes)
         zero: int | torch.Tensor = self.zero_code
         if self.zeros is not None:
             zero = spread(self.zeros[rows].to(torch.int16), self.columns_per_group, codes.shape[1])
@@ -164,6 +164,11 @@ def check_outlier_index(
         raise AccullmError(f"tensor {name} names feature {int(outside[0])} of {in_features}", where)
     if not bool((index[1:] > index[:-1]).all()):
         raise AccullmError(f"tensor {name} is not ascending", where)
+
+
+def of_table(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """What a table [2**bits] has for codes [N, K], by the fastest of torch's ways."""
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def spread(per_group: torch.Tensor, columns_per_group: int, count: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from accullm_cli.quant.encodings.ggml_layout import BlockType
 from accullm_cli.quant.grid import Grid
-from accullm_cli.quant.linear import spread
+from accullm_cli.quant.linear import of_table, spread
 from accullm_cli.quant.scales import LARGEST_SCALE, SMALLEST_SCALE, round_offset
 
 # Of a curvature along a scale: where the offset moves too, no more is left of it if both do the same.
@@ -146,7 +146,7 @@ class _Loss:
 def points_of(codes: torch.Tensor, kind: BlockType, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What codes stand for, in steps of the scale above the offset."""
     if kind.levels is not None:
-        return torch.tensor(kind.levels, dtype=dtype, device=codes.device)[codes.long()]
+        return of_table(torch.tensor(kind.levels, dtype=dtype, device=codes.device), codes)
     return codes.to(dtype) - kind.zero
 
 
