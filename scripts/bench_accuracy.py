@@ -131,8 +131,8 @@ class Conversion:
 
 
 def uniform(name: str, label: str, group_size: int, *flags: str, with_gradients: bool = False) -> Conversion:
-    """4 bits for every linear."""
-    flags = (*flags, "--group-size", str(group_size))
+    """4 bits for every linear, as integer codes: what each part of rounding brings without levels."""
+    flags = (*flags, "--group-size", str(group_size), "--encodings", "integer")
     return Conversion(f"{name}-{group_size}", f"{label}, groups of {group_size}", flags, with_gradients)
 
 
@@ -166,6 +166,7 @@ ROWS: tuple[Conversion, ...] = (
         "compensating",
     ),
     uniform("rows", "error feedback across columns and rows", 64, "--outliers", "0", with_gradients=True),
+    Conversion("default", "the default", ()),
     *(average(bits) for bits in (4.1, 4.25, 4.31, 4.4, 4.62, 4.99)),
     effort("fast"),
     effort("balanced"),

@@ -49,7 +49,7 @@ class Row:
     flags: tuple[str, ...] = ()
 
 
-PLAIN = ("--group-size", "64", "--outliers", "0", "--scale-bits", "16")
+PLAIN = ("--group-size", "64", "--outliers", "0", "--scale-bits", "16", "--encodings", "integer")
 ROWS = (
     Row("nearest", "rounding to nearest, groups of 64", ("--rounding", "nearest", "--grid", "minmax", *PLAIN)),
     Row(

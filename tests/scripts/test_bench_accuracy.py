@@ -61,8 +61,8 @@ def test_rows_share_the_run_and_each_has_an_artifact_of_its_own(tmp_path: Path) 
     given = options(tmp_path, "--samples", "4", "--validation-windows", "2", "--threads", "1")
     assert ROW["nearest-64"].command(given) == (
         "accullm", "convert", "somewhere/tiny", "--out", str(tmp_path / "accuracy-artifacts" / "nearest-64"),
-        "--rounding", "nearest", "--outliers", "0", "--group-size", "64", "--run", str(tmp_path / "accuracy.run"),
-        "--samples", "4", "--validation-windows", "2", "--threads", "1", "--json",
+        "--rounding", "nearest", "--outliers", "0", "--group-size", "64", "--encodings", "integer",
+        "--run", str(tmp_path / "accuracy.run"), "--samples", "4", "--validation-windows", "2", "--threads", "1", "--json",
     )  # fmt: skip
     commands = [row.command(given) for row in script.ROWS]
     assert len({command[command.index("--out") + 1] for command in commands}) == len(commands)
@@ -90,7 +90,8 @@ def test_every_row_is_a_configuration_of_its_own() -> None:
     for row in script.ROWS:
         given = dict(zip(row.flags[::2], row.flags[1::2], strict=True))
         presets = presets_of(given.pop("--effort", None))
-        config = load_config("m", presets, flags={key_of[flag]: value for flag, value in given.items()})
+        flags = {key_of[flag]: [value] if flag == "--encodings" else value for flag, value in given.items()}
+        config = load_config("m", presets, flags=flags)
         assert row.with_gradients or row.has_own_run or not config.plan.is_average
         seen.add((row.with_gradients, config.to_yaml()))
     assert len(seen) == len(script.ROWS)
