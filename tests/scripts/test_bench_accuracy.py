@@ -62,7 +62,8 @@ def test_rows_share_the_run_and_each_has_an_artifact_of_its_own(tmp_path: Path) 
     assert ROW["nearest-64"].command(given) == (
         "accullm", "convert", "somewhere/tiny", "--out", str(tmp_path / "accuracy-artifacts" / "nearest-64"),
         "--rounding", "nearest", "--outliers", "0", "--group-size", "64", "--encodings", "integer",
-        "--run", str(tmp_path / "accuracy.run"), "--samples", "4", "--validation-windows", "2", "--threads", "1", "--json",
+        "--run", str(tmp_path / "accuracy.run"), "--samples", "4", "--validation-windows", "2", "--threads", "1",
+        "--json",
     )  # fmt: skip
     commands = [row.command(given) for row in script.ROWS]
     assert len({command[command.index("--out") + 1] for command in commands}) == len(commands)
