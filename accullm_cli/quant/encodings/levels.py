@@ -93,17 +93,17 @@ class LevelGroups(IntegerZero):
         found = [search(part).spanning if importance is None else search(part).best() for part in parts]
         scale, energy = (torch.cat(own) for own in zip(*found, strict=True))
         storable = StorableScales(scale_dtype, signed=True)
-        low, high = storable.range
-        clamped = int(((scale != 0) & ((scale.abs() < low) | (scale.abs() > high))).sum())
-        sentences = []
+        wanted, (low, high), sentences = scale, storable.range, []
+        if row.scale_bits < 16:
+            storable = storable.table_of(scale, energy, row.scale_bits)
+            low, _ = storable.range
+        clamped = int(((wanted != 0) & ((wanted.abs() < low) | (wanted.abs() > high))).sum())
         if clamped:
             of = f"{clamped} of {scale.numel()} scales"
             sentences.append(f"{of} lie outside of what can be stored, {low:.3g} to {high:.3g}, and were clamped")
-        if row.scale_bits < 16:
-            storable = storable.table_of(scale, energy, row.scale_bits)
-            if importance is not None:
-                wanted = scale.split(len(parts[0]))
-                scale = torch.cat([search(part).stored(own, storable) for part, own in zip(parts, wanted, strict=True)])
+        if row.scale_bits < 16 and importance is not None:
+            pairs = zip(parts, wanted.split(len(parts[0])), strict=True)
+            scale = torch.cat([search(part).stored(own, storable) for part, own in pairs])
         scale = storable.round(scale)
         size = weight.shape[1] if row.group_size == -1 else row.group_size
         levels = tuple(map(float, LEVELS[row.bits]))
