@@ -9,6 +9,7 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.packing import pack, packed_length, unpack
+from accullm_cli.quant.trellis import codes_of_places, places_of_codes
 
 # Weights that are dequantized at once, so that beside the matrix of a vocabulary there is no second one in float32. Any
 # linear of a small model is one step.
@@ -21,10 +22,10 @@ class QuantizedLinear:
 
     The dequantized weight is (code - zero) * scale, or levels[code] * scale, computed in float32 and rounded once to
     the compute dtype; the columns of the outlier features are replaced by `outlier_weight`, and their own codes stand
-    for 0.
+    for 0. Of a trellis, `codes` are the places of levels that its stored codes stand for (see quant.trellis).
     """
 
-    codes: torch.Tensor  # uint8 [N, K], each below 2**bits
+    codes: torch.Tensor  # uint8 [N, K], each below 2**bits; of a trellis below 2**(bits + 1)
     scales: torch.Tensor  # float16 [N, G], G = ceil(K / group size)
     zeros: torch.Tensor | None  # uint8 [N, G]; None where symmetric: the zero point is then 2**(bits-1)
     outlier_index: torch.Tensor  # int32 [n], ascending
@@ -32,7 +33,8 @@ class QuantizedLinear:
     bits: int
     group_size: int  # -1: one group per row
     scale_table: torch.Tensor | None = None  # float16 [2**scale bits], ascending, all scales among them; None: no table
-    levels: tuple[int, ...] | None = None  # of 8 bits, 2**bits ascending ones, 0 among them; None: steps from the zero
+    # Of 8 bits, ascending, 0 among them: 2**bits, or 2**(bits + 1) of a trellis; None: steps from the zero point.
+    levels: tuple[int, ...] | None = None
 
     @property
     def columns_per_group(self) -> int:
@@ -62,7 +64,13 @@ class QuantizedLinear:
     @property
     def zero_code(self) -> int:
         """The code that stands for 0 where no zero points are stored."""
-        return 2 ** (self.bits - 1) if self.levels is None else self.levels.index(0)
+        if self.levels is None:
+            return 2 ** (self.bits - 1)
+        return zero_place(self.levels)
+
+    @property
+    def is_trellis(self) -> bool:
+        return is_trellis(self.levels, self.bits)
 
     def to(self, device: torch.device) -> QuantizedLinear:
         """The same linear on a device."""
@@ -85,7 +93,7 @@ class QuantizedLinear:
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the native format, by suffix: see docs/format.md."""
-        tensors = {"qweight": pack(self.codes, self.bits)}
+        tensors = {"qweight": pack(codes_of_places(self.codes) if self.is_trellis else self.codes, self.bits)}
         if self.scale_table is None:
             tensors["scales"] = self.scales
         else:
@@ -134,8 +142,9 @@ class QuantizedLinear:
         if index.device.type == "cpu" and not torch.compiler.is_compiling():
             check_outlier_index(index, in_features)
         scales = tensors["scales"] if table is None else table[unpack(tensors["qscales"], scale_bits, groups).long()]
+        codes = unpack(tensors["qweight"], bits, in_features)
         return cls(
-            codes=unpack(tensors["qweight"], bits, in_features),
+            codes=places_of_codes(codes) if is_trellis(levels, bits) else codes,
             scales=scales,
             zeros=unpack(tensors["qzeros"], bits, groups) if "qzeros" in tensors else None,
             outlier_index=index,
@@ -145,6 +154,16 @@ class QuantizedLinear:
             scale_table=table,
             levels=levels,
         )
+
+
+def is_trellis(levels: tuple[int, ...] | None, bits: int) -> bool:
+    """Whether a table of levels is for codes of so many bits that are a trellis."""
+    return levels is not None and len(levels) > 2**bits
+
+
+def zero_place(levels: tuple[int, ...]) -> int:
+    """The place of the level 0. A trellis has two of them, and the upper one may stand above and below itself."""
+    return len(levels) - 1 - levels[::-1].index(0)
 
 
 def check_outlier_index(
