@@ -66,8 +66,9 @@ class Draft:
                 grid, error = self._errors(part)
                 product = error @ self.hessian + self.ridge * error
                 descent = Descent(
-                    self.codes[part], error, product, self.hessian, self.ridge, grid, movable, SWEEPS, levels=levels
-                )
+                    self.codes[part], error, product, self.hessian, self.ridge, grid, movable, SWEEPS, None, levels,
+                    self.grid.is_trellis,
+                )  # fmt: skip
                 loops.descend(descent)
             return
         _, error = self._errors(slice(None))

@@ -219,6 +219,7 @@ def round_with_feedback(
     """
     assert generator is None or rows is None, "rows do not feed each other at random"
     assert generator is None or grid.levels is None, "codes are drawn between steps of one size"
+    assert rows is None or not grid.is_trellis, "a column of a trellis is rounded as a whole"
     levels = grid.table()
     rounded_features = target.shape[1] - kept.shape[1]
     order, count = factor.order, len(target)
@@ -255,7 +256,7 @@ def round_with_feedback(
                 chance = Chance(share[:, columns], *generator, order[columns])
             tiles.append(Tile(
                 wanted[part, columns], fed, feedback[columns.start :], scale[part], zero[part], group[columns],
-                grid.largest_code, from_above, chance, levels,
+                grid.largest_code, from_above, chance, levels, grid.is_trellis,
             ))  # fmt: skip
         results = [loops.round_tile(tile) for tile in tiles] if several is None else several(tiles)
         for (part, columns), tile, (own_codes, own_error) in zip(wave, tiles, results, strict=True):

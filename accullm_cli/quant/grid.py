@@ -9,8 +9,9 @@ from typing import TypeVar
 
 import torch
 
-from accullm_cli.quant.linear import of_table, spread
+from accullm_cli.quant.linear import is_trellis, of_table, spread
 from accullm_cli.quant.scales import StorableScales
+from accullm_cli.quant.viterbi import nearest_chains
 
 ANY_SCALE = StorableScales()
 
@@ -37,7 +38,8 @@ class Grid:
     scale: [N, G], in the working dtype, each one that can be stored; here positive, for rounding of either sign.
     zero: [N, G], in the working dtype.
     storable: the scales that it may have.
-    levels: 2**bits ascending numbers, a table in place of steps of one size; zero points are not used then.
+    levels: 2**bits ascending numbers, a table in place of steps of one size; zero points are not used then. Twice as
+        many of a trellis (see quant.trellis), whose codes are places in this table.
     """
 
     scale: torch.Tensor
@@ -52,11 +54,20 @@ class Grid:
     def largest_code(self) -> int:
         return 2**self.bits - 1
 
+    @property
+    def is_trellis(self) -> bool:
+        return is_trellis(self.levels, self.bits)
+
     def round_to_nearest(self, weight: torch.Tensor) -> torch.Tensor:
-        """Codes (whole numbers in the working dtype) of the nearest grid values to `weight` [N, K]."""
+        """Codes (whole numbers in the working dtype) of the nearest grid values to `weight` [N, K].
+
+        Of a trellis those of the nearest columns.
+        """
         count = weight.shape[1]
         scale, zero = self.per_column(count)
         table = self.table()
+        if table is not None and self.is_trellis:
+            return nearest_chains(weight, scale, table).to(weight.dtype)
         if table is not None:
             return torch.bucketize((weight / scale).contiguous(), (table[1:] + table[:-1]) / 2).to(weight.dtype)
         return (weight / scale + zero).round_().clamp_(0, self.largest_code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -156,7 +156,7 @@ class QuantizedLinear:
         )
 
 
-def is_trellis(levels: tuple[int, ...] | None, bits: int) -> bool:
+def is_trellis(levels: Sequence[float] | None, bits: int) -> bool:
     """Whether a table of levels is for codes of so many bits that are a trellis."""
     return levels is not None and len(levels) > 2**bits
 

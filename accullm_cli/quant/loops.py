@@ -1,8 +1,8 @@
 """The two inner loops of rounding: what decides one weight after the other, and so cannot be a product of matrices.
 
-`COMPILED` is numba's make of them, for the CPU; `kernels.rounding` has a GPU's. The machine code is kept beside this
-file, or in the user's cache directory, so that only the first run waits for it (some five seconds). Nothing in rounding
-is reordered or fused, so that the same numbers come out on every CPU.
+`COMPILED` is numba's make of them, for the CPU; `kernels.rounding` has a GPU's. The machine code is kept, so that only
+the first run waits for it (some five seconds). Nothing in rounding is reordered or fused, so that the same numbers come
+out on every CPU.
 """
 
 from __future__ import annotations
@@ -10,22 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
+from accullm_cli.quant.compiled import compiled
 from accullm_cli.quant.grid import Grid
 from accullm_cli.quant.philox import uniform
+from accullm_cli.quant.trellis import SEGMENT
+from accullm_cli.quant.viterbi import best_chain
 
 # Rows that a thread takes at once where rows do not depend on each other.
 ROWS_PER_TASK = 64
-# What lets a compiler add up several parts of a sum at once, with fused multiplications; the same program still gives
-# the same numbers on the same CPU.
-SUMS_IN_ANY_ORDER = frozenset({"reassoc", "contract", "nsz"})
-
 
 @dataclass(frozen=True)
 class Chance:
@@ -55,6 +52,8 @@ class Tile:
     rows: tuple[torch.Tensor, torch.Tensor] | None = None
     chance: Chance | None = None
     levels: torch.Tensor | None = None  # [largest code + 1], see `Grid`; not with `chance`
+    # Codes are places of a trellis, whose chains begin with the tile; with `levels`, and without `rows`.
+    trellis: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ class Descent:
     # Where rows feed each other: their P [N, K], contiguous, changed in place, and their G [N, N].
     rows: tuple[torch.Tensor, torch.Tensor] | None = None
     levels: torch.Tensor | None = None  # [largest code + 1], the grid's table
+    trellis: bool = False  # see `Tile`: a column's codes are moved together
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,6 @@ class Loops:
 
 
 # -- compiled by numba -------------------------------------------------------------------------------------
-
-
-def compiled(function: Callable[..., Any], freedom: frozenset[str] = frozenset(), inlined: bool = False) -> Any:
-    """`function` as machine code, kept on disk where there is a place to write to.
-
-    Args:
-        freedom: what the compiler may do to its floating-point operations, in LLVM's words.
-        inlined: make it part of every compiled function that calls it.
-    """
-    make = partial(numba.njit, nogil=True, fastmath=set(freedom), forceinline=inlined)
-    try:
-        return make(cache=True)(function)
-    except RuntimeError:  # no directory to keep it in
-        return make()(function)
 
 
 @compiled
@@ -173,6 +159,28 @@ def _round_rows(  # type: ignore[no-untyped-def]
                 fed[n, j] += lost * upper[k, j]
 
 
+@compiled
+def _round_chains(first, last, wanted, fed, upper, scale, group, levels, codes, error):  # type: ignore[no-untyped-def]
+    """Of whole segments, first to last: each column by the chain of least error, and its errors fed to those behind."""
+    columns = wanted.shape[1]
+    room = min(last - first, SEGMENT)
+    position, step = np.empty(room, wanted.dtype), np.empty(room, wanted.dtype)
+    near, back, places = np.empty((room, 4), np.uint8), np.empty(room, np.uint8), np.empty(room, np.uint8)
+    for start in range(first, last, SEGMENT):
+        count = min(SEGMENT, last - start)
+        for k in range(columns):
+            for n in range(count):
+                position[n] = wanted[start + n, k] + fed[start + n, k]
+                step[n] = scale[start + n, group[k]]
+            best_chain(position[:count], step[:count], levels, near, back, places)
+            for n in range(count):
+                codes[start + n, k] = places[n]
+                lost = wanted[start + n, k] - levels[places[n]] * step[n]
+                error[start + n, k] = lost
+                for j in range(k + 1, columns):
+                    fed[start + n, j] += lost * upper[k, j]
+
+
 def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a tile with the feedback inside of it; see `Loops`. What is on another device comes here and goes back."""
     fed = tile.fed.cpu().contiguous()
@@ -183,11 +191,15 @@ def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     if (chance := tile.chance) is not None:
         share, noise = chance.share, uniform(chance.seed, chance.stream, chance.features, len(fed)).to(fed.dtype).T
     codes, error = torch.empty(fed.shape, dtype=torch.uint8), torch.empty_like(fed)
-    tensors = (tile.wanted, fed, tile.upper, row_fed, row_upper, tile.scale, tile.zero, tile.group, levels)
-    arrays = [_array(tensor) for tensor in tensors]
-    largest = arrays[0].dtype.type(tile.largest_code)
-    rest = [_array(tensor) for tensor in (share, noise, codes, error)]
-    _share_out(_round_rows, len(fed), tile.rows is not None, *arrays, largest, *rest)
+    if tile.trellis:
+        tensors = (tile.wanted, fed, tile.upper, tile.scale, tile.group, levels, codes, error)
+        _share_out(_round_chains, len(fed), SEGMENT, *map(_array, tensors))
+    else:
+        tensors = (tile.wanted, fed, tile.upper, row_fed, row_upper, tile.scale, tile.zero, tile.group, levels)
+        arrays = [_array(tensor) for tensor in tensors]
+        largest = arrays[0].dtype.type(tile.largest_code)
+        rest = [_array(tensor) for tensor in (share, noise, codes, error)]
+        _share_out(_round_rows, len(fed), None if tile.rows else ROWS_PER_TASK, *arrays, largest, *rest)
     if fed is not tile.fed:
         tile.fed.copy_(fed)
     return codes.to(tile.fed.device), error.to(tile.fed.device)
@@ -241,6 +253,46 @@ def _descend_rows(  # type: ignore[no-untyped-def]
                 break
 
 
+@compiled
+def _descend_chains(  # type: ignore[no-untyped-def]
+    first, last, codes, error, product, hessian, scale, group, movable, levels, ridge, sweeps
+):
+    """Of whole segments, first to last: each column moved to the chain of least loss, everything else as it is."""
+    columns = error.shape[1]
+    room = min(last - first, SEGMENT)
+    wanted, step = np.empty(room, error.dtype), np.empty(room, error.dtype)
+    near, back, places = np.empty((room, 4), np.uint8), np.empty(room, np.uint8), np.empty(room, np.uint8)
+    nothing = ridge - ridge  # 0 of the weights' type
+    for start in range(first, last, SEGMENT):
+        count = min(SEGMENT, last - start)
+        for _ in range(sweeps):
+            moved_any = False
+            for k in range(columns):
+                curvature = hessian[k, k] + ridge
+                if not movable[k] or not curvature > nothing:
+                    continue
+                before = 0.0
+                for n in range(count):
+                    away = product[start + n, k] / curvature
+                    before += away * away
+                    step[n] = scale[start + n, group[k]]
+                    wanted[n] = levels[codes[start + n, k]] * step[n] + away
+                if not best_chain(wanted[:count], step[:count], levels, near, back, places) < before:
+                    continue
+                for n in range(count):
+                    moved = (levels[places[n]] - levels[codes[start + n, k]]) * step[n]
+                    codes[start + n, k] = places[n]
+                    if moved == nothing:
+                        continue
+                    moved_any = True
+                    error[start + n, k] -= moved
+                    for j in range(columns):
+                        product[start + n, j] -= moved * hessian[k, j]
+                    product[start + n, k] -= moved * ridge
+            if not moved_any:
+                break
+
+
 def descend(descent: Descent) -> None:
     """Move codes one at a time; see `Loops`. What is on another device comes here and goes back."""
     product, fisher = descent.rows or (descent.slope, descent.slope.new_empty(0, 0))
@@ -249,12 +301,16 @@ def descend(descent: Descent) -> None:
     slope = own_product if descent.rows is None else descent.slope.cpu()
     group = torch.arange(codes.shape[1]) // descent.grid.columns_per_group
     levels = error.new_empty(0) if descent.levels is None else descent.levels
-    tensors = (
-        codes, error, slope, descent.hessian, own_product, fisher, descent.grid.scale, group, descent.movable, levels,
-    )  # fmt: skip
-    arrays = [_array(tensor) for tensor in tensors]
-    ridge, largest = (arrays[1].dtype.type(number) for number in (descent.ridge, descent.grid.largest_code))
-    _share_out(_descend_rows, len(codes), descent.rows is not None, *arrays, ridge, largest, descent.sweeps)
+    own = codes, error, own_product, descent.hessian, descent.grid.scale, group, descent.movable, levels
+    if descent.trellis:
+        arrays = [_array(tensor) for tensor in own]
+        _share_out(_descend_chains, len(codes), SEGMENT, *arrays, arrays[1].dtype.type(descent.ridge), descent.sweeps)
+    else:
+        tensors = *own[:2], slope, descent.hessian, own_product, fisher, *own[4:]
+        arrays = [_array(tensor) for tensor in tensors]
+        ridge, largest = (arrays[1].dtype.type(number) for number in (descent.ridge, descent.grid.largest_code))
+        together = None if descent.rows else ROWS_PER_TASK
+        _share_out(_descend_rows, len(codes), together, *arrays, ridge, largest, descent.sweeps)
     for there, here in zip(changed, (codes, error, own_product), strict=True):
         if here is not there:
             there.copy_(here)
@@ -267,15 +323,14 @@ def _array(tensor: torch.Tensor) -> Any:
     return tensor.cpu().contiguous().numpy()
 
 
-def _share_out(loop: Callable[..., None], count: int, chained: bool, *arguments: Any) -> None:
-    """Run `loop` from row to row, on as many threads as torch has, or on one where rows feed each other (`chained`)."""
-    threads = 1 if chained else torch.get_num_threads()
-    if threads == 1 or count <= ROWS_PER_TASK:
+def _share_out(loop: Callable[..., None], count: int, together: int | None, *arguments: Any) -> None:
+    """Run `loop` over rows, so many `together` on one of torch's threads; None: all of them, which feed each other."""
+    if together is None or count <= together or torch.get_num_threads() == 1:
         loop(0, count, *arguments)
         return
 
     def some(first: int) -> None:
-        loop(first, min(first + ROWS_PER_TASK, count), *arguments)
+        loop(first, min(first + together, count), *arguments)
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(some, range(0, count, ROWS_PER_TASK)))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(some, range(0, count, together)))

@@ -170,7 +170,7 @@ def round_linears(
         else:
             chance = (options.seed, zlib.crc32(plan.name.encode())) if stochastic else None
             rows = None
-            if fisher is not None and not stochastic:
+            if fisher is not None and not stochastic and not grid.is_trellis:
                 rows = factor_hessian(fisher, ROW_DAMPING, kind="Fisher matrix", where=name)
             first = None if fits else rows
             codes, kept, clamped = round_with_feedback(target, grid, kept, factor, first, chance, loops)

@@ -7,7 +7,7 @@ a table then costs no accuracy but what a slightly larger or smaller scale does,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -92,7 +92,8 @@ class StorableScales:
         return self.with_table(smallest_range * float(scale.min()), float(scale.max()), bits, spanning.device)
 
     def table_of(self, scale: torch.Tensor, energy: torch.Tensor, bits: int) -> StorableScales:
-        """A table of 2**(bits - 1) magnitudes, of either sign, for the scales [N, G] that groups would have without.
+        """A table of 2**bits for the scales [N, G] that groups would have without; of signed ones half as many
+        magnitudes, each twice.
 
         A group loses its energy times the square of its scale's relative error. So in logarithms, from the smallest to
         the largest, magnitudes lie as the cube root of the energy at a place (Panter and Dite, Proceedings of the IRE
@@ -103,7 +104,8 @@ class StorableScales:
         """
         places, energy = scale.abs().cpu().double(), energy.cpu().double()
         counts = places > 0
-        places, energy, count = places[counts].log(), energy[counts], 2 ** (bits - 1)
+        places, energy = places[counts].log(), energy[counts]
+        count = 2 ** (bits - 1 if self.signed else bits)
         if not len(places):
             places, energy = places.new_zeros(1), places.new_ones(1)
         high = float(places.max())
@@ -120,7 +122,9 @@ class StorableScales:
         within = (wanted - parts[bin - 1]) / (parts[bin] - parts[bin - 1])
         magnitudes = (low + (high - low) * (bin - 1 + within) / DENSITY_BINS).exp()
         table = round_scale(magnitudes, self.dtype).to(torch.float16)
-        return StorableScales(self.dtype, torch.cat([-table.flip(0), table]).to(scale.device), signed=True)
+        if self.signed:
+            table = torch.cat([-table.flip(0), table])
+        return replace(self, table=table.to(scale.device))
 
     def with_table(
         self, smallest: float, largest: float, bits: int, device: torch.device | None = None

@@ -10,8 +10,10 @@ from accullm_cli.quant.encodings.ggml import GgmlBlocks
 from accullm_cli.quant.encodings.ggml_layout import BLOCK_TYPES
 from accullm_cli.quant.encodings.integer import IntegerZero, PositiveZero
 from accullm_cli.quant.encodings.levels import LevelGroups
+from accullm_cli.quant.encodings.trellis import TrellisGroups
 
 _BLOCKS = tuple(map(GgmlBlocks, BLOCK_TYPES.values()))
 ENCODINGS: Mapping[str, Encoding] = {
-    encoding.name: encoding for encoding in (IntegerZero(), PositiveZero(), LevelGroups(), AffineGroups(), *_BLOCKS)
+    encoding.name: encoding
+    for encoding in (IntegerZero(), PositiveZero(), LevelGroups(), TrellisGroups(), AffineGroups(), *_BLOCKS)
 }

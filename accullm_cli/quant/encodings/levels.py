@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from accullm_cli.quant.encodings.integer import IntegerZero
 from accullm_cli.quant.grid import Grid, group_range, row_chunks
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.linear import QuantizedLinear, zero_place
 from accullm_cli.quant.scales import StorableScales
 
 if TYPE_CHECKING:
@@ -48,19 +48,114 @@ CANDIDATES = 8
 REACH = 128
 
 
+class LevelSearch:
+    """The scales of least importance-weighted error for some rows, each group by itself.
+
+    With its nearest levels p for a scale, the best scale of a group is (w . p) / (p . p), whose error is
+    w . w - (w . p)^2 / (p . p), products weighted by importance: so a few scales are enough to begin with.
+
+    Of a trellis a weight has every second level to choose from. Either half of them is as likely, so that the error
+    is the sum of both halves', as if each weight were there twice.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        importance: torch.Tensor,
+        held: Sequence[torch.Tensor | None],
+        group_size: int,
+        levels: tuple[int, ...],
+        signed: bool,
+    ) -> None:
+        """Takes weights [R, K], the weight of each column's squared error [K], and bool [K] or None for each range to
+        try: the columns without which it is that of a group."""
+        count = weight.shape[1]
+        size = count if group_size == -1 else group_size
+        self.signs = (1, -1) if signed else (1,)
+        self.weight = pad(weight, (0, -count % size)).unflatten(1, (-1, size))
+        self.weighted = self.weight * pad(importance, (0, -count % size)).view(-1, size)
+        self.importance = pad(importance, (0, -count % size)).view(-1, size)
+        ranges = [group_range(weight, group_size, without)[:2] for without in held]
+        self.largest = [torch.maximum(high, -low) / levels[-1] for low, high in ranges]
+        low, high = ranges[0]
+        # The longer end of the levels is where the largest weight is.
+        spanning = torch.maximum(self.largest[0], torch.minimum(high, -low) / -levels[0])
+        self.spanning = torch.where((high >= -low) | (not signed), spanning, -spanning), torch.ones_like(spanning)
+        # Levels are whole numbers, so that between two halves all places have one nearest level.
+        halves = torch.arange(-2 * REACH, 2 * REACH, dtype=weight.dtype, device=weight.device) / 2 + 0.5
+        tables = [levels] if signed else [levels[::2], levels[1::2]]
+        self.table = weight.new_tensor(levels)
+        self.nearest = []
+        for own in tables:
+            table = torch.tensor(own, dtype=weight.dtype, device=weight.device)
+            self.nearest.append(table[torch.bucketize(halves, (table[1:] + table[:-1]) / 2)])
+
+    def best(self, first: float, last: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best scales, of any size and sign (0 for zeros), and the energy of what they hold: [R, G] both.
+
+        Args:
+            first, last: what the last level stands for, over the largest weight, where the search begins and ends.
+        """
+        best: tuple[torch.Tensor, torch.Tensor] | None = None
+        for largest, step, sign in product(self.largest, range(CANDIDATES), self.signs):
+            fraction = first + (last - first) * step / (CANDIDATES - 1)
+            found = self._refitted(largest * (sign * fraction))
+            best = found if best is None else _better(found, best)
+        assert best is not None
+        return best
+
+    def stored(self, scale: torch.Tensor, storable: StorableScales) -> torch.Tensor:
+        """For each scale that of the two next to it in a table whose error is less."""
+        lower, upper = storable.around(scale)
+        return torch.where(self._error(lower) <= self._error(upper), lower, upper)
+
+    def _points(self, scale: torch.Tensor) -> list[torch.Tensor]:
+        """The levels that are nearest, of each table: [R, G, size]."""
+        scale = torch.where(scale == 0, 1, scale)
+        places = (self.weight * (2 / scale)[..., None]).ceil_().clamp_(1 - 2 * REACH, 2 * REACH)
+        number = places.add_(2 * REACH - 1).int()
+        return [nearest[number] for nearest in self.nearest]
+
+    def _refitted(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best scale for the levels that are nearest at this one, and what it takes off the energy of the error."""
+        return self.fitted(self._points(scale), scale)
+
+    def fitted(self, every: list[torch.Tensor], scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best scale for some levels, [R, G, size] each, and what it takes off the energy of the error."""
+        along = sum((self.weighted * points).sum(-1) for points in every)
+        square = sum(points.square_().mul_(self.importance).sum(-1) for points in every)
+        fitted = torch.where(square > 0, along / square, scale)
+        return fitted, along * fitted
+
+    def _error(self, scale: torch.Tensor) -> torch.Tensor:
+        lost = (points.mul_(scale[..., None]).sub_(self.weight) for points in self._points(scale))
+        return sum(own.square_().mul_(self.importance).sum(-1) for own in lost)
+
+
+def _better(
+    found: tuple[torch.Tensor, torch.Tensor], best: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of two scales for each group, with their energies, the one that holds more."""
+    better = found[1] > best[1]
+    return torch.where(better, found[0], best[0]), torch.where(better, found[1], best[1])
+
+
 class LevelGroups(IntegerZero):
     """2 to 5 bits in groups of any size, the last of which may be shorter."""
 
     name = "levels"
     rounds_at_random: ClassVar[bool] = False
     table_bits: ClassVar[int] = 7  # 64 magnitudes, as without a sign
+    signed: ClassVar[bool] = True
+    searched: ClassVar[Mapping[int, tuple[float, float]]] = SEARCHED
+    search: ClassVar[type[LevelSearch]] = LevelSearch
 
     def levels(self, row: LinearPlan) -> tuple[int, ...]:
         return LEVELS[row.bits]
 
     def problem(self, row: LinearPlan) -> str:
-        if row.bits not in LEVELS:
-            return f"is to have {row.bits} bits, and {self.name} has {min(LEVELS)} to {max(LEVELS)}"
+        if row.bits not in self.searched:
+            return f"is to have {row.bits} bits, and {self.name} has {min(self.searched)} to {max(self.searched)}"
         if not row.symmetric:
             return f"is to have zero points, and {self.name} has none"
         return super().problem(row)
@@ -88,11 +183,12 @@ class LevelGroups(IntegerZero):
         parts = row_chunks(weight)
 
         def search(part: torch.Tensor) -> LevelSearch:
-            return LevelSearch(part, columns, held, row)
+            return self.search(part, columns, held, row.group_size, self.levels(row), self.signed)
 
-        found = [search(part).spanning if importance is None else search(part).best() for part in parts]
+        span = self.searched[row.bits]
+        found = [search(part).spanning if importance is None else search(part).best(*span) for part in parts]
         scale, energy = (torch.cat(own) for own in zip(*found, strict=True))
-        storable = StorableScales(scale_dtype, signed=True)
+        storable = StorableScales(scale_dtype, signed=self.signed)
         wanted, (low, high), sentences = scale, storable.range, []
         if row.scale_bits < 16:
             storable = storable.table_of(scale, energy, row.scale_bits)
@@ -106,14 +202,14 @@ class LevelGroups(IntegerZero):
             scale = torch.cat([search(part).stored(own, storable) for part, own in pairs])
         scale = storable.round(scale)
         size = weight.shape[1] if row.group_size == -1 else row.group_size
-        levels = tuple(map(float, LEVELS[row.bits]))
+        levels = tuple(map(float, self.levels(row)))
         return Grid(scale, torch.zeros_like(scale), row.bits, size, True, storable, levels), sentences
 
     def store(
         self, grid: Grid, codes: torch.Tensor, row: LinearPlan, outliers: torch.Tensor, kept: torch.Tensor
     ) -> QuantizedLinear:
         """See `Encoding.store`. The codes of outlier features are that of the level 0."""
-        codes[:, outliers] = LEVELS[row.bits].index(0)
+        codes[:, outliers] = zero_place(self.levels(row))
         return QuantizedLinear(
             codes=codes,
             scales=grid.scale.to(torch.float16),
@@ -123,80 +219,8 @@ class LevelGroups(IntegerZero):
             outlier_weight=kept.contiguous(),
             bits=row.bits,
             group_size=row.group_size,
-            levels=LEVELS[row.bits],
+            levels=self.levels(row),
         )
 
     def from_tensors(self, tensors: Mapping[str, torch.Tensor], row: LinearPlan) -> QuantizedLinear:
-        return QuantizedLinear.from_tensors(tensors, row.in_features, row.bits, row.group_size, LEVELS[row.bits])
-
-
-class LevelSearch:
-    """The scales of least importance-weighted error for some rows, each group by itself.
-
-    With its nearest levels p for a scale, the best scale of a group is (w . p) / (p . p), whose error is
-    w . w - (w . p)^2 / (p . p), products weighted by importance: so a few scales are enough to begin with.
-    """
-
-    def __init__(
-        self, weight: torch.Tensor, importance: torch.Tensor, held: Sequence[torch.Tensor | None], row: LinearPlan
-    ) -> None:
-        """Takes weights [R, K], the weight of each column's squared error [K], and bool [K] or None for each range to
-        try: the columns without which it is that of a group."""
-        count, levels = weight.shape[1], LEVELS[row.bits]
-        size = count if row.group_size == -1 else row.group_size
-        self.bits = row.bits
-        self.weight = pad(weight, (0, -count % size)).unflatten(1, (-1, size))
-        self.weighted = self.weight * pad(importance, (0, -count % size)).view(-1, size)
-        self.importance = pad(importance, (0, -count % size)).view(-1, size)
-        ranges = [group_range(weight, row.group_size, without)[:2] for without in held]
-        self.largest = [torch.maximum(high, -low) / levels[-1] for low, high in ranges]
-        low, high = ranges[0]
-        # The longer end of the levels is where the largest weight is.
-        spanning = torch.maximum(self.largest[0], torch.minimum(high, -low) / -levels[0])
-        self.spanning = torch.where(high >= -low, spanning, -spanning), torch.ones_like(spanning)
-        # Levels are whole numbers, so that between two halves all places have one nearest level.
-        table = torch.tensor(levels, dtype=weight.dtype, device=weight.device)
-        halves = torch.arange(-2 * REACH, 2 * REACH, dtype=weight.dtype, device=weight.device) / 2 + 0.5
-        self.nearest = table[torch.bucketize(halves, (table[1:] + table[:-1]) / 2)]
-
-    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best scales, of any size and sign (0 for zeros), and the energy of what they hold: [R, G] both."""
-        first, last = SEARCHED[self.bits]
-        best: tuple[torch.Tensor, torch.Tensor] | None = None
-        for largest, step, sign in product(self.largest, range(CANDIDATES), (1, -1)):
-            fraction = first + (last - first) * step / (CANDIDATES - 1)
-            found = self._refitted(largest * (sign * fraction))
-            best = found if best is None else _better(found, best)
-        assert best is not None
-        return best
-
-    def stored(self, scale: torch.Tensor, storable: StorableScales) -> torch.Tensor:
-        """For each scale that of the two next to it in a table whose error is less."""
-        lower, upper = storable.around(scale)
-        return torch.where(self._error(lower) <= self._error(upper), lower, upper)
-
-    def _points(self, scale: torch.Tensor) -> torch.Tensor:
-        """The levels that are nearest: [R, G, size]."""
-        scale = torch.where(scale == 0, 1, scale)
-        places = (self.weight * (2 / scale)[..., None]).ceil_().clamp_(1 - 2 * REACH, 2 * REACH)
-        return self.nearest[places.add_(2 * REACH - 1).int()]
-
-    def _refitted(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best scale for the levels that are nearest at this one, and what it takes off the energy of the error."""
-        points = self._points(scale)
-        along = (self.weighted * points).sum(-1)
-        square = points.square_().mul_(self.importance).sum(-1)
-        fitted = torch.where(square > 0, along / square, scale)
-        return fitted, along * fitted
-
-    def _error(self, scale: torch.Tensor) -> torch.Tensor:
-        lost = self._points(scale).mul_(scale[..., None]).sub_(self.weight)
-        return lost.square_().mul_(self.importance).sum(-1)
-
-
-def _better(
-    found: tuple[torch.Tensor, torch.Tensor], best: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of two scales for each group, with their energies, the one that holds more."""
-    better = found[1] > best[1]
-    return torch.where(better, found[0], best[0]), torch.where(better, found[1], best[1])
+        return QuantizedLinear.from_tensors(tensors, row.in_features, row.bits, row.group_size, self.levels(row))
