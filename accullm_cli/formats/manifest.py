@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "accullm.json"
 CARD_NAME = "README.md"
 # The newest version, and the oldest that is still written: what can be said in it is, for older readers.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 OLDEST_WRITTEN = 2
 # What a linear is stored in where nothing else is said.
 USUAL_ENCODING = "integer"
-# What readers of version 2 would take for steps of one size.
-_SINCE_VERSION_3 = ("levels",)
+# What readers of version 2 would take for steps of one size, by the version that has them.
+_SINCE = {"levels": 3, "trellis": 4}
 
 _FIDELITY_START, _FIDELITY_END = "<!-- fidelity -->", "<!-- /fidelity -->"
 
@@ -148,8 +148,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 def version_of(plan: Plan) -> int:
     """The version that says how a plan's linears are stored."""
-    new = any(linear.encoding in _SINCE_VERSION_3 for linear in plan.quantized.values())
-    return FORMAT_VERSION if new else OLDEST_WRITTEN
+    return max((_SINCE.get(row.encoding, OLDEST_WRITTEN) for row in plan.quantized.values()), default=OLDEST_WRITTEN)
 
 
 def check_version(version: object, where: Path) -> None:

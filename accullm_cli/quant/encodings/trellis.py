@@ -8,6 +8,7 @@ turns, then each level the mean of what it stands for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
@@ -30,8 +31,13 @@ ABOVE: Mapping[int, tuple[int, ...]] = {
         *(39, 42, 45, 48, 51, 55, 59, 63, 67, 73, 79, 85, 93, 101, 127),
     ),
 }
-# See `levels.RELATIVE_DAMAGE`.
-RELATIVE_DAMAGE = {2: 11.0, 3: 2.8, 4: 0.7, 5: 0.17}
+# By bits and group size, as `levels.RELATIVE_DAMAGE`, over the error of integer codes in groups of the same size.
+RELATIVE_DAMAGE: Mapping[int, Mapping[int, float]] = {
+    2: {32: 13.1, 64: 11.2, 128: 9.8},
+    3: {32: 3.20, 64: 2.87, 128: 2.58},
+    4: {32: 0.77, 64: 0.71, 128: 0.67},
+    5: {32: 0.20, 64: 0.18, 128: 0.17},
+}
 SEARCHED = {2: (0.6, 1.2), 3: (0.7, 1.2), 4: (0.8, 1.2), 5: (0.85, 1.2)}
 # How often chains and scales are fitted to each other before there is feedback.
 FITS = 3
@@ -63,5 +69,6 @@ class TrellisGroups(LevelGroups):
         return (*(-level for level in above[::-1]), 0, 0, *above)
 
     def relative_damage(self, row: LinearPlan) -> float:
-        """See `Encoding.relative_damage`; as measured."""
-        return RELATIVE_DAMAGE[row.bits]
+        """See `Encoding.relative_damage`; as measured, in groups of the size that is nearest."""
+        measured, size = RELATIVE_DAMAGE[row.bits], row.in_features if row.group_size == -1 else row.group_size
+        return measured[min(measured, key=lambda own: abs(math.log(own / size)))]
