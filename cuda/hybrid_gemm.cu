@@ -36,8 +36,9 @@ constexpr int SCALES_AT = CODES_AT + BLOCK_STRIPS * TILE_BYTES;
 constexpr int ZEROS_AT = SCALES_AT + BLOCK_STRIPS * 4 * LANES;
 constexpr int ACTIVATIONS_AT = BLOCK_STRIPS * (TILE_BYTES + 8 * LANES);
 
-// Where a strip's scales begin. In a build with LEVELS, whose table takes registers, it is their number: half as long.
-#if LEVELS
+// Where a strip's scales begin. Where registers are few, as a table or bfloat16 takes some, it is their number: half as
+// long.
+#if LEVELS || COMPUTE_BF16
 using Scales = int;
 __device__ __forceinline__ Scales scales_from(const Weight&, u64 first) { return static_cast<int>(first); }
 __device__ __forceinline__ const u32* scale_of(const Weight& weight, Scales scales, u32 group) {
@@ -214,7 +215,9 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
 #pragma unroll
         for (int part = 0; part < TOKEN_TILES; part++) {
 #pragma unroll
-            for (int c = 0; c < 4; c++) own_sums[(8 * part + c % 2) * SUMS_ROW + i * STRIP + c / 2] = sums[i][part][c];
+            for (int c = 0; c < 2; c++)
+                *reinterpret_cast<uint2*>(own_sums + (8 * part + c) * SUMS_ROW + i * STRIP) =
+                    make_uint2(__float_as_uint(sums[i][part][c]), __float_as_uint(sums[i][part][c + 2]));
         }
     }
     __syncthreads();

@@ -174,8 +174,9 @@ def packed_product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | N
     rounds = packed.dtype == torch.bfloat16
 
     def work(first: int, last: int) -> None:
-        room = [] if packed.levels is None else [np.empty((2, packed.codes.shape[1]), np.int8), SEGMENT]
-        kernel(*arrays, *room, half, rounds, first, last)
+        octets = packed.codes.shape[1]
+        room = [np.empty((2, octets), np.int8), np.zeros(octets, np.uint8), SEGMENT]
+        kernel(*arrays, *([] if packed.levels is None else room), half, rounds, first, last)
 
     _in_threads(work, features, packed.codes.numel() * padded)
     y = y[:tokens]
@@ -273,7 +274,7 @@ def _four_tokens(codes, scales, zeros, even, odd, y, half, to_bfloat16, first, l
 
 
 @fast
-def _look_up_row(codes, n, segment, table, low, high):  # type: ignore[no-untyped-def]
+def _look_up_row(codes, n, nothing, segment, table, low, high):  # type: ignore[no-untyped-def]
     row = codes[n]
     whole = row.shape[0] // OCTETS
     if table.shape[0] == 16:
@@ -283,8 +284,6 @@ def _look_up_row(codes, n, segment, table, low, high):  # type: ignore[no-untype
             low[j] = table[row[j] & _LOW_NIBBLE]
             high[j] = table[row[j] >> _HIGH_NIBBLE]
         return
-    # Above the rows of a segment lie zeros.
-    nothing = np.zeros(row.shape[0] if n % segment < 2 else 0, np.uint8)
     above = codes[n - 1] if n % segment > 0 else nothing
     before = codes[n - 2] if n % segment > 1 else nothing
     for part in range(whole):
@@ -306,16 +305,16 @@ def _levels_by_one(low, high, scale, to_bfloat16, even, odd):  # type: ignore[no
 
 
 @fast
-def _one_token_of_levels(codes, scales, table, even, odd, y, room, segment, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
+def _one_token_of_levels(codes, scales, table, even, odd, y, room, nothing, segment, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
     """As `_one_token`.
 
     table: int8 [16], what the codes stand for; of a trellis [32], the levels at even places and then those at odd ones.
-    room: int8 [2, octets], for the levels of a row. segment: rows of a chain.
+    room: int8 [2, octets], for the levels of a row. nothing: uint8 [octets], the zeros above a chain. segment: its rows.
     """
     octets = codes.shape[1]
     low, high = room[0], room[1]
     for n in range(first, last):
-        _look_up_row(codes, n, segment, table, low, high)
+        _look_up_row(codes, n, nothing, segment, table, low, high)
         total = np.float32(0)
         for g in range(scales.shape[1]):
             start, stop = g * half, min(g * half + half, octets)
@@ -325,12 +324,12 @@ def _one_token_of_levels(codes, scales, table, even, odd, y, room, segment, half
 
 
 @fast
-def _four_tokens_of_levels(codes, scales, table, even, odd, y, room, segment, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
+def _four_tokens_of_levels(codes, scales, table, even, odd, y, room, nothing, segment, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
     """As `_four_tokens`, and the levels of a row are looked up once for all tokens."""
     octets = codes.shape[1]
     low_levels, high_levels = room[0], room[1]
     for n in range(first, last):
-        _look_up_row(codes, n, segment, table, low_levels, high_levels)
+        _look_up_row(codes, n, nothing, segment, table, low_levels, high_levels)
         for quad in range(y.shape[0] // 4):
             a = _INDEX(4 * quad)
             b, c, d = a + _INDEX(1), a + _INDEX(2), a + _INDEX(3)

@@ -200,6 +200,18 @@ def test_the_check_of_doctor_finds_no_disagreement_a_wrong_scale_and_a_wrong_lev
     assert found is not None
     assert re.fullmatch(r"CUDA: hybrid_gemv with 1 tokens is off by \d+ in whole numbers of levels", found)
 
+    def other_magnitude(linear: QuantizedLinear, dtype: torch.dtype) -> object:
+        if linear.levels is not None and linear.is_trellis:
+            most = linear.levels[-1] - 1
+            linear = replace(linear, levels=(-most, *linear.levels[1:-1], most))
+        return tile(linear, dtype)
+
+    monkeypatch.setattr(check, "tile", other_magnitude)
+    monkeypatch.setattr(check, "TOKENS", (1,))
+    found = largest_disagreement(torch.device("cpu"))
+    assert found is not None
+    assert re.fullmatch(r"CUDA: hybrid_gemv with 1 tokens is off by \d+ in whole numbers of a trellis", found)
+
 
 def test_no_tokens_make_no_launch(launches: list[str]) -> None:
     tiled = tile(random_linear(Shape(24, 64), torch.float16, seed=0), torch.float16)
