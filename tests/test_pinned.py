@@ -131,6 +131,7 @@ class Case:
 # Stochastic rounding chooses its scale such that a last bit of a corrected target could make it another one.
 UNCORRECTED = {"span": 14, "corrected": False}
 LEVELS = {"encoding": "levels", "symmetric": True, "bits": 3}
+TRELLIS = LEVELS | {"encoding": "trellis"}
 CASES = {
     "nearest": Case("nearest", True, {"corrected": False}),
     "nearest, searched": Case("nearest", True, {"corrected": False}, {"grid": "search", "bits": 3}),
@@ -141,6 +142,8 @@ CASES = {
     "feedback, symmetric": Case("feedback", True, {"span": 11.5}, {"symmetric": True}),
     "nearest, levels": Case("nearest", True, {"corrected": False}, LEVELS | {"grid": "search"}),
     "feedback, levels": Case("feedback", True, {}, LEVELS | {"grid": "fit", "scale_bits": 5}),
+    "nearest, trellis": Case("nearest", True, {"corrected": False}, TRELLIS | {"grid": "search"}),
+    "feedback, trellis": Case("feedback", True, {}, TRELLIS | {"grid": "fit", "scale_bits": 5}),
     "stochastic, untouched": Case("stochastic", True, UNCORRECTED),
     "stochastic, compensating": Case("stochastic", False, UNCORRECTED),
 }

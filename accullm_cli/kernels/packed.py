@@ -30,8 +30,8 @@ from torch.autograd import forward_ad
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.lookup import OCTETS, look_up
-from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.compiled import SUMS_IN_ANY_ORDER, compiled
+from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.packing import unpack
 
 PACKED_BITS = 4

@@ -14,6 +14,7 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.launch import Launch
+from accullm_cli.quant import loops
 from accullm_cli.quant.loops import Descent, Loops, Tile
 from accullm_cli.quant.wavefront import round_chained
 
@@ -53,7 +54,8 @@ class DescentStruct(ctypes.Structure):
 def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], None], shared_bytes: int) -> Loops:
     """The loops of a GPU.
 
-    Tiles whose rows feed each other are rounded by torch, see quant.wavefront; a block of rows that feed each other is
+    Chains of a trellis are a sequence within a sequence, which the CPU goes through. Tiles whose rows feed each other
+    are rounded by torch, see quant.wavefront; a block of rows that feed each other is
     one chain in descent, which one block of threads goes through.
 
     Args:
@@ -62,6 +64,8 @@ def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], No
     """
 
     def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+        if tile.trellis:
+            return loops.round_tile(tile)
         if tile.rows is not None:
             return round_chained([tile])[0]
         own = _contiguous(tile)
@@ -70,6 +74,9 @@ def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], No
         return codes, error
 
     def descend(descent: Descent) -> None:
+        if descent.trellis:
+            loops.descend(descent)
+            return
         grid = replace(descent.grid, scale=descent.grid.scale.contiguous())
         rows = None if descent.rows is None else (descent.rows[0], descent.rows[1].contiguous())
         own = replace(descent, hessian=descent.hessian.contiguous(), grid=grid, rows=rows)

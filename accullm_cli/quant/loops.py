@@ -24,6 +24,7 @@ from accullm_cli.quant.viterbi import best_chain
 # Rows that a thread takes at once where rows do not depend on each other.
 ROWS_PER_TASK = 64
 
+
 @dataclass(frozen=True)
 class Chance:
     """What stochastic rounding needs of a tile, see quant.stochastic."""
@@ -192,8 +193,8 @@ def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         share, noise = chance.share, uniform(chance.seed, chance.stream, chance.features, len(fed)).to(fed.dtype).T
     codes, error = torch.empty(fed.shape, dtype=torch.uint8), torch.empty_like(fed)
     if tile.trellis:
-        tensors = (tile.wanted, fed, tile.upper, tile.scale, tile.group, levels, codes, error)
-        _share_out(_round_chains, len(fed), SEGMENT, *map(_array, tensors))
+        own = (tile.wanted, fed, tile.upper, tile.scale, tile.group, levels, codes, error)
+        _share_out(_round_chains, len(fed), SEGMENT, *map(_array, own))
     else:
         tensors = (tile.wanted, fed, tile.upper, row_fed, row_upper, tile.scale, tile.zero, tile.group, levels)
         arrays = [_array(tensor) for tensor in tensors]

@@ -24,16 +24,18 @@ def best_chain(wanted, step, levels, near, back, places):  # type: ignore[no-unt
         places: uint8 [N], written.
     """
     count, each = len(wanted), len(levels) // 4
-    metric = np.empty(4, np.float64)
+    metric, middles = np.empty(4, np.float64), np.empty((4, each - 1), levels.dtype)
+    for remainder in range(4):
+        for number in range(each - 1):
+            middles[remainder, number] = levels[4 * number + remainder] + levels[4 * number + 4 + remainder]
     # By state u_(n-1) + 2 u_(n-2).
     cost_0, cost_1, cost_2, cost_3 = 0.0, NO_PATH, NO_PATH, NO_PATH
     for n in range(count):
         twice = (wanted[n] + wanted[n]) / step[n]
         for remainder in range(4):
-            above = 0
+            above = np.int32(0)
             for number in range(each - 1):  # all of them: no branch to guess, and several at once
-                place = 4 * number + remainder
-                above += twice > levels[place] + levels[place + 4]
+                above += np.int32(twice > middles[remainder, number])
             place = 4 * above + remainder
             near[n, remainder] = place
             lost = wanted[n] - levels[place] * step[n]
