@@ -1,4 +1,4 @@
-"""Levels and trellis codes in the native format: what is written and read back, and what older and damaged files are."""
+"""Levels and trellis codes in the native format: what is written and read back, older and damaged files."""
 
 from __future__ import annotations
 
