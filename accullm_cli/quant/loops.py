@@ -19,7 +19,7 @@ from accullm_cli.quant.compiled import compiled
 from accullm_cli.quant.grid import Grid
 from accullm_cli.quant.philox import uniform
 from accullm_cli.quant.trellis import SEGMENT
-from accullm_cli.quant.viterbi import best_chain
+from accullm_cli.quant.viterbi import best_chain, fed_loss, good_fed_chain, middles_of
 
 # Rows that a thread takes at once where rows do not depend on each other.
 ROWS_PER_TASK = 64
@@ -53,8 +53,19 @@ class Tile:
     rows: tuple[torch.Tensor, torch.Tensor] | None = None
     chance: Chance | None = None
     levels: torch.Tensor | None = None  # [largest code + 1], see `Grid`; not with `chance`
-    # Codes are places of a trellis, whose chains begin with the tile; with `levels`, and without `rows`.
+    # Codes are places of a trellis, whose chains begin with the tile; with `levels`. Where rows feed each other, too, the
+    # tile is one segment at most.
     trellis: bool = False
+    row_weight: torch.Tensor | None = None  # the diagonal of R, [N], with `rows` of a trellis
+
+
+@dataclass(frozen=True)
+class Chain:
+    """How the rows of one segment of a trellis feed each other in descent, by their own part of G = V R V^T."""
+
+    slope: torch.Tensor  # what the rows of other segments, as they are, add to `Descent.slope`, [N, K]
+    upper: torch.Tensor  # V, [N, N]
+    weight: torch.Tensor  # the diagonal of R, [N]
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,8 @@ class Descent:
     # Where rows feed each other: their P [N, K], contiguous, changed in place, and their G [N, N].
     rows: tuple[torch.Tensor, torch.Tensor] | None = None
     levels: torch.Tensor | None = None  # [largest code + 1], the grid's table
-    trellis: bool = False  # see `Tile`: a column's codes are moved together
+    trellis: bool = False  # see `Tile`: a column's codes are moved together, and `slope` is E (H + ridge) always
+    chain: Chain | None = None  # of a trellis whose rows feed each other
 
 
 @dataclass(frozen=True)
@@ -161,19 +173,29 @@ def _round_rows(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _round_chains(first, last, wanted, fed, upper, scale, group, levels, codes, error):  # type: ignore[no-untyped-def]
+def _round_chains(  # type: ignore[no-untyped-def]
+    first, last, wanted, fed, upper, row_fed, row_upper, row_weight, scale, group, levels, codes, error
+):
     """Of whole segments, first to last: each column by the chain of least error, and its errors fed to those behind."""
-    columns = wanted.shape[1]
+    columns, rows_feed = wanted.shape[1], len(row_weight) > 0
     room = min(last - first, SEGMENT)
     position, step = np.empty(room, wanted.dtype), np.empty(room, wanted.dtype)
-    near, back, places = np.empty((room, 4), np.uint8), np.empty(room, np.uint8), np.empty(room, np.uint8)
+    near, back, places = np.empty((room, 4), np.uint8), np.empty((room, 4), np.uint8), np.empty(room, np.uint8)
+    own_fed, middles = np.empty((2, 4, room), wanted.dtype), middles_of(levels)
     for start in range(first, last, SEGMENT):
         count = min(SEGMENT, last - start)
         for k in range(columns):
             for n in range(count):
                 position[n] = wanted[start + n, k] + fed[start + n, k]
                 step[n] = scale[start + n, group[k]]
-            best_chain(position[:count], step[:count], levels, near, back, places)
+                if rows_feed:
+                    position[n] += row_fed[start + n, k]
+            if rows_feed:
+                good_fed_chain(
+                    position[:count], step[:count], levels, middles, row_upper, row_weight, own_fed, near, back, places
+                )
+            else:
+                best_chain(position[:count], step[:count], levels, middles, near, back[:, 0], places)
             for n in range(count):
                 codes[start + n, k] = places[n]
                 lost = wanted[start + n, k] - levels[places[n]] * step[n]
@@ -193,7 +215,8 @@ def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         share, noise = chance.share, uniform(chance.seed, chance.stream, chance.features, len(fed)).to(fed.dtype).T
     codes, error = torch.empty(fed.shape, dtype=torch.uint8), torch.empty_like(fed)
     if tile.trellis:
-        own = (tile.wanted, fed, tile.upper, tile.scale, tile.group, levels, codes, error)
+        weight = fed.new_empty(0) if tile.row_weight is None else tile.row_weight
+        own = (tile.wanted, fed, tile.upper, row_fed, row_upper, weight, tile.scale, tile.group, levels, codes, error)
         _share_out(_round_chains, len(fed), SEGMENT, *map(_array, own))
     else:
         tensors = (tile.wanted, fed, tile.upper, row_fed, row_upper, tile.scale, tile.zero, tile.group, levels)
@@ -256,13 +279,14 @@ def _descend_rows(  # type: ignore[no-untyped-def]
 
 @compiled
 def _descend_chains(  # type: ignore[no-untyped-def]
-    first, last, codes, error, product, hessian, scale, group, movable, levels, ridge, sweeps
+    first, last, codes, error, product, hessian, scale, group, movable, levels, others, upper, weight, ridge, sweeps
 ):
     """Of whole segments, first to last: each column moved to the chain of least loss, everything else as it is."""
-    columns = error.shape[1]
+    columns, rows_feed = error.shape[1], len(weight) > 0
     room = min(last - first, SEGMENT)
-    wanted, step = np.empty(room, error.dtype), np.empty(room, error.dtype)
-    near, back, places = np.empty((room, 4), np.uint8), np.empty(room, np.uint8), np.empty(room, np.uint8)
+    wanted, step, away = np.empty(room, error.dtype), np.empty(room, error.dtype), np.empty(room, error.dtype)
+    near, back, places = np.empty((room, 4), np.uint8), np.empty((room, 4), np.uint8), np.empty(room, np.uint8)
+    own_fed, middles = np.empty((2, 4, room), error.dtype), middles_of(levels)
     nothing = ridge - ridge  # 0 of the weights' type
     for start in range(first, last, SEGMENT):
         count = min(SEGMENT, last - start)
@@ -274,11 +298,20 @@ def _descend_chains(  # type: ignore[no-untyped-def]
                     continue
                 before = 0.0
                 for n in range(count):
-                    away = product[start + n, k] / curvature
-                    before += away * away
+                    away[n] = product[start + n, k] / curvature
+                    if rows_feed:
+                        away[n] += others[start + n, k] / curvature
+                    before += away[n] * away[n]
                     step[n] = scale[start + n, group[k]]
-                    wanted[n] = levels[codes[start + n, k]] * step[n] + away
-                if not best_chain(wanted[:count], step[:count], levels, near, back, places) < before:
+                    wanted[n] = levels[codes[start + n, k]] * step[n] + away[n]
+                if rows_feed:
+                    before = fed_loss(away[:count], upper, weight, own_fed[0, 0])
+                    after = good_fed_chain(
+                        wanted[:count], step[:count], levels, middles, upper, weight, own_fed, near, back, places
+                    )
+                else:
+                    after = best_chain(wanted[:count], step[:count], levels, middles, near, back[:, 0], places)
+                if not after < before:
                     continue
                 for n in range(count):
                     moved = (levels[places[n]] - levels[codes[start + n, k]]) * step[n]
@@ -304,7 +337,9 @@ def descend(descent: Descent) -> None:
     levels = error.new_empty(0) if descent.levels is None else descent.levels
     own = codes, error, own_product, descent.hessian, descent.grid.scale, group, descent.movable, levels
     if descent.trellis:
-        arrays = [_array(tensor) for tensor in own]
+        none = error.new_empty(0, 0)
+        chain = descent.chain or Chain(none, none, error.new_empty(0))
+        arrays = [_array(tensor) for tensor in (*own, chain.slope, chain.upper, chain.weight)]
         _share_out(_descend_chains, len(codes), SEGMENT, *arrays, arrays[1].dtype.type(descent.ridge), descent.sweeps)
     else:
         tensors = *own[:2], slope, descent.hessian, own_product, fisher, *own[4:]
