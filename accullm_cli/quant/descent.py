@@ -86,9 +86,7 @@ class Draft:
             )  # fmt: skip
             loops.descend(descent)
 
-    def _descend_chains(
-        self, error: torch.Tensor, product: torch.Tensor, fisher: torch.Tensor, loops: Loops
-    ) -> None:
+    def _descend_chains(self, error: torch.Tensor, product: torch.Tensor, fisher: torch.Tensor, loops: Loops) -> None:
         """The segments of a trellis, one after the other.
 
         A column is best moved by d = P / (H_kk + ridge), whatever G is, and what it then misses, r, costs r G r^T. With

@@ -53,8 +53,7 @@ class Tile:
     rows: tuple[torch.Tensor, torch.Tensor] | None = None
     chance: Chance | None = None
     levels: torch.Tensor | None = None  # [largest code + 1], see `Grid`; not with `chance`
-    # Codes are places of a trellis, whose chains begin with the tile; with `levels`. Where rows feed each other, too, the
-    # tile is one segment at most.
+    # Codes are places of a trellis, whose chains begin with the tile; with `levels`. With `rows` at most one segment.
     trellis: bool = False
     row_weight: torch.Tensor | None = None  # the diagonal of R, [N], with `rows` of a trellis
 

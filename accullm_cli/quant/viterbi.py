@@ -110,11 +110,11 @@ def good_fed_chain(wanted, step, levels, middles, upper, weight, fed, near, back
                     near[n, into], back[n, into] = place, state
         for into in range(4):
             if next_cost[into] < NO_PATH:
-                missed = wanted[n] - levels[near[n, into]] * step[n]
-                _feed(fed[now, back[n, into], n + 1 : count], upper[n, n + 1 : count], missed, fed[1 - now, into, n + 1 :])
+                missed, before = wanted[n] - levels[near[n, into]] * step[n], fed[now, back[n, into], n + 1 : count]
+                _feed(before, upper[n, n + 1 :], missed, fed[1 - now, into, n + 1 :])
         cost[:] = next_cost
         now = 1 - now
-    state = np.argmin(cost)
+    state = int(np.argmin(cost))
     least = cost[state]
     for n in range(count - 1, -1, -1):
         places[n] = near[n, state]

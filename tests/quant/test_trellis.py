@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
 from accullm_cli.quant.trellis import SEGMENT, codes_of_places, is_chain, places_of_codes
+from accullm_cli.quant.viterbi import fed_loss, good_fed_chain, middles_of
 from tests.quant.references import correlated_problem
 
 ENCODING = ENCODINGS["trellis"]
@@ -218,6 +220,87 @@ def test_descent_ends_where_no_column_can_be_improved_by_any_chain() -> None:
             other[:, k] = chain
             changed = Draft(problem.weight, grid, other, none, draft.kept, problem.hessian, 0.02)
             assert loss_of(changed) >= least * (1 - 1e-9)
+
+
+# -- rows that feed each other ------------------------------------------------------------------------------
+
+
+def coupled(rows: int, seed: int) -> torch.Tensor:
+    """G, damped, with rows of different size that share causes."""
+    factor = draw(rows, max(2, rows // 2), seed=seed) * draw(rows, 1, seed=seed + 1).mul(0.5).exp()
+    fisher = factor @ factor.T
+    return fisher + fisher.diagonal().mean() * torch.eye(rows, dtype=torch.float64)
+
+
+def chains_and_losses(rows: int, fisher: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of 40 columns, the loss r G r^T of the chain that is found, and of the best there is (2 bits)."""
+    factor = factor_hessian(fisher, 0.0, sorts=False)
+    levels = torch.tensor(levels_of(2), dtype=torch.float64)
+    upper, weight = factor.feedback(0, rows).numpy(), factor.variances.numpy()
+    wanted, step = draw(rows, 40, seed=seed) * 50, draw(rows, 1, seed=seed + 2).mul(0.2).exp()
+    near, back = (np.empty((rows, 4), np.uint8) for _ in range(2))
+    places, fed = np.empty(rows, np.uint8), np.empty((2, 4, rows))
+    found, least = [], []
+    for column in wanted.T:
+        own = column.numpy().copy()
+        loss = good_fed_chain(
+            own, step[:, 0].numpy(), levels.numpy(), middles_of(levels.numpy()), upper, weight, fed, near, back, places
+        )
+        missed = column - levels[torch.from_numpy(places).long()] * step[:, 0]
+        assert loss == pytest.approx(float(missed @ fisher @ missed), rel=1e-9)
+        assert loss == pytest.approx(fed_loss(missed.numpy(), upper, weight, fed[0, 0]), rel=1e-9)
+        assert is_chain(torch.from_numpy(places)[:, None])
+        every = column[:, None] - levels[all_chains(2, rows).long()] * step
+        found.append(loss)
+        least.append(float(((fisher @ every) * every).sum(0).min()))
+    return torch.tensor(found), torch.tensor(least)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6])
+def test_chains_of_rows_that_feed_each_other_are_near_to_the_best(rows: int) -> None:
+    found, least = chains_and_losses(rows, coupled(rows, seed=rows), seed=11)
+    assert (found >= least * (1 - 1e-9)).all()
+    assert float(found.sum() / least.sum()) < 1.1
+    alone, best = chains_and_losses(rows, torch.diag(coupled(rows, seed=rows).diagonal()), seed=11)
+    torch.testing.assert_close(alone, best, rtol=1e-9, atol=0)
+
+
+def test_descent_lowers_the_loss_of_rows_that_feed_each_other_across_segments() -> None:
+    rows = SEGMENT + 30
+    problem, fisher = correlated_problem(rows, 20, 80, seed=5), coupled(SEGMENT + 30, seed=6)
+    grid, _ = ENCODING.grid(problem.weight, row(rows, 20, 3, 8, scale_bits=16), "float16", problem.hessian.diagonal())
+    codes = grid.round_to_nearest(problem.weight).to(torch.uint8)
+    none = torch.zeros(0, dtype=torch.int64)
+    draft = Draft(problem.weight, grid, codes, none, problem.weight[:, :0], problem.hessian, 0.02)
+
+    def loss() -> float:
+        error = draft.target - grid.values(draft.codes.double())
+        return float(((fisher @ error @ (problem.hessian + 0.02 * torch.eye(20))) * error).sum())
+
+    losses = [loss()]
+    for _ in range(4):
+        draft.descend(fisher)
+        assert is_chain(draft.codes)
+        losses.append(loss())
+    assert losses[1] < 0.7 * losses[0]
+    assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(losses))
+    assert losses[-1] > 0.9 * losses[-2]
+
+
+def test_rows_that_feed_each_other_lose_less_where_it_counts() -> None:
+    problem, fisher = correlated_problem(SEGMENT + 30, 64, 200, seed=7), coupled(SEGMENT + 30, seed=8)
+    plan = row(SEGMENT + 30, 64, 4, 32, outliers=(5,))
+    losses = []
+    for fishers in ({}, {"a": fisher}):
+        rounded = round_linears(
+            {"a": problem.weight}, {"a": plan}, RoundingOptions(damping=0.01), torch.float64, problem.hessian,
+            fishers=fishers,
+        )["a"].linear  # fmt: skip
+        assert isinstance(rounded, QuantizedLinear)
+        assert is_chain(rounded.codes)
+        error = problem.weight - rounded.dequantize(torch.float64)
+        losses.append(float(((fisher @ error @ problem.hessian) * error).sum()))
+    assert losses[1] < 0.92 * losses[0]
 
 
 @settings(deadline=None, max_examples=12)
