@@ -47,7 +47,7 @@ needs_nvrtc = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 
 # A block's threads times the registers of one must fit a multiprocessor's 65,536.
 REGISTERS = 65536
-THREADS = {"hybrid_gemv": 512, "hybrid_gemm": 128, "feedback_round": 256, "descend": 256}
+THREADS = {"hybrid_gemv": 512, "hybrid_gemm": 128, "feedback_round": 256, "descend": 256, "trellis": 256}
 # What the main loop of M <= 8 may take per weight, outlier branch included. An H200 leaves 4.15 at the speed of its
 # memory; the branch, which an iteration does not run, is a tenth of the loop.
 MOST_PER_WEIGHT = {"fp16": 5.0, "bf16": 6.0, "fp16, levels": 5.2, "bf16, levels": 6.3}

@@ -105,7 +105,7 @@ def test_a_table_is_its_own_mirror_image_and_either_half_has_a_zero(bits: int) -
 @cache
 def normal_weights(bits: int, size: int) -> tuple[torch.Tensor, Grid, torch.Tensor]:
     """Normal weights with a grid for them, and its nearest places."""
-    weight = draw(4 * SEGMENT, 4 * size, seed=bits)
+    weight = draw(2 * SEGMENT, 4 * size, seed=bits)
     grid, _ = ENCODING.grid(weight, row(*weight.shape, bits, size, scale_bits=16), "float16", torch.ones(4 * size))
     return weight, grid, grid.round_to_nearest(weight)
 
