@@ -15,6 +15,7 @@
 #include <real.cuh>
 
 constexpr int SEGMENT = 256;  // rows, and threads of a block
+constexpr int BLOCKS = 4;      // of a multiprocessor, see descend.cu
 constexpr int LANES = 32;
 constexpr int KINDS = 4;      // of places, by their remainder
 constexpr double NO_PATH = 1e300;
@@ -103,7 +104,7 @@ struct Tile {
     int levels_count;
 };
 
-extern "C" __global__ void __launch_bounds__(SEGMENT) trellis_round(Tile tile) {
+extern "C" __global__ void __launch_bounds__(SEGMENT, BLOCKS) trellis_round(Tile tile) {
     DYNAMIC_SHARED(shared);
     Column& column = *reinterpret_cast<Column*>(shared);
     const int start = blockIdx.x * SEGMENT, rows = min(SEGMENT, tile.rows - start), row = start + threadIdx.x;
@@ -154,7 +155,7 @@ struct Descent {
     int sweeps;
 };
 
-extern "C" __global__ void __launch_bounds__(SEGMENT) trellis_descend(Descent descent) {
+extern "C" __global__ void __launch_bounds__(SEGMENT, BLOCKS) trellis_descend(Descent descent) {
     DYNAMIC_SHARED(shared);
     Column& column = *reinterpret_cast<Column*>(shared);
     const int start = blockIdx.x * SEGMENT, rows = min(SEGMENT, descent.rows - start), row = start + threadIdx.x;

@@ -47,7 +47,7 @@ def loops_of(device: torch.device) -> Loops:
 
 
 def rounding_disagreement(loops: Loops) -> str | None:
-    """Round tiles, at random and not, to steps, levels and a trellis, and descend over some rows, by these and the CPU's.
+    """Round tiles, at random and not, to steps, levels and a trellis, and descend, by these loops and by the CPU's.
 
     With rows that feed each other, and with such that do not.
 
