@@ -248,7 +248,7 @@ def round_with_feedback(
         whole = factor.feedback(0, rounded_features)
         share = feedback_share(position.T, own_scale.T, whole, grid.largest_code).T
         del own_scale, position, whole
-    several = loops.round_chained if rows is not None else None
+    several = loops.round_chained if rows is not None and not grid.is_trellis else None
     down, down_to = None, slice(0)
     for wave in _waves(count, row_block, rounded_features, several is not None):
         tiles = []

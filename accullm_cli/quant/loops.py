@@ -8,14 +8,13 @@ out on every CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from accullm_cli.quant.compiled import compiled
+from accullm_cli.quant.compiled import compiled, share_out
 from accullm_cli.quant.grid import Grid
 from accullm_cli.quant.philox import uniform
 from accullm_cli.quant.trellis import SEGMENT
@@ -216,13 +215,13 @@ def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     if tile.trellis:
         weight = fed.new_empty(0) if tile.row_weight is None else tile.row_weight
         own = (tile.wanted, fed, tile.upper, row_fed, row_upper, weight, tile.scale, tile.group, levels, codes, error)
-        _share_out(_round_chains, len(fed), SEGMENT, *map(_array, own))
+        share_out(_round_chains, len(fed), SEGMENT, *map(_array, own))
     else:
         tensors = (tile.wanted, fed, tile.upper, row_fed, row_upper, tile.scale, tile.zero, tile.group, levels)
         arrays = [_array(tensor) for tensor in tensors]
         largest = arrays[0].dtype.type(tile.largest_code)
         rest = [_array(tensor) for tensor in (share, noise, codes, error)]
-        _share_out(_round_rows, len(fed), None if tile.rows else ROWS_PER_TASK, *arrays, largest, *rest)
+        share_out(_round_rows, len(fed), None if tile.rows else ROWS_PER_TASK, *arrays, largest, *rest)
     if fed is not tile.fed:
         tile.fed.copy_(fed)
     return codes.to(tile.fed.device), error.to(tile.fed.device)
@@ -339,13 +338,13 @@ def descend(descent: Descent) -> None:
         none = error.new_empty(0, 0)
         chain = descent.chain or Chain(none, none, error.new_empty(0))
         arrays = [_array(tensor) for tensor in (*own, chain.slope, chain.upper, chain.weight)]
-        _share_out(_descend_chains, len(codes), SEGMENT, *arrays, arrays[1].dtype.type(descent.ridge), descent.sweeps)
+        share_out(_descend_chains, len(codes), SEGMENT, *arrays, arrays[1].dtype.type(descent.ridge), descent.sweeps)
     else:
         tensors = *own[:2], slope, descent.hessian, own_product, fisher, *own[4:]
         arrays = [_array(tensor) for tensor in tensors]
         ridge, largest = (arrays[1].dtype.type(number) for number in (descent.ridge, descent.grid.largest_code))
         together = None if descent.rows else ROWS_PER_TASK
-        _share_out(_descend_rows, len(codes), together, *arrays, ridge, largest, descent.sweeps)
+        share_out(_descend_rows, len(codes), together, *arrays, ridge, largest, descent.sweeps)
     for there, here in zip(changed, (codes, error, own_product), strict=True):
         if here is not there:
             there.copy_(here)
@@ -356,16 +355,3 @@ COMPILED = Loops(torch.device("cpu"), round_tile, descend)
 
 def _array(tensor: torch.Tensor) -> Any:
     return tensor.cpu().contiguous().numpy()
-
-
-def _share_out(loop: Callable[..., None], count: int, together: int | None, *arguments: Any) -> None:
-    """Run `loop` over rows, so many `together` on one of torch's threads; None: all of them, which feed each other."""
-    if together is None or count <= together or torch.get_num_threads() == 1:
-        loop(0, count, *arguments)
-        return
-
-    def some(first: int) -> None:
-        loop(first, min(first + together, count), *arguments)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(some, range(0, count, together)))

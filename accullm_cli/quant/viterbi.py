@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from accullm_cli.quant.compiled import compiled
+from accullm_cli.quant.compiled import compiled, share_out
 from accullm_cli.quant.trellis import SEGMENT
 
 NO_PATH = 1e300
@@ -137,14 +137,19 @@ def fed_loss(missed, upper, weight, fed):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _nearest_chains(wanted, step, levels, places):  # type: ignore[no-untyped-def]
-    """All columns of [N, K], the rows of one segment."""
-    rows = wanted.shape[0]
-    near, back, own = np.empty((rows, 4), np.uint8), np.empty(rows, np.uint8), np.empty(rows, np.uint8)
+def _nearest_chains(first, last, wanted, step, levels, places):  # type: ignore[no-untyped-def]
+    """All columns of whole segments, first to last."""
+    room = min(last - first, SEGMENT)
+    own, own_step = np.empty(room, wanted.dtype), np.empty(room, wanted.dtype)
+    near, back, chain = np.empty((room, 4), np.uint8), np.empty(room, np.uint8), np.empty(room, np.uint8)
     middles = middles_of(levels)
-    for k in range(wanted.shape[1]):
-        best_chain(wanted[:, k].copy(), step[:, k].copy(), levels, middles, near, back, own)
-        places[:, k] = own
+    for start in range(first, last, SEGMENT):
+        end = min(start + SEGMENT, last)
+        count = end - start
+        for k in range(wanted.shape[1]):
+            own[:count], own_step[:count] = wanted[start:end, k], step[start:end, k]
+            best_chain(own[:count], own_step[:count], levels, middles, near, back, chain)
+            places[start:end, k] = chain[:count]
 
 
 def nearest_chains(weight: torch.Tensor, step: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -154,8 +159,6 @@ def nearest_chains(weight: torch.Tensor, step: torch.Tensor, levels: torch.Tenso
         weight: [N, K]; row 0 begins a segment. step: its scales, [N, K]. levels: ascending, [4 L].
     """
     places = torch.empty(weight.shape, dtype=torch.uint8)
-    parts = (tensor.cpu().split(SEGMENT) for tensor in (weight, step, places))
-    for part in zip(*parts, strict=True):
-        wanted, own_step, own = (tensor.numpy() for tensor in part)
-        _nearest_chains(wanted, own_step, levels.cpu().numpy(), own)
+    arrays = [tensor.cpu().contiguous().numpy() for tensor in (weight, step, levels, places)]
+    share_out(_nearest_chains, len(weight), SEGMENT, *arrays)
     return places.to(weight.device)

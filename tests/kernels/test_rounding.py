@@ -434,13 +434,15 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("method", ["feedback", "stochastic"])
+@pytest.mark.parametrize(
+    ("method", "encoding"), [("feedback", "integer"), ("feedback", "trellis"), ("stochastic", "integer")]
+)
 @pytest.mark.parametrize("mode", ["untouched", "compensating"])
 @pytest.mark.parametrize("with_fisher", [False, True])
-def test_the_codes_are_those_of_the_cpu(method: str, mode: str, with_fisher: bool) -> None:
+def test_the_codes_are_those_of_the_cpu(method: str, encoding: str, mode: str, with_fisher: bool) -> None:
     """The products around the kernels being the same, so are the bytes: in float32, with numbers that round."""
     problem = correlated_problem(21, 200, 600, seed=4)
-    plan = LinearPlan("a", 21, 200, 4, 64, False, (3, 70, 150), scale_bits=6)
+    plan = LinearPlan("a", 21, 200, 4, 64, encoding == "trellis", (3, 70, 150), scale_bits=6, encoding=encoding)
     options = RoundingOptions(method, mode, seed=2**63 + 5)  # type: ignore[arg-type]
     gradients = torch.randn(60, 21, generator=torch.Generator().manual_seed(1))
     fishers = {"a": gradients.T @ gradients / 60} if with_fisher else {}
