@@ -137,7 +137,7 @@ class PlanOptions(Section):
     scale_bits: ScaleBits | None = option(
         None,
         "Bits of a scale. With 6 it is one of 64 in a table that each linear has; 16 stores scales of 16 bits. "
-        "Default: 7 with levels, whose scales have a sign, and else 6; 16 in a format without tables.",
+        "Default: 6; 7 with levels, whose scales have a sign; 16 in a format without tables.",
         example="16",
         allowed="4 to 8, or 16",
         ge=4,

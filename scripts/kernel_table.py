@@ -34,6 +34,8 @@ BUILDS = (
     ("feedback_round.cu", ("REAL=double",), "fp64"),
     ("descend.cu", ("REAL=float",), "fp32"),
     ("descend.cu", ("REAL=double",), "fp64"),
+    ("trellis.cu", ("REAL=float",), "fp32"),
+    ("trellis.cu", ("REAL=double",), "fp64"),
 )
 # What one pass over the main loop's work takes, by kernel: weights of a lane, and multiplications on the tensor cores.
 # A compiler that unrolls the loop shows more of both.

@@ -42,6 +42,7 @@ class Mutant:
 
 FEEDBACK = "accullm_cli/quant/feedback.py"
 LOOPS = "accullm_cli/quant/loops.py"
+TRELLIS_TESTS = "tests/quant/test_trellis.py"
 BLOCK_GRID = "accullm_cli/quant/encodings/ggml_grid.py"
 BLOCK_SEARCH = "accullm_cli/quant/encodings/ggml_search.py"
 PACKED = "accullm_cli/kernels/packed.py"
@@ -99,6 +100,35 @@ MUTANTS = (
         "code += place + place > levels[above - 1] + levels[above]",
         "code += place + place >= levels[above - 1] + levels[above]",
         ("tests/quant/test_loops.py",),
+    ),
+    Mutant(
+        "a trellis asks the wrong one of two rows above which half to choose from",
+        "accullm_cli/quant/trellis.py",
+        "return (codes ^ _above(bits, 2)) << 1 | _above(bits, 1)",
+        "return (codes ^ _above(bits, 1)) << 1 | _above(bits, 2)",
+        (TRELLIS_TESTS,),
+        quick=True,
+    ),
+    Mutant(
+        "one path into a state of a trellis is not looked at",
+        "accullm_cli/quant/viterbi.py",
+        "cost_0, cost_1 = min(into_0, from_2), min(into_1, via_2)",
+        "cost_0, cost_1 = into_0, min(into_1, via_2)",
+        (TRELLIS_TESTS,),
+    ),
+    Mutant(
+        "all states of a trellis are fed what one of them missed",
+        "accullm_cli/quant/viterbi.py",
+        "fed[now, back[n, into], n + 1 : count]",
+        "fed[now, 0, n + 1 : count]",
+        (TRELLIS_TESTS,),
+    ),
+    Mutant(
+        "segments of a trellis do not know what others missed",
+        "accullm_cli/quant/descent.py",
+        "from_others = fisher[part] @ product - fisher[part, part] @ product[part]",
+        "from_others = 0 * (fisher[part] @ product - fisher[part, part] @ product[part])",
+        (TRELLIS_TESTS,),
     ),
     Mutant(
         "sub-blocks are not told what those before them gained",
@@ -161,8 +191,8 @@ MUTANTS = (
     Mutant(
         "the zero point of symmetric codes is one too low",
         "accullm_cli/quant/linear.py",
-        "return 2 ** (self.bits - 1) if self.levels is None",
-        "return 2 ** (self.bits - 1) - 1 if self.levels is None",
+        "return 2 ** (self.bits - 1)\n",
+        "return 2 ** (self.bits - 1) - 1\n",
         ("tests/quant/test_linear.py",),
         quick=True,
     ),

@@ -20,8 +20,10 @@ from accullm_cli.formats.base import ModelShape, Objection, Parts
 from accullm_cli.formats.objections import objections
 from accullm_cli.quant.encodings.affine import AffineLinear
 from accullm_cli.quant.encodings.levels import LEVELS
+from accullm_cli.quant.encodings.trellis import ABOVE
 from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan, Plan
+from accullm_cli.quant.trellis import places_of_codes
 
 # By the name of the list of blocks.
 EMBEDDING_OF = {"model.layers": "model.embed_tokens", "transformer.h": "transformer.wte"}
@@ -130,6 +132,34 @@ def quantize_levels(
     )
 
 
+def quantize_trellis(
+    weight: torch.Tensor, bits: int, group_size: int, outliers: tuple[int, ...] = (), scale_bits: int = 16
+) -> QuantizedLinear:
+    """Any codes, with scales that give [N, K] about the size it has."""
+    rows, columns = weight.shape
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=torch.Generator().manual_seed(columns)).byte()
+    places = places_of_codes(codes)
+    places[:, list(outliers)] = 2**bits
+    table = None if scale_bits == 16 else (2.0 ** torch.linspace(-20, 0, 2**scale_bits)).bfloat16().half()
+    size = columns if group_size == -1 else group_size
+    groups = [group.detach().float().abs().amax(1, keepdim=True) / 127 for group in weight.split(size, 1)]
+    scales = torch.cat(groups, 1).clamp(min=1e-6).bfloat16().half()
+    if table is not None:
+        scales = table[(scales.float()[..., None] - table.float()).abs().argmin(-1)]
+    above = ABOVE[bits]
+    return QuantizedLinear(
+        codes=places,
+        scales=scales,
+        zeros=None,
+        outlier_index=torch.tensor(outliers, dtype=torch.int32),
+        outlier_weight=weight.detach()[:, list(outliers)].contiguous(),
+        bits=bits,
+        group_size=group_size,
+        scale_table=table,
+        levels=(*(-level for level in above[::-1]), 0, 0, *above),
+    )
+
+
 @dataclass(frozen=True)
 class Made:
     """Parts of an artifact, what they hold, and the model with the weights that the artifact stands for."""
@@ -166,6 +196,8 @@ def make_parts(
             return quantize_affine(weight, bits, group_size)
         if encoding == "levels":
             return quantize_levels(weight, bits, group_size, *rest[1:])
+        if encoding == "trellis":
+            return quantize_trellis(weight, bits, group_size, *rest[1:])
         return quantize_nearest(weight, bits, group_size, *rest)
 
     run.mkdir(parents=True, exist_ok=True)
@@ -206,7 +238,7 @@ def make_parts(
     if embedding_bits < 16:
         for name in (EMBEDDING_OF[prefix],) if tied else (EMBEDDING_OF[prefix], "lm_head"):
             weight = model.get_parameter(f"{name}.weight")
-            own = "integer" if encoding == "levels" else encoding
+            own = "integer" if encoding in ("levels", "trellis") else encoding
             rounds = quantize_affine if own == "affine" else partial(quantize_nearest, symmetric=symmetric)
             embeddings[name] = rounds(weight, embedding_bits, group_size)
             itemsize = weight.element_size()

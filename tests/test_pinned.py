@@ -131,6 +131,7 @@ class Case:
 # Stochastic rounding chooses its scale such that a last bit of a corrected target could make it another one.
 UNCORRECTED = {"span": 14, "corrected": False}
 LEVELS = {"encoding": "levels", "symmetric": True, "bits": 3}
+TRELLIS = LEVELS | {"encoding": "trellis"}
 CASES = {
     "nearest": Case("nearest", True, {"corrected": False}),
     "nearest, searched": Case("nearest", True, {"corrected": False}, {"grid": "search", "bits": 3}),
@@ -141,6 +142,8 @@ CASES = {
     "feedback, symmetric": Case("feedback", True, {"span": 11.5}, {"symmetric": True}),
     "nearest, levels": Case("nearest", True, {"corrected": False}, LEVELS | {"grid": "search"}),
     "feedback, levels": Case("feedback", True, {}, LEVELS | {"grid": "fit", "scale_bits": 5}),
+    "nearest, trellis": Case("nearest", True, {"corrected": False}, TRELLIS | {"grid": "search"}),
+    "feedback, trellis": Case("feedback", True, {}, TRELLIS | {"grid": "fit", "scale_bits": 5}),
     "stochastic, untouched": Case("stochastic", True, UNCORRECTED),
     "stochastic, compensating": Case("stochastic", False, UNCORRECTED),
 }
@@ -155,6 +158,8 @@ PINNED = {
     "feedback, symmetric": (6, "2b908f71040eb92e4d5af24fb7bd28199d207b8aae61f438189a58eb98dfdaaa"),
     "nearest, levels": (6, "2cb359e096f7c640d84f44c8421f9103d458947fafad7970729c448de6321121"),
     "feedback, levels": (6, "26499060d25d4d605d536d52a4a15e06dea07762c15b91352c280a50d101d7c4"),
+    "nearest, trellis": (6, "db1c26c45f04704d205e1cbdb2f344bf0adc43917676c18f96f1f644efa03014"),
+    "feedback, trellis": (6, "7db1e6a937a16adca682cea3b790892eecd4a6355fc72238f86163bd603baba9"),
     "stochastic, untouched": (6, "53ea3e1b3512b5e1ac8f8051ae12b61879fed475bca8e50fc14ad50f1f0ae7a5"),
     "stochastic, compensating": (6, "97f4a32cbf6bacc8e51071bd9be31ac789dea8e9f3c43accb2650cf3adc0dfd4"),
 }

@@ -107,7 +107,7 @@ class AccullmArtifact(StoredArtifact):
 
     def _linear_problems(self, name: str, stored: Mapping[str, torch.Tensor]) -> Iterator[str]:
         linear = self._linear(name, stored)
-        if not torch.equal(pack(linear.codes, linear.bits), stored["qweight"]):
+        if not torch.equal(linear.to_tensors()["qweight"], stored["qweight"]):
             yield "padding bits of qweight are not zero"
         if linear.zeros is not None and not torch.equal(pack(linear.zeros, linear.bits), stored["qzeros"]):
             yield "padding bits of qzeros are not zero"

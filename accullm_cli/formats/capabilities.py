@@ -327,24 +327,13 @@ _GPTQ = Capabilities(
     loader="gptqmodel",
 )
 
+_TRELLIS = Storable("trellis", bits=(2, 3, 4, 5), whole_groups=False, scale_bits=(4, 5, 6, 7, 8, 16), symmetric=(True,))
+
 CAPABILITIES: Mapping[str, Capabilities] = {
     "accullm": Capabilities(
         linears=(
-            Storable(
-                "trellis",
-                bits=(2, 3, 4, 5),
-                whole_groups=False,
-                scale_bits=(4, 5, 6, 7, 8, 16),
-                symmetric=(True,),
-            ),
-            Storable(
-                "levels",
-                bits=(2, 3, 4, 5),
-                whole_groups=False,
-                scale_bits=(4, 5, 6, 7, 8, 16),
-                symmetric=(True,),
-                on_request=True,
-            ),
+            _TRELLIS,
+            replace(_TRELLIS, encoding="levels", on_request=True),
             Storable(
                 "integer",
                 bits=(2, 3, 4, 5, 6, 7, 8),

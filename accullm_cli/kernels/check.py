@@ -18,7 +18,7 @@ from accullm_cli.quant.linear import QuantizedLinear, zero_place
 from accullm_cli.quant.plan import LinearPlan
 
 SOURCES = ("hybrid_gemv.cu", "hybrid_gemm.cu", "dequantize.cu")
-ROUNDING_SOURCES = ("feedback_round.cu", "descend.cu")
+ROUNDING_SOURCES = ("feedback_round.cu", "descend.cu", "trellis.cu")
 # One for each kernel and each of its sizes.
 TOKENS = (1, GEMV_TOKENS, GEMV_TOKENS + 1, FUSED_TOKENS // 2, FUSED_TOKENS, FUSED_TOKENS + 1)
 

@@ -1,4 +1,4 @@
-"""The inner loops of rounding on a GPU: the launches of cuda/feedback_round.cu and cuda/descend.cu.
+"""The inner loops of rounding on a GPU: the launches of cuda/feedback_round.cu, cuda/descend.cu and cuda/trellis.cu.
 
 Their sums are those of the CPU's compiled loops, term for term, so that the same arguments give the same codes. What
 differs between the devices are the matrix products and factorizations around them, which torch computes.
@@ -14,7 +14,9 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.launch import Launch
+from accullm_cli.quant import loops
 from accullm_cli.quant.loops import Descent, Loops, Tile
+from accullm_cli.quant.trellis import SEGMENT
 from accullm_cli.quant.wavefront import round_chained
 
 REALS = {torch.float32: "float", torch.float64: "double"}
@@ -24,6 +26,8 @@ ROWS_PER_BLOCK = 8
 # What a block of cuda/descend.cu has, and what it keeps in shared memory before the slope.
 DESCENT_THREADS = 256
 TURN_BYTES = 16
+# What a block of cuda/trellis.cu keeps in shared memory, but for two working numbers for each row of a segment.
+COLUMN_BYTES = SEGMENT * (4 * 8 + 4 + 2) + 2 * 4
 
 
 class TileStruct(ctypes.Structure):
@@ -50,11 +54,31 @@ class DescentStruct(ctypes.Structure):
     )
 
 
+class ChainsStruct(ctypes.Structure):
+    """`Tile` of cuda/trellis.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("wanted", "fed", "upper", "scale", "group", "levels", "codes", "error")),
+        *((name, ctypes.c_int) for name in ("rows", "columns", "groups", "levels_count")),
+    )
+
+
+class ChainDescentStruct(ctypes.Structure):
+    """`Descent` of cuda/trellis.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "error", "product", "hessian", "curvature", "scale", "levels")),
+        ("ridge", ctypes.c_double),
+        *((name, ctypes.c_int) for name in ("rows", "columns", "groups", "columns_per_group", "levels_count")),
+        ("sweeps", ctypes.c_int),
+    )
+
+
 def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], None], shared_bytes: int) -> Loops:
     """The loops of a GPU.
 
     Tiles whose rows feed each other are rounded by torch, see quant.wavefront; a block of rows that feed each other is
-    one chain in descent, which one block of threads goes through.
+    one chain in descent, which one block of threads goes through. Those of a trellis go through the CPU.
 
     Args:
         launch: `kernels.device.launch`.
@@ -62,19 +86,27 @@ def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], No
     """
 
     def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+        if tile.trellis and tile.rows is not None:
+            return loops.round_tile(tile)
         if tile.rows is not None:
             return round_chained([tile])[0]
         own = _contiguous(tile)
         codes, error = torch.empty_like(own.wanted, dtype=torch.uint8), torch.empty_like(own.wanted)
-        launch(tile_launch(own, codes, error), device)
+        launch((chains_launch if tile.trellis else tile_launch)(own, codes, error), device)
         return codes, error
 
     def descend(descent: Descent) -> None:
+        if descent.chain is not None:
+            loops.descend(descent)
+            return
         grid = replace(descent.grid, scale=descent.grid.scale.contiguous())
         rows = None if descent.rows is None else (descent.rows[0], descent.rows[1].contiguous())
         own = replace(descent, hessian=descent.hessian.contiguous(), grid=grid, rows=rows)
         curvature = curvature_of(own)  # a launch holds addresses alone
-        launch(descent_launch(own, curvature, shared_bytes), device)
+        if descent.trellis:
+            launch(chain_descent_launch(own, curvature), device)
+        else:
+            launch(descent_launch(own, curvature, shared_bytes), device)
 
     return Loops(device, round_tile, descend, round_chained)
 
@@ -115,6 +147,44 @@ def tile_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
         shared_bytes=0,
         arguments=(arguments,),
     )
+
+
+def chains_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
+    """The launch that rounds a tile of a trellis; as for `tile_launch`, of any number of columns."""
+    assert tile.levels is not None, "a trellis has levels"
+    rows, columns = tile.wanted.shape
+    tensors = (tile.wanted, tile.fed, tile.upper, tile.scale, tile.group, tile.levels, codes, error)
+    sizes = rows, columns, tile.scale.shape[1], len(tile.levels)
+    return _trellis_launch("trellis_round", tile.wanted.dtype, ChainsStruct(*(_at(own) for own in tensors), *sizes))
+
+
+def chain_descent_launch(descent: Descent, curvature: torch.Tensor) -> Launch:
+    """The launch that moves whole columns of a trellis; as for `descent_launch`."""
+    assert descent.levels is not None, "a trellis has levels"
+    grid = descent.grid
+    tensors = (
+        descent.codes, descent.error, descent.slope, descent.hessian, curvature, grid.scale, descent.levels,
+    )  # fmt: skip
+    sizes = *descent.codes.shape, grid.scale.shape[1], grid.columns_per_group, len(descent.levels), descent.sweeps
+    arguments = ChainDescentStruct(*(_at(own) for own in tensors), descent.ridge, *sizes)
+    return _trellis_launch("trellis_descend", descent.slope.dtype, arguments)
+
+
+def _trellis_launch(kernel: str, dtype: torch.dtype, arguments: ChainsStruct | ChainDescentStruct) -> Launch:
+    defines = _defines(dtype)
+    return Launch(
+        source="trellis.cu",
+        kernel=kernel,
+        defines=defines,
+        grid=(-(-arguments.rows // SEGMENT), 1, 1),
+        threads=SEGMENT,
+        shared_bytes=COLUMN_BYTES + 2 * SEGMENT * dtype.itemsize,
+        arguments=(arguments,),
+    )
+
+
+def _at(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr()
 
 
 def curvature_of(descent: Descent) -> torch.Tensor:

@@ -47,7 +47,7 @@ def loops_of(device: torch.device) -> Loops:
 
 
 def rounding_disagreement(loops: Loops) -> str | None:
-    """Round tiles, at random and not, to steps and levels, and descend over some rows, by these loops and the CPU's.
+    """Round tiles, at random and not, to steps, levels and a trellis, and descend, by these loops and by the CPU's.
 
     With rows that feed each other, and with such that do not.
 
@@ -66,12 +66,13 @@ def rounding_disagreement(loops: Loops) -> str | None:
         found_codes, found_error = loops.round_tile(there)
         if not _equal((found_codes, codes), (found_error, error), (there.fed, tile.fed)):
             return f"{what}: {_different(found_codes, codes)}"
-    for what, levels, rows_feed in (
-        ("descend", None, False),
-        ("descend over levels", LEVELS, False),
-        ("descend over rows that feed each other", None, True),
+    for what, levels, rows_feed, trellis in (
+        ("descend", None, False, False),
+        ("descend over levels", LEVELS, False, False),
+        ("descend over rows that feed each other", None, True, False),
+        ("descend over a trellis", LEVELS, False, True),
     ):
-        rows = _descent(draw, levels, rows_feed)
+        rows = replace(_descent(draw, levels, rows_feed), trellis=trellis)
         moved: Descent = _copied(rows, loops.device)
         COMPILED.descend(rows)
         loops.descend(moved)
@@ -81,7 +82,7 @@ def rounding_disagreement(loops: Loops) -> str | None:
 
 
 def _tiles(draw: torch.Generator) -> Iterator[tuple[str, Tile]]:
-    """Four tiles: for codes that are steps, at random, for codes of levels, and with rows that feed each other."""
+    """For codes that are steps, at random, of levels, with rows that feed each other, and of a trellis."""
     order = torch.randperm(MOST_COLUMNS, generator=draw)
     chance = Chance(torch.rand(ROWS, MOST_COLUMNS, generator=draw), 2**63 + 5, 7, order)
     chain = torch.randn(ROWS, MOST_COLUMNS, generator=draw), torch.randn(ROWS, ROWS, generator=draw) / 16
@@ -90,6 +91,7 @@ def _tiles(draw: torch.Generator) -> Iterator[tuple[str, Tile]]:
         (" at random", {"chance": chance}),
         (" to levels", {"levels": LEVELS}),
         (" of rows that feed each other", {"rows": chain}),
+        (" to a trellis", {"levels": LEVELS, "trellis": True}),
     ):
         wanted, fed = (torch.randn(ROWS, MOST_COLUMNS, generator=draw) for _ in range(2))
         upper = torch.randn(MOST_COLUMNS, MOST_COLUMNS, generator=draw) / 16

@@ -14,11 +14,12 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.quant.grid import Grid
 from accullm_cli.quant.loops import COMPILED, Chance, Loops, Tile
 from accullm_cli.quant.stochastic import feedback_share
+from accullm_cli.quant.trellis import SEGMENT
 
 # Columns whose mutual feedback is applied one by one; that of all earlier columns comes as one matrix product.
 COLUMN_BLOCK = 128
 # The same for rows, where rows feed each other.
-ROW_BLOCK = 256
+ROW_BLOCK = SEGMENT
 # Rows of a weight that meet a Hessian or its factor at once: enough for full speed, a fraction of a weight's memory.
 ROWS_TOGETHER = 512
 # Where a Hessian is not positive definite at the configured damping, it grows by this factor, and a record says so.
@@ -80,6 +81,11 @@ class Factor:
     ridge: float
     is_raised: bool = False
 
+    @property
+    def variances(self) -> torch.Tensor:
+        """The diagonal of S, [M]."""
+        return self.cholesky.diagonal().flip(0).square()
+
     def feedback(self, start: int, end: int) -> torch.Tensor:
         """Columns `start` to `end` of U down to row `end`, below which they are zero: [end, end - start]."""
         count = len(self.order)
@@ -110,6 +116,7 @@ def factor_hessian(
     compensating: bool = False,
     kind: str = "Hessian",
     where: str = "",
+    sorts: bool = True,
 ) -> Factor:
     """Order the columns, the largest input first, and factor the damped Hessian in that order.
 
@@ -119,6 +126,7 @@ def factor_hessian(
     Args:
         hessian: H, [K, K]; or another second moment, which `kind` names.
         where: the linear or linears that it is for.
+        sorts: False for the columns as they are.
 
     Raises:
         NumericalError: not positive definite even with damping equal to the mean of the diagonal.
@@ -126,7 +134,7 @@ def factor_hessian(
     diagonal = hessian.diagonal()
     is_outlier = torch.zeros(len(diagonal), dtype=torch.bool, device=hessian.device)
     is_outlier[list(outliers)] = True
-    by_size = torch.argsort(diagonal, descending=True, stable=True)
+    by_size = torch.argsort(diagonal if sorts else torch.zeros_like(diagonal), descending=True, stable=True)
     order = by_size[~is_outlier[by_size]]
     if compensating:
         order = torch.cat([order, by_size[is_outlier[by_size]]])
@@ -210,7 +218,8 @@ def round_with_feedback(
         kept: the outliers' weights [N, n] in the source's dtype, in the order of their features. Where `factor` has
             them too, last in its order, they take up what the other columns feed to them (compensating).
         factor: of the Hessian of M columns, K or K - n.
-        rows: of the outputs' Fisher matrix [N, N], for feedback from row to row as well; not with a generator.
+        rows: of the outputs' Fisher matrix [N, N], for feedback from row to row as well; not with a generator. Of a
+            trellis not sorted.
         generator: (seed, stream) of stochastic rounding; None for nearest.
 
     Returns:
@@ -219,7 +228,6 @@ def round_with_feedback(
     """
     assert generator is None or rows is None, "rows do not feed each other at random"
     assert generator is None or grid.levels is None, "codes are drawn between steps of one size"
-    assert rows is None or not grid.is_trellis, "a column of a trellis is rounded as a whole"
     levels = grid.table()
     rounded_features = target.shape[1] - kept.shape[1]
     order, count = factor.order, len(target)
@@ -240,23 +248,25 @@ def round_with_feedback(
         whole = factor.feedback(0, rounded_features)
         share = feedback_share(position.T, own_scale.T, whole, grid.largest_code).T
         del own_scale, position, whole
-    several = loops.round_chained if rows is not None else None
+    several = loops.round_chained if rows is not None and not grid.is_trellis else None
     down, down_to = None, slice(0)
     for wave in _waves(count, row_block, rounded_features, several is not None):
         tiles = []
         for part, columns in wave:
             feedback = factor.feedback(columns.start, columns.stop)
             fed = error[part, : columns.start] @ feedback[: columns.start]
-            from_above, chance = None, None
+            from_above, chance, row_weight = None, None, None
             if rows is not None and part != down_to:
                 down, down_to = rows.feedback(part.start, part.stop), part
             if down is not None:
                 from_above = (down[: part.start].T @ carried[: part.start, columns], down[part.start :])
+            if rows is not None and grid.is_trellis:
+                row_weight = rows.variances[part]
             if generator is not None and share is not None:
                 chance = Chance(share[:, columns], *generator, order[columns])
             tiles.append(Tile(
                 wanted[part, columns], fed, feedback[columns.start :], scale[part], zero[part], group[columns],
-                grid.largest_code, from_above, chance, levels, grid.is_trellis,
+                grid.largest_code, from_above, chance, levels, grid.is_trellis, row_weight,
             ))  # fmt: skip
         results = [loops.round_tile(tile) for tile in tiles] if several is None else several(tiles)
         for (part, columns), tile, (own_codes, own_error) in zip(wave, tiles, results, strict=True):

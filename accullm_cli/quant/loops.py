@@ -8,21 +8,21 @@ out on every CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from accullm_cli.quant.compiled import compiled
+from accullm_cli.quant.compiled import compiled, share_out
 from accullm_cli.quant.grid import Grid
 from accullm_cli.quant.philox import uniform
 from accullm_cli.quant.trellis import SEGMENT
-from accullm_cli.quant.viterbi import best_chain
+from accullm_cli.quant.viterbi import best_chain, fed_loss, good_fed_chain, middles_of
 
 # Rows that a thread takes at once where rows do not depend on each other.
 ROWS_PER_TASK = 64
+
 
 @dataclass(frozen=True)
 class Chance:
@@ -52,8 +52,18 @@ class Tile:
     rows: tuple[torch.Tensor, torch.Tensor] | None = None
     chance: Chance | None = None
     levels: torch.Tensor | None = None  # [largest code + 1], see `Grid`; not with `chance`
-    # Codes are places of a trellis, whose chains begin with the tile; with `levels`, and without `rows`.
+    # Codes are places of a trellis, whose chains begin with the tile; with `levels`. With `rows` at most one segment.
     trellis: bool = False
+    row_weight: torch.Tensor | None = None  # the diagonal of R, [N], with `rows` of a trellis
+
+
+@dataclass(frozen=True)
+class Chain:
+    """How the rows of one segment of a trellis feed each other in descent, by their own part of G = V R V^T."""
+
+    slope: torch.Tensor  # what the rows of other segments, as they are, add to `Descent.slope`, [N, K]
+    upper: torch.Tensor  # V, [N, N]
+    weight: torch.Tensor  # the diagonal of R, [N]
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,8 @@ class Descent:
     # Where rows feed each other: their P [N, K], contiguous, changed in place, and their G [N, N].
     rows: tuple[torch.Tensor, torch.Tensor] | None = None
     levels: torch.Tensor | None = None  # [largest code + 1], the grid's table
-    trellis: bool = False  # see `Tile`: a column's codes are moved together
+    trellis: bool = False  # see `Tile`: a column's codes are moved together, and `slope` is E (H + ridge) always
+    chain: Chain | None = None  # of a trellis whose rows feed each other
 
 
 @dataclass(frozen=True)
@@ -160,19 +171,29 @@ def _round_rows(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _round_chains(first, last, wanted, fed, upper, scale, group, levels, codes, error):  # type: ignore[no-untyped-def]
+def _round_chains(  # type: ignore[no-untyped-def]
+    first, last, wanted, fed, upper, row_fed, row_upper, row_weight, scale, group, levels, codes, error
+):
     """Of whole segments, first to last: each column by the chain of least error, and its errors fed to those behind."""
-    columns = wanted.shape[1]
+    columns, rows_feed = wanted.shape[1], len(row_weight) > 0
     room = min(last - first, SEGMENT)
     position, step = np.empty(room, wanted.dtype), np.empty(room, wanted.dtype)
-    near, back, places = np.empty((room, 4), np.uint8), np.empty(room, np.uint8), np.empty(room, np.uint8)
+    near, back, places = np.empty((room, 4), np.uint8), np.empty((room, 4), np.uint8), np.empty(room, np.uint8)
+    own_fed, middles = np.empty((2, 4, room), wanted.dtype), middles_of(levels)
     for start in range(first, last, SEGMENT):
         count = min(SEGMENT, last - start)
         for k in range(columns):
             for n in range(count):
                 position[n] = wanted[start + n, k] + fed[start + n, k]
                 step[n] = scale[start + n, group[k]]
-            best_chain(position[:count], step[:count], levels, near, back, places)
+                if rows_feed:
+                    position[n] += row_fed[start + n, k]
+            if rows_feed:
+                good_fed_chain(
+                    position[:count], step[:count], levels, middles, row_upper, row_weight, own_fed, near, back, places
+                )
+            else:
+                best_chain(position[:count], step[:count], levels, middles, near, back[:, 0], places)
             for n in range(count):
                 codes[start + n, k] = places[n]
                 lost = wanted[start + n, k] - levels[places[n]] * step[n]
@@ -192,14 +213,15 @@ def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         share, noise = chance.share, uniform(chance.seed, chance.stream, chance.features, len(fed)).to(fed.dtype).T
     codes, error = torch.empty(fed.shape, dtype=torch.uint8), torch.empty_like(fed)
     if tile.trellis:
-        tensors = (tile.wanted, fed, tile.upper, tile.scale, tile.group, levels, codes, error)
-        _share_out(_round_chains, len(fed), SEGMENT, *map(_array, tensors))
+        weight = fed.new_empty(0) if tile.row_weight is None else tile.row_weight
+        own = (tile.wanted, fed, tile.upper, row_fed, row_upper, weight, tile.scale, tile.group, levels, codes, error)
+        share_out(_round_chains, len(fed), SEGMENT, *map(_array, own))
     else:
         tensors = (tile.wanted, fed, tile.upper, row_fed, row_upper, tile.scale, tile.zero, tile.group, levels)
         arrays = [_array(tensor) for tensor in tensors]
         largest = arrays[0].dtype.type(tile.largest_code)
         rest = [_array(tensor) for tensor in (share, noise, codes, error)]
-        _share_out(_round_rows, len(fed), None if tile.rows else ROWS_PER_TASK, *arrays, largest, *rest)
+        share_out(_round_rows, len(fed), None if tile.rows else ROWS_PER_TASK, *arrays, largest, *rest)
     if fed is not tile.fed:
         tile.fed.copy_(fed)
     return codes.to(tile.fed.device), error.to(tile.fed.device)
@@ -255,13 +277,14 @@ def _descend_rows(  # type: ignore[no-untyped-def]
 
 @compiled
 def _descend_chains(  # type: ignore[no-untyped-def]
-    first, last, codes, error, product, hessian, scale, group, movable, levels, ridge, sweeps
+    first, last, codes, error, product, hessian, scale, group, movable, levels, others, upper, weight, ridge, sweeps
 ):
     """Of whole segments, first to last: each column moved to the chain of least loss, everything else as it is."""
-    columns = error.shape[1]
+    columns, rows_feed = error.shape[1], len(weight) > 0
     room = min(last - first, SEGMENT)
-    wanted, step = np.empty(room, error.dtype), np.empty(room, error.dtype)
-    near, back, places = np.empty((room, 4), np.uint8), np.empty(room, np.uint8), np.empty(room, np.uint8)
+    wanted, step, away = np.empty(room, error.dtype), np.empty(room, error.dtype), np.empty(room, error.dtype)
+    near, back, places = np.empty((room, 4), np.uint8), np.empty((room, 4), np.uint8), np.empty(room, np.uint8)
+    own_fed, middles = np.empty((2, 4, room), error.dtype), middles_of(levels)
     nothing = ridge - ridge  # 0 of the weights' type
     for start in range(first, last, SEGMENT):
         count = min(SEGMENT, last - start)
@@ -273,11 +296,20 @@ def _descend_chains(  # type: ignore[no-untyped-def]
                     continue
                 before = 0.0
                 for n in range(count):
-                    away = product[start + n, k] / curvature
-                    before += away * away
+                    away[n] = product[start + n, k] / curvature
+                    if rows_feed:
+                        away[n] += others[start + n, k] / curvature
+                    before += away[n] * away[n]
                     step[n] = scale[start + n, group[k]]
-                    wanted[n] = levels[codes[start + n, k]] * step[n] + away
-                if not best_chain(wanted[:count], step[:count], levels, near, back, places) < before:
+                    wanted[n] = levels[codes[start + n, k]] * step[n] + away[n]
+                if rows_feed:
+                    before = fed_loss(away[:count], upper, weight, own_fed[0, 0])
+                    after = good_fed_chain(
+                        wanted[:count], step[:count], levels, middles, upper, weight, own_fed, near, back, places
+                    )
+                else:
+                    after = best_chain(wanted[:count], step[:count], levels, middles, near, back[:, 0], places)
+                if not after < before:
                     continue
                 for n in range(count):
                     moved = (levels[places[n]] - levels[codes[start + n, k]]) * step[n]
@@ -303,14 +335,16 @@ def descend(descent: Descent) -> None:
     levels = error.new_empty(0) if descent.levels is None else descent.levels
     own = codes, error, own_product, descent.hessian, descent.grid.scale, group, descent.movable, levels
     if descent.trellis:
-        arrays = [_array(tensor) for tensor in own]
-        _share_out(_descend_chains, len(codes), SEGMENT, *arrays, arrays[1].dtype.type(descent.ridge), descent.sweeps)
+        none = error.new_empty(0, 0)
+        chain = descent.chain or Chain(none, none, error.new_empty(0))
+        arrays = [_array(tensor) for tensor in (*own, chain.slope, chain.upper, chain.weight)]
+        share_out(_descend_chains, len(codes), SEGMENT, *arrays, arrays[1].dtype.type(descent.ridge), descent.sweeps)
     else:
         tensors = *own[:2], slope, descent.hessian, own_product, fisher, *own[4:]
         arrays = [_array(tensor) for tensor in tensors]
         ridge, largest = (arrays[1].dtype.type(number) for number in (descent.ridge, descent.grid.largest_code))
         together = None if descent.rows else ROWS_PER_TASK
-        _share_out(_descend_rows, len(codes), together, *arrays, ridge, largest, descent.sweeps)
+        share_out(_descend_rows, len(codes), together, *arrays, ridge, largest, descent.sweeps)
     for there, here in zip(changed, (codes, error, own_product), strict=True):
         if here is not there:
             there.copy_(here)
@@ -321,16 +355,3 @@ COMPILED = Loops(torch.device("cpu"), round_tile, descend)
 
 def _array(tensor: torch.Tensor) -> Any:
     return tensor.cpu().contiguous().numpy()
-
-
-def _share_out(loop: Callable[..., None], count: int, together: int | None, *arguments: Any) -> None:
-    """Run `loop` over rows, so many `together` on one of torch's threads; None: all of them, which feed each other."""
-    if together is None or count <= together or torch.get_num_threads() == 1:
-        loop(0, count, *arguments)
-        return
-
-    def some(first: int) -> None:
-        loop(first, min(first + together, count), *arguments)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(some, range(0, count, together)))

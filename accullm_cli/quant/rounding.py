@@ -170,8 +170,9 @@ def round_linears(
         else:
             chance = (options.seed, zlib.crc32(plan.name.encode())) if stochastic else None
             rows = None
-            if fisher is not None and not stochastic and not grid.is_trellis:
-                rows = factor_hessian(fisher, ROW_DAMPING, kind="Fisher matrix", where=name)
+            if fisher is not None and not stochastic:
+                sorts = not grid.is_trellis  # whose chains are of neighbours
+                rows = factor_hessian(fisher, ROW_DAMPING, kind="Fisher matrix", where=name, sorts=sorts)
             first = None if fits else rows
             codes, kept, clamped = round_with_feedback(target, grid, kept, factor, first, chance, loops)
             if fits:

@@ -1,4 +1,4 @@
-"""Levels in the native format: what is written, what is read back, and what older and damaged files are."""
+"""Levels and trellis codes in the native format: what is written and read back, older and damaged files."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def make(tmp_path: Path, **options: object) -> tuple[Made, Path]:
     return made, directory
 
 
+@pytest.mark.parametrize("encoding", ["levels", "trellis"])
 @pytest.mark.parametrize(("bits", "scale_bits"), [(2, 7), (3, 4), (4, 7), (4, 16), (5, 8)])
-def test_levels_round_trip(bits: int, scale_bits: int, tmp_path: Path) -> None:
-    made, directory = make(tmp_path, bits=bits, scale_bits=scale_bits)
+def test_they_round_trip(bits: int, scale_bits: int, encoding: str, tmp_path: Path) -> None:
+    made, directory = make(tmp_path, bits=bits, scale_bits=scale_bits, encoding=encoding)
     opened = open_artifact(directory)
     assert list(opened.plan.linears.items()) == list(made.parts.plan.linears.items())
     for name, linear in made.linears.items():
@@ -46,9 +47,10 @@ def test_levels_round_trip(bits: int, scale_bits: int, tmp_path: Path) -> None:
     assert list(opened.problems()) == []
 
 
-def test_experts_of_levels_beside_integer_embeddings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["levels", "trellis"])
+def test_experts_beside_integer_embeddings(encoding: str, tmp_path: Path) -> None:
     made = make_parts(
-        tiny_mixtral(), tmp_path / "run", bits=3, symmetric=True, encoding="levels", keep=("down_proj.2",),
+        tiny_mixtral(), tmp_path / "run", bits=3, symmetric=True, encoding=encoding, keep=("down_proj.2",),
         embedding_bits=8,
     )  # fmt: skip
     directory = empty(tmp_path / "artifact")
@@ -70,13 +72,16 @@ def test_the_config_says_so_and_an_older_version_is_written_where_there_are_none
     mixed = quantization_config(Plan({**plan.linears, UP_PROJ: integer[UP_PROJ]}))
     assert mixed["linears"][UP_PROJ] == {"encoding": "integer"}
     assert mixed["format_version"] == 3
+    trellis = {name: dataclasses.replace(row, encoding="trellis", scale_bits=6) for name, row in plan.linears.items()}
+    assert quantization_config(Plan({**plan.linears, UP_PROJ: trellis[UP_PROJ]}))["format_version"] == 4
     old = quantization_config(Plan(integer))
     assert old["format_version"] == 2
     assert "encoding" not in old
 
 
-def test_transformers_loads_what_was_stored(tmp_path: Path) -> None:
-    made, directory = make(tmp_path)
+@pytest.mark.parametrize("encoding", ["levels", "trellis"])
+def test_transformers_loads_what_was_stored(encoding: str, tmp_path: Path) -> None:
+    made, directory = make(tmp_path, encoding=encoding)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ids = torch.arange(40)[None]
     with torch.no_grad():
@@ -86,12 +91,13 @@ def test_transformers_loads_what_was_stored(tmp_path: Path) -> None:
         assert torch.equal(weight, made.linears[Q_PROJ].dequantize(dtype))
 
 
-def test_codes_of_outliers_and_tables_are_looked_at(tmp_path: Path) -> None:
-    _, directory = make(tmp_path)
+@pytest.mark.parametrize("encoding", ["levels", "trellis"])
+def test_codes_of_outliers_and_tables_are_looked_at(encoding: str, tmp_path: Path) -> None:
+    _, directory = make(tmp_path, encoding=encoding)
     shard = next(path for path in sorted(directory.glob("*.safetensors")) if f"{Q_PROJ}.qweight" in load_file(path))
     tensors = load_file(shard)
     tensors[f"{Q_PROJ}.qweight"][0, OUTLIERS[0] // 2] ^= 0x10
-    tensors[f"{Q_PROJ}.scale_table"][5] = 1
+    tensors[f"{Q_PROJ}.scale_table"][5] = 2
     shard.unlink()  # it is a link to the run directory's
     save_file(tensors, shard)
     assert [problem.partition(": ")[2] for problem in open_artifact(directory).problems()] == [
@@ -117,6 +123,7 @@ def test_a_config_that_does_not_say_so_is_refused(tmp_path: Path) -> None:
     [
         ({"symmetric": False}, "is to have zero points, and levels has none"),
         ({"bits": 6}, "is to have 6 bits, and levels has 2 to 5"),
+        ({"encoding": "trellis", "bits": 8}, "is to have 8 bits, and trellis has 2 to 5"),
         ({"encoding": "stairs"}, "has an unknown encoding"),
     ],
 )

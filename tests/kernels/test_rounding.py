@@ -12,12 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.kernels.rounding import cuda_loops, curvature_of, descent_launch, tile_launch
+from accullm_cli.kernels.rounding import (
+    chain_descent_launch,
+    chains_launch,
+    cuda_loops,
+    curvature_of,
+    descent_launch,
+    tile_launch,
+)
 from accullm_cli.quant.grid import Grid
 from accullm_cli.quant.loops import COMPILED, Chance, Descent, Tile
 from accullm_cli.quant.philox import uniform
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
+from accullm_cli.quant.trellis import is_chain, places_of_codes
 from tests.cuda_emulation import BACKWARDS, FORWARDS, SHUFFLED, emulate, guarded, needs_compiler, poisoned, run
 from tests.quant.references import correlated_problem
 from tests.test_pinned import CASES, PINNED, Case, sha256_of
@@ -342,6 +350,58 @@ def test_codes_move_as_one_after_the_other_in_exact_numbers(
     assert there.codes.tolist() == wanted
 
 
+# -- a trellis -------------------------------------------------------------------------------------------------
+
+ABOVE_ZERO = torch.tensor([0.0, 2.0, 3.0, 5.0, 7.0, 11.0, 16.0, 31.0])
+TRELLIS_LEVELS = torch.cat([-ABOVE_ZERO.flip(0), ABOVE_ZERO])
+
+
+def trellis_tile(columns: int, rows: int, dtype: torch.dtype, seed: int) -> Tile:
+    tile = random_tile(columns, rows, dtype, seed)
+    levels = guarded(TRELLIS_LEVELS.to(dtype))
+    wanted = guarded(tile.wanted * 4)
+    return replace(tile, wanted=wanted, levels=levels, trellis=True)
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=12)
+@given(st.integers(1, 12), st.sampled_from([1, 2, 19, 255, 256, 257, 300]), DTYPES, ORDERS, st.integers(0, 999))
+def test_chains_of_a_tile_are_those_of_the_compiled_loop_bit_for_bit(
+    columns: int, rows: int, dtype: torch.dtype, order: int, seed: int
+) -> None:
+    tile = trellis_tile(columns, rows, dtype, seed)
+    compiled = replace(tile, fed=tile.fed.clone())
+    wanted_codes, wanted_error = COMPILED.round_tile(compiled)
+    codes, error = poisoned(rows, columns, dtype=torch.uint8), poisoned(rows, columns, dtype=dtype)
+    run(chains_launch(tile, codes, error), [*tensors_of(tile), codes, error], order)
+    assert is_chain(codes)
+    assert torch.equal(codes, wanted_codes)
+    assert torch.equal(error, wanted_error)
+    assert torch.equal(tile.fed, compiled.fed)
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=12)
+@given(st.sampled_from([1, 5, 256, 270]), st.integers(1, 40), DTYPES, ORDERS, st.integers(0, 999))
+def test_a_descent_of_chains_is_that_of_the_compiled_loop_bit_for_bit(
+    rows: int, columns: int, dtype: torch.dtype, order: int, seed: int
+) -> None:
+    there = random_descent(rows, columns, dtype, seed)
+    levels = guarded(TRELLIS_LEVELS.to(dtype) / 4)
+    codes = guarded(places_of_codes(torch.randint(0, 8, (rows, columns)).to(torch.uint8)))
+    there = replace(there, codes=codes, levels=levels, trellis=True)
+    here, before = copy_of(there), there.codes.clone()
+    COMPILED.descend(here)
+    curvature = guarded(curvature_of(there))
+    buffers = [part for part in tensors_of(there) if part is not there.movable]
+    run(chain_descent_launch(there, curvature), [*buffers, curvature, there.grid.scale], order)
+    assert torch.equal(there.codes, here.codes)
+    assert torch.equal(there.error, here.error)
+    assert torch.equal(there.slope, here.slope)
+    assert torch.equal(there.codes[:, ~there.movable], before[:, ~there.movable])
+    assert is_chain(there.codes)
+
+
 # -- all of rounding ---------------------------------------------------------------------------------------
 
 
@@ -351,8 +411,11 @@ def test_rounding_through_the_kernels_writes_the_pinned_bytes(name: str, monkeyp
     case: Case = CASES[name]
     launched = spied(monkeypatch)
     assert sha256_of(case.rounded(case.made(), torch.float32)) == PINNED[name][1]
-    wanted = set() if case.method == "nearest" else {"feedback_round"}
-    assert set(launched) == wanted | ({"descend"} if case.plan.get("grid") == "fit" else set())
+    rounds, descends = "feedback_round", "descend"
+    if case.plan.get("encoding") == "trellis":
+        rounds, descends = "trellis_round", "trellis_descend"
+    wanted = set() if case.method == "nearest" else {rounds}
+    assert set(launched) == wanted | ({descends} if case.plan.get("grid") == "fit" else set())
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -371,13 +434,15 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("method", ["feedback", "stochastic"])
+@pytest.mark.parametrize(
+    ("method", "encoding"), [("feedback", "integer"), ("feedback", "trellis"), ("stochastic", "integer")]
+)
 @pytest.mark.parametrize("mode", ["untouched", "compensating"])
 @pytest.mark.parametrize("with_fisher", [False, True])
-def test_the_codes_are_those_of_the_cpu(method: str, mode: str, with_fisher: bool) -> None:
+def test_the_codes_are_those_of_the_cpu(method: str, encoding: str, mode: str, with_fisher: bool) -> None:
     """The products around the kernels being the same, so are the bytes: in float32, with numbers that round."""
     problem = correlated_problem(21, 200, 600, seed=4)
-    plan = LinearPlan("a", 21, 200, 4, 64, False, (3, 70, 150), scale_bits=6)
+    plan = LinearPlan("a", 21, 200, 4, 64, encoding == "trellis", (3, 70, 150), scale_bits=6, encoding=encoding)
     options = RoundingOptions(method, mode, seed=2**63 + 5)  # type: ignore[arg-type]
     gradients = torch.randn(60, 21, generator=torch.Generator().manual_seed(1))
     fishers = {"a": gradients.T @ gradients / 60} if with_fisher else {}

@@ -224,18 +224,18 @@ def scale_error(storable: StorableScales, scale: torch.Tensor, energy: torch.Ten
 def test_a_table_lies_where_the_energy_is() -> None:
     scale, energy = draw(4000, 1, seed=9).mul(0.4).exp(), draw(4000, 1, seed=10).exp()
     even = StorableScales().with_table(float(scale.min()), float(scale.max()), 6)
-    own = StorableScales().table_of(scale, energy, 7)
+    own = StorableScales(signed=True).table_of(scale, energy, 7)
     assert own.table is not None
     assert len(own.table) == 128
     assert scale_error(own, scale, energy) < 0.6 * scale_error(even, scale, energy)
-    flat = StorableScales().table_of(scale, torch.ones_like(energy), 7)
+    flat = StorableScales(signed=True).table_of(scale, torch.ones_like(energy), 7)
     assert scale_error(own, scale, energy) < scale_error(flat, scale, energy)
 
 
 def test_a_table_of_scales_of_which_there_are_few_or_none() -> None:
     for scale in (torch.full((3, 2), 0.25), torch.zeros(3, 2)):
         for energy in (torch.ones(3, 2), torch.zeros(3, 2)):
-            storable = StorableScales().table_of(scale, energy, 4)
+            storable = StorableScales(signed=True).table_of(scale, energy, 4)
             assert storable.table is not None
             assert len(storable.table) == 16
             assert bool(storable.table.isfinite().all())
@@ -244,7 +244,7 @@ def test_a_table_of_scales_of_which_there_are_few_or_none() -> None:
 
 
 def test_a_table_has_no_scale_far_below_its_largest() -> None:
-    table = StorableScales().table_of(torch.tensor([[1e-7, 1.0, 0.5]]), torch.ones(1, 3), 6).table
+    table = StorableScales(signed=True).table_of(torch.tensor([[1e-7, 1.0, 0.5]]), torch.ones(1, 3), 6).table
     assert table is not None
     assert float(table[32]) >= 0.99 / LARGEST_RATIO
 

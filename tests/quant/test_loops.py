@@ -66,18 +66,3 @@ def test_float32_stays_float32() -> None:
     code = stochastic_code(*(np.float32(value) for value in (0.1, 0.0, 1.0, 0.9, 15.0)))
     assert code == np.floor(np.float32(0.1) + np.float32(0.9))
     assert isinstance(code, float | np.float32)
-
-
-def test_without_a_place_for_machine_code_it_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """numba refuses to decorate where neither the package's directory nor the user's can be written to."""
-    made: list[dict[str, object]] = []
-
-    def njit(**options: object):  # type: ignore[no-untyped-def]
-        made.append(options)
-        if options.get("cache"):
-            raise RuntimeError("cannot cache function 'double': no locator available")
-        return lambda function: function
-
-    monkeypatch.setattr(loops.numba, "njit", njit)
-    assert loops.compiled(lambda value: 2 * value)(21) == 42
-    assert [bool(options.get("cache")) for options in made] == [True, False]

@@ -82,7 +82,7 @@ def test_the_plan_says_for_every_linear_what_was_asked_for(llama: Path, tmp_path
     assert list(plan.linears.items()) == [
         (
             f"model.layers.{index}.{name}",
-            LinearPlan(f"model.layers.{index}.{name}", *shape, 3, 64, True, scale_bits=7, encoding="levels"),
+            LinearPlan(f"model.layers.{index}.{name}", *shape, 3, 64, True, scale_bits=6, encoding="trellis"),
         )
         for index in range(2)
         for name, shape in shapes.items()
@@ -292,7 +292,7 @@ def test_each_format_has_a_plan_of_its_own(llama: Path, tmp_path: Path) -> None:
         done = run_to(job, "profile")
         native, other = (load_plan(job.of(name).own("plan.json")) for name in ("accullm", "compressed-tensors"))
     assert list(done)[-2:] == ["profile", "profile compressed-tensors"]
-    assert {linear.scale_bits for linear in native.linears.values()} == {7}
+    assert {linear.scale_bits for linear in native.linears.values()} == {6}
     assert {linear.scale_bits for linear in other.linears.values()} == {16}
     assert {linear.group_size for linear in native.linears.values()} == {64}
     # Of 96 input features, groups of 32 or 96 can be formed; both are as near to 64.

@@ -37,16 +37,18 @@ def test_a_plan_chooses_from_the_encodings_asked_for(llama: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        ({}, {("levels", 4, True, 7)}),
+        ({}, {("trellis", 4, True, 6)}),
         ({"plan__bits": 8}, {("integer", 8, False, 6)}),
-        ({"plan__symmetric": True}, {("levels", 4, True, 7)}),
+        ({"plan__symmetric": True}, {("trellis", 4, True, 6)}),
         ({"plan__symmetric": False}, {("integer", 4, False, 6)}),
         ({"plan__encodings": '["integer"]'}, {("integer", 4, False, 6)}),
         ({"rounding__method": "stochastic"}, {("integer", 4, False, 6)}),
-        ({"plan__scale_bits": 16}, {("levels", 4, True, 16)}),
+        ({"plan__scale_bits": 16}, {("trellis", 4, True, 16)}),
+        ({"plan__encodings": '["levels"]'}, {("levels", 4, True, 7)}),
+        ({"plan__encodings": '["levels", "integer"]'}, {("levels", 4, True, 7)}),
     ],
 )
-def test_native_linears_have_levels_unless_they_cannot(
+def test_native_linears_are_a_trellis_unless_they_cannot(
     settings: dict[str, object], found: set[tuple[str, int, bool, int]], llama: Path, tmp_path: Path
 ) -> None:
     with opened(short_config(llama, tmp_path / "out", **settings)) as job:
@@ -54,7 +56,7 @@ def test_native_linears_have_levels_unless_they_cannot(
     assert {(row.encoding, row.bits, row.symmetric, row.scale_bits) for row in plan.linears.values()} == found
 
 
-def test_an_average_of_bits_has_levels_and_integer_codes_above_five(llama: Path, tmp_path: Path) -> None:
+def test_an_average_of_bits_has_a_trellis_and_integer_codes_above_five(llama: Path, tmp_path: Path) -> None:
     settings = {"plan__bits": 5.6, "plan__outliers": "null", "plan__group_size": "null"}
     with opened(short_config(llama, tmp_path / "out", calibration__gradient_samples=2, **settings)) as job:
         run_to(job, "profile")
@@ -64,7 +66,7 @@ def test_an_average_of_bits_has_levels_and_integer_codes_above_five(llama: Path,
     assert wide
     assert {row.encoding for row in wide} == {"integer"}
     # The table of a few hundred bytes weighs more than zero points in a linear as small as these: some have integers.
-    assert "levels" in {row.encoding for row in rows if row not in wide}
+    assert "trellis" in {row.encoding for row in rows if row not in wide}
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,9 @@ class LevelSearch:
         low, high = ranges[0]
         # The longer end of the levels is where the largest weight is.
         spanning = torch.maximum(self.largest[0], torch.minimum(high, -low) / -levels[0])
-        self.spanning = torch.where((high >= -low) | (not signed), spanning, -spanning), torch.ones_like(spanning)
+        if signed:
+            spanning = torch.where(high >= -low, spanning, -spanning)
+        self.spanning = spanning, torch.ones_like(spanning)
         # Levels are whole numbers, so that between two halves all places have one nearest level.
         halves = torch.arange(-2 * REACH, 2 * REACH, dtype=weight.dtype, device=weight.device) / 2 + 0.5
         tables = [levels] if signed else [levels[::2], levels[1::2]]
@@ -122,14 +124,18 @@ class LevelSearch:
 
     def fitted(self, every: list[torch.Tensor], scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The best scale for some levels, [R, G, size] each, and what it takes off the energy of the error."""
-        along = sum((self.weighted * points).sum(-1) for points in every)
-        square = sum(points.square_().mul_(self.importance).sum(-1) for points in every)
+        along, square = torch.zeros_like(scale), torch.zeros_like(scale)
+        for points in every:
+            along += (self.weighted * points).sum(-1)
+            square += points.square_().mul_(self.importance).sum(-1)
         fitted = torch.where(square > 0, along / square, scale)
         return fitted, along * fitted
 
     def _error(self, scale: torch.Tensor) -> torch.Tensor:
-        lost = (points.mul_(scale[..., None]).sub_(self.weight) for points in self._points(scale))
-        return sum(own.square_().mul_(self.importance).sum(-1) for own in lost)
+        error = torch.zeros_like(scale)
+        for points in self._points(scale):
+            error += points.mul_(scale[..., None]).sub_(self.weight).square_().mul_(self.importance).sum(-1)
+        return error
 
 
 def _better(
