@@ -46,8 +46,9 @@
 // An outlier step is 16 outlier features; the lane's 16 bytes are a[0] to a[3] themselves, with slots 4t + j in place
 // of features 16t + 4s + j. Unused slots hold zeros and have index -1.
 //
-// Padding: outputs at or above N have zero point and scale 0 (and code 0 but in a trellis), as have groups that begin at
-// or above K. A feature at or above K in the last group has code 0, and its activation counts as 0: it adds 0, too.
+// Padding: outputs at or above N have code, zero point and scale 0, as have groups that begin at or above K. (Code 0 of a
+// trellis may be any level.) A feature at or above K in the last group has code 0, and its activation counts as 0, so it
+// adds exactly 0 too.
 #pragma once
 #include <ptx.cuh>
 

@@ -50,7 +50,8 @@ class StoredWeight(nn.Module):
         """The codes, unpacked; of these rows alone, int64 [R] (of a weight without outliers)."""
         if rows is not None and is_trellis(self.levels, self.bits):  # what codes stand for hangs on the rows above them
             whole = self.quantized()
-            return replace(whole, codes=whole.codes[rows], scales=whole.scales[rows])
+            own = {name: getattr(whole, name)[rows] for name in ("codes", "scales", "outlier_weight")}
+            return replace(whole, **own)
         scheme = self.in_features, self.bits, self.group_size, self.levels
         return QuantizedLinear.from_tensors(self._stored(rows), *scheme)
 

@@ -17,6 +17,7 @@ from accullm_cli.kernels.launch import Device, Launch
 from accullm_cli.kernels.layout import tile
 from accullm_cli.kernels.matmul import Operand, aligned_rows, engine, hybrid_matmul, why_no_kernels
 from accullm_cli.kernels.packed import pack_linear
+from accullm_cli.kernels.stored_weight import StoredWeight
 from accullm_cli.quant.linear import QuantizedLinear
 from tests.cuda_emulation import emulate, needs_compiler
 from tests.kernels.linears import ENCODED, Shape, exact_weight, random_linear
@@ -211,6 +212,15 @@ def test_the_check_of_doctor_finds_no_disagreement_a_wrong_scale_and_a_wrong_lev
     found = largest_disagreement(torch.device("cpu"))
     assert found is not None
     assert re.fullmatch(r"CUDA: hybrid_gemv with 1 tokens is off by \d+ in whole numbers of a trellis", found)
+
+
+def test_some_rows_of_a_stored_trellis_are_those_of_the_whole() -> None:
+    linear = random_linear(Shape(270, 64, 32, encoding="trellis"), torch.float32, seed=1)
+    stored = StoredWeight(linear.to_tensors(), 64, 4, 32, linear.levels)
+    rows = torch.tensor([258, 3, 3, 0, 256, 1])
+    found = stored.quantized(rows)
+    assert torch.equal(found.codes, linear.codes[rows])
+    assert torch.equal(found.dequantize(torch.float32), linear.dequantize(torch.float32)[rows])
 
 
 def test_no_tokens_make_no_launch(launches: list[str]) -> None:

@@ -96,8 +96,9 @@ def test_leading_dimensions_bias_and_rows_that_lie_apart() -> None:
     assert torch.equal(found.double(), x.double() @ exact_weight(linear, torch.float32).T + bias)
 
 
-def test_no_tokens_give_no_results() -> None:
-    linear = random_linear(Shape(24, 64, 32, False, 3), torch.float32, seed=1)
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_no_tokens_give_no_results(encoding: str) -> None:
+    linear = random_linear(Shape(24, 64, 32, False, 3, encoding=encoding), torch.float32, seed=1)
     assert hybrid_matmul(torch.zeros(2, 0, 64), pack(linear, torch.float32)).shape == (2, 0, 24)
 
 
