@@ -29,12 +29,16 @@ constexpr int X_ROW = 2 * TILE_K + 16;  // bytes, see above
 constexpr int GATHERED_STEPS = 4;       // outlier steps whose activations fill rows of X_ROW bytes
 constexpr int SUMS_ROW = BLOCK_FEATURES + 4;  // floats; the 4 spread the rows over the banks
 
-constexpr int SCALES_AT = BLOCK_STRIPS * TILE_BYTES;
+// Of a trellis a stage begins with what is above its first strip, in place of zero points, which it has not. Above each
+// other strip is the end of the one before it.
+constexpr int CODES_AT = TRELLIS ? ABOVE_BYTES : 0;
+constexpr int SCALES_AT = CODES_AT + BLOCK_STRIPS * TILE_BYTES;
 constexpr int ZEROS_AT = SCALES_AT + BLOCK_STRIPS * 4 * LANES;
-constexpr int ACTIVATIONS_AT = ZEROS_AT + BLOCK_STRIPS * 4 * LANES;
+constexpr int ACTIVATIONS_AT = BLOCK_STRIPS * (TILE_BYTES + 8 * LANES);
 
-// Where a strip's scales begin. In a build with LEVELS, whose table takes registers, it is their number: half as long.
-#if LEVELS
+// Where a strip's scales begin. Where registers are few, as a table or bfloat16 takes some, it is their number: half as
+// long.
+#if LEVELS || COMPUTE_BF16
 using Scales = int;
 __device__ __forceinline__ Scales scales_from(const Weight&, u64 first) { return static_cast<int>(first); }
 __device__ __forceinline__ const u32* scale_of(const Weight& weight, Scales scales, u32 group) {
@@ -88,13 +92,16 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
     const int own_at = kept((warp * WARP_STRIPS * LANES + lane) * 4);
     const int x_at = kept(ACTIVATIONS_AT + x_token * X_ROW + 2 * x_k);
 
+    const int above = begins_segment(first_strip) ? 0 : strip_above(weight);
     auto fetch = [&](u8* stage) {
         if (coming < end_of_tiles) {
             const u32 group = static_cast<u32>(coming_k) >> weight.group_shift;
+            if (TRELLIS && threadIdx.x < ABOVE_BYTES / 16)
+                copy_async_16(stage + CODES_AT - ABOVE_BYTES + 16 * lane, codes[0] + above, above != 0);
 #pragma unroll
             for (int i = 0; i < WARP_STRIPS; i++) {
                 u8* const own = stage + own_at + i * LANES * 4;
-                copy_async_16(stage + 4 * own_at + i * TILE_BYTES, codes[i], strip_there[i]);
+                copy_async_16(stage + CODES_AT + 4 * own_at + i * TILE_BYTES, codes[i], strip_there[i]);
                 copy_async_4(own + SCALES_AT, scale_of(weight, scales[i], group), strip_there[i]);
                 if (asymmetric) copy_async_4(own + ZEROS_AT, zeros[i] + 8 * group, strip_there[i]);
                 codes[i] += TILE_BYTES;
@@ -112,8 +119,8 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
             for (int i = 0; i < WARP_STRIPS; i++) {
                 const u64 safe = strip_there[i] ? first_strip + warp * WARP_STRIPS + i : 0;
                 const u64 place = safe * weight.outlier_steps + coming - weight.tiles_k;
-                copy_async_16(stage + 4 * own_at + i * TILE_BYTES, weight.outlier_tiles + place * TILE_BYTES + 16 * lane,
-                              strip_there[i]);
+                copy_async_16(stage + CODES_AT + 4 * own_at + i * TILE_BYTES,
+                              weight.outlier_tiles + place * TILE_BYTES + 16 * lane, strip_there[i]);
             }
         }
         commit_copies();
@@ -145,7 +152,7 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
         const u8* const stage = shared + at;
 
         RowPair pairs[WARP_STRIPS];
-        u32 words[WARP_STRIPS][4];
+        Codes codes[WARP_STRIPS];
 #pragma unroll
         for (int i = 0; i < WARP_STRIPS; i++) {
             const int place = own_at + i * LANES * 4;
@@ -153,8 +160,7 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
             if (asymmetric)
                 zero_pair = *reinterpret_cast<const u32*>(stage + ZEROS_AT + place) >> 8 * (row & 3) & 0xFF;
             pairs[i] = row_pair(*reinterpret_cast<const u32*>(stage + SCALES_AT + place), zero_pair);
-            const uint4 codes = *reinterpret_cast<const uint4*>(stage + 4 * own_at + i * TILE_BYTES);
-            words[i][0] = codes.x, words[i][1] = codes.y, words[i][2] = codes.z, words[i][3] = codes.w;
+            codes[i] = read_codes(stage + CODES_AT + 4 * own_at + i * TILE_BYTES);
         }
         const u8* const x_rows = stage + ACTIVATIONS_AT + row * X_ROW + 32 * t;
 #pragma unroll
@@ -162,8 +168,8 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
             u32 a[WARP_STRIPS][2][4];
 #pragma unroll
             for (int i = 0; i < WARP_STRIPS; i++) {
-                dequantize(words[i][2 * half], pairs[i], weight, a[i][0]);
-                dequantize(words[i][2 * half + 1], pairs[i], weight, a[i][1]);
+                dequantize(codes[i], 2 * half, pairs[i], weight, a[i][0]);
+                dequantize(codes[i], 2 * half + 1, pairs[i], weight, a[i][1]);
             }
 #pragma unroll
             for (int part = 0; part < TOKEN_TILES; part++) {
@@ -188,7 +194,7 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
         u32 a[WARP_STRIPS][4];
 #pragma unroll
         for (int i = 0; i < WARP_STRIPS; i++) {
-            const uint4 numbers = *reinterpret_cast<const uint4*>(shared + at + 4 * own_at + i * TILE_BYTES);
+            const uint4 numbers = *reinterpret_cast<const uint4*>(shared + at + CODES_AT + 4 * own_at + i * TILE_BYTES);
             a[i][0] = numbers.x, a[i][1] = numbers.y, a[i][2] = numbers.z, a[i][3] = numbers.w;
         }
 #pragma unroll
@@ -203,16 +209,15 @@ __device__ __forceinline__ void gemm(const Weight& weight, const Product& produc
     wait_for_copies<0>();
     __syncthreads();
     float* const block_sums = reinterpret_cast<float*>(shared);
+    float* const own_sums = block_sums + 2 * t * SUMS_ROW + warp * WARP_STRIPS * STRIP + 2 * row;
 #pragma unroll
     for (int i = 0; i < WARP_STRIPS; i++) {
 #pragma unroll
         for (int part = 0; part < TOKEN_TILES; part++) {
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
-                const int token = 8 * part + 2 * t + c % 2;
-                const int feature = (warp * WARP_STRIPS + i) * STRIP + row + 8 * (c / 2);
-                block_sums[token * SUMS_ROW + feature] = sums[i][part][c];
-            }
+            for (int c = 0; c < 2; c++)
+                *reinterpret_cast<uint2*>(own_sums + (8 * part + c) * SUMS_ROW + i * STRIP) =
+                    make_uint2(__float_as_uint(sums[i][part][c]), __float_as_uint(sums[i][part][c + 2]));
         }
     }
     __syncthreads();

@@ -11,8 +11,8 @@
 //         warp        0        1        2      ...   and over again, outlier steps included
 //
 //     warp   a ring of STAGES tiles in shared memory, filled ahead. A lane fetches what itself will read (its 16 bytes
-//            of codes, its groups' scales and zero points), so no barrier is needed in the loop. Activations, which
-//            all blocks read and L2 holds, come one tile ahead, straight into registers.
+//            of codes, its groups' scales and zero points), so no barrier of the block is needed in the loop.
+//            Activations, which all blocks read and L2 holds, come one tile ahead, straight into registers.
 //
 // Tensor cores serve M = 1 as well: there the multiplications cost nothing beside what the dequantization costs, and
 // scalar products in float32 would take more instructions than the memory's speed leaves time for. W is the first
@@ -25,9 +25,10 @@
 // Tiles under way per warp: with 32 warps 48 KB per multiprocessor, where a latency of 700 ns at 4.3 TB/s over 132
 // multiprocessors asks for 23 KB.
 constexpr int STAGES = 4;
-constexpr int SCALES_AT = TILE_BYTES;            // a stage: codes, 4 bytes of scales per lane,
-constexpr int ZEROS_AT = SCALES_AT + 4 * LANES;  // and 4 bytes of zero points per lane
-constexpr int STAGE_BYTES = ZEROS_AT + 4 * LANES;
+constexpr int CODES_AT = TRELLIS ? ABOVE_BYTES : 0;  // a stage: what is above, codes,
+constexpr int SCALES_AT = CODES_AT + TILE_BYTES;     // 4 bytes of scales per lane,
+constexpr int ZEROS_AT = SCALES_AT + 4 * LANES;      // and 4 bytes of zero points per lane, which a trellis has not
+constexpr int STAGE_BYTES = TILE_BYTES + 8 * LANES;
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
 __device__ __forceinline__ int next_stage(int at) { return at == RING_BYTES - STAGE_BYTES ? 0 : at + STAGE_BYTES; }
@@ -55,7 +56,7 @@ __device__ __forceinline__ void gemv(const Weight& weight, const Product& produc
     const u32* const scales = kept(weight.scales + first_entry + row);
     const bool asymmetric = has_zeros(weight);
     const u8* const zeros = kept(weight.zeros + first_entry + (row & 4));
-    const int codes_at = kept(16 * lane), scales_at = kept(SCALES_AT + 4 * lane);
+    const int codes_at = kept(CODES_AT + 16 * lane), scales_at = kept(SCALES_AT + 4 * lane);
     const int zeros_at = ZEROS_AT - SCALES_AT, zero_at = kept(ZEROS_AT + 4 * lane + (row & 3));
 
     // The tile that is fetched next, with its codes and the first of this lane's input features.
@@ -63,10 +64,13 @@ __device__ __forceinline__ void gemv(const Weight& weight, const Product& produc
     int coming_k = kept(coming * TILE_K + 16 * t);
     const u8* codes_source =
         kept(weight.tiles + (static_cast<u64>(strip) * weight.tiles_k + coming) * TILE_BYTES + 16 * lane);
+    const int above = !TRELLIS || begins_segment(strip) ? 0 : kept(strip_above(weight));
     auto fetch = [&](u8* stage) {
         if (coming < end_of_tiles) {
             const u32 group = static_cast<u32>(coming_k) >> weight.group_shift;
             copy_async_16(stage + codes_at, codes_source, true);
+            if (TRELLIS && codes_at < CODES_AT + ABOVE_BYTES)
+                copy_async_16(stage + codes_at - ABOVE_BYTES, codes_source + above, above != 0);
             copy_async_4(stage + scales_at, scales + 8 * group, true);
             if (asymmetric) copy_async_4(stage + scales_at + zeros_at, zeros + 8 * group, true);
         } else if (coming < end) {
@@ -117,19 +121,19 @@ __device__ __forceinline__ void gemv(const Weight& weight, const Product& produc
     int at = 0, before = RING_BYTES - STAGE_BYTES;  // of this iteration's stage and of the one that is free
     for (; tile < end_of_tiles; tile += warps) {
         wait_for_copies<STAGES - 2>();
+        if (TRELLIS) __syncwarp();  // lanes read what others fetched
         const u8* const stage = ring + at;
-        const uint4 codes = *reinterpret_cast<const uint4*>(stage + codes_at);
+        const Codes codes = read_codes(stage + codes_at);
         const u32 scale_pair = *reinterpret_cast<const u32*>(stage + scales_at);
         u32 zero_pair = weight.symmetric_zero * 0x11;
         if (asymmetric) zero_pair = stage[zero_at];
         fetch(ring + before);
 
         const RowPair pair = row_pair(scale_pair, zero_pair);
-        const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
         for (int step = 0; step < 4; step++) {
             u32 a[4];
-            dequantize(words[step], pair, weight, a);
+            dequantize(codes, step, pair, weight, a);
 #pragma unroll
             for (int part = 0; part < TOKEN_TILES; part++)
                 multiply_accumulate(sums[part][step % 2], a, x[part][2 * step], x[part][2 * step + 1]);
@@ -165,7 +169,7 @@ __device__ __forceinline__ void gemv(const Weight& weight, const Product& produc
     for (int part = 0; part < TOKEN_TILES; part++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int token = 8 * part + 2 * t + i % 2, feature = row + 8 * (i / 2);
+            const int token = 8 * part + 2 * t + i % 2, feature = 2 * row + i / 2;
             own[token * STRIP + feature] = sums[part][0][i] + sums[part][1][i];
         }
     }

@@ -5,7 +5,7 @@
 //
 // Registers that hold two 16-bit numbers are `u32`, the lower half first. Which 16-bit format the numbers have is
 // decided for a whole compilation: COMPUTE_BF16 is 0 (IEEE half) or 1 (bfloat16). What codes stand for is, too: LEVELS is
-// 0 (steps from a zero point) or 1 (places in a table), see layout.cuh.
+// 0 (steps from a zero point), 1 (places in a table) or 2 (a trellis), see layout.cuh.
 #pragma once
 
 using u8 = unsigned char;

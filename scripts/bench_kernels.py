@@ -2,7 +2,7 @@
 
     python scripts/bench_kernels.py                                  the GPU if there is one, else the CPU
     python scripts/bench_kernels.py --device cpu --shape 576x576 --tokens 1 8 --json
-    python scripts/bench_kernels.py --encoding levels                codes that are places in a table
+    python scripts/bench_kernels.py --encoding levels                codes that are places in a table, or a trellis
 
 Every figure is a median over repeated passes through so many copies of the weight that none is still in the cache when
 it is read again. On a GPU a pass is one CUDA graph, so that launching costs nothing. The limits are measured in the
@@ -28,8 +28,10 @@ from torch.nn.functional import linear as dense_product
 from accullm_cli.kernels.layout import tile
 from accullm_cli.kernels.matmul import engine, hybrid_matmul, why_no_kernels
 from accullm_cli.kernels.packed import PACKED_DTYPES, pack_linear
-from accullm_cli.quant.encodings.levels import LEVELS
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.encodings import ENCODINGS
+from accullm_cli.quant.linear import QuantizedLinear, is_trellis
+from accullm_cli.quant.plan import LinearPlan
+from accullm_cli.quant.trellis import places_of_codes
 
 # Llama-7B: attention, gate and up, down; Llama-70B: gate and up.
 GPU_SHAPES = ("4096x4096", "11008x4096", "4096x11008", "28672x8192")
@@ -74,15 +76,17 @@ def random_linear(
 ) -> QuantizedLinear:
     """A linear of random codes; what they are does not change the time."""
     groups = -(-columns // GROUP_SIZE)
+    levels = ENCODINGS[encoding].levels(LinearPlan("", rows, columns, 4, GROUP_SIZE, True, encoding=encoding))
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device=device)
     return QuantizedLinear(
-        codes=torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device=device),
+        codes=places_of_codes(codes) if is_trellis(levels, 4) else codes,
         scales=torch.full((rows, groups), 0.01, dtype=torch.float16, device=device),
-        zeros=None if encoding == "levels" else torch.full((rows, groups), 8, dtype=torch.uint8, device=device),
+        zeros=None if levels else torch.full((rows, groups), 8, dtype=torch.uint8, device=device),
         outlier_index=torch.arange(outliers, dtype=torch.int32, device=device) * (columns // max(outliers, 1)),
         outlier_weight=torch.randn(rows, outliers, device=device).to(dtype),
         bits=4,
         group_size=GROUP_SIZE,
-        levels=LEVELS[4] if encoding == "levels" else None,
+        levels=levels,
     )
 
 
@@ -223,7 +227,7 @@ def bench_shape(
         if device.type == "cpu":
             calls = [partial(dense_product, x.float(), weight.float()) for weight in dense_weights]
             found.append(row("torch float32", seconds_per_call(calls, device, repeats), 4 * rows * columns))
-        if encoding == "levels" or (device.type == "cpu" and count > INT4_TOKENS_ON_CPU):
+        if encoding != "integer" or (device.type == "cpu" and count > INT4_TOKENS_ON_CPU):
             continue  # torch has no such product
         for other in PACKED_DTYPES if device.type == "cpu" else (torch.bfloat16,):
             name = f"torch int4, {name_of(other)}"
@@ -300,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", action="append", help="NxK; repeatable")
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU")
-    parser.add_argument("--encoding", choices=["integer", "levels"], default="integer")
+    parser.add_argument("--encoding", choices=["integer", "levels", "trellis"], default="integer")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args(arguments)

@@ -53,6 +53,7 @@ def steps(architecture: int, sanitizer: str | None, folder: Path) -> list[Step]:
         Step("bench", (python, "scripts/bench_kernels.py")),
         Step("bench_bfloat16", (python, "scripts/bench_kernels.py", "--dtype", "bfloat16")),
         Step("bench_levels", (python, "scripts/bench_kernels.py", "--encoding", "levels")),
+        Step("bench_trellis", (python, "scripts/bench_kernels.py", "--encoding", "trellis")),
     ]
     if (ROOT / DEMO / "config.json").exists():
         out = ("--out", str(folder / "demo"), "--run", str(folder / "demo.run"))

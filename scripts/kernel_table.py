@@ -24,11 +24,11 @@ BUILDS = (
         (
             source,
             (f"COMPUTE_BF16={bfloat}", f"LEVELS={levels}"),
-            ("fp16", "bf16")[bfloat] + (", levels" if levels else ""),
+            ("fp16", "bf16")[bfloat] + ("", ", levels", ", trellis")[levels],
         )
         for source in ("hybrid_gemv.cu", "hybrid_gemm.cu", "dequantize.cu")
         for bfloat in (0, 1)
-        for levels in (0, 1)
+        for levels in (0, 1, 2)
     ),
     ("feedback_round.cu", ("REAL=float",), "fp32"),
     ("feedback_round.cu", ("REAL=double",), "fp64"),

@@ -256,14 +256,14 @@ def _self_test() -> Check:
 
 
 def int4_self_test() -> tuple[float, float]:
-    """Convert one small linear as a conversion would, in levels and in integer codes, and multiply by it.
+    """Convert one small linear as a conversion would, in each encoding of the native format, and multiply by it.
 
     The matrix has a last short group and two outlier features, and its inputs are correlated, so that error feedback
     has something to gain.
 
     Returns:
         The largest |float32 product - float64 product with the weight read from the packed bytes by hand|, relative
-        to the largest product, of both engines of the CPU and both encodings; and the squared output error with error
+        to the largest product, of both engines of the CPU and all encodings; and the squared output error with error
         feedback over that of nearest rounding, where that is larger.
     """
     import torch
@@ -278,8 +278,8 @@ def int4_self_test() -> tuple[float, float]:
     weight = torch.randn(24, 96, generator=generator)
     rows = torch.randn(256, 96, generator=generator) @ torch.randn(96, 96, generator=generator) / 96**0.5
     errors, gains = [], []
-    for encoding in ("levels", "integer"):
-        plan = LinearPlan("self-test", 24, 96, 4, 64, encoding == "levels", outlier_index=(5, 70), encoding=encoding)
+    for encoding in ("trellis", "levels", "integer"):
+        plan = LinearPlan("self-test", 24, 96, 4, 64, encoding != "integer", outlier_index=(5, 70), encoding=encoding)
 
         def made(method: Literal["nearest", "feedback"], plan: LinearPlan = plan) -> tuple[QuantizedLinear, float]:
             hessian = rows.T @ rows / len(rows)
@@ -308,18 +308,24 @@ def decode_by_hand(
 
     scales, outliers = stored["scales"].double().tolist(), stored["outlier_index"].tolist()
     weight = []
+    above = before = [0] * in_features  # the lowest bits of the codes above, where these are a trellis
     for row, packed in enumerate(stored["qweight"].tolist()):
+        lowest = []
         values = []
         for k in range(in_features):
             group = k // group_size
             code = packed[k // 2] >> 4 * (k % 2) & 15
             if levels is None:
                 point = code - (int(stored["qzeros"][row, group // 2]) >> 4 * (group % 2) & 15)
-            else:
+            elif len(levels) == 16:
                 point = levels[code]
+            else:
+                point = levels[2 * (code ^ before[k]) + above[k]]
+            lowest.append(code & 1)
             values.append(point * scales[row][group])
         for column, value in zip(outliers, stored["outlier_weight"][row].tolist(), strict=True):
             values[column] += value  # an outlier's own code stands for 0
+        above, before = lowest, above
         weight.append(values)
     return torch.tensor(weight, dtype=torch.float64)
 

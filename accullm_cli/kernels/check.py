@@ -10,11 +10,12 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.compile import compile_kernels
-from accullm_cli.kernels.launch import GEMV_TOKENS, defines
+from accullm_cli.kernels.launch import CODES, GEMV_TOKENS, defines
 from accullm_cli.kernels.layout import tile
 from accullm_cli.kernels.matmul import FUSED_TOKENS, engine, hybrid_matmul
-from accullm_cli.quant.encodings.levels import LEVELS
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.encodings import ENCODINGS
+from accullm_cli.quant.linear import QuantizedLinear, zero_place
+from accullm_cli.quant.plan import LinearPlan
 
 SOURCES = ("hybrid_gemv.cu", "hybrid_gemm.cu", "dequantize.cu")
 ROUNDING_SOURCES = ("feedback_round.cu", "descend.cu", "trellis.cu")
@@ -29,7 +30,7 @@ def compile_all(architecture: int) -> int:
         AccullmError: CuPy or NVRTC is missing, or something does not compile.
     """
     dtypes = (torch.float16, torch.bfloat16) if architecture >= 80 else (torch.float16,)  # tensor cores before know one
-    builds = [(source, defines(*what)) for source in SOURCES for what in product(dtypes, (False, True))]
+    builds = [(source, defines(*what)) for source in SOURCES for what in product(dtypes, CODES)]
     builds += [(source, ("REAL=float",)) for source in ROUNDING_SOURCES]
     for source, define in builds:
         compile_kernels(source, define, architecture)
@@ -73,14 +74,19 @@ def largest_disagreement(device: torch.device) -> str | None:
 
 
 def _linears(draw: torch.Generator) -> Iterator[tuple[str, QuantizedLinear, torch.Tensor, float]]:
-    """Two linears, of steps and of levels, with their weights in float64.
+    """Three linears, of steps, of levels and of a trellis, with their weights in float64.
 
     And the share of activations that may be other than 0, so that sums stay below 2048, up to which float16 holds every
     whole number.
     """
-    rows, columns, size, outliers = 200, 456, 128, 5  # no multiples of the tiles, a last short group
+    columns, size, outliers = 456, 128, 5  # no multiples of the tiles, a last short group
     group = torch.arange(columns) // size
-    for levels in (None, LEVELS[4]):
+    for encoding, rows, what in (
+        ("integer", 200, ""),
+        ("levels", 200, " of levels"),
+        ("trellis", 266, " of a trellis"),
+    ):
+        levels = ENCODINGS[encoding].levels(LinearPlan("", rows, columns, 4, size, True, encoding=encoding))
         zeros = torch.randint(0, 16, (rows, 4), generator=draw, dtype=torch.uint8)
         codes = torch.randint(0, 16, (rows, columns), generator=draw, dtype=torch.uint8)
         index = torch.randperm(columns, generator=draw)[:outliers].sort().values
@@ -91,7 +97,9 @@ def _linears(draw: torch.Generator) -> Iterator[tuple[str, QuantizedLinear, torc
             weight = codes.double() - zeros[:, group].double()
         else:
             scales = (torch.randint(0, 2, (rows, 4), generator=draw) * 2 - 1).half()
-            codes[:, index] = levels.index(0)
+            if encoding == "trellis":
+                codes = _places(codes)
+            codes[:, index] = zero_place(levels)
             weight = torch.tensor(levels).double()[codes.int()] * scales[:, group].double()
         weight[:, index] = outlier_weight.double()
         linear = QuantizedLinear(
@@ -104,4 +112,15 @@ def _linears(draw: torch.Generator) -> Iterator[tuple[str, QuantizedLinear, torc
             group_size=size,
             levels=levels,
         )
-        yield ("", linear, weight, 0.2) if levels is None else (" of levels", linear, weight, 0.05)
+        yield what, linear, weight, 0.2 if levels is None else 0.05
+
+
+def _places(codes: torch.Tensor) -> torch.Tensor:
+    """What codes of a trellis stand for, row after row; after 256 rows the next chain begins."""
+    found = 2 * codes
+    for n in range(1, len(codes)):
+        if n % 256 > 0:
+            found[n] |= codes[n - 1] & 1
+        if n % 256 > 1:
+            found[n] ^= 2 * (codes[n - 2] & 1)
+    return found

@@ -14,6 +14,8 @@ import torch
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.layout import STEP_K, STRIP, TiledLinear, magnitudes
 
+# What codes are, as cuda/ptx.cuh counts: steps from a zero point, places in a table, a trellis.
+CODES = (0, 1, 2)
 WARP = 32
 # Up to here tokens fit beside a strip's weights in one warp's registers.
 GEMV_TOKENS = 16
@@ -77,6 +79,7 @@ class WeightStruct(ctypes.Structure):
         ("zeros", ctypes.c_void_p),
         ("outlier_tiles", ctypes.c_void_p),
         ("outlier_index", ctypes.c_void_p),
+        ("levels", ctypes.c_uint8 * 16),
         ("out_features", ctypes.c_int),
         ("in_features", ctypes.c_int),
         ("tiles_k", ctypes.c_int),
@@ -84,7 +87,6 @@ class WeightStruct(ctypes.Structure):
         ("group_shift", ctypes.c_int),
         ("symmetric_zero", ctypes.c_int),
         ("outlier_steps", ctypes.c_int),
-        ("levels", ctypes.c_uint8 * 16),
     )
 
 
@@ -206,6 +208,7 @@ def weight_struct(tiled: TiledLinear) -> WeightStruct:
         None if tiled.zeros is None else tiled.zeros.data_ptr(),
         tiled.outlier_tiles.data_ptr(),
         tiled.outlier_index.data_ptr(),
+        (ctypes.c_uint8 * 16)(*(() if tiled.levels is None else magnitudes(tiled.levels, tiled.bits))),
         tiled.out_features,
         tiled.in_features,
         tiled.tiles.shape[1],
@@ -213,15 +216,14 @@ def weight_struct(tiled: TiledLinear) -> WeightStruct:
         tiled.group_shift,
         2 ** (tiled.bits - 1),
         tiled.outlier_tiles.shape[1],
-        (ctypes.c_uint8 * 16)(*(() if tiled.levels is None else magnitudes(tiled.levels))),
     )
 
 
 def defines_of(tiled: TiledLinear) -> tuple[str, ...]:
     """What makes a kernel's source multiply by such a linear."""
-    return defines(tiled.dtype, tiled.levels is not None)
+    return defines(tiled.dtype, (tiled.levels is not None) + tiled.is_trellis)
 
 
-def defines(dtype: torch.dtype, levels: bool) -> tuple[str, ...]:
-    """What makes a kernel's source compute in `dtype`, with codes that are places in a table or steps."""
-    return (f"COMPUTE_BF16={int(dtype == torch.bfloat16)}", f"LEVELS={int(levels)}")
+def defines(dtype: torch.dtype, levels: int) -> tuple[str, ...]:
+    """What makes a kernel's source compute in `dtype`; levels: one of `CODES`."""
+    return (f"COMPUTE_BF16={int(dtype == torch.bfloat16)}", f"LEVELS={levels}")

@@ -10,7 +10,8 @@ A weight is (code - zero) * scale, or level * scale: of at most 18 significant b
 activations it is rounded to bfloat16 by its bits, as IEEE 754 rounds to the nearest, ties to even. Sums are float32, in
 an order that the compiler chooses for the CPU, and y is rounded once.
 
-Levels are looked up first, a row of them (`kernels.lookup`), a byte each, which the nearest cache holds.
+Levels are looked up first, a row of them (`kernels.lookup`), a byte each, which the nearest cache holds. Those of a
+trellis hang on the codes of the two rows above as well, which are read where they are stored.
 
 One token has a loop of its own. More go through in fours, the last four filled up with zeros: these share the work on
 the codes, and take twice as long as one (1.4 and 2.7 ms for a weight [4096, 4096] in groups of 64, one thread).
@@ -29,10 +30,11 @@ import torch
 from torch.autograd import forward_ad
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.kernels.lookup import OCTETS, look_up
+from accullm_cli.kernels.lookup import OCTETS, look_up, look_up_trellis
 from accullm_cli.quant.compiled import SUMS_IN_ANY_ORDER, compiled
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.linear import QuantizedLinear, is_trellis
 from accullm_cli.quant.packing import unpack
+from accullm_cli.quant.trellis import SEGMENT, places_of_codes
 
 PACKED_BITS = 4
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
@@ -57,7 +59,7 @@ class PackedLinear:
     dtype: torch.dtype  # what activations must be
     in_features: int
     group_size: int  # -1: one group per row
-    levels: tuple[int, ...] | None = None  # that table, 16 numbers
+    levels: tuple[int, ...] | None = None  # that table, 16 numbers; 32 of a trellis
 
     @property
     def stored_bytes(self) -> int:
@@ -67,8 +69,9 @@ class PackedLinear:
 
     def unpacked(self) -> QuantizedLinear:
         """The linear, its outlier weights rounded to the compute dtype."""
+        codes = unpack(self.codes, PACKED_BITS, self.in_features)
         return QuantizedLinear(
-            codes=unpack(self.codes, PACKED_BITS, self.in_features),
+            codes=places_of_codes(codes) if is_trellis(self.levels, PACKED_BITS) else codes,
             scales=self.scales.half(),  # they come from there
             zeros=self.zeros,
             outlier_index=self.outlier_index,
@@ -164,13 +167,16 @@ def packed_product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | N
     kernels, origin = (_one_token, _four_tokens), packed.zeros
     if origin is None:
         kernels, origin = (_one_token_of_levels, _four_tokens_of_levels), torch.tensor(packed.levels, dtype=torch.int8)
+        if is_trellis(packed.levels, PACKED_BITS):
+            origin = origin.view(-1, 2).T.flatten()  # those at even places first
     arrays = [tensor.numpy() for tensor in (packed.codes, packed.scales, origin, even, odd, y)]
     kernel = kernels[0 if padded == 1 else 1]
     rounds = packed.dtype == torch.bfloat16
 
     def work(first: int, last: int) -> None:
-        room = [] if packed.levels is None else [np.empty((2, packed.codes.shape[1]), np.int8)]
-        kernel(*arrays, *room, half, rounds, first, last)
+        octets = packed.codes.shape[1]
+        room = [np.empty((2, octets), np.int8), np.zeros(octets, np.uint8), SEGMENT]
+        kernel(*arrays, *([] if packed.levels is None else room), half, rounds, first, last)
 
     _in_threads(work, features, packed.codes.numel() * padded)
     y = y[:tokens]
@@ -197,7 +203,7 @@ def _in_threads(work: Callable[[int, int], None], rows: int, multiplications: in
 
 # -- machine code ----------------------------------------------------------------------------------------------------
 
-_LOW_NIBBLE, _HIGH_NIBBLE = np.uint8(15), np.uint8(4)
+_LOW_NIBBLE, _HIGH_NIBBLE, _LOWEST_BITS = np.uint8(15), np.uint8(4), np.uint8(0x11)
 # bfloat16 is the upper half of float32. Half a unit, less one where the last bit is even, carries what is above it.
 _HALF_BITS, _ONE, _BELOW_HALF, _UPPER = np.uint32(16), np.uint32(1), np.uint32(0x7FFF), np.uint32(0xFFFF0000)
 
@@ -268,13 +274,25 @@ def _four_tokens(codes, scales, zeros, even, odd, y, half, to_bfloat16, first, l
 
 
 @fast
-def _look_up_row(row, table, low, high):  # type: ignore[no-untyped-def]
+def _look_up_row(codes, n, nothing, segment, table, low, high):  # type: ignore[no-untyped-def]
+    row = codes[n]
     whole = row.shape[0] // OCTETS
+    if table.shape[0] == 16:
+        for part in range(whole):
+            look_up(row, _INDEX(part * OCTETS), table, low, high)
+        for j in range(whole * OCTETS, row.shape[0]):
+            low[j] = table[row[j] & _LOW_NIBBLE]
+            high[j] = table[row[j] >> _HIGH_NIBBLE]
+        return
+    above = codes[n - 1] if n % segment > 0 else nothing
+    before = codes[n - 2] if n % segment > 1 else nothing
     for part in range(whole):
-        look_up(row, _INDEX(part * OCTETS), table, low, high)
+        look_up_trellis(row, above, before, _INDEX(part * OCTETS), table, low, high)
     for j in range(whole * OCTETS, row.shape[0]):
-        low[j] = table[row[j] & _LOW_NIBBLE]
-        high[j] = table[row[j] >> _HIGH_NIBBLE]
+        places = row[j] ^ (before[j] & _LOWEST_BITS)
+        odd = above[j] & _LOWEST_BITS
+        low[j] = table[(odd & _LOW_NIBBLE) << _HIGH_NIBBLE | places & _LOW_NIBBLE]
+        high[j] = table[odd & ~_LOW_NIBBLE | places >> _HIGH_NIBBLE]
 
 
 @inlined
@@ -287,12 +305,16 @@ def _levels_by_one(low, high, scale, to_bfloat16, even, odd):  # type: ignore[no
 
 
 @fast
-def _one_token_of_levels(codes, scales, table, even, odd, y, room, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
-    """As `_one_token`; table: int8 [16], what the codes stand for. room: int8 [2, octets], for the levels of a row."""
+def _one_token_of_levels(codes, scales, table, even, odd, y, room, nothing, segment, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
+    """As `_one_token`.
+
+    table: int8 [16], what the codes stand for; of a trellis [32], the levels at even places and then those at odd ones.
+    room: int8 [2, octets], for the levels of a row. nothing: uint8 [octets], the zeros above a chain. segment: its rows.
+    """
     octets = codes.shape[1]
     low, high = room[0], room[1]
     for n in range(first, last):
-        _look_up_row(codes[n], table, low, high)
+        _look_up_row(codes, n, nothing, segment, table, low, high)
         total = np.float32(0)
         for g in range(scales.shape[1]):
             start, stop = g * half, min(g * half + half, octets)
@@ -302,12 +324,12 @@ def _one_token_of_levels(codes, scales, table, even, odd, y, room, half, to_bflo
 
 
 @fast
-def _four_tokens_of_levels(codes, scales, table, even, odd, y, room, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
+def _four_tokens_of_levels(codes, scales, table, even, odd, y, room, nothing, segment, half, to_bfloat16, first, last):  # type: ignore[no-untyped-def]
     """As `_four_tokens`, and the levels of a row are looked up once for all tokens."""
     octets = codes.shape[1]
     low_levels, high_levels = room[0], room[1]
     for n in range(first, last):
-        _look_up_row(codes[n], table, low_levels, high_levels)
+        _look_up_row(codes, n, nothing, segment, table, low_levels, high_levels)
         for quad in range(y.shape[0] // 4):
             a = _INDEX(4 * quad)
             b, c, d = a + _INDEX(1), a + _INDEX(2), a + _INDEX(3)

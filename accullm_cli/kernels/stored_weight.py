@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from accullm_cli.kernels.check import require_agreement
 from accullm_cli.kernels.layout import TiledLinear, tile, untile, why_not_tiled
 from accullm_cli.kernels.matmul import Operand, why_no_kernels
 from accullm_cli.kernels.packed import PackedLinear, is_worth_packing, pack_linear, why_not_packed
-from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.linear import QuantizedLinear, is_trellis
 
 FLOAT_BUFFERS = ("scales", "scale_table", "outlier_weight")
 # What tiles hold, too, so that a GPU's memory need not hold it twice.
@@ -47,6 +48,9 @@ class StoredWeight(nn.Module):
 
     def quantized(self, rows: torch.Tensor | None = None) -> QuantizedLinear:
         """The codes, unpacked; of these rows alone, int64 [R] (of a weight without outliers)."""
+        if rows is not None and is_trellis(self.levels, self.bits):  # what codes stand for hangs on the rows above them
+            whole = self.quantized()
+            return replace(whole, codes=whole.codes[rows], scales=whole.scales[rows])
         scheme = self.in_features, self.bits, self.group_size, self.levels
         return QuantizedLinear.from_tensors(self._stored(rows), *scheme)
 

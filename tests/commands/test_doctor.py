@@ -163,6 +163,19 @@ def test_decoding_by_hand_reads_low_nibbles_first() -> None:
     assert decode_by_hand(stored, 4, 3).tolist() == [[(1 - 9) * 0.5, 7.25, (3 - 9) * 0.5, (4 - 8) * 2.0]]
 
 
+def test_a_trellis_decoded_by_hand_follows_the_codes_above() -> None:
+    stored = {
+        "qweight": torch.tensor([[0x31], [0x0F], [0x40]], dtype=torch.uint8),
+        "scales": torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float16),
+        "outlier_index": torch.tensor([], dtype=torch.int32),
+        "outlier_weight": torch.zeros(3, 0, dtype=torch.bfloat16),
+    }
+    levels = tuple(range(100, 132))
+    # Codes 1, 15, 0 have places 2, 31, 2 (0 ^ 1) + 1; codes 3, 0, 4 have places 6, 1, 2 (4 ^ 1) + 0.
+    wanted = [[102 * 0.5, 106 * 0.5], [131.0, 101.0], [103 * 2.0, 110 * 2.0]]
+    assert decode_by_hand(stored, 2, 2, levels).tolist() == wanted
+
+
 def test_the_self_test_agrees_and_says_how_well() -> None:
     check = found("self-test")
     assert (check.ok, check.required) == (True, True)

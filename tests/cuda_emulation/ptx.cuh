@@ -159,7 +159,7 @@ static inline u32 fma_bfloat2(u32 a, u32 b, u32 c) {
 // -- tensor cores --------------------------------------------------------------------------------------------------
 
 namespace emulation {
-enum Kind { MULTIPLY_ACCUMULATE = 1, SHUFFLE = 2 };
+enum Kind { MULTIPLY_ACCUMULATE = 1, SHUFFLE = 2, BARRIER = 3 };
 
 static void multiply_accumulate_warp(Thread* warp) {
     double a[16][16], b[16][8];
@@ -209,6 +209,8 @@ static inline void multiply_accumulate(float (&c)[4], const u32 (&a)[4], u32 b0,
     emulation::meet(emulation::MULTIPLY_ACCUMULATE, true);
     for (int i = 0; i < 4; i++) c[i] = __uint_as_float(self.results[i]);
 }
+
+static inline void __syncwarp() { emulation::meet(emulation::BARRIER, true); }
 
 template <class Number>
 static inline Number __shfl_sync(u32 mask, Number value, int source) {

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from accullm_cli.quant.encodings.levels import LEVELS
+from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.linear import QuantizedLinear
+from accullm_cli.quant.plan import LinearPlan
+
+ENCODED = ("integer", "levels", "trellis")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,24 @@ class Shape:
     symmetric: bool = False
     outliers: int = 0
     bits: int = 4
-    levels: bool = False  # with scales of either sign and no zero points
+    encoding: str = "integer"  # one of ENCODED; the others with scales of either sign and no zero points
+
+
+def table_of(encoding: str, bits: int) -> tuple[int, ...] | None:
+    """The levels of an encoding."""
+    return ENCODINGS[encoding].levels(LinearPlan("", 1, 1, bits, 64, True, encoding=encoding))
+
+
+def chain(codes: torch.Tensor) -> torch.Tensor:
+    """The places that codes of a trellis stand for, uint8 [N, K], row after row by the formula of docs/format.md."""
+    places = []
+    above, before = torch.zeros_like(codes[0]), torch.zeros_like(codes[0])
+    for n, own in enumerate(codes):
+        if n % 256 == 0:
+            above, before = torch.zeros_like(own), torch.zeros_like(own)
+        places.append(2 * (own ^ before) + above)
+        above, before = own & 1, above
+    return torch.stack(places)
 
 
 def random_linear(shape: Shape, dtype: torch.dtype, seed: int, exact: bool = False) -> QuantizedLinear:
@@ -32,10 +52,11 @@ def random_linear(shape: Shape, dtype: torch.dtype, seed: int, exact: bool = Fal
     most = 2**shape.bits
     codes = torch.randint(0, most, (rows, columns), generator=draw, dtype=torch.uint8)
     zeros = torch.randint(0, most, (rows, groups), generator=draw, dtype=torch.uint8)
-    levels = LEVELS[shape.bits] if shape.levels else None
-    if levels is not None:
+    levels = table_of(shape.encoding, shape.bits)
+    if shape.encoding == "levels":
+        assert levels is not None
         zeros.fill_(levels.index(0))
-    elif shape.symmetric:
+    elif shape.symmetric or levels is not None:
         zeros.fill_(most // 2)
     if exact:
         scales = 2.0 ** torch.randint(-2, 2, (rows, groups), generator=draw)
@@ -48,9 +69,9 @@ def random_linear(shape: Shape, dtype: torch.dtype, seed: int, exact: bool = Fal
     index = torch.randperm(columns, generator=draw)[: shape.outliers].sort().values
     codes[:, index] = zeros[:, index // size]
     return QuantizedLinear(
-        codes=codes,
+        codes=chain(codes) if shape.encoding == "trellis" else codes,
         scales=scales.to(torch.float16),
-        zeros=None if shape.symmetric or shape.levels else zeros,
+        zeros=None if shape.symmetric or levels is not None else zeros,
         outlier_index=index.to(torch.int32),
         outlier_weight=outlier_weight.to(dtype),
         bits=shape.bits,

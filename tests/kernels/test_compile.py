@@ -57,9 +57,16 @@ THREADS = {
 }
 # What the main loop of M <= 8 may take per weight, outlier branch included. An H200 leaves 4.15 at the speed of its
 # memory; the branch, which an iteration does not run, is a tenth of the loop.
-MOST_PER_WEIGHT = {"fp16": 5.0, "bf16": 6.0, "fp16, levels": 5.2, "bf16, levels": 6.3}
-# Where the products of one kind are compiled, and those of the other not.
-STEPS_ALONE, LEVELS_ALONE = (80, 86), (89, 100)
+MOST_PER_WEIGHT = {
+    "fp16": 5.0,
+    "bf16": 6.0,
+    "fp16, levels": 5.2,
+    "bf16, levels": 6.3,
+    "fp16, trellis": 6.7,
+    "bf16, trellis": 8.3,
+}
+# Where the products of one kind are compiled, whose labels end so, and those of the others not.
+ALONE = {80: "16", 86: "trellis", 89: "levels", 100: "levels"}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +94,10 @@ def check_product(name: str, code: KernelCode, label: str, architecture: int) ->
         assert code.count(r"LDG\.E.*\.128", code.loop) > 0
     if name == "hybrid_gemv_8":
         assert table.instructions_per_weight(name, code, architecture) <= MOST_PER_WEIGHT[label]
-    if label.endswith("levels"):
+    if label.endswith("trellis"):
+        # Every half of a word takes three look-ups, and two (bfloat16: four) in place of it.
+        assert code.count(r"PRMT", code.loop) >= (56 if label.startswith("bf16") else 40)
+    elif label.endswith("levels"):
         # Every word takes four look-ups, and two (bfloat16: four) in place of each half's: 32 weights, 32 (48).
         assert code.count(r"PRMT", code.loop) >= (48 if label.startswith("bf16") else 32)
     else:
@@ -103,8 +113,8 @@ def test_every_kernel_compiles_without_spills(source: str, architecture: int) ->
     assert builds
     if not source.startswith("hybrid"):
         builds = builds[:1] if architecture != 90 else builds  # the second formats differ in little
-    elif architecture in STEPS_ALONE + LEVELS_ALONE:
-        builds = [build for build in builds if build[2].endswith("levels") == (architecture in LEVELS_ALONE)]
+    elif architecture in ALONE:
+        builds = [build for build in builds if build[2].endswith(ALONE[architecture])]
     for _, defines, label in builds:
         kernels = read_machine_code(compile_kernels(source, defines, architecture))
         assert kernels

@@ -19,7 +19,7 @@ from accullm_cli.kernels.rounding_check import checked_loops, loops_of, rounding
 from accullm_cli.quant.loops import COMPILED, Descent, Tile
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
-from tests.kernels.linears import Shape, exact_weight, random_linear
+from tests.kernels.linears import ENCODED, Shape, exact_weight, random_linear
 from tests.kernels.test_launch import UNIT
 from tests.kernels.test_rounding import random_descent, random_tile
 from tests.quant.references import correlated_problem
@@ -75,8 +75,11 @@ def test_the_check_of_doctor_passes() -> None:
         Shape(130, 576, 128, False, 6),
         Shape(70, 700, -1, False, 20),
         Shape(17, 64, 16, True, 0, bits=2),
-        Shape(130, 576, 64, outliers=6, levels=True),
-        Shape(40, 333, 32, bits=3, levels=True),
+        Shape(130, 576, 64, outliers=6, encoding="levels"),
+        Shape(40, 333, 32, bits=3, encoding="levels"),
+        Shape(530, 576, 64, outliers=6, encoding="trellis"),
+        Shape(300, 333, 32, bits=3, encoding="trellis"),
+        Shape(1, 40, 16, bits=2, encoding="trellis"),
     ],
 )
 def test_odd_shapes_exactly(shape: Shape, tokens: int, dtype: torch.dtype) -> None:
@@ -87,11 +90,11 @@ def test_odd_shapes_exactly(shape: Shape, tokens: int, dtype: torch.dtype) -> No
     assert torch.equal(found, (x.double() @ exact_weight(linear, dtype).T + bias.double()).to(dtype))
 
 
-@pytest.mark.parametrize("levels", [False, True])
+@pytest.mark.parametrize("encoding", ENCODED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "columns"), LAYERS)
-def test_every_layer_of_known_models(rows: int, columns: int, dtype: torch.dtype, levels: bool) -> None:
-    shape = Shape(rows, columns, 128, False, columns // 200, levels=levels)
+def test_every_layer_of_known_models(rows: int, columns: int, dtype: torch.dtype, encoding: str) -> None:
+    shape = Shape(rows, columns, 128, False, columns // 200, encoding=encoding)
     linear = random_linear(shape, dtype, seed=rows)
     weight = exact_weight(linear, dtype).to(GPU)
     tiled = on_gpu(tile(linear, dtype))
@@ -104,10 +107,10 @@ def test_every_layer_of_known_models(rows: int, columns: int, dtype: torch.dtype
         assert all(torch.equal(found, other) for other in again), f"{tokens} tokens: runs differ"
 
 
-@pytest.mark.parametrize("levels", [False, True])
+@pytest.mark.parametrize("encoding", ENCODED)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dequantizing_exactly(dtype: torch.dtype, levels: bool) -> None:
-    linear = random_linear(Shape(1000, 2100, 64, False, 30, levels=levels), dtype, seed=1)
+def test_dequantizing_exactly(dtype: torch.dtype, encoding: str) -> None:
+    linear = random_linear(Shape(1000, 2100, 64, False, 30, encoding=encoding), dtype, seed=1)
     tiled = on_gpu(tile(linear, dtype))
     weight = torch.full((1000, 2100), torch.nan, dtype=dtype, device=GPU)
     launch(dequantize_launch(tiled, weight, describe(0)), GPU)

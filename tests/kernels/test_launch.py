@@ -12,7 +12,7 @@ from accullm_cli.kernels.launch import Device, ProductPlan, dequantize_launch, p
 from accullm_cli.kernels.layout import TiledLinear, tile
 from accullm_cli.kernels.matmul import aligned_rows
 from tests.cuda_emulation import BACKWARDS, FORWARDS, SHUFFLED, guarded, needs_compiler, poisoned, run
-from tests.kernels.linears import Shape, exact_weight, random_linear
+from tests.kernels.linears import ENCODED, Shape, chain, exact_weight, random_linear
 
 LARGE = 227 * 1024  # shared memory of a block on compute capability 9.0
 MEDIUM = 99 * 1024  # on 8.6, 8.9 and 12.0
@@ -33,7 +33,7 @@ def shapes(rows: int, columns: int) -> st.SearchStrategy[Shape]:
         symmetric=st.booleans(),
         outliers=st.sampled_from([0, 1, 5, 16, 17, 40]),
         bits=st.sampled_from([2, 4, 4]),
-        levels=st.booleans(),
+        encoding=st.sampled_from(ENCODED),
     )
 
 
@@ -97,6 +97,10 @@ fewer = settings(few, max_examples=20)
 @given(shapes(70, 700), st.integers(1, 16), dtypes, devices, orders, st.integers(0, 999))
 @example(Shape(40, 520, 128, False, 16), 1, torch.float16, Device(4, LARGE), BACKWARDS, 0)
 @example(Shape(40, 520, 128, False, 16), 9, torch.float16, Device(4, LARGE), FORWARDS, 1)
+@example(Shape(300, 129, 64, outliers=3, encoding="trellis"), 1, torch.float16, Device(4, LARGE), SHUFFLED, 2)
+@example(Shape(300, 129, 64, outliers=3, encoding="trellis"), 9, torch.bfloat16, Device(4, SMALL), BACKWARDS, 3)
+@example(Shape(1, 40, 16, encoding="trellis"), 2, torch.float16, Device(4, LARGE), SHUFFLED, 4)
+@example(Shape(2, 40, -1, encoding="trellis"), 2, torch.bfloat16, Device(4, LARGE), BACKWARDS, 5)
 def test_few_tokens_exactly(
     shape: Shape, tokens: int, dtype: torch.dtype, device: Device, order: int, seed: int
 ) -> None:
@@ -117,6 +121,9 @@ def test_few_tokens_within_rounding(
 @given(shapes(300, 400), st.integers(17, 150), dtypes, devices, orders, st.integers(0, 999))
 @example(Shape(130, 400, 64, False, 100), 33, torch.bfloat16, Device(4, LARGE), BACKWARDS, 0)
 @example(Shape(16, 330, 32, False, 170), 129, torch.float16, Device(4, LARGE), BACKWARDS, 1)
+@example(Shape(300, 129, 64, outliers=3, encoding="trellis"), 33, torch.float16, Device(4, LARGE), SHUFFLED, 2)
+@example(Shape(530, 70, 32, outliers=3, encoding="trellis"), 129, torch.bfloat16, Device(4, LARGE), BACKWARDS, 3)
+@example(Shape(1, 40, 16, encoding="trellis"), 17, torch.float16, Device(4, LARGE), BACKWARDS, 4)
 def test_many_tokens_exactly(
     shape: Shape, tokens: int, dtype: torch.dtype, device: Device, order: int, seed: int
 ) -> None:
@@ -148,14 +155,17 @@ def test_parts_of_k_are_summed_in_their_order_whoever_comes_last(tokens: int, dt
 
 
 @needs_compiler
-@pytest.mark.parametrize("levels", [False, True])
+@pytest.mark.parametrize("encoding", ENCODED)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_code_zero_point_and_scale_becomes_the_weight_of_the_format(dtype: torch.dtype, levels: bool) -> None:
+def test_every_code_zero_point_and_scale_becomes_the_weight_of_the_format(dtype: torch.dtype, encoding: str) -> None:
     """16 codes under 16 zero points, or as levels, with scales of every kind of mantissa; one-hot activations."""
     scales = torch.tensor([1.0, 1.0 + 2.0**-10, 2.0 - 2.0**-10, 2.0**-24, 1023 * 2.0**-24, 6.1e-5, 0.0371, 4000.0])
-    shape = Shape(128, 256, 16, levels=levels)
+    shape = Shape(128, 256, 16, encoding=encoding)
     linear = random_linear(shape, dtype, seed=0)
-    linear.codes.copy_(torch.arange(16).repeat(16))
+    codes = torch.arange(16, dtype=torch.uint8).repeat(128, 16)
+    linear.codes.copy_(codes)
+    if encoding == "trellis":  # after every pair of codes, in some column or other
+        linear.codes.copy_(chain(codes + torch.arange(128, dtype=torch.uint8)[:, None] * torch.arange(256) // 16 & 15))
     linear.scales.copy_(scales.repeat_interleave(16)[:, None])
     if linear.zeros is None:
         linear.scales[::2] *= -1
@@ -183,6 +193,7 @@ def test_every_code_zero_point_and_scale_becomes_the_weight_of_the_format(dtype:
     st.sampled_from([FORWARDS, SHUFFLED]),
     st.integers(0, 999),
 )
+@example(Shape(530, 129, 64, outliers=3, encoding="trellis"), torch.float16, 4, FORWARDS, 2)
 def test_dequantizing_gives_the_weight_of_the_format(
     shape: Shape, dtype: torch.dtype, multiprocessors: int, order: int, seed: int
 ) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.layout import tile, untile, why_not_tiled
-from tests.kernels.linears import Shape, random_linear
+from tests.kernels.linears import ENCODED, Shape, random_linear, table_of
 
 shapes = st.builds(
     Shape,
@@ -21,7 +21,7 @@ shapes = st.builds(
     symmetric=st.booleans(),
     outliers=st.integers(0, 20),
     bits=st.integers(2, 4),
-    levels=st.booleans(),
+    encoding=st.sampled_from(ENCODED),
 )
 
 
@@ -73,34 +73,63 @@ def test_outliers_beyond_the_activations_are_refused(index: list[int], line: str
     assert caught.value.line() == line
 
 
+PLACES = [(0, 0), (3, 1), (8, 2), (15, 3), (16, 4), (25, 63), (31, 127), (7, 80)]  # output and input features
+
+
 def test_a_code_lies_where_the_drawing_says() -> None:
     linear = random_linear(Shape(32, 128, 64, False, outliers=20), torch.float16, seed=1)
     tiled = tile(linear, torch.float16)
     words = tiled.tiles.view(torch.int32).long() & 0xFFFFFFFF  # [strip, tile, lane, step]
-    for row, column in [(0, 0), (3, 1), (8, 2), (15, 3), (16, 4), (25, 63), (31, 127), (7, 80)]:
-        strip, tile_k, lane = row // 16, column // 64, row % 8 * 4 + column % 64 // 16
+    for row, column in PLACES:
+        strip, tile_k, lane = row // 16, column // 64, row % 16 // 2 * 4 + column % 64 // 16
         j = column % 4
-        bit = 4 * (row % 16 // 8) + {0: 0, 1: 16, 2: 8, 3: 24}[j]
+        bit = 4 * (row % 2) + {0: 0, 1: 16, 2: 8, 3: 24}[j]
         word = int(words[strip, tile_k, lane, column % 16 // 4])
         assert word >> bit & 15 == int(linear.codes[row, column])
     assert linear.zeros is not None
     assert tiled.zeros is not None
-    assert tiled.scales[1, 1, 2].tolist() == [linear.scales[18, 1], linear.scales[26, 1]]
-    assert int(tiled.zeros[1, 1, 2]) == int(linear.zeros[18, 1]) + 16 * int(linear.zeros[26, 1])
+    assert tiled.scales[1, 1, 2].tolist() == [linear.scales[20, 1], linear.scales[21, 1]]
+    assert int(tiled.zeros[1, 1, 2]) == int(linear.zeros[20, 1]) + 16 * int(linear.zeros[21, 1])
     # Slot 19 is slot 3 of step 1: lane 4 row, the upper half of a register pair's second.
-    assert tiled.outlier_tiles[0, 1, 20].tolist()[5::2] == [linear.outlier_weight[5, 19], linear.outlier_weight[13, 19]]
+    assert tiled.outlier_tiles[0, 1, 20].tolist()[5::2] == [
+        linear.outlier_weight[10, 19],
+        linear.outlier_weight[11, 19],
+    ]
     assert tiled.outlier_index.tolist() == [*linear.outlier_index.tolist(), *[-1] * 12]
 
 
 def test_codes_of_levels_lie_in_the_order_of_features_and_count_from_the_level_0() -> None:
-    linear = random_linear(Shape(32, 128, 64, levels=True), torch.float16, seed=1)
+    linear = random_linear(Shape(32, 128, 64, encoding="levels"), torch.float16, seed=1)
     words = tile(linear, torch.float16).tiles.view(torch.int32).long() & 0xFFFFFFFF
-    for row, column in [(0, 0), (3, 1), (8, 2), (15, 3), (16, 4), (25, 63), (31, 127), (7, 80)]:
-        strip, tile_k, lane = row // 16, column // 64, row % 8 * 4 + column % 64 // 16
-        bit = 8 * (column % 4) + 4 * (row % 16 // 8)
+    for row, column in PLACES:
+        strip, tile_k, lane = row // 16, column // 64, row % 16 // 2 * 4 + column % 64 // 16
+        bit = 8 * (column % 4) + 4 * (row % 2)
         code = int(linear.codes[row, column])
         wanted = 7 - code if code <= 7 else code  # the level 0 has code 7
         assert int(words[strip, tile_k, lane, column % 16 // 4]) >> bit & 15 == wanted
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_nibbles_of_a_trellis_say_with_the_two_above_them_which_magnitude_it_is(bits: int) -> None:
+    """From 257 rows on a second chain begins."""
+    linear = random_linear(Shape(272, 128, 64, bits=bits, encoding="trellis"), torch.float16, seed=1)
+    words = tile(linear, torch.float16).tiles.view(torch.int32).long() & 0xFFFFFFFF
+    levels = table_of("trellis", bits)
+    assert levels is not None
+    magnitudes = levels[2**bits :]
+
+    def nibble(row: int, column: int) -> int:
+        lane = row % 16 // 2 * 4 + column % 64 // 16
+        word = int(words[row // 16, column // 64, lane, column % 16 // 8 * 2 + row % 2])
+        return word >> 4 * (column % 8) & 15
+
+    for row, column in [*PLACES, (16, 0), (17, 9), (255, 3), (256, 3), (257, 70), (258, 127), (1, 1), (2, 2)]:
+        above = [nibble(row - count, column) if row % 256 >= count else 0 for count in (1, 2)]
+        looked_up = nibble(row, column) ^ above[0] ^ above[1]
+        lowest = looked_up >> 2 & 1
+        number = 4 * (looked_up & 3) + 2 * (looked_up >> 3 ^ lowest) + lowest
+        sign = 1 - 2 * (lowest ^ above[0] >> 3)
+        assert sign * magnitudes[number] == levels[int(linear.codes[row, column])]
 
 
 def test_padding_is_zero() -> None:
@@ -108,9 +137,11 @@ def test_padding_is_zero() -> None:
     tiled = tile(linear, torch.float16)
     assert tiled.tiles.shape == (2, 2, 32, 16)
     assert tiled.scales.shape == (2, 4, 8, 2)
-    # Row 17 on is padding: rows 1 to 7 of the second strip, and all rows + 8.
+    # Output 17 on is padding: all of the second strip but its first one, in the low nibbles of lanes 0 to 3.
     assert not tiled.tiles[1, :, 4:].any()
+    assert not (tiled.tiles[1] >> 4).any()
     assert not tiled.scales[1, :, 1:].any()
+    assert not tiled.scales[1, :, 0, 1].any()
     assert not tiled.scales[:, 3].any()
     assert not tiled.outlier_tiles[1, :, 4:].any()
 
@@ -147,3 +178,11 @@ def test_levels_that_lie_on_one_side_of_0_are_refused_by_name(zero: int, known: 
     levels = tuple(range(-zero, 16 - zero))
     reason = f"levels whose 0 is number {zero}: the kernels know at most 7 below it and 8 above"
     assert why_not_tiled(4, 64, torch.float16, levels) == (None if known else reason)
+
+
+def test_a_trellis_whose_levels_are_no_mirror_image_is_refused_by_name() -> None:
+    levels = table_of("trellis", 4)
+    assert levels is not None
+    assert why_not_tiled(4, 64, torch.float16, levels) is None
+    reason = "a trellis whose levels are no mirror image: the kernels know signs and magnitudes"
+    assert why_not_tiled(4, 64, torch.float16, (*levels[:-1], 126)) == reason

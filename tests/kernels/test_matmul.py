@@ -19,7 +19,7 @@ from accullm_cli.kernels.matmul import Operand, aligned_rows, engine, hybrid_mat
 from accullm_cli.kernels.packed import pack_linear
 from accullm_cli.quant.linear import QuantizedLinear
 from tests.cuda_emulation import emulate, needs_compiler
-from tests.kernels.linears import Shape, exact_weight, random_linear
+from tests.kernels.linears import ENCODED, Shape, exact_weight, random_linear
 
 
 def small_linear() -> QuantizedLinear:
@@ -136,11 +136,11 @@ def test_gradients_are_those_of_the_dequantized_weight(
 @pytest.mark.parametrize("of_x", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("levels", [False, True])
+@pytest.mark.parametrize("encoding", ENCODED)
 def test_gradients_are_those_of_the_dequantized_weight_on_a_cpu(
-    levels: bool, tokens: int, dtype: torch.dtype, of_x: bool, of_bias: bool
+    encoding: str, tokens: int, dtype: torch.dtype, of_x: bool, of_bias: bool
 ) -> None:
-    linear = random_linear(Shape(24, 203, 64, True, outliers=3, levels=levels), dtype, seed=1)
+    linear = random_linear(Shape(24, 203, 64, True, outliers=3, encoding=encoding), dtype, seed=1)
     packed = pack_linear(linear.to_tensors(), 203, 4, 64, dtype, linear.levels)
     check_gradients(linear, packed, tokens, dtype, of_x, of_bias)
 
@@ -199,6 +199,18 @@ def test_the_check_of_doctor_finds_no_disagreement_a_wrong_scale_and_a_wrong_lev
     found = largest_disagreement(torch.device("cpu"))
     assert found is not None
     assert re.fullmatch(r"CUDA: hybrid_gemv with 1 tokens is off by \d+ in whole numbers of levels", found)
+
+    def other_magnitude(linear: QuantizedLinear, dtype: torch.dtype) -> object:
+        if linear.levels is not None and linear.is_trellis:
+            most = linear.levels[-1] - 1
+            linear = replace(linear, levels=(-most, *linear.levels[1:-1], most))
+        return tile(linear, dtype)
+
+    monkeypatch.setattr(check, "tile", other_magnitude)
+    monkeypatch.setattr(check, "TOKENS", (1,))
+    found = largest_disagreement(torch.device("cpu"))
+    assert found is not None
+    assert re.fullmatch(r"CUDA: hybrid_gemv with 1 tokens is off by \d+ in whole numbers of a trellis", found)
 
 
 def test_no_tokens_make_no_launch(launches: list[str]) -> None:

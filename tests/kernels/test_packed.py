@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.errors import AccullmError
@@ -15,7 +15,7 @@ from accullm_cli.kernels.matmul import engine, hybrid_matmul
 from accullm_cli.kernels.packed import PACKED_TOKENS, PackedLinear, is_worth_packing, pack_linear, why_not_packed
 from accullm_cli.quant.encodings.levels import LEVELS
 from accullm_cli.quant.linear import QuantizedLinear
-from tests.kernels.linears import Shape, exact_weight, random_linear
+from tests.kernels.linears import ENCODED, Shape, exact_weight, random_linear
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Half a step of the result's format is at most this share of it.
@@ -34,12 +34,14 @@ shapes = st.builds(
     group_size=st.sampled_from([-1, 2, 16, 32, 40, 64, 128, 256]),
     symmetric=st.booleans(),
     outliers=st.integers(0, 8),
-    levels=st.booleans(),
+    encoding=st.sampled_from(ENCODED),
 )
 
 
 @settings(deadline=None, max_examples=150)
 @given(shapes, st.integers(1, 9), st.sampled_from(DTYPES), st.booleans(), st.integers(0, 2**31))
+@example(Shape(530, 203, 64, outliers=3, encoding="trellis"), 1, torch.float32, True, 1)
+@example(Shape(300, 97, 16, outliers=3, encoding="trellis"), 5, torch.bfloat16, False, 2)
 def test_every_result_is_within_the_rounding_of_its_sum(
     shape: Shape, tokens: int, dtype: torch.dtype, biased: bool, seed: int
 ) -> None:
@@ -99,9 +101,12 @@ def test_no_tokens_give_no_results() -> None:
     assert hybrid_matmul(torch.zeros(2, 0, 64), pack(linear, torch.float32)).shape == (2, 0, 24)
 
 
+@pytest.mark.parametrize("encoding", ["integer", "trellis"])
 @pytest.mark.parametrize("threads", [2, 3, 7])
-def test_threads_share_the_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = random_linear(Shape(37, 96, 32, False, 3), torch.float32, seed=2)
+def test_threads_share_the_rows(threads: int, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a trellis, where they begin inside of a chain and where another one begins: 259 / 7 = 37."""
+    rows = 259 if encoding == "trellis" else 37
+    linear = random_linear(Shape(rows, 96, 32, False, 3, encoding=encoding), torch.float32, seed=2)
     x = torch.randn(5, 96)
     alone = hybrid_matmul(x, pack(linear, torch.float32))
     monkeypatch.setattr(packed, "WORTH_A_THREAD", 1000)

@@ -29,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("encoding", ["integer", "levels"])
+@pytest.mark.parametrize("encoding", ["integer", "levels", "trellis"])
 def test_every_engine_of_the_cpu_is_timed(encoding: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cpu", "--shape", "64x256", "--tokens", "1", "3", "--repeats", "1", "--json"]
     arguments += ["--encoding", encoding]
@@ -148,13 +148,13 @@ def test_everything_is_run_in_one_call(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     assert [line.split(":")[0] for line in lines[2:]] == [
         "doctor", "conversions", "blocks", "tests", "blocks_with_gradients", "machine_code", "rounding", "bench",
-        "bench_bfloat16", "bench_levels", "memcheck", "racecheck", "blocks",
+        "bench_bfloat16", "bench_levels", "bench_trellis", "memcheck", "racecheck", "blocks",
     ]  # fmt: skip
     assert lines[2].startswith("doctor: FAILED with 3 in ")
     assert lines[7].startswith("machine_code: NOT FINISHED in ")
     assert lines[-1] == "blocks: 32 blocks: 9.0 min"
     assert ran[5][-1] == "90"
-    assert ran[10][:3] == ("/opt/compute-sanitizer", "--tool", "memcheck")
+    assert ran[11][:3] == ("/opt/compute-sanitizer", "--tool", "memcheck")
     for command in ran:
         for part in command:
             assert not part.startswith("scripts/") or (ROOT / part).is_file()
