@@ -309,8 +309,7 @@ def _one_token_of_levels(codes, scales, table, even, odd, y, room, nothing, segm
     """As `_one_token`.
 
     table: int8 [16], what the codes stand for; of a trellis [32], the levels at even places and then those at odd ones.
-    room: int8 [2, octets], for the levels of a row. nothing: uint8 [octets], the zeros above a chain, which has `segment`
-    rows.
+    room: int8 [2, octets], for the levels of a row. nothing: uint8 [octets], zeros, above a chain. segment: its rows.
     """
     octets = codes.shape[1]
     low, high = room[0], room[1]

@@ -21,11 +21,13 @@ def shards(run: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("settings", "kernels"),
     [
-        ({}, {"feedback_round", "descend"}),
+        ({}, {"trellis_round", "trellis_descend"}),
+        ({"plan__encodings": '["integer"]'}, {"feedback_round", "descend"}),
         ({"rounding__method": "nearest"}, set()),
         ({"rounding__method": "stochastic"}, {"feedback_round"}),
-        # The kernel rounds first, by which scales are fitted; torch then, with rows that feed each other.
-        ({"calibration__gradient_samples": 2}, {"feedback_round", "descend"}),
+        # The kernel rounds first, by which scales are fitted; torch or the CPU then, with rows that feed each other.
+        ({"calibration__gradient_samples": 2}, {"trellis_round"}),
+        ({"calibration__gradient_samples": 2, "plan__encodings": '["integer"]'}, {"feedback_round", "descend"}),
     ],
 )
 def test_the_shards_come_from_the_kernels(

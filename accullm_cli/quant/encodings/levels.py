@@ -86,7 +86,7 @@ class LevelSearch:
         # Levels are whole numbers, so that between two halves all places have one nearest level.
         halves = torch.arange(-2 * REACH, 2 * REACH, dtype=weight.dtype, device=weight.device) / 2 + 0.5
         tables = [levels] if signed else [levels[::2], levels[1::2]]
-        self.table = weight.new_tensor(levels)
+        self.table = torch.tensor(levels, dtype=weight.dtype, device=weight.device)
         self.nearest = []
         for own in tables:
             table = torch.tensor(own, dtype=weight.dtype, device=weight.device)
