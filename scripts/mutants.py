@@ -68,8 +68,8 @@ MUTANTS = (
     Mutant(
         "the error of the column just before is not fed on",
         LOOPS,
-        "for j in range(k + 1, columns):",
-        "for j in range(k + 2, columns):",
+        "for j in range(k + 1, columns):\n                fed[n, j]",
+        "for j in range(k + 2, columns):\n                fed[n, j]",
         ROUNDING_TESTS,
         quick=True,
     ),
@@ -312,8 +312,8 @@ MUTANTS = (
     Mutant(
         "a tile is read before it has landed",
         GEMV,
-        "        wait_for_copies<STAGES - 2>();\n        const u8* const stage",
-        "        wait_for_copies<STAGES>();\n        const u8* const stage",
+        "        wait_for_copies<STAGES - 2>();\n        if (TRELLIS)",
+        "        wait_for_copies<STAGES>();\n        if (TRELLIS)",
         PRODUCT_TESTS,
     ),
     Mutant(

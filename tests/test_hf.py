@@ -385,12 +385,12 @@ def test_a_model_class_without_the_linears_is_refused(tmp_path: Path) -> None:
 def test_a_newer_format_version_is_refused(tmp_path: Path) -> None:
     directory = export(tmp_path, make_parts(tiny_llama(), tmp_path / "run"))
     config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 4
+    config["quantization_config"]["format_version"] = 5
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(AccullmError) as error:
         AutoModelForCausalLM.from_pretrained(directory)
     assert error.value.line() == (
-        "config.json: format version 4 is newer than 3, the newest that this accullm reads; "
+        "config.json: format version 5 is newer than 4, the newest that this accullm reads; "
         "upgrade with: pip install -U accullm"
     )
 

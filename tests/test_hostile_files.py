@@ -233,7 +233,7 @@ def test_a_manifest_of_other_things_than_numbers(old: str, new: str, what: str, 
             read_manifest(artifact)
     finally:
         path.write_text(content)
-    line = f"not a manifest of format version 3 ({what.format('model.layers.0.self_attn.q_proj')})"
+    line = f"not a manifest of format version 4 ({what.format('model.layers.0.self_attn.q_proj')})"
     assert refused.value.line() == f"{path}: {line}; copy the artifact again"
 
 

@@ -232,7 +232,7 @@ def test_text_that_cannot_be_used(
         ),
         (
             ["--bits", "3.5", "--gradient-samples", "1", "--group-size", "16"],
-            "--bits: an average of 3.5 bits cannot be had in accullm: the smallest plan takes 3.867, scales included; "
+            "--bits: an average of 3.5 bits cannot be had in accullm: the smallest plan takes 3.617, scales included; "
             "give more, or larger groups",
         ),
         (["--outliers", "60%"], "--outliers: 60% is above 0.5; give 0 to 0.5"),

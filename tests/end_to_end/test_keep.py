@@ -138,7 +138,7 @@ def test_a_golden_search_keeps_what_was_asked_for(tmp_path: Path) -> None:
         (
             "['*.down_proj']",
             {"plan__bits": "4.4"},
-            "--bits: an average of 4.4 bits cannot be had in accullm: the smallest plan takes 6.100, scales included; "
+            "--bits: an average of 4.4 bits cannot be had in accullm: the smallest plan takes 6.000, scales included; "
             "give more, or larger groups, or keep fewer",
         ),
         (

@@ -94,8 +94,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
         "accullm.json: has no format_version; copy the artifact again",
     ),
     "newer manifest": (
-        edit_json("accullm.json", lambda content: content.update(format_version=4)),
-        "accullm.json: format version 4 is newer than 3, the newest that this accullm reads; "
+        edit_json("accullm.json", lambda content: content.update(format_version=5)),
+        "accullm.json: format version 5 is newer than 4, the newest that this accullm reads; "
         "upgrade with: pip install -U accullm",
     ),
     "manifest of another format": (
@@ -103,8 +103,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
         "accullm.json: describes an artifact of format gguf",
     ),
     "newer config": (
-        edit_json("config.json", lambda content: content["quantization_config"].update(format_version=4)),
-        "config.json: format version 4 is newer than 3, the newest that this accullm reads; "
+        edit_json("config.json", lambda content: content["quantization_config"].update(format_version=5)),
+        "config.json: format version 5 is newer than 4, the newest that this accullm reads; "
         "upgrade with: pip install -U accullm",
     ),
     "config without quantization": (
