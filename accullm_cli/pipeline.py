@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -181,7 +182,7 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
         check_format(config, opened.format)
         if Path(config.model).resolve() in (artifact.resolve(), given.resolve()):
             config = config.model_copy(update={"model": named_original(given, provenance)})
-        with _open_job(config, progress, fresh, run=run, converts=False) as job:
+        with _open_job(config, progress, fresh, run=run, converts=False) as job, _not_replaced(given):
             # The name alone proves nothing: the content must be the one it was made from.
             made_from = provenance.get("source_sha256")
             if made_from is not None and made_from != job.source.sha256:
@@ -313,6 +314,21 @@ def _open_job(
         resolved["machine"]["threads"] = threads
         write_text(directory.file("run.yaml"), yaml.safe_dump(resolved, sort_keys=False))
         yield job
+
+
+@contextmanager
+def _not_replaced(artifact: Path) -> Iterator[None]:
+    """Keep others from replacing an artifact that is measured, and from putting their figures into it meanwhile.
+
+    Raises:
+        HeldError: another process writes it, or measures it.
+    """
+    # A file is of somebody else; and where no lock can be written, no artifact can.
+    if artifact.is_dir() and os.access(artifact.resolve().parent, os.W_OK):
+        with locked_output(artifact.resolve(), "wait for it to end"):
+            yield
+    else:
+        yield
 
 
 def chosen_threads(run: RunDirectory, config: Config) -> int | None:

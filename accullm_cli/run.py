@@ -220,10 +220,15 @@ class RunDirectory:
 
 
 @contextmanager
-def locked_output(directory: Path) -> Iterator[None]:
+def locked_output(
+    directory: Path, hint: str = "wait for it to end, or give another directory with --out"
+) -> Iterator[None]:
     """Hold the lock of an artifact's directory, a file beside it: two runs may not write to one place.
 
     Directories above that were made for it, and are empty in the end, are removed.
+
+    Args:
+        hint: what to do where somebody else holds it.
 
     Raises:
         HeldError: another process writes there.
@@ -232,7 +237,6 @@ def locked_output(directory: Path) -> Iterator[None]:
     with machine_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
     lock = directory.with_name(f".{directory.name}{LOCK}")
-    hint = "wait for it to end, or give another directory with --out"
     try:
         with _made(locked(lock, directory, hint, temporary=True), directory):
             yield
