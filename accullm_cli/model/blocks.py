@@ -19,6 +19,7 @@ from accullm_cli.model.dry_pass import Path, is_same, replace_at, value_at
 from accullm_cli.model.shortcut import Shortcut
 from accullm_cli.model.slots import CaptureInputs, InputIdentity
 from accullm_cli.model.structure import Structure, find_blocks, read_structure
+from accullm_cli.run import give_back_memory
 
 __all__ = ["Decoder", "Trace", "Weights", "batches", "find_blocks"]
 
@@ -158,7 +159,9 @@ class Decoder:
         block = self._block(index).to(self.device)
         if 0 <= index + step < len(self.block_names):
             self.weights.warm(self.block_names[index + step], self.device)
-        return block.float().requires_grad_(False)
+        block = block.float().requires_grad_(False)
+        give_back_memory()
+        return block
 
     def release_block(self, index: int) -> None:
         self.weights.release(self.block_names[index])
