@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,7 @@ from accullm_cli.places import artifact_path, artifact_paths, run_path
 from accullm_cli.processors import usable_cores
 from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.report import write_junit, write_report, write_summary
-from accullm_cli.run import Reason, RunDirectory, locked_output, write_text
+from accullm_cli.run import Reason, RunDirectory, artifact_held, locked_output, write_text
 from accullm_cli.search import known_plans, search
 from accullm_cli.stages.answers import check_items
 from accullm_cli.stages.checks import (
@@ -182,7 +181,7 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
         check_format(config, opened.format)
         if Path(config.model).resolve() in (artifact.resolve(), given.resolve()):
             config = config.model_copy(update={"model": named_original(given, provenance)})
-        with _open_job(config, progress, fresh, run=run, converts=False) as job, _not_replaced(given):
+        with _open_job(config, progress, fresh, run=run, converts=False) as job, artifact_held(given):
             # The name alone proves nothing: the content must be the one it was made from.
             made_from = provenance.get("source_sha256")
             if made_from is not None and made_from != job.source.sha256:
@@ -314,21 +313,6 @@ def _open_job(
         resolved["machine"]["threads"] = threads
         write_text(directory.file("run.yaml"), yaml.safe_dump(resolved, sort_keys=False))
         yield job
-
-
-@contextmanager
-def _not_replaced(artifact: Path) -> Iterator[None]:
-    """Keep others from replacing an artifact that is measured, and from putting their figures into it meanwhile.
-
-    Raises:
-        HeldError: another process writes it, or measures it.
-    """
-    # A file is of somebody else; and where no lock can be written, no artifact can.
-    if artifact.is_dir() and os.access(artifact.resolve().parent, os.W_OK):
-        with locked_output(artifact.resolve(), "wait for it to end"):
-            yield
-    else:
-        yield
 
 
 def chosen_threads(run: RunDirectory, config: Config) -> int | None:

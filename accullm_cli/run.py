@@ -248,6 +248,21 @@ def locked_output(
 
 
 @contextmanager
+def artifact_held(artifact: Path) -> Iterator[None]:
+    """Keep others from replacing an artifact that is measured, and from putting their figures into it meanwhile.
+
+    Raises:
+        HeldError: another process writes it, or measures it.
+    """
+    # A file is of somebody else; and where no lock can be written, no artifact can.
+    if artifact.is_dir() and os.access(artifact.resolve().parent, os.W_OK):
+        with locked_output(artifact.resolve(), "wait for it to end"):
+            yield
+    else:
+        yield
+
+
+@contextmanager
 def _made(lock: AbstractContextManager[None], directory: Path) -> Iterator[None]:
     """A lock whose making may fail as any file's; what happens while it is held is none of that."""
     with ExitStack() as stack:
