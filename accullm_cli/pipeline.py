@@ -26,7 +26,7 @@ from accullm_cli.places import artifact_path, artifact_paths, run_path
 from accullm_cli.processors import usable_cores
 from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.report import write_junit, write_report, write_summary
-from accullm_cli.run import Reason, RunDirectory, locked_output, write_text
+from accullm_cli.run import Reason, RunDirectory, artifact_held, locked_output, write_text
 from accullm_cli.search import known_plans, search
 from accullm_cli.stages.answers import check_items
 from accullm_cli.stages.checks import (
@@ -181,7 +181,7 @@ def validate_artifact(artifact: Path, config: Config, progress: Progress = silen
         check_format(config, opened.format)
         if Path(config.model).resolve() in (artifact.resolve(), given.resolve()):
             config = config.model_copy(update={"model": named_original(given, provenance)})
-        with _open_job(config, progress, fresh, run=run, converts=False) as job:
+        with _open_job(config, progress, fresh, run=run, converts=False) as job, artifact_held(given):
             # The name alone proves nothing: the content must be the one it was made from.
             made_from = provenance.get("source_sha256")
             if made_from is not None and made_from != job.source.sha256:

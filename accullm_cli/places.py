@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from accullm_cli.config import Config
@@ -11,6 +12,8 @@ from accullm_cli.errors import AccullmError
 def artifact_path(config: Config) -> Path:
     """Where the artifact goes: `export.out`, or the model's short name with -int4 (the bits) behind, here.
 
+    Of a link it is where that leads to: an artifact appears by renaming, which would put it into the link's place.
+
     Raises:
         AccullmError: `export.out` is the root directory.
     """
@@ -19,7 +22,7 @@ def artifact_path(config: Config) -> Path:
         named = out if out.name not in ("", "..") else out.resolve()
         if not named.name:
             raise AccullmError("is no place for an artifact", named, "give another directory with --out")
-        return named
+        return Path(os.path.realpath(named)) if named.is_symlink() else named
     name = Path(config.model.rstrip("/").partition("@")[0]).name.removesuffix(".gguf")
     return Path(f"{name or 'model'}-int{config.plan.bits}")
 

@@ -45,6 +45,18 @@ def test_a_full_disk_reported_by_safetensors_is_the_same_line(tmp_path):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
+def test_a_quota_that_is_used_up_is_one_line_whoever_reports_it(tmp_path):
+    class SafetensorError(Exception):
+        pass
+
+    line = f"{tmp_path}: the disk quota is used up; free some and run the same command again"
+    error = SafetensorError(f"Error while serializing: I/O error: Disk quota exceeded (os error {errno.EDQUOT})")
+    for reported in (OSError(errno.EDQUOT, "Disk quota exceeded"), error):
+        with pytest.raises(MachineError) as refused, machine_errors(tmp_path):
+            raise reported
+        assert (refused.value.line(), refused.value.exit_code) == (line, 4)
+
+
 def test_other_safetensors_errors_pass_through(tmp_path):
     class SafetensorError(Exception):
         pass

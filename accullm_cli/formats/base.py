@@ -104,6 +104,10 @@ class Artifact(Protocol):
         """One of those tensors, in its stored dtype."""
         ...
 
+    def fetch(self, module: str) -> None:
+        """Have the system read what is stored of a module into its page cache, while the caller goes on."""
+        ...
+
     def linear(self, name: str) -> StoredLinear:
         """One quantized linear or embedding of the plan."""
         ...

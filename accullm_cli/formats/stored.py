@@ -18,6 +18,7 @@ from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.manifest import Manifest
 from accullm_cli.formats.readers import Reading, readings
 from accullm_cli.formats.shards import TensorFiles, dtype_name
+from accullm_cli.model.ahead import fetch
 from accullm_cli.model.integrity import TensorInfo
 from accullm_cli.quant.correction import CorrectedLinear
 from accullm_cli.quant.encodings.base import StoredLinear
@@ -101,6 +102,9 @@ class StoredArtifact(ABC):
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.files.tensor(name)
+
+    def fetch(self, module: str) -> None:
+        fetch(info for name, info in self.files.infos.items() if name.startswith(f"{module}."))
 
     def linear(self, name: str) -> StoredLinear:
         """One quantized linear, or an embedding.

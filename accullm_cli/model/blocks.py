@@ -19,6 +19,7 @@ from accullm_cli.model.dry_pass import Path, is_same, replace_at, value_at
 from accullm_cli.model.shortcut import Shortcut
 from accullm_cli.model.slots import CaptureInputs, InputIdentity
 from accullm_cli.model.structure import Structure, find_blocks, read_structure
+from accullm_cli.run import give_back_memory
 
 __all__ = ["Decoder", "Trace", "Weights", "batches", "find_blocks"]
 
@@ -60,8 +61,8 @@ class Weights(Protocol):
         """Put every parameter outside the given blocks into the model, but those in `without`."""
         ...
 
-    def warm(self, prefix: str) -> None:
-        """A hint that `load` will be asked for this module next."""
+    def warm(self, prefix: str, device: torch.device) -> None:
+        """A hint that `load` will be asked for this module next, for a device."""
         ...
 
     def release(self, prefix: str) -> None:
@@ -147,12 +148,20 @@ class Decoder:
             module_name, _, attribute = name.rpartition(".")
             setattr(self.model.get_submodule(module_name), attribute, parameter)
 
-    def load_block(self, index: int) -> nn.Module:
-        """Read one block, in float32 (which holds every 16-bit value exactly), and begin to fetch the next one."""
+    def load_block(self, index: int, step: int = 1) -> nn.Module:
+        """Read one block, in float32 (which holds every 16-bit value exactly), and begin to fetch the next one.
+
+        Args:
+            step: to the number of the next one; -1 on the way back.
+        """
         self.weights.load([self.block_names[index]])
-        if index + 1 < len(self.block_names):
-            self.weights.warm(self.block_names[index + 1])
-        return self._block(index).to(self.device).float().requires_grad_(False)
+        # What was read of it gives way to what is read of the next one.
+        block = self._block(index).to(self.device)
+        if 0 <= index + step < len(self.block_names):
+            self.weights.warm(self.block_names[index + step], self.device)
+        block = block.float().requires_grad_(False)
+        give_back_memory()
+        return block
 
     def release_block(self, index: int) -> None:
         self.weights.release(self.block_names[index])

@@ -6,10 +6,8 @@ one): transformers' own conversion rules translate them, here for a few tensors 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.ahead import ReadAhead, fetch
 from accullm_cli.model.integrity import read_tensor
 from accullm_cli.model.names import destinations
 from accullm_cli.model.source import ModelSource, TensorInfo, check_finite, check_shapes
@@ -43,6 +42,7 @@ class Checkpoint:
         self._give_source_dtypes()
         self._check_conversions()
         self._meta = dict(model.named_parameters(remove_duplicate=False))
+        self._ahead = ReadAhead()
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype of the parameter or buffer `name`."""
@@ -70,24 +70,18 @@ class Checkpoint:
         prefixes = tuple(f"{block}." for block in blocks)
         self._load({name for name in self._sources if not name.startswith(prefixes) and name not in without})
 
-    def warm(self, prefix: str) -> None:
-        """Have the system read what `load` of this module will want into its page cache, while the caller goes on.
+    def warm(self, prefix: str, device: torch.device) -> None:
+        """Begin to fetch what `load` of this module will want, while the caller goes on.
 
-        This process holds none of it. Where the system knows no such request (macOS), nothing happens.
+        For a CPU into the system's page cache, from where it comes at the speed of memory; for a GPU into pinned
+        memory, a block in its stored form more.
         """
-        if not hasattr(os, "posix_fadvise"):
-            return
-        parts = [part for name, stored in self._sources.items() if name.startswith(f"{prefix}.") for part in stored]
-        for file, infos in _by_file(self.source.tensors[part] for part in parts).items():
-            try:
-                descriptor = os.open(file, os.O_RDONLY)
-            except OSError:
-                return  # `load` will say what is wrong with it
-            try:
-                for info in infos:
-                    os.posix_fadvise(descriptor, info.begin, info.end - info.begin, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
+        wanted = [stored for name, stored in self._sources.items() if name.startswith(f"{prefix}.")]
+        infos = dict.fromkeys(self.source.tensors[part] for stored in wanted for part in stored)
+        if device.type == "cpu":
+            fetch(infos)
+        else:
+            self._ahead.begin(infos)
 
     def release(self, prefix: str) -> None:
         """Drop the weights of one module."""
@@ -182,7 +176,7 @@ class Checkpoint:
         parts = {part: self.source.tensors[part] for name in names for part in self._sources[name]}
         files = sorted({info.file for info in parts.values()})
         try:
-            self._convert({self._loaded_as.get(part, part): _Stored(info) for part, info in parts.items()})
+            self._convert({self._loaded_as.get(part, part): _Stored(info, self._ahead) for part, info in parts.items()})
         except AccullmError:
             self.source.check_unchanged(files)
             raise
@@ -231,13 +225,7 @@ class _Stored:
     """A tensor that transformers reads when it wants it, as it does those of an opened safetensors file."""
 
     info: TensorInfo
+    ahead: ReadAhead
 
     def __getitem__(self, key: Any) -> torch.Tensor:
-        return read_tensor(self.info)[key]
-
-
-def _by_file(infos: Iterable[TensorInfo]) -> dict[Path, list[TensorInfo]]:
-    found: dict[Path, list[TensorInfo]] = {}
-    for info in infos:
-        found.setdefault(info.file, []).append(info)
-    return found
+        return self.ahead.take(self.info)[key]

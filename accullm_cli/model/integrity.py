@@ -100,36 +100,39 @@ def read_header(path: Path, of_source: bool = True) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_octets(path: Path, begin: int, end: int) -> torch.Tensor:
+def read_octets(path: Path, begin: int, end: int, room: torch.Tensor | None = None) -> torch.Tensor:
     """The bytes of a file from `begin` to before `end`, uint8.
 
     They are read, and not mapped: whoever touches a mapped page of a file that was cut short is killed (SIGBUS).
 
+    Args:
+        room: where to put them, uint8 [end - begin]; by default memory of their own.
+
     Raises:
         AccullmError: the file ends before.
     """
-    found = torch.empty(end - begin, dtype=torch.uint8)
+    found = torch.empty(end - begin, dtype=torch.uint8) if room is None else room
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(begin)
-            room = found.numpy().data
-            while len(room):
-                count = file.readinto(room)
+            left = found.numpy().data
+            while len(left):
+                count = file.readinto(left)
                 if not count:
                     raise AccullmError("was cut short while it was read", path, "copy or download it again")
-                room = room[count:]
+                left = left[count:]
     except OSError as error:
         raise AccullmError(f"cannot be read ({(error.strerror or str(error)).lower()})", path) from None
     return found
 
 
-def read_tensor(info: TensorInfo) -> torch.Tensor:
+def read_tensor(info: TensorInfo, room: torch.Tensor | None = None) -> torch.Tensor:
     """A stored tensor in its dtype.
 
     Raises:
         AccullmError: as for `read_octets`.
     """
-    return read_octets(info.file, info.begin, info.end).view(info.torch_dtype).view(info.shape)
+    return read_octets(info.file, info.begin, info.end, room).view(info.torch_dtype).view(info.shape)
 
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:

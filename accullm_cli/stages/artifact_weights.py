@@ -60,8 +60,10 @@ class ArtifactWeights:
             if self.model.get_parameter(name).device.type == "meta":
                 raise AccullmError(f"tensor {name} is missing", self.artifact.path, "copy the artifact again")
 
-    def warm(self, prefix: str) -> None:
-        """Nothing: an artifact was written or hashed a moment ago, so that its files are in the page cache."""
+    def warm(self, prefix: str, device: torch.device) -> None:
+        """Begin to fetch what is stored of a block: of an artifact larger than memory, what was written or hashed a
+        moment ago is in the page cache no more."""
+        self.artifact.fetch(prefix)
 
     def release(self, prefix: str) -> None:
         for name, _ in list(self.model.get_submodule(prefix).named_parameters(remove_duplicate=False)):

@@ -24,7 +24,7 @@ from accullm_cli.quant.plan import Plan
 from accullm_cli.quant.rounding import RoundedLinear, RoundingOptions, round_linears
 from accullm_cli.quant.stats import GramMatrices
 from accullm_cli.quant.token_weights import TokenWeights, shared_weights
-from accullm_cli.run import write_file
+from accullm_cli.run import give_back_memory, write_file
 from accullm_cli.stages.calibrate import PROBE_TOKENS, load_block_stats, stats_path
 from accullm_cli.stages.gradients import load_gradient, load_token_weights
 from accullm_cli.stages.job import Job
@@ -91,7 +91,7 @@ def round_with_streams(
         known: tuple[str, ...] = ()
         for part in parts:
             follows = shortcuts[len(known) : len(known) + 1]
-            kept = frozenset(group[0] for group in part).intersection(follows)
+            kept = {group[0]: _only_multiplied_as(job, slot_of[group[0]]) for group in part if group[0] in follows}
             with job.compute.products():
                 grams = _accumulate(pair, trace, part, rounded, captures, corrected, weights_of, known, kept, held_out)
             # Only as a whole are the first of the shortcuts one.
@@ -117,6 +117,7 @@ def round_with_streams(
                         # Nobody reads the original's weight any more.
                         slot_of[name].write(pair.original, slot_of[name].read(pair.rounded))
                 results |= found
+            give_back_memory()
         with job.compute.products():
             for batch, (rows, states) in enumerate(decoder.sent(rounded)):
                 rounded[rows] = decoder.run(index, pair.rounded, states, _known_inputs(captures, batch, known))
@@ -247,7 +248,7 @@ def _accumulate(
     target_is_corrected: bool,
     weights_of: Mapping[str, TokenWeights],
     known: tuple[str, ...],
-    kept: frozenset[str],
+    kept: Mapping[str, torch.dtype],
     held_out: frozenset[int],
 ) -> dict[str, GramMatrices]:
     """The Gram matrices of some inputs of a block over the calibration text, by the first linear of each.
@@ -257,7 +258,7 @@ def _accumulate(
         captures: what `_run_original` kept, for a corrected target, and what the rounded block's linears read.
         weights_of: how much each token counts, by the first linear of each input; where there is none, all alike.
         known: the linears whose inputs are there, see `Decoder.shortcuts`.
-        kept: those whose inputs will be.
+        kept: those whose inputs will be, and in which dtype.
         held_out: windows of which the Gram matrices keep the rows, too.
     """
     slot_of = pair.slot_of
@@ -286,7 +287,7 @@ def _accumulate(
                 inputs = _as_rows(value)
                 read[name] = inputs, weights_of[name].of(inputs) if name in weights_of else None
                 if name in kept:
-                    captures.write(batch, f"rounded input {name}", inputs)
+                    captures.write(batch, f"rounded input {name}", inputs, kept[name])
                 original = captures.read(batch, f"input {name}") if name in with_drift else None
                 grams[name].add(inputs, original, read[name][1], own)
 
@@ -307,6 +308,12 @@ def _accumulate(
         own = (torch.tensor(places, dtype=torch.int64)[:, None] * len(tokens) + tokens).flatten()
         add_batch(batch, own.to(states.device), states)
     return grams
+
+
+def _only_multiplied_as(job: Job, slot: LinearSlot) -> torch.dtype:
+    """What a linear's input is rounded to before it is multiplied; `stages.precision` leaves Conv1D alone."""
+    rounds = job.compute.precision == "bfloat16" and slot.kind == "linear"
+    return torch.bfloat16 if rounds else torch.float32
 
 
 def held_out_windows(windows: int, tokens: int) -> frozenset[int]:

@@ -10,14 +10,16 @@ import torch
 from accullm_cli.formats import FORMATS, NATIVE
 from accullm_cli.formats.adapters import linear_bytes
 from accullm_cli.model.blocks import TOKENS_PER_BATCH, Decoder
+from accullm_cli.model.source import IMPORTS
 from accullm_cli.quant.feedback import DAMPINGS
 from accullm_cli.quant.plan import Plan
 from accullm_cli.stages.answers import JUDGED, SEARCHED, most_written, questions_of, wants_tasks
 from accullm_cli.stages.asking import PORTION, bytes_of, fits
-from accullm_cli.stages.block_rounding import held_out_windows
+from accullm_cli.stages.block_rounding import GRAM_BYTES, held_out_windows
 from accullm_cli.stages.calibrate import measured_windows
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.model_shape import source_dtype
+from accullm_cli.stages.reading import loads_whole
 from accullm_cli.stages.streams import POSITIONS
 from accullm_cli.stages.texts import SEARCH, shape_of, texts_of, windows_of
 
@@ -54,8 +56,12 @@ WEIGHTS_BESIDE = 4.5
 LOGITS_HELD = 7
 # What calibrate keeps of each input feature of a linear: its damage for four group sizes, and three statistics.
 STATISTICS_PER_FEATURE = 7
-# Of each token of a text that is measured on, beside hidden states: its id and its likelihood.
-BYTES_PER_TOKEN = 12
+# Of each token of a text that is measured on, beside hidden states: its id, twice, and its likelihood.
+BYTES_PER_TOKEN = 20
+BYTES_OF_AN_ID = 8
+# Pages, plans, manifests, indexes and the headers of tensors: in all, and for each linear. A Llama of 84 linears left
+# 490 KB of them, and one of 210 linears 1.15 MB.
+FILES, FILES_PER_LINEAR = 120_000, 4_900
 # The interpreter, torch, transformers, numba's loops, and what these compile: a Llama of 64 features took 0.59 GB, with
 # the default validation or tasks 0.62 to 0.64 GB.
 BASE_BYTES = 600_000_000
@@ -114,11 +120,18 @@ def estimate(job: Job, decoder: Decoder, plan: Plan) -> Estimated:
     beside = 2 * sum(windows_of(job, text).ids.numel() for text in texts_of(job))
     streams = hidden * max(2 * tokens, measured_windows(job, decoder) * calibration.seq_len + beside)
     # What surrounds the blocks, together with a block and its stored form or with logits; or the block with a Hessian,
-    # its factor, and what is as large as the weight that is rounded (while Gram matrices grow, two, and activations).
+    # its factor, and what is as large as the weight that is rounded (while Gram matrices grow, two, and activations),
+    # and a byte for each weight that is rounded already.
     block = max(in_blocks)
     one = WEIGHTS_BESIDE * max(linear.weights for linear in plan.linears.values())
-    rounding = block + 2 * widest**2 + one + (_held_out_tokens(job) or 0) * widest + _fisher_elements(job, decoder)
+    rounding = 1.25 * block + _gram_elements(decoder) + one
+    rounding += (_held_out_tokens(job) or 0) * widest + _fisher_elements(job, decoder)
     largest = max(outside + 1.5 * block, outside + logits, rounding)
+    if loads_whole(job):
+        # It maps the source into memory. Experts are stored one by one: those of a stack are there beside it. Of Qwen's
+        # 0.5B parameters this says 3.60 GB, and it took 3.65 GB; of a block of Mixtral's, halved, 4.5 and 4.43 GB.
+        stacks = (s.experts * s.out_features * s.in_features for slots in decoder.slots for s in slots if s.experts > 1)
+        largest = max(largest, all_weights + source_bytes / FLOAT + max(stacks, default=0))
     operations = _operations(job, decoder, plan, vocabulary * hidden)
     if wants_tasks(job):
         asked = _Asked.of(job)
@@ -139,25 +152,37 @@ def _disk_bytes(job: Job, decoder: Decoder, plan: Plan, stored: int, of_linears:
 
     What calibrate leaves, the linears' shards in the run directory, and then either, while the last block is rounded,
     the streams (twice, as new ones are written beside the old) and what the original made of it, or the artifact, which
-    in the native format links to the shards.
+    in the native format links to the shards. Or, before any of that, the streams of calibrate and of references, one
+    of them twice. A GGUF file is there as a checkpoint of 16 bits from the beginning.
     """
     calibration, rounding = job.config.calibration, job.config.rounding
     tokens = calibration.samples * calibration.seq_len
     hidden = decoder.model.get_input_embeddings().weight.shape[1]
     artifact = stored - (of_linears if job.format == NATIVE else 0)
     best = stored if job.config.search.golden else 0  # the best plan so far, beside the one that is tried
-    measured = sum(windows * length for windows, length in (shape_of(job, text) for text in texts_of(job)))
-    references = measured * (2 * FLOAT * hidden + BYTES_PER_TOKEN)
+    texts = [windows * length for windows, length in (shape_of(job, text) for text in texts_of(job))]
+    references = sum(texts) * 2 * FLOAT * hidden
+    ids = sum(texts) * BYTES_PER_TOKEN + tokens * BYTES_OF_AN_ID
+    imported = job.source.weight_bytes if job.source.directory.parent.name == IMPORTS else 0
+    always = best + imported + ids + FILES + FILES_PER_LINEAR * len(plan.linears)
     statistics = STATISTICS_PER_FEATURE * FLOAT * sum(linear.in_features for linear in plan.linears.values())
     # Of each block in bfloat16. On the way back, what went into the blocks that are still to come takes no more.
     gradients = (len(decoder.block_names) + 1) * 2 * hidden * job.config.gradient_samples * calibration.seq_len
     working = 0
     if rounding.method != "nearest":
-        working = 2 * FLOAT * 2 * hidden * tokens
-        if rounding.target == "corrected":
-            inputs = ({(slot.name.rpartition(".")[0], slot.in_features) for slot in slots} for slots in decoder.slots)
-            working += FLOAT * tokens * max(2 * hidden + sum(width for _, width in distinct) for distinct in inputs)
-    return int(best + of_linears + references + statistics + gradients + max(working, artifact))
+        reads_original = rounding.target == "corrected" or job.config.gradient_samples > 0
+        working = 2 * FLOAT * (1 + reads_original) * hidden * tokens
+        # What is not computed twice, the inputs of attention's and MLP's last linears; and for targets that make up for
+        # earlier losses, what the original had as their first ones' inputs and made of the residual stream.
+        dense = ([slot for slot in slots if slot.expert is None] for slots in decoder.slots)
+        inputs = ({(slot.name.rpartition(".")[0], slot.in_features) for slot in slots} for slots in dense)
+        last = max(sum(width for _, width in distinct) - hidden for distinct in inputs)
+        itemsize = 2 if job.compute.precision == "bfloat16" else FLOAT
+        working += tokens * (itemsize * last + FLOAT * 4 * hidden * (rounding.target == "corrected"))
+    passing = [measured_windows(job, decoder) * calibration.seq_len, *(2 * tokens for tokens in texts)]
+    calibrating = FLOAT * hidden * (sum(passing) + max(passing))
+    rounded = of_linears + references + max(working, artifact)
+    return int(always + statistics + gradients + max(calibrating, rounded))
 
 
 def _largest_average(job: Job) -> float | None:
@@ -175,6 +200,16 @@ def _fisher_elements(job: Job, decoder: Decoder) -> int:
     if not job.config.gradient_samples:
         return 0
     return max(sum(slot.out_features**2 for slot in slots if slot.expert is None) for slots in decoder.slots)
+
+
+def _gram_elements(decoder: Decoder) -> int:
+    """Elements of the Hessians that are there at once, and of a factor: one of a dense input, of experts several."""
+    found = []
+    for slot in (slot for slots in decoder.slots for slot in slots):
+        square = slot.in_features**2
+        together = 1 if slot.expert is None else max(1, min(slot.experts, GRAM_BYTES // (2 * FLOAT * square)))
+        found.append((together + 1) * square)
+    return max(found)
 
 
 def _held_out_tokens(job: Job) -> int | None:

@@ -201,7 +201,7 @@ def _through_block(job: Job, decoder: Decoder, index: int) -> tuple[torch.Tensor
     """From the gradient with respect to a block's output the one with respect to its input, and sensitivities."""
     hidden = load_file(_input_path(job, index))["hidden"]
     gradient = load_file(gradient_path(job, index))["gradient"]
-    block = decoder.load_block(index)
+    block = decoder.load_block(index, step=-1)
     of_linears = {slot.name: _OfLinear(slot, decoder.device) for slot in decoder.slots[index]}
 
     def add(name: str, of_output: torch.Tensor, value: torch.Tensor) -> None:

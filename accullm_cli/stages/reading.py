@@ -51,6 +51,12 @@ def check_reading(job: Job, decision: Decision) -> Work:
 READING = Stage("reading", reading_inputs, check_reading, commands=("calibrate",))
 
 
+def loads_whole(job: Job) -> bool:
+    """Whether plain transformers has the whole model in memory, in float32: where that has room for it twice."""
+    needed, free = _FLOAT * sum(math.prod(info.shape) for info in job.source.tensors.values()), available_memory()
+    return free is None or needed <= SHARE_OF_MEMORY * free
+
+
 def _compare(job: Job, decoder: Decoder, ids: torch.Tensor) -> tuple[str, ...]:
     origin = Path(job.source.origin)
     gguf = origin if origin.suffix == ".gguf" and origin.is_file() else None
@@ -110,10 +116,10 @@ def _reason(error: Exception) -> str:
 def _place(job: Job, decoder: Decoder, is_gguf: bool) -> tuple[Path | None, str]:
     """Where plain transformers' weights may lie (None: in memory), and why they cannot ("" where they can)."""
     elements = {name: math.prod(info.shape) for name, info in job.source.tensors.items()}
-    needed, free = _FLOAT * sum(elements.values()), available_memory()
-    if free is None or needed <= SHARE_OF_MEMORY * free:
+    if loads_whole(job):
         return None, ""
     if is_gguf:
+        needed, free = _FLOAT * sum(elements.values()), available_memory() or 0
         return None, f"of a GGUF file it takes the whole model in memory, {size(needed)}, and {size(free)} are free"
     places = destinations(decoder.model, elements)
     written = _FLOAT * sum(elements[stored] for stored, place in places.items() if place.is_converted)

@@ -16,6 +16,7 @@ from accullm_cli.run import (
     Reason,
     StageRecord,
     file_sha256,
+    give_back_memory,
     key_of,
     peak_memory,
     reset_peak_memory,
@@ -162,6 +163,7 @@ def _run(job: Job, stage: Stage, decision: Decision, told: set[str]) -> StageOut
         job.progress(Event(name, "skip", reason=reason))
         return StageOutcome(name, reason, job.run.stages()[name], stage.format)
     job.progress(Event(name, "start", reason=reason))
+    give_back_memory()
     reset_peak_memory()
     started = time.monotonic()
     done = stage.work(job, decision)

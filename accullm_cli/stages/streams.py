@@ -74,7 +74,7 @@ class StreamStore:
 
 
 class Captures:
-    """What one block of the original made of each batch, float32, until the block is rounded.
+    """What one block made of each batch until it is rounded; what is read is float32.
 
     It stays on its device as long as there is room, and else lies on disk: for every input of every token that is more
     than memory should hold. As a file it stays in the system's cache as long as there is room there, and it has no
@@ -87,7 +87,7 @@ class Captures:
         self._kept: dict[tuple[int, str], torch.Tensor] = {}
         with machine_errors(directory):
             self._file = tempfile.TemporaryFile(dir=directory, buffering=0)
-        self._places: dict[tuple[int, str], tuple[int, torch.Size]] = {}
+        self._places: dict[tuple[int, str], tuple[int, torch.Size, torch.dtype]] = {}
         self._end = 0
 
     def __enter__(self) -> Captures:
@@ -99,23 +99,24 @@ class Captures:
         self._file.close()
         self._kept.clear()
 
-    def write(self, batch: int, name: str, value: torch.Tensor) -> None:
-        """Keep a tensor.
+    def write(self, batch: int, name: str, value: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+        """Keep a tensor, rounded to a dtype: what is only multiplied in bfloat16 is the same in half of the room.
 
         Raises:
             MachineError: the disk is full.
         """
+        value = value.to(dtype)
         if value.nbytes <= self._room:
             self._room -= value.nbytes
             self._kept[batch, name] = value.clone()
             return
-        content = value.cpu().contiguous().numpy().data.cast("B")
+        content = value.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
         with machine_errors(self._directory):
             self._file.seek(self._end)
             done = 0
             while done < len(content):
                 done += self._file.write(content[done:])
-        self._places[batch, name] = self._end, value.shape
+        self._places[batch, name] = self._end, value.shape, dtype
         self._end += len(content)
 
     def read(self, batch: int, name: str) -> torch.Tensor:
@@ -125,9 +126,9 @@ class Captures:
             MachineError: the disk does not give it back.
         """
         if (batch, name) in self._kept:
-            return self._kept[batch, name]
-        start, shape = self._places[batch, name]
-        content = bytearray(4 * math.prod(shape))
+            return self._kept[batch, name].float()
+        start, shape, dtype = self._places[batch, name]
+        content = bytearray(dtype.itemsize * math.prod(shape))
         view, done = memoryview(content), 0
         with machine_errors(self._directory):
             self._file.seek(start)
@@ -136,4 +137,4 @@ class Captures:
                 if not count:
                     raise MachineError("a working file ends too early", self._directory, "run the same command again")
                 done += count
-        return torch.frombuffer(content, dtype=torch.float32).view(shape).to(self._device)
+        return torch.frombuffer(content, dtype=dtype).view(shape).to(self._device).float()

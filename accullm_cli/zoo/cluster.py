@@ -7,10 +7,12 @@ share, says how far it was. Nothing is kept anywhere else.
 from __future__ import annotations
 
 import os
+import re
 import signal
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from types import ModuleType
 from typing import Any
 
@@ -31,18 +33,24 @@ RETRIES = 3
 PATIENCE = 120.0
 # Seconds between two looks at what the tasks have to tell.
 POLL = 0.5
+# Ray's thread that prints on stdout what the cluster has to say, and the characters of a message that are shown.
+SPEAKER, SHOWN = "ray_listen_error_messages", 300
 
 
 def convert_on_ray(address: str, estimates: Estimates) -> Converter:
     """Each model as a task on the cluster at `address`; "auto" is the one that this machine is in.
 
     Raises:
-        AccullmError: Ray is not installed, or there is no cluster.
+        AccullmError: Ray is not installed, or there is no cluster. MachineError: it is there no more.
     """
 
     def convert(entries: Sequence[Entry], progress: Progress) -> Iterable[ModelResult]:
-        with _connected(address) as ray:
-            yield from _convert_all(ray, entries, estimates, progress)
+        with _connected(address) as ray, said_by_ray() as said, signals_wait() as interrupt:
+            try:
+                yield from _convert_all(ray, entries, estimates, progress, said, interrupt)
+            except ray.exceptions.RayError as error:
+                what = f"the cluster, or this machine's place in it, was lost ({_first_line(error)})"
+                raise MachineError(what, f"--ray {address}", "run the same command again to resume") from error
 
     return convert
 
@@ -83,8 +91,68 @@ def _connected(address: str) -> Iterator[ModuleType]:
         ray.shutdown()
 
 
+@contextmanager
+def signals_wait() -> Iterator[Callable[[], None]]:
+    """Keep SIGINT and SIGTERM until what this gives is called: there they do what they would have done.
+
+    Raised in the middle of Ray's compiled code, an interruption comes out as a SystemError. A second signal ends the
+    process at once.
+    """
+    arrived: list[int] = []
+
+    def keep(number: int, frame: object) -> None:
+        arrived.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def interrupt() -> None:
+        if arrived:
+            before[arrived[0]](arrived[0], None)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, keep)
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            if number not in arrived:
+                signal.signal(number, handler)
+
+
+@contextmanager
+def said_by_ray() -> Iterator[list[str]]:
+    """Keep what Ray prints on stdout, which is for results; it lands in the list, a line for each message."""
+    said: list[str] = []
+
+    class Stdout:
+        """As before for all but Ray."""
+
+        def write(self, text: str) -> int:
+            if threading.current_thread().name != SPEAKER:
+                return before.write(text)
+            words = re.sub(r"\x1b\[\d*m", "", text).strip().splitlines()
+            if words:
+                said.append(words[0][:SHOWN])
+            return len(text)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(before, name)
+
+    before = sys.stdout
+    with redirect_stdout(Stdout()):
+        yield said
+
+
 def _convert_all(
-    ray: ModuleType, entries: Sequence[Entry], estimates: Estimates, progress: Progress
+    ray: ModuleType,
+    entries: Sequence[Entry],
+    estimates: Estimates,
+    progress: Progress,
+    said: list[str],
+    interrupt: Callable[[], None],
 ) -> Iterator[ModelResult]:
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -101,7 +169,10 @@ def _convert_all(
             _warn_of_no_node(ray, entry, needed, progress)
             waiting[task.options(name=entry.name, **needed).remote(entry, os.getcwd(), events)] = entry
         while waiting:
+            interrupt()
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL)
+            while said:
+                progress(Event("ray", "record", said.pop(0)))
             for event in events.get_nowait_batch(events.qsize()):
                 progress(event)
             for reference in done:

@@ -54,6 +54,19 @@ def test_the_current_directory_may_become_the_artifact(tmp_path: Path, monkeypat
     assert run_path(placed(Path("."))) == tmp_path / "int4.run"
 
 
+def test_a_link_stays_one_and_the_artifact_lies_where_it_leads(tmp_path: Path) -> None:
+    """Where nothing is yet, too; and two runs by both names are at one place, whose lock one of them gets."""
+    (tmp_path / "large-disk").mkdir()
+    for name in ("here", "there"):
+        (tmp_path / name).symlink_to(tmp_path / "large-disk" / name)
+    (tmp_path / "large-disk" / "here").mkdir()
+    for name in ("here", "there"):
+        assert artifact_path(placed(tmp_path / name)) == tmp_path / "large-disk" / name
+        assert run_path(placed(tmp_path / name)) == tmp_path / "large-disk" / f"{name}.run"
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    assert artifact_path(placed(tmp_path / "round")) == tmp_path / "round"
+
+
 def test_the_root_is_no_place_for_an_artifact() -> None:
     line = "/: is no place for an artifact; give another directory with --out"
     assert refusal(lambda: artifact_path(placed(Path("/")))) == line

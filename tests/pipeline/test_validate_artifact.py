@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from accullm_cli.pipeline import (
     dry_run,
     validate_artifact,
 )
+from accullm_cli.progress import Event
+from accullm_cli.run import locked_output
 from tests.artifacts import empty
 from tests.formats.test_gguf_places import split
 from tests.llama_cpp import byte_tokenizer
@@ -78,6 +81,24 @@ def test_other_text_that_is_too_short_is_refused_before_any_work(llama: Path, ar
         f"other text {letters}: has 1 windows, and an interval needs 2; give more text, or --other-text none"
     )
     assert not artifact.with_name("moved.validation").exists()
+
+
+def test_an_artifact_is_not_replaced_while_it_is_measured(llama: Path, artifact: Path, tmp_path: Path) -> None:
+    """Else figures of the one that was there would stand in the new one's manifest. By a link it is the same one."""
+    (tmp_path / "link").symlink_to(artifact)
+    held: list[str] = []
+
+    def try_to_convert(event: Event) -> None:
+        if event.stage == "reading" and event.kind == "start":
+            held.append(refusal(lambda: convert(fast_config(llama, artifact, machine__run=tmp_path / "other"))))
+
+    validate_artifact(tmp_path / "link", fast_config(llama, artifact), try_to_convert, fresh=True)
+    assert len(held) == 1
+    assert held[0].startswith(f"{artifact}: is in use by process {os.getpid()} ")
+    with locked_output(artifact):
+        line = refusal(lambda: validate_artifact(tmp_path / "link", fast_config(llama, artifact)))
+    assert line.startswith(f"{artifact}: is in use by process {os.getpid()} ")
+    assert line.endswith("; wait for it to end")
 
 
 def test_what_is_no_artifact_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -124,6 +124,9 @@ class Altered:
     def tensor(self, name: str) -> torch.Tensor:
         return self._artifact.tensor(self._name if name == self._other else name)
 
+    def fetch(self, module: str) -> None:
+        self._artifact.fetch(module)
+
     def weight(self, name: str) -> torch.Tensor:
         return self._artifact.weight(name)
 

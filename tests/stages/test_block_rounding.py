@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.stats import GramMatrices
-from accullm_cli.stages import embedding_rounding
+from accullm_cli.stages import block_rounding, embedding_rounding, precision
 from accullm_cli.stages.quantize import load_record
+from accullm_cli.stages.streams import Captures
 from tests.streaming import opened, run_to, short_config
 from tests.tiny import make_checkpoint
 
@@ -84,3 +85,36 @@ def test_clamped_scales_of_an_embeddings_part_name_its_rows(tmp_path: Path, monk
     end = "lie outside of what can be stored, 5.96e-08 to 6.55e+04, and were clamped"
     assert record.records[0] == f"model.embed_tokens: rows 100 to 199: 190 of 200 scales {end}"
     assert len(record.records) == -(-rows // 100) - 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_inputs_that_are_multiplied_in_bfloat16_are_kept_in_it_and_no_byte_changes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU with instructions for that; GPT-2's Conv1D are multiplied in float32 there."""
+    monkeypatch.setattr(precision, "onednn_rounds", lambda: False)
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: True)
+    kept: list[torch.dtype] = []
+    write = Captures.write
+
+    def note(
+        captures: Captures, batch: int, name: str, value: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> None:
+        if name.startswith("rounded input"):
+            kept.append(dtype)
+        write(captures, batch, name, value, dtype)
+
+    def shards(out: Path) -> list[bytes]:
+        kept.clear()
+        with opened(short_config(source, out, machine__precision="auto")) as job:
+            assert job.compute.precision == "bfloat16"
+            run_to(job, "quantize")
+        return [path.read_bytes() for path in sorted(out.with_name(f"{out.name}.run").glob("quantize/*.safetensors"))]
+
+    monkeypatch.setattr(Captures, "write", note)
+    source = make_checkpoint(kind, tmp_path / "model")
+    found = shards(tmp_path / "out")
+    assert set(kept) == {torch.float32 if kind == "gpt2" else torch.bfloat16}
+    monkeypatch.setattr(block_rounding, "_only_multiplied_as", lambda job, slot: torch.float32)
+    assert found == shards(tmp_path / "other")
+    assert set(kept) == {torch.float32}

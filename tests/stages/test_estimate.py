@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from accullm_cli.config import Config
+from accullm_cli.pipeline import convert, dry_run
 from accullm_cli.stages import estimate as stage
 from accullm_cli.stages import streams
 from accullm_cli.stages.compute import Compute
 from accullm_cli.stages.estimate import Estimated, estimate
 from accullm_cli.stages.job import open_decoder
 from accullm_cli.stages.profile import make_plan
+from tests.llama_cpp import byte_tokenizer
 from tests.streaming import opened, run_to, short_config
 from tests.tiny import edit_config, make_checkpoint, make_tokenizer
 
@@ -88,6 +92,35 @@ def files_of(directory: Path) -> int:
     return sum({status.st_ino: status.st_size for status in found}.values())
 
 
+@pytest.fixture
+def most_files(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config, Path], int]:
+    """Converts, and gives the bytes of all files below a directory when there were most of them."""
+
+    def convert_and_look(config: Config, place: Path) -> int:
+        most = 0
+
+        def look(captures: streams.Captures, *error: object) -> None:
+            nonlocal most
+            most = max(most, files_of(place) + captures._end)  # its file has no name
+            close(captures, *error)
+
+        def look_again(store: streams.StreamStore, key: str, tensors: dict[str, torch.Tensor]) -> None:
+            nonlocal most
+            there = store.path.stat().st_size if store.path.exists() else 0
+            put(store, key, tensors)
+            most = max(most, files_of(place) + there)  # the new one was written beside the old one
+
+        close, put = streams.Captures.__exit__, streams.StreamStore.store_if_due
+        with monkeypatch.context() as patched:
+            patched.setattr(streams.Captures, "__exit__", look)
+            patched.setattr(streams.StreamStore, "store_if_due", look_again)
+            patched.setattr(streams, "SECONDS_BETWEEN_STORES", 0.0)
+            convert(config)
+        return max(most, files_of(place))
+
+    return convert_and_look
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -97,25 +130,51 @@ def files_of(directory: Path) -> int:
     ],
 )
 def test_the_disk_is_what_all_files_take_when_there_are_most(
-    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, object], tmp_path: Path, most_files: Callable[[Config, Path], int]
 ) -> None:
     source = wide_model(tmp_path / "model", layers=3)
     expected = estimated(source, tmp_path / "dry", **settings)
-    place = tmp_path / "place"
-    most = 0
-
-    def look(captures: streams.Captures, *error: object) -> None:
-        nonlocal most
-        most = max(most, files_of(place) + captures._end)  # its file has no name
-        close(captures, *error)
-
-    close = streams.Captures.__exit__
-    monkeypatch.setattr(streams.Captures, "__exit__", look)
-    monkeypatch.setattr(streams, "SECONDS_BETWEEN_STORES", 0.0)
-    with opened(short_config(source, place / "out", **settings)) as job:
-        run_to(job, "validate")
-    most = max(most, files_of(place))
+    most = most_files(short_config(source, tmp_path / "place" / "out", **settings), tmp_path / "place")
     assert 0.95 * most < expected.disk_bytes < 1.6 * most
+
+
+NEAREST = {"rounding__method": "nearest", "rounding__grid": "minmax", "calibration__gradient_samples": 0}
+TASKS = {"validation__tasks": "arithmetic:easy", "validation__task_items": 20}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", NEAREST),
+        ("llama", {"calibration__samples": 8, "calibration__gradient_samples": 8, "plan__bits": 4.5}),
+        ("mixtral", NEAREST),
+        ("gpt2", {**NEAREST, "validation__other_text": "none"}),
+        ("llama-tied", {**NEAREST, **TASKS, "export__format": "[mlx]", "plan__outliers": 0}),
+    ],
+)
+def test_the_disk_is_what_a_tiny_conversion_takes(
+    kind: str, settings: dict[str, object], tmp_path: Path, most_files: Callable[[Config, Path], int]
+) -> None:
+    """Where pages, plans and headers weigh more than weights."""
+    source = make_checkpoint(kind, tmp_path / "model")
+    if "validation__tasks" in settings:  # which are longer than the tiny model reads
+        edit_config(source, max_position_embeddings=512)
+    expected = dry_run(short_config(source, tmp_path / "dry", **settings)).disk_bytes
+    most = most_files(short_config(source, tmp_path / "place" / "out", **settings), tmp_path / "place")
+    assert 0.95 * most < expected < 1.4 * most
+
+
+def test_of_a_gguf_file_the_disk_holds_the_checkpoint_that_it_becomes(
+    tmp_path: Path, most_files: Callable[[Config, Path], int]
+) -> None:
+    model = wide_model(tmp_path / "model", layers=3)
+    byte_tokenizer().save_pretrained(model)
+    gguf = {"export__format": "[gguf]", "plan__outliers": 0, "plan__group_size": 32}
+    convert(short_config(model, tmp_path / "first", **NEAREST, **gguf))
+    (file,) = (tmp_path / "first").glob("*.gguf")
+    expected = dry_run(short_config(file, tmp_path / "dry", **NEAREST)).disk_bytes
+    most = most_files(short_config(file, tmp_path / "place" / "out", **NEAREST), tmp_path / "place")
+    assert 0.95 * most < expected < 1.3 * most
 
 
 FIXED = {"rounding__damping": 0.3}

@@ -107,6 +107,16 @@ def test_captures_lie_on_disk_where_the_device_has_no_room_left(tmp_path: Path) 
             captures.read(0, "on disk")
 
 
+@pytest.mark.parametrize("room", [0, 12])
+def test_captures_in_bfloat16_take_half_of_the_room(room: int, tmp_path: Path) -> None:
+    rows = torch.tensor([[1.0, -2.5, 3.1415927], [0.0, 1e30, 2**-133]])
+    with Captures(tmp_path, CPU, room) as captures:
+        captures.write(0, "a", rows, torch.bfloat16)
+        assert (captures._end, captures._room) == ((0, 0) if room else (12, 0))
+        assert captures.read(0, "a").dtype == torch.float32
+        assert torch.equal(captures.read(0, "a"), rows.bfloat16().float())
+
+
 def test_captures_leave_no_file_behind(tmp_path: Path) -> None:
     with Captures(tmp_path, CPU) as captures:
         captures.write(0, "a", torch.ones(1000))

@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from accullm_cli.errors import AccullmError
+from accullm_cli.errors import AccullmError, MachineError
 from accullm_cli.pipeline import convert
 from accullm_cli.progress import Event
 from accullm_cli.stages.estimate import Estimated
-from accullm_cli.zoo.cluster import convert_on_ray, resources_of
+from accullm_cli.zoo import cluster as cluster_module
+from accullm_cli.zoo.cluster import SPEAKER, convert_on_ray, resources_of, said_by_ray, signals_wait
 from accullm_cli.zoo.conversions import check_zoo, convert_zoo
 from accullm_cli.zoo.file import read_zoo
 from tests.end_to_end.test_resume import contents
@@ -66,6 +74,61 @@ def test_without_ray_there_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(AccullmError) as refused:
         list(convert_on_ray("auto", {})((), lambda event: None))
     assert refused.value.line() == "--ray: ray is not installed; pip install 'accullm[ray]'"
+
+
+def test_a_signal_waits_until_it_may_interrupt() -> None:
+    seen: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with signals_wait() as interrupt:
+            interrupt()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert seen == []
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # a second one does not wait
+            interrupt()
+            assert seen == [signal.SIGINT]
+        signal.signal(signal.SIGINT, handler)
+        with signals_wait():
+            assert signal.getsignal(signal.SIGINT) is not handler
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_ray_prints_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "\x1b[33m(raylet)\x1b[0m A node was lost.\n    [state-dump]\n"
+    with said_by_ray() as said:
+        thread = threading.Thread(target=print, args=(message,), name=SPEAKER)
+        thread.start()
+        thread.join()
+        print("a result")
+    assert said == ["(raylet) A node was lost."]
+    assert capsys.readouterr().out == "a result\n"
+
+
+def test_a_cluster_that_is_lost_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class RayError(Exception):
+        pass
+
+    @contextmanager
+    def connected(address: str) -> Iterator[Any]:
+        yield SimpleNamespace(exceptions=SimpleNamespace(RayError=RayError))
+
+    def lost(*args: object) -> None:
+        raise RayError("The actor died.\nIts node is dead.")
+
+    monkeypatch.setattr(cluster_module, "_connected", connected)
+    monkeypatch.setattr(cluster_module, "_convert_all", lost)
+    with pytest.raises(MachineError) as refused:
+        list(convert_on_ray("here:1", {})((), lambda event: None))
+    assert refused.value.line() == (
+        "--ray here:1: the cluster, or this machine's place in it, was lost (The actor died); run the same command "
+        "again to resume"
+    )
 
 
 # -- on a cluster --------------------------------------------------------------------------------------------------
@@ -139,6 +202,30 @@ def test_conversions_go_on_from_their_run_directories_when_a_node_is_lost(
     out = entry.config.export.model_copy(update={"out": tmp_path / "alone"})
     convert(entry.config.model_copy(update={"export": out}))
     assert contents(tmp_path / "alone") == contents(tmp_path / "zoo-out" / lost[0])
+
+
+def test_ctrl_c_ends_all_tasks_and_the_same_command_resumes_them(cluster: Any, tmp_path: Path) -> None:
+    model = make_checkpoint("llama", tmp_path / "models" / "a")
+    shutil.copytree(model, tmp_path / "models" / "b")
+    write_zoo(tmp_path, f"{SHARED}models: [models/*]\n")
+    command = [sys.executable, "-m", "accullm_cli", "zoo", "zoo.yaml", "--ray", cluster.address]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        while not any((tmp_path / "zoo-out" / f"{name}-int4.run" / "plan.json").exists() for name in "ab"):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert (out, err.splitlines()[-1]) == ("", "interrupted; run the same command again to resume")
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == "zoo-out/a-int4\nzoo-out/b-int4\n"
+    assert "calibrate: up to date" in again.stderr
 
 
 def _node_of(cluster: Any, name: str) -> Any:
