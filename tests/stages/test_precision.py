@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from accullm_cli.pipeline import convert
+from accullm_cli.quant.feedback import factor_hessian
+from accullm_cli.quant.stats import GramMatrices
 from accullm_cli.stages import precision
 from accullm_cli.stages.compute import Compute
 from accullm_cli.stages.precision import Bfloat16Products, Precision, onednn_rounds, products
@@ -53,7 +55,7 @@ def test_the_setting_ends_with_an_error_too() -> None:
 
 def test_linears_and_sums_multiply_bfloat16_and_add_in_float32() -> None:
     generator = torch.Generator().manual_seed(2)
-    x, weight = torch.randn(70, 300, generator=generator), torch.randn(40, 300, generator=generator)
+    x, weight = torch.randn(140, 300, generator=generator), torch.randn(40, 300, generator=generator)
     bias = torch.randn(40, generator=generator)
     with Bfloat16Products():
         found = nn.functional.linear(x, weight, bias)
@@ -69,6 +71,20 @@ def test_linears_and_sums_multiply_bfloat16_and_add_in_float32() -> None:
     gram = x.bfloat16().double().T @ x.bfloat16().double()
     assert bool(((total - 1 - gram).abs() <= unit * gram.abs() + 1e-6 * (x.abs().T @ x.abs() + 1)).all())
     assert torch.equal(untouched, x @ weight.T)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 127, 128])
+def test_the_hessian_of_an_expert_that_few_tokens_reach_can_be_factored(rows: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(rows, 512, generator=generator) * torch.randn(512, generator=generator).mul(1.5).exp()
+    gram = GramMatrices(512)
+    with Bfloat16Products():
+        gram.add(inputs)
+    hessian = gram.take_hessian()
+    assert hessian is not None
+    least = torch.linalg.eigvalsh(hessian.double()).min()
+    assert float(least / hessian.diagonal().mean()) > -0.02
+    assert not factor_hessian(hessian, 0.03).is_raised
 
 
 def test_gradients_pass_rounded_products() -> None:
