@@ -287,6 +287,23 @@ def test_descent_lowers_the_loss_of_rows_that_feed_each_other_across_segments() 
     assert losses[-1] > 0.9 * losses[-2]
 
 
+def test_a_segment_makes_up_for_what_others_missed() -> None:
+    """Rows of two segments in pairs, where what both miss in the same direction counts most."""
+    problem = correlated_problem(2 * SEGMENT, 12, 60, seed=9)
+    pairs = torch.eye(SEGMENT, dtype=torch.float64)
+    fisher = torch.cat([torch.cat([pairs, 0.9 * pairs], 1), torch.cat([0.9 * pairs, pairs], 1)])
+    plan = row(2 * SEGMENT, 12, 3, 4, scale_bits=16)
+    grid, _ = ENCODING.grid(problem.weight, plan, "float16", problem.hessian.diagonal())
+    none, losses = torch.zeros(0, dtype=torch.int64), []
+    for known in (fisher, torch.eye(2 * SEGMENT, dtype=torch.float64)):
+        codes = grid.round_to_nearest(problem.weight).to(torch.uint8)
+        draft = Draft(problem.weight, grid, codes, none, problem.weight[:, :0], problem.hessian, 0.0)
+        draft.descend(known)
+        error = draft.target - grid.values(draft.codes.double())
+        losses.append(float(((fisher @ error @ problem.hessian) * error).sum()))
+    assert losses[0] < 0.93 * losses[1]
+
+
 def test_rows_that_feed_each_other_lose_less_where_it_counts() -> None:
     problem, fisher = correlated_problem(SEGMENT + 30, 64, 200, seed=7), coupled(SEGMENT + 30, seed=8)
     plan = row(SEGMENT + 30, 64, 4, 32, outliers=(5,))
