@@ -8,8 +8,9 @@ bit of code c_n, weight n has the level of number
 
 so that its own code chooses among the even or the odd levels, whichever u_(n-1) says, and u_n is free to say what the
 next two weights choose from. Of all sequences of codes that of least error is found by Viterbi's algorithm. The
-levels are as close as those of one bit more; 1.1 dB of that 6 dB are left of the freedom to choose each, at no cost in
-bits. A weight still hangs on three codes alone, so that any part of a matrix is decoded without what lies before.
+levels are as close as those of one bit more, at no cost in bits; what is left of that gain, as half of them may be
+chosen each time, `encodings.trellis` has as it was measured. A weight hangs on three codes alone, so that any part of a
+matrix is decoded without what lies before.
 
 Chains begin again every SEGMENT rows, with u = 0 above the first one.
 """
@@ -18,7 +19,8 @@ from __future__ import annotations
 
 import torch
 
-# A shorter chain loses more at its beginning, where little is free: with 32 rows 9% of the squared error, with 256 1%.
+# A shorter chain loses more at its beginning, where little is free: of normal weights' squared error 3.4% with 32 rows,
+# 0.4% with 256.
 SEGMENT = 256
 
 

@@ -20,7 +20,7 @@ from accullm_cli.quant.linear import QuantizedLinear
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
 from accullm_cli.quant.trellis import SEGMENT, codes_of_places, is_chain, places_of_codes
-from accullm_cli.quant.viterbi import fed_loss, good_fed_chain, middles_of
+from accullm_cli.quant.viterbi import best_chain, fed_loss, good_fed_chain, middles_of
 from tests.quant.references import correlated_problem
 
 ENCODING = ENCODINGS["trellis"]
@@ -165,6 +165,19 @@ def test_segments_of_a_long_column_are_chains_of_their_own() -> None:
     for start in range(0, len(weight), SEGMENT):
         part = slice(start, start + SEGMENT)
         assert torch.equal(grid.rows(part).round_to_nearest(weight[part]), places[part])
+
+
+@pytest.mark.parametrize(("size", "share"), [(32, 0.034), (SEGMENT, 0.004)])
+def test_what_the_beginnings_of_chains_cost(size: int, share: float) -> None:
+    levels = np.array(levels_of(4), float)
+    columns = draw(32, 8192, seed=12).numpy() * 127 / 2.6
+
+    def error(rows: int) -> float:
+        near, back, places = np.empty((rows, 4), np.uint8), np.empty(rows, np.uint8), np.empty(rows, np.uint8)
+        parts = (part for column in columns for part in column.reshape(-1, rows))
+        return sum(best_chain(part, np.ones(rows), levels, middles_of(levels), near, back, places) for part in parts)
+
+    assert error(size) / error(8192) - 1 == pytest.approx(share, rel=0.2)
 
 
 # -- rounding ----------------------------------------------------------------------------------------------
