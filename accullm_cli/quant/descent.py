@@ -93,20 +93,16 @@ class Draft:
         the rows of other segments as they are, that is (r + G_ss^-1 G_so r_o) G_ss (r + ...)^T and a constant. A second
         sweep over a segment would gain some 0.3% of the loss.
         """
-        count = len(error)
-        factors = {}
-        for start in range(0, count, SEGMENT):
-            part = slice(start, start + SEGMENT)
-            factors[start] = factor_hessian(fisher[part, part], 0.0, kind="Fisher matrix", sorts=False)
-        for start in ROUNDS * list(range(0, count, SEGMENT)):
-            part, factor = slice(start, start + SEGMENT), factors[start]
+        movable, levels = self._on_grid(), self.grid.table()
+        parts = [slice(start, start + SEGMENT) for start in range(0, len(error), SEGMENT)]
+        factors = [factor_hessian(fisher[part, part], 0.0, kind="Fisher matrix", sorts=False) for part in parts]
+        for part, factor in ROUNDS * list(zip(parts, factors, strict=True)):
             from_others = fisher[part] @ product - fisher[part, part] @ product[part]
             slope = torch.cholesky_solve(from_others.flip(0), factor.cholesky).flip(0)
-            size = len(slope)
-            chain = Chain(slope, factor.feedback(0, size), factor.variances)
+            chain = Chain(slope, factor.feedback(0, len(slope)), factor.variances)
             descent = Descent(
-                self.codes[part], error[part], product[part], self.hessian, self.ridge, self.grid.rows(part),
-                self._on_grid(), 1, None, self.grid.table(), True, chain,
+                self.codes[part], error[part], product[part], self.hessian, self.ridge, self.grid.rows(part), movable,
+                1, None, levels, True, chain,
             )  # fmt: skip
             loops.descend(descent)
 

@@ -123,7 +123,7 @@ class LevelSearch:
         return self.fitted(self._points(scale), scale)
 
     def fitted(self, every: list[torch.Tensor], scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best scale for some levels, [R, G, size] each, and what it takes off the energy of the error."""
+        """The best scale for some levels, [R, G, size] each, used up; and what it takes off the energy of the error."""
         along, square = torch.zeros_like(scale), torch.zeros_like(scale)
         for points in every:
             along += (self.weighted * points).sum(-1)
