@@ -117,7 +117,7 @@ class PlanOptions(Section):
     file_size: str | None = option(
         None,
         "The largest size that the file may have, in the place of --bits: 105MB, or a file that it is to be no larger "
-        "than. For a format whose artifact is one file.",
+        "than, and if that is a GGUF no slower on a CPU. For a format whose artifact is one file.",
         example="105MB",
     )
     spend: Literal["widths", "outliers"] = option(

@@ -226,11 +226,13 @@ class LlamaCpp:
         file_type: str,
         importance: Mapping[str, np.ndarray] | None = None,
         threads: int = 1,
+        pure: bool = False,
     ) -> None:
         """llama.cpp's own quantization of a file; to F32, of a quantized one, its own dequantization.
 
         Args:
             file_type: of FILE_TYPES.
+            pure: all matrices in the one encoding that the type is named after.
             importance: by tensor name in the file, the mean square of each input feature, float32 [K].
 
         Raises:
@@ -239,7 +241,7 @@ class LlamaCpp:
         self.said.clear()
         params = self.api.llama_model_quantize_default_params()
         params.nthread, params.ftype = threads, FILE_TYPES[file_type]
-        params.allow_requantize = file_type == "F32"
+        params.allow_requantize, params.pure = file_type == "F32", pure
         entries = (_Importance * (len(importance or {}) + 1))()  # ended by an empty one
         arrays = [np.ascontiguousarray(values, dtype=np.float32) for values in (importance or {}).values()]
         for entry, name, values in zip(entries, importance or {}, arrays, strict=False):

@@ -30,6 +30,7 @@ from accullm_cli.formats.gguf_adoption import adopt
 from accullm_cli.formats.gguf_artifact import GgufArtifact
 from accullm_cli.formats.gguf_general import write_general
 from accullm_cli.formats.gguf_layout import Layout, ggml_type
+from accullm_cli.formats.gguf_pace import Pace, pace_of
 from accullm_cli.formats.gguf_vocabulary import FILE as TOKENIZER
 from accullm_cli.formats.gguf_vocabulary import read_vocabulary
 from accullm_cli.formats.manifest import MANIFEST_NAME, manifest_of, write_card, write_manifest
@@ -63,6 +64,10 @@ class GgufFormat:
     def file_size(self, shape: ModelShape, facts: Mapping[str, Any]) -> FileSize:
         """What the file of a model weighs under a plan; facts: as `Parts.provenance`."""
         return FileSize(shape, facts)
+
+    def pace_of(self, path: Path) -> Pace | None:
+        """How long llama.cpp takes over a token with a file; None where it is no GGUF."""
+        return pace_of(path)
 
     def linear_bytes(self, linear: LinearPlan, dtype: torch.dtype) -> int:
         """Bytes that are stored for a linear; blocks leave no gaps."""

@@ -19,6 +19,11 @@ from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 PRICES = (-200.0, 0.0)
 # Halvings of that interval.
 HALVINGS = 60
+# log2 of the prices of a unit of time, over that of a bit in the plan that is too slow, and halvings of that interval.
+TOLLS = (-20.0, 20.0)
+TOLL_HALVINGS = 14
+# Than the fastest plan, where that is too slow.
+MORE_TIME = 0.02
 # How often what is too dear is kept, and the others go on: each time what is left over is smaller.
 TURNS = 8
 # Points of the curve of loss against bits, for each halving of the price.
@@ -47,6 +52,7 @@ class Choices:
         with every group size that it has losses for.
     partners: linears that must be stored alike, but for their outliers. One without losses follows the others.
     stored_bytes: of a linear without outliers; each of these takes `LinearPlan.outlier_bytes` more.
+    time_of: what a runtime takes over a linear, outliers aside; in any unit.
     format, has_larger_groups: for a refusal: whose ways these are, and whether it has larger groups.
     """
 
@@ -57,6 +63,7 @@ class Choices:
     rows: Mapping[str, Sequence[LinearPlan]] = field(default_factory=dict)
     partners: Sequence[tuple[str, ...]] = ()
     stored_bytes: Callable[[LinearPlan], int] = lambda plan: plan.stored_bytes
+    time_of: Callable[[LinearPlan], float] = lambda plan: 0.0
     most_outliers: Mapping[str, int] = field(default_factory=dict)
     all_or_none: bool = False
     format: str = ""
@@ -83,37 +90,71 @@ class Choices:
             )
         return self.fitting(lambda plan: self.bits_per_weight(plan) <= bits_per_weight)
 
-    def fitting(self, fits: Callable[[Plan], bool]) -> Plan:
+    def fitting(self, fits: Callable[[Plan], bool], most_time: float = math.inf) -> Plan:
         """The plan of the lowest price at which it fits; the smallest, where none does.
 
-        What is too dear at any lower price (of an embedding, say, a quarter of the file) may leave room. It stays as
-        it is, and the others go on to lower prices.
+        Where that one takes too much time, time has a price, too: the lowest at which it does not. Where all plans that
+        fit take too much, it may take a little more than the fastest of them.
 
         Args:
-            fits: whether a plan takes no more than it may.
+            fits: whether a plan takes no more bytes than it may.
+            most_time: of all linears, see `time_of`.
+        """
+        found, price = self._lowest(fits, 0.0, most_time)
+        if self._time(found) <= most_time:
+            return found
+
+        def at(toll: float, most_time: float, turns: int = 1) -> Plan:
+            return self._lowest(fits, price * 2.0**toll, most_time, turns)[0]
+
+        low, high = TOLLS
+        most_time = max(most_time, (1 + MORE_TIME) * self._time(at(high, most_time)))
+        for _ in range(TOLL_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._time(at(middle, most_time)) <= most_time else (middle, high)
+        return at(high, most_time, TURNS)
+
+    def _lowest(
+        self, fits: Callable[[Plan], bool], toll: float, most_time: float, turns: int = TURNS
+    ) -> tuple[Plan, float]:
+        """The plan of the lowest price per bit at which it fits, with that price.
+
+        What is too dear at any lower price (of an embedding, say, a quarter of the file) may leave room. It stays as
+        it is, and the others go on to lower prices, as long as all of them together do not take too much time.
+
+        Args:
+            toll: the price of a unit of time.
         """
         kept: dict[tuple[str, ...], dict[str, LinearPlan]] = {}
-        found, low, high = self.smallest(), *PRICES
-        for _ in range(TURNS):
+        found, price, low, high = self.smallest(), 1.0, *PRICES
+        may = fits
+        for turn in range(turns):
             lower = None
             for _ in range(HALVINGS):
                 middle = (low + high) / 2
-                plan = self._at_price(middle, kept)
-                if fits(plan):
+                plan = self._at_price(middle, kept, toll)
+                if may(plan):
                     high, found = middle, plan
                 else:
                     low, lower = middle, plan
+            if turn == 0:
+                price = self._dearest * 2.0**high
+                in_time = self._time(found) <= most_time
+                may = (lambda plan: fits(plan) and self._time(plan) <= most_time) if in_time else fits
             if lower is None:
                 break
             for names in self._together():
                 own, dearer = ({name: plan.linears[name] for name in names} for plan in (found, lower))
                 if own != dearer:
                     plan = Plan({**found.linears, **dearer})
-                    if fits(plan):
+                    if may(plan):
                         found, own = plan, dearer
                     kept[names] = own
             low = PRICES[0]
-        return found
+        return found, price
+
+    def _time(self, plan: Plan) -> float:
+        return sum(map(self.time_of, plan.linears.values()))
 
     def _keeps_some(self) -> bool:
         return any(plan.bits == KEPT_BITS for plan in self.plans.values())
@@ -157,19 +198,19 @@ class Choices:
             found[name] = float(rest.sum()) * _growth(linear)
         return found
 
-    def _at_price(self, exponent: float, kept: _Kept = MappingProxyType({})) -> Plan:
+    def _at_price(self, exponent: float, kept: _Kept = MappingProxyType({}), toll: float = 0.0) -> Plan:
         """The plan at a price of 2**exponent of what the dearest feature can save, for each bit."""
-        return self._at(self._dearest * 2.0**exponent, kept)
+        return self._at(self._dearest * 2.0**exponent, kept, toll)
 
     @cached_property
     def _dearest(self) -> float:
         return max((float(loss.max()) for by_size in self.losses.values() for loss in by_size.values()), default=0.0)
 
-    def _at(self, price: float, kept: _Kept = MappingProxyType({})) -> Plan:
-        """The plan at a price for each bit; `kept` are not chosen for."""
+    def _at(self, price: float, kept: _Kept = MappingProxyType({}), toll: float = 0.0) -> Plan:
+        """The plan at a price for each bit, and a toll for each unit of time; `kept` are not chosen for."""
         chosen: dict[str, LinearPlan] = {}
         for names in self._together():
-            chosen |= kept[names] if names in kept else self._best(names, price)
+            chosen |= kept[names] if names in kept else self._best(names, price, toll)
         return Plan({**self.plans, **chosen})
 
     def _together(self) -> Iterator[tuple[str, ...]]:
@@ -201,12 +242,12 @@ class Choices:
             for bits in self.widths
         ]
 
-    def _best(self, names: tuple[str, ...], price: float) -> dict[str, LinearPlan]:
-        """The cheapest choice for some linears that are stored alike: loss + price * bits."""
+    def _best(self, names: tuple[str, ...], price: float, toll: float) -> dict[str, LinearPlan]:
+        """The cheapest choice for some linears that are stored alike: loss + price * bits + toll * time."""
         least, chosen = math.inf, []
         for way in self._options[names]:
             counts = [option.count(price, self.all_or_none) for option in way]
-            cost = sum(option.cost(count, price) for option, count in zip(way, counts, strict=True))
+            cost = sum(option.cost(count, price, toll) for option, count in zip(way, counts, strict=True))
             if cost < least:
                 least, chosen = cost, list(zip(way, counts, strict=True))
         return {option.row.name: option.with_outliers(count) for option, count in chosen}
@@ -223,7 +264,13 @@ class Choices:
         return {
             names: [
                 [
-                    _Option(row, self.stored_bytes(row), _growth(row), ranked.get((name, row.group_size), nothing))
+                    _Option(
+                        row,
+                        self.stored_bytes(row),
+                        self.time_of(row),
+                        _growth(row),
+                        ranked.get((name, row.group_size), nothing),
+                    )
                     for name, row in way.items()
                 ]
                 for way in self._ways(names)
@@ -264,11 +311,12 @@ class _Ranked:
 class _Option:
     """One way to store a linear.
 
-    row: without outliers. stored_bytes: of the row. growth: of its losses at its width.
+    row: without outliers. stored_bytes, time: of the row. growth: of its losses at its width.
     """
 
     row: LinearPlan
     stored_bytes: int
+    time: float
     growth: float
     ranked: _Ranked
 
@@ -280,10 +328,10 @@ class _Option:
             return most if saved > of_one * most else 0
         return bisect_left(self.ranked.falling, -of_one / self.growth)
 
-    def cost(self, count: int, price: float) -> float:
-        """Loss and price of the bits, with so many outlier features."""
+    def cost(self, count: int, price: float, toll: float) -> float:
+        """Loss, price of the bits and of the time, with so many outlier features."""
         bits = 8 * (self.stored_bytes + self.row.outlier_bytes * count)
-        return self.ranked.rest[count] * self.growth + price * bits
+        return self.ranked.rest[count] * self.growth + price * bits + toll * self.time
 
     def with_outliers(self, count: int) -> LinearPlan:
         return replace(self.row, outlier_index=tuple(sorted(self.ranked.order[:count])))

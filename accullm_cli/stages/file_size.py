@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
 from accullm_cli.formats.base import ModelShape
+from accullm_cli.formats.gguf_pace import Pace
 from accullm_cli.model.gguf_parts import files_of
 from accullm_cli.quant.budget import Choices
 from accullm_cli.quant.plan import Plan
@@ -34,6 +36,32 @@ def file_bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
+def pace_asked_for(job: Job) -> Pace | None:
+    """That of the file that the new one is to be no larger than; None where a size is asked for by no GGUF file."""
+    asked = job.config.plan.file_size
+    path = None if asked is None else Path(asked).expanduser()
+    format: Any = FORMATS[job.format]
+    return format.pace_of(path) if path is not None and path.is_file() else None
+
+
+def pace_sentences(job: Job, time: float) -> Iterator[str]:
+    """What the report says where the plan is not held to the pace of a file, or cannot keep it.
+
+    Args:
+        time: that its linears take.
+    """
+    pace = pace_asked_for(job)
+    if pace is None:
+        return
+    name = Path(str(job.config.plan.file_size)).name
+    if pace.unknown:
+        unknown = ", ".join(pace.unknown)
+        yield f"{name} holds {unknown}, and how fast a CPU is with that is not known here: the plan goes by size alone"
+    elif time > pace.time:
+        longer = time / pace.time - 1
+        yield f"no plan of the size of {name} is as fast as it is on a CPU; this one takes {longer:.0%} longer"
+
+
 def made_from(job: Job) -> Mapping[str, Any]:
     """What an artifact says of the model and the configuration that it was made from."""
     config = job.config.model_dump(mode="json", include={"calibration", "plan", "rounding"})
@@ -50,7 +78,7 @@ def made_from(job: Job) -> Mapping[str, Any]:
 
 
 def within_file(job: Job, shape: ModelShape, choices: Choices, sorted_out: Callable[[Plan], Plan]) -> Plan:
-    """The plan of least expected loss whose file is no larger than it may be.
+    """The plan of least expected loss whose file is no larger than it may be, and no slower than one that it names.
 
     Args:
         sorted_out: makes the plan of the model of one that has embeddings among its linears.
@@ -60,8 +88,12 @@ def within_file(job: Job, shape: ModelShape, choices: Choices, sorted_out: Calla
     """
     limit = file_bytes(str(job.config.plan.file_size))
     format: Any = FORMATS[job.format]
-    size_of = format.file_size(shape, made_from(job))
-    smallest = size_of(sorted_out(choices.smallest()))
+    size_of, least = format.file_size(shape, made_from(job)), sorted_out(choices.smallest())
+    smallest = size_of(least)
     if smallest > limit:
         raise AccullmError(f"no file of {limit:,} bytes can be had: the smallest has {smallest:,}", FLAG, "give more")
-    return sorted_out(choices.fitting(lambda plan: size_of(sorted_out(plan)) <= limit))
+    pace, most_time = pace_asked_for(job), math.inf
+    if pace is not None and not pace.unknown:
+        decided = (row for name, row in least.embeddings.items() if name not in choices.plans)
+        most_time = pace.time - sum(map(choices.time_of, decided))
+    return sorted_out(choices.fitting(lambda plan: size_of(sorted_out(plan)) <= limit, most_time))

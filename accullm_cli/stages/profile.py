@@ -8,6 +8,7 @@ than the native one in a directory below it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import starmap
 from pathlib import Path
@@ -30,7 +31,7 @@ from accullm_cli.quant.stats import InputStats
 from accullm_cli.report.outlier_map import draw_outlier_map
 from accullm_cli.run import key_of, write_text
 from accullm_cli.stages.calibrate import load_block_stats, stats_path
-from accullm_cli.stages.file_size import file_bytes, within_file
+from accullm_cli.stages.file_size import file_bytes, pace_asked_for, pace_sentences, within_file
 from accullm_cli.stages.gradients import load_sensitivities
 from accullm_cli.stages.job import Job, open_decoder, place_of, section_inputs
 from accullm_cli.stages.kept import FLAG, kept_sentence
@@ -78,7 +79,8 @@ def profile(job: Job, decision: Decision) -> Work:
     write_text(plan_path, json.dumps(asdict(plan), indent=1))
     draw_outlier_map(stats, plan, picture)
     kept = starmap(kept_sentence, kept_linears(job, decoder).items())
-    records = (*kept, *adapter_sentences(job, choices, plan), *decoder.structure.records)
+    time = sum(map(_time_of(job, decoder), (*plan.linears.values(), *plan.embeddings.values())))
+    records = (*kept, *adapter_sentences(job, choices, plan), *pace_sentences(job, time), *decoder.structure.records)
     return Work((plan_path, picture), records)
 
 
@@ -114,7 +116,11 @@ def _file_inputs(job: Job) -> dict[str, str]:
     size = job.config.plan.file_size
     if size is None:
         return {}
-    return {"config:plan.file_size": str(file_bytes(size)), "source:companions": job.source.companions_sha256}
+    pace = pace_asked_for(job)
+    return {
+        "config:plan.file_size": str(file_bytes(size)) + (f" at {pace}" if pace else ""),
+        "source:companions": job.source.companions_sha256,
+    }
 
 
 def planning(format: str) -> Stage:
@@ -204,10 +210,20 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
         rows,
         together,
         lambda plan: linear_bytes(format, plan, dtype),
+        _time_of(job, decoder),
         largest_ranks(job, decoder),
         format=job.format,
         has_larger_groups=has_larger_groups(job),
     )
+
+
+def _time_of(job: Job, decoder: Decoder) -> Callable[[LinearPlan], float]:
+    """What a runtime takes over each linear, where the plan is to be as fast as a file; to look up takes nothing."""
+    pace = pace_asked_for(job)
+    if pace is None or pace.unknown:
+        return lambda row: 0.0
+    kinds, free = kinds_of(decoder), {slot.name for slot in find_embeddings(decoder.model) if not slot.is_head}
+    return lambda row: 0.0 if row.name in free else pace.of_row(row, kinds.get(row.name) == "expert")
 
 
 def load_plan(path: Path) -> Plan:
