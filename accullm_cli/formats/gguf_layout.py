@@ -49,7 +49,7 @@ class Layout:
         self.parameters = parameters
         self.config, self.architecture, self.plan = config, architecture, plan
         self.pieces = placed(architecture, config, self.parameters)
-        quantized = plan.quantized
+        self._quantized = quantized = plan.quantized
         self.linears: dict[str, tuple[str, ...]] = {}
         for name, shape in self.parameters.items():
             own: tuple[str, ...] = (name.removesuffix(".weight"),)
@@ -60,7 +60,7 @@ class Layout:
 
     def row(self, parameter: str) -> LinearPlan:
         """How the linears of a parameter are stored, which for a stack is the same for all."""
-        return self.plan.quantized[self.linears[parameter][0]]
+        return self._quantized[self.linears[parameter][0]]
 
 
 def ggml_type(row: LinearPlan) -> GGMLQuantizationType:

@@ -103,16 +103,32 @@ class Choices:
         found, price = self._lowest(fits, 0.0, most_time)
         if self._time(found) <= most_time:
             return found
+        # The largest matrix (an embedding may be a quarter of the file) is one step where prices need many small ones.
+        largest = max(self._together(), key=lambda names: sum(self.plans[name].weights for name in names))
+        every = [self._with_one_way(way) for way in self._ways(largest)]
+        floors = [own._loss(own._lowest(fits, 0.0, most_time, turns=1)[0]) for own in every]
+        found, _ = self._lowest(fits, price * 2.0 ** TOLLS[1], most_time)
+        most_time = max(most_time, (1 + MORE_TIME) * self._time(found))
+        for floor, own in sorted(zip(floors, every, strict=True), key=lambda entry: entry[0]):
+            if floor >= self._loss(found):
+                break
+            plan = own._in_time(fits, most_time, price)
+            if fits(plan) and self._time(plan) <= most_time and self._loss(plan) < self._loss(found):
+                found = plan
+        return found
 
-        def at(toll: float, most_time: float, turns: int = 1) -> Plan:
-            return self._lowest(fits, price * 2.0**toll, most_time, turns)[0]
+    def _with_one_way(self, way: Mapping[str, LinearPlan]) -> Choices:
+        """The same choices where some linears have none."""
+        return replace(self, rows={**self.rows, **{name: [row] for name, row in way.items()}})
 
+    def _in_time(self, fits: Callable[[Plan], bool], most_time: float, price: float) -> Plan:
+        """The plan of the lowest price of time at which it is in time, in units of a price per bit."""
         low, high = TOLLS
-        most_time = max(most_time, (1 + MORE_TIME) * self._time(at(high, most_time)))
         for _ in range(TOLL_HALVINGS):
             middle = (low + high) / 2
-            low, high = (low, middle) if self._time(at(middle, most_time)) <= most_time else (middle, high)
-        return at(high, most_time, TURNS)
+            plan, _ = self._lowest(fits, price * 2.0**middle, most_time, turns=1)
+            low, high = (low, middle) if self._time(plan) <= most_time else (middle, high)
+        return self._lowest(fits, price * 2.0**high, most_time)[0]
 
     def _lowest(
         self, fits: Callable[[Plan], bool], toll: float, most_time: float, turns: int = TURNS
@@ -123,14 +139,14 @@ class Choices:
         it is, and the others go on to lower prices, as long as all of them together do not take too much time.
 
         Args:
-            toll: the price of a unit of time.
+            toll: the price of a unit of time. turns: one finds a price, less finely; the others spend what is left.
         """
         kept: dict[tuple[str, ...], dict[str, LinearPlan]] = {}
         found, price, low, high = self.smallest(), 1.0, *PRICES
         may = fits
         for turn in range(turns):
             lower = None
-            for _ in range(HALVINGS):
+            for _ in range(HALVINGS if turns > 1 else HALVINGS // 2):
                 middle = (low + high) / 2
                 plan = self._at_price(middle, kept, toll)
                 if may(plan):
@@ -155,6 +171,9 @@ class Choices:
 
     def _time(self, plan: Plan) -> float:
         return sum(map(self.time_of, plan.linears.values()))
+
+    def _loss(self, plan: Plan) -> float:
+        return sum(self.loss_of(plan).values())
 
     def _keeps_some(self) -> bool:
         return any(plan.bits == KEPT_BITS for plan in self.plans.values())
@@ -334,7 +353,7 @@ class _Option:
         return self.ranked.rest[count] * self.growth + price * bits + toll * self.time
 
     def with_outliers(self, count: int) -> LinearPlan:
-        return replace(self.row, outlier_index=tuple(sorted(self.ranked.order[:count])))
+        return self.row if not count else replace(self.row, outlier_index=tuple(sorted(self.ranked.order[:count])))
 
 
 def _scheme(row: LinearPlan) -> tuple[object, ...]:

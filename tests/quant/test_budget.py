@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -310,3 +311,73 @@ def test_what_one_linear_is_too_large_for_goes_to_the_others() -> None:
     found = choices.within(smallest + 1.5 * of_small).linears
     assert {name: plan.bits for name, plan in found.items()} == {"large": 4, "a": 4, "b": 8}
     assert choices.within(smallest + step * 512 / 576 + 0.5 * of_small).linears["large"].bits == 8
+
+
+# -- time ----------------------------------------------------------------------------------------------------------
+
+# Of a weight, by its bits: the narrow ones are quick, and one in the middle is slowest of all.
+PACES = {3: 1.3, 4: 1.0, 5: 2.0, 6: 1.2, 8: 1.7}
+
+
+def lower_bound(ways: np.ndarray, most_bytes: float, most_time: float) -> float:
+    """A loss that no plan within both limits goes below: the best one by weak duality, on a grid of prices.
+
+    Args:
+        ways: [linears, ways, 3]: loss, bytes and time.
+    """
+    prices = np.concatenate([[0.0], np.exp2(np.arange(-24, 4, 0.25))])
+    loss, octets, time = np.moveaxis(ways, 2, 0)
+    bounds = [
+        (loss + price * octets + toll * time).min(1).sum() - price * most_bytes - toll * most_time
+        for price, toll in itertools.product(prices, prices)
+    ]
+    return float(max(bounds))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_plan_as_small_and_as_fast_is_much_better(seed: int) -> None:
+    """Of linears that matter alike, and one that is an eighth of all weights."""
+    generator = torch.Generator().manual_seed(seed)
+    plans = {f"layer{number:02d}": linear(f"layer{number:02d}") for number in range(40)}
+    plans["embedding"] = linear("embedding", rows=160)
+    losses = {
+        name: 2 ** (2 * torch.rand(1, generator=generator)) * (1 + torch.rand(64, generator=generator))
+        for name in plans
+    }
+    weights = sum(plan.weights for plan in plans.values())
+    by_size = {name: {16: loss} for name, loss in losses.items()}
+    choices = Choices(plans, by_size, WIDTHS, 0.0, time_of=lambda row: PACES[row.bits] * row.weights)
+    most_bytes, most_time = (5.2 + seed / 8) * weights / 8, (1.05 + seed % 4 / 10) * weights
+    found = choices.fitting(
+        lambda plan: sum(row.stored_bytes for row in plan.linears.values()) <= most_bytes, most_time
+    )
+    assert sum(row.stored_bytes for row in found.linears.values()) <= most_bytes
+    assert sum(map(choices.time_of, found.linears.values())) <= most_time
+    ways = np.array([
+        [
+            (loss_of(row, losses[name]), row.stored_bytes, choices.time_of(row))
+            for row in (replace(plan, bits=width) for width in WIDTHS)
+        ]
+        for name, plan in plans.items()
+    ])  # fmt: skip
+    reached = sum(loss_of(found.linears[name], losses[name]) for name in plans)
+    assert reached <= 1.1 * lower_bound(ways, most_bytes, most_time)
+
+
+def test_time_has_no_price_where_there_is_enough() -> None:
+    plans, losses = {name: linear(name) for name in "abc"}, random_losses(("a", "b", "c"), 64, 3)
+    by_size = {name: {16: loss} for name, loss in losses.items()}
+    choices = Choices(plans, by_size, WIDTHS, 0.0, time_of=lambda row: PACES[row.bits] * row.weights)
+
+    def fits(plan: Plan) -> bool:
+        return plan.bits_per_weight <= 6.1
+
+    assert choices.fitting(fits, 1e9) == choices.fitting(fits) == choices.within(6.1)
+
+
+def test_where_every_plan_is_too_slow_it_is_little_slower_than_the_fastest() -> None:
+    plans, losses = {name: linear(name) for name in "abc"}, random_losses(("a", "b", "c"), 64, 3)
+    by_size = {name: {16: loss} for name, loss in losses.items()}
+    choices = Choices(plans, by_size, WIDTHS, 0.0, time_of=lambda row: PACES[row.bits] * row.weights)
+    found = choices.fitting(lambda plan: plan.bits_per_weight <= 6.1, 1.0)
+    assert {row.bits for row in found.linears.values()} == {4}
