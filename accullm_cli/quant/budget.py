@@ -100,13 +100,13 @@ class Choices:
             fits: whether a plan takes no more bytes than it may.
             most_time: of all linears, see `time_of`.
         """
-        found, price = self._lowest(fits, 0.0, most_time)
+        found, price = self._lowest(fits, 0.0)
         if self._time(found) <= most_time:
             return found
         # The largest matrix (an embedding may be a quarter of the file) is one step where prices need many small ones.
         largest = max(self._together(), key=lambda names: sum(self.plans[name].weights for name in names))
         every = [self._with_one_way(way) for way in self._ways(largest)]
-        floors = [own._loss(own._lowest(fits, 0.0, most_time, turns=1)[0]) for own in every]
+        floors = [own._loss(own._lowest(fits, 0.0, turns=1)[0]) for own in every]
         found, _ = self._lowest(fits, price * 2.0 ** TOLLS[1], most_time)
         most_time = max(most_time, (1 + MORE_TIME) * self._time(found))
         for floor, own in sorted(zip(floors, every, strict=True), key=lambda entry: entry[0]):
@@ -131,7 +131,7 @@ class Choices:
         return self._lowest(fits, price * 2.0**high, most_time)[0]
 
     def _lowest(
-        self, fits: Callable[[Plan], bool], toll: float, most_time: float, turns: int = TURNS
+        self, fits: Callable[[Plan], bool], toll: float, most_time: float = math.inf, turns: int = TURNS
     ) -> tuple[Plan, float]:
         """The plan of the lowest price per bit at which it fits, with that price.
 
