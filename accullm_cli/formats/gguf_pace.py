@@ -42,6 +42,23 @@ class Pace:
     expert_share: float
     unknown: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, file: GgufFile) -> Pace:
+        """That of an opened file."""
+        architecture = file.metadata.get("general.architecture")
+        used, experts = (file.metadata.get(f"{architecture}.{key}") for key in ("expert_used_count", "expert_count"))
+        share = used / experts if isinstance(used, int) and isinstance(experts, int) and 0 < used <= experts else 1.0
+        time, unknown = 0.0, set()
+        for name, tensor in file.tensors.items():
+            looked_up = name == _EMBEDDING and _HEAD in file.tensors
+            if len(tensor.shape) == 1 or looked_up or tensor.kind.name == "F32":
+                continue
+            if tensor.kind.name not in TIMES:
+                unknown.add(tensor.kind.name)
+                continue
+            time += prod(tensor.shape) * TIMES[tensor.kind.name] * (share if len(tensor.shape) == 3 else 1.0)
+        return cls(time, share, tuple(sorted(unknown)))
+
     def of_row(self, row: LinearPlan, is_expert: bool) -> float:
         """What a linear of the same model takes; kept ones have the source's two bytes, or four."""
         known = TIMES["F16"] * row.source_itemsize / 2 if row.bits == KEPT_BITS else TIMES[row.encoding]
@@ -57,20 +74,4 @@ def pace_of(path: Path) -> Pace | None:
     with open(path, "rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             return None
-    return _pace(read_gguf(path))
-
-
-def _pace(file: GgufFile) -> Pace:
-    architecture = file.metadata.get("general.architecture")
-    used, experts = (file.metadata.get(f"{architecture}.{key}") for key in ("expert_used_count", "expert_count"))
-    share = used / experts if isinstance(used, int) and isinstance(experts, int) and 0 < used <= experts else 1.0
-    time, unknown = 0.0, set()
-    for name, tensor in file.tensors.items():
-        looked_up = name == _EMBEDDING and _HEAD in file.tensors
-        if len(tensor.shape) == 1 or looked_up or tensor.kind.name == "F32":
-            continue
-        if tensor.kind.name not in TIMES:
-            unknown.add(tensor.kind.name)
-            continue
-        time += prod(tensor.shape) * TIMES[tensor.kind.name] * (share if len(tensor.shape) == 3 else 1.0)
-    return Pace(time, share, tuple(sorted(unknown)))
+    return Pace.of(read_gguf(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from accullm_cli.formats.base import ModelShape
 from accullm_cli.formats.gguf_pace import Pace
 from accullm_cli.model.gguf_parts import files_of
 from accullm_cli.quant.budget import Choices
-from accullm_cli.quant.plan import Plan
+from accullm_cli.quant.plan import LinearPlan, Plan
 from accullm_cli.stages.job import Job
 
 FLAG = "--file-size"
@@ -44,12 +44,8 @@ def pace_asked_for(job: Job) -> Pace | None:
     return format.pace_of(path) if path is not None and path.is_file() else None
 
 
-def pace_sentences(job: Job, time: float) -> Iterator[str]:
-    """What the report says where the plan is not held to the pace of a file, or cannot keep it.
-
-    Args:
-        time: that its linears take.
-    """
+def pace_sentences(job: Job, time_of_plan: Callable[[], float]) -> Iterator[str]:
+    """What the report says where the plan is not held to the pace of a file, or cannot keep it."""
     pace = pace_asked_for(job)
     if pace is None:
         return
@@ -57,8 +53,7 @@ def pace_sentences(job: Job, time: float) -> Iterator[str]:
     if pace.unknown:
         unknown = ", ".join(pace.unknown)
         yield f"{name} holds {unknown}, and how fast a CPU is with that is not known here: the plan goes by size alone"
-    elif time > pace.time:
-        longer = time / pace.time - 1
+    elif (longer := time_of_plan() / pace.time - 1) > 0:
         yield f"no plan of the size of {name} is as fast as it is on a CPU; this one takes {longer:.0%} longer"
 
 
@@ -77,23 +72,25 @@ def made_from(job: Job) -> Mapping[str, Any]:
     }
 
 
-def within_file(job: Job, shape: ModelShape, choices: Choices, sorted_out: Callable[[Plan], Plan]) -> Plan:
+def within_file(
+    job: Job, shape: ModelShape, choices: Choices, sorted_out: Callable[[Plan], Plan], beside: Iterable[LinearPlan]
+) -> Plan:
     """The plan of least expected loss whose file is no larger than it may be, and no slower than one that it names.
 
     Args:
         sorted_out: makes the plan of the model of one that has embeddings among its linears.
+        beside: what takes time, too, and is not chosen.
 
     Raises:
         AccullmError: the smallest file is larger.
     """
     limit = file_bytes(str(job.config.plan.file_size))
     format: Any = FORMATS[job.format]
-    size_of, least = format.file_size(shape, made_from(job)), sorted_out(choices.smallest())
-    smallest = size_of(least)
+    size_of = format.file_size(shape, made_from(job))
+    smallest = size_of(sorted_out(choices.smallest()))
     if smallest > limit:
         raise AccullmError(f"no file of {limit:,} bytes can be had: the smallest has {smallest:,}", FLAG, "give more")
     pace, most_time = pace_asked_for(job), math.inf
     if pace is not None and not pace.unknown:
-        decided = (row for name, row in least.embeddings.items() if name not in choices.plans)
-        most_time = pace.time - sum(map(choices.time_of, decided))
+        most_time = pace.time - sum(map(choices.time_of, beside))
     return sorted_out(choices.fitting(lambda plan: size_of(sorted_out(plan)) <= limit, most_time))

@@ -8,7 +8,7 @@ than the native one in a directory below it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from itertools import starmap
 from pathlib import Path
@@ -79,8 +79,8 @@ def profile(job: Job, decision: Decision) -> Work:
     write_text(plan_path, json.dumps(asdict(plan), indent=1))
     draw_outlier_map(stats, plan, picture)
     kept = starmap(kept_sentence, kept_linears(job, decoder).items())
-    time = sum(map(_time_of(job, decoder), (*plan.linears.values(), *plan.embeddings.values())))
-    records = (*kept, *adapter_sentences(job, choices, plan), *pace_sentences(job, time), *decoder.structure.records)
+    paces = pace_sentences(job, lambda: _time(job, decoder, plan))
+    records = (*kept, *adapter_sentences(job, choices, plan), *paces, *decoder.structure.records)
     return Work((plan_path, picture), records)
 
 
@@ -158,7 +158,8 @@ def make_plan(
             return Plan(linears, scale_dtype(job), embeddings | {name: chosen.linears[name] for name in counted})
 
         if options.file_size is not None:
-            return within_file(job, model_shape(job, decoder, Plan({}, embeddings=embeddings)), choices, sorted_out)
+            shape = model_shape(job, decoder, Plan({}, embeddings=embeddings))
+            return within_file(job, shape, choices, sorted_out, _heads(decoder, embeddings, counted))
         return sorted_out(choices.within(options.bits) if stats is None else plan_average(job, choices))
     sensitivity_of = load_sensitivities(job, len(decoder.block_names)) if stats is not None else {}
     losses = feature_losses(stats, options.uniform_group_size, sensitivity_of)
@@ -217,6 +218,17 @@ def average_choices(job: Job, decoder: Decoder, stats: list[InputStats] | None =
     )
 
 
+def _heads(decoder: Decoder, embeddings: Mapping[str, LinearPlan], chosen: Collection[str] = ()) -> list[LinearPlan]:
+    """The output head, unless it is chosen for; one that is kept as a row of that kind."""
+    found = []
+    for slot in find_embeddings(decoder.model):
+        if slot.is_head and slot.name not in chosen:
+            itemsize = decoder.weights.dtype(slot.parameter).itemsize
+            kept = LinearPlan(slot.name, slot.out_features, slot.in_features, KEPT_BITS, -1, False, (), itemsize)
+            found.append(embeddings.get(slot.name, kept))
+    return found
+
+
 def _time_of(job: Job, decoder: Decoder) -> Callable[[LinearPlan], float]:
     """What a runtime takes over each linear, where the plan is to be as fast as a file; to look up takes nothing."""
     pace = pace_asked_for(job)
@@ -224,6 +236,11 @@ def _time_of(job: Job, decoder: Decoder) -> Callable[[LinearPlan], float]:
         return lambda row: 0.0
     kinds, free = kinds_of(decoder), {slot.name for slot in find_embeddings(decoder.model) if not slot.is_head}
     return lambda row: 0.0 if row.name in free else pace.of_row(row, kinds.get(row.name) == "expert")
+
+
+def _time(job: Job, decoder: Decoder, plan: Plan) -> float:
+    """What a runtime takes over all of a plan, see `_time_of`."""
+    return sum(map(_time_of(job, decoder), (*plan.linears.values(), *_heads(decoder, plan.embeddings))))
 
 
 def load_plan(path: Path) -> Plan:
