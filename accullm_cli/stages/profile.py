@@ -58,6 +58,7 @@ from accullm_cli.stages.rows import (
     shared_features,
     storable_rows,
     uniform_rows,
+    zero_point_sentences,
 )
 from accullm_cli.stages.stage import Before, Decision, Stage, Work, named
 
@@ -80,7 +81,8 @@ def profile(job: Job, decision: Decision) -> Work:
     draw_outlier_map(stats, plan, picture)
     kept = starmap(kept_sentence, kept_linears(job, decoder).items())
     paces = pace_sentences(job, lambda: _time(job, decoder, plan))
-    records = (*kept, *adapter_sentences(job, choices, plan), *paces, *decoder.structure.records)
+    said = (*adapter_sentences(job, choices, plan), *zero_point_sentences(job, plan), *paces)
+    records = (*kept, *said, *decoder.structure.records)
     return Work((plan_path, picture), records)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -14,7 +14,7 @@ from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.embeddings import EmbeddingSlot, find_embeddings
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import MEASURED_BITS
-from accullm_cli.quant.plan import KEPT_BITS, LinearPlan
+from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
 from accullm_cli.stages.job import Job
 from accullm_cli.stages.kept import kept_names
 
@@ -180,6 +180,21 @@ def _alike(job: Job, linears: dict[str, LinearPlan], kinds: Mapping[str, str]) -
     if job.config.plan.symmetric is not None or not (several and format.prefers_one_way):
         return linears
     return {name: replace(plan, symmetric=True) for name, plan in linears.items()}
+
+
+def zero_point_sentences(job: Job, plan: Plan) -> Iterator[str]:
+    """What the report says where zero points are left out for a reader's sake, and nobody asked for that."""
+    format, options = capabilities_of(job), job.config.plan
+    readers = [reader.name for reader in format.readers if "zero points" in reader.alike]
+    quantized = [row for row in plan.linears.values() if row.bits != KEPT_BITS]
+    could = any(False in way.symmetric for way in format.linears)
+    if options.symmetric is None and readers and could and all(row.symmetric for row in quantized):
+        # Embeddings have none in any case.
+        otherwise = "" if options.embedding_bits else "; --no-symmetric stores them"
+        yield (
+            f"no zero points are stored: {readers[0]} takes them only where all linears and embeddings are stored in "
+            f"one way{otherwise}"
+        )
 
 
 def kinds_of(decoder: Decoder) -> dict[str, str]:

@@ -28,6 +28,7 @@ from accullm_cli.stages.profile import (
     refuse_impossible,
     scale_dtype,
 )
+from accullm_cli.stages.rows import zero_point_sentences
 from tests.kinds import KINDS
 from tests.stages.references import inputs_of, rounding_damage, weight_of
 from tests.streaming import opened, reference_model, run_alone, run_to, short_config
@@ -381,6 +382,14 @@ def test_zero_points_go_where_a_reader_takes_none_of_several_ways(
     plan, objection = planned(llama, tmp_path / "out", **settings)
     assert {row.symmetric for row in plan.linears.values()} == {symmetric}
     assert not objection
+    with opened(short_config(llama, tmp_path / "out", **COMPRESSED, **settings)) as job:
+        said = list(zero_point_sentences(job, plan))
+    expected = (
+        "no zero points are stored: transformers 5.24 with compressed-tensors 0.20 takes them only where all linears "
+        "and embeddings are stored in one way"
+        + ("" if "plan__embedding_bits" in settings else "; --no-symmetric stores them")
+    )
+    assert said == ([expected] if symmetric and "plan__symmetric" not in settings else [])
 
 
 def test_embeddings_have_no_zero_points_and_are_not_given_any_that_were_asked_for(llama: Path, tmp_path: Path) -> None:
