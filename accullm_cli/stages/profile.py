@@ -24,6 +24,7 @@ from accullm_cli.formats.shards import dtype_name
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.quant.budget import Choices
+from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import MEASURED_BITS
 from accullm_cli.quant.outliers import choose_outliers
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan
@@ -246,16 +247,29 @@ def _time(job: Job, decoder: Decoder, plan: Plan) -> float:
 
 
 def load_plan(path: Path) -> Plan:
-    """The plan that `profile` wrote."""
-    content = json.loads(path.read_text())
-    linears, embeddings = (
-        {
-            name: replace(LinearPlan(**entry), outlier_index=tuple(entry["outlier_index"]))
-            for name, entry in content[part].items()
-        }
-        for part in ("linears", "embeddings")
-    )
-    return Plan(linears, content["scale_dtype"], embeddings)
+    """The plan that `profile` wrote.
+
+    Raises:
+        AccullmError: it is damaged, or was changed into one that no encoding can store.
+    """
+    hint = "run profile again with --fresh"
+    try:
+        content = json.loads(path.read_text())
+        linears, embeddings = (
+            {
+                name: replace(LinearPlan(**entry), outlier_index=tuple(entry["outlier_index"]))
+                for name, entry in content[part].items()
+            }
+            for part in ("linears", "embeddings")
+        )
+        plan = Plan(linears, content["scale_dtype"], embeddings)
+        problems = {name: ENCODINGS[row.encoding].problem(row) for name, row in plan.quantized.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AccullmError(f"not a plan of this version ({error})", path, hint) from None
+    for name, problem in problems.items():
+        if problem:
+            raise AccullmError(f"{name} {problem}", path, hint)
+    return plan
 
 
 def scale_dtype(job: Job) -> str:

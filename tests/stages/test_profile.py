@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -99,6 +100,32 @@ def test_the_plan_reads_back_as_it_was_made(llama: Path, tmp_path: Path) -> None
     assert read == plan
     assert plan.scale_dtype == "bfloat16"
     assert all(entry.outlier_index for entry in plan.linears.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda text: text[:-9], "not a plan of this version (Unterminated string"),
+        (lambda text: text.replace('"bits"', '"width"'), "not a plan of this version (LinearPlan.__init__() got an"),
+        (lambda text: text.replace('"trellis"', '"woven"', 1), "not a plan of this version ('woven')"),
+        (lambda text: "[]", "not a plan of this version (list indices"),
+        (
+            lambda text: text.replace('"bits": 4', '"bits": 7', 1),
+            "model.layers.0.self_attn.q_proj is to have 7 bits, and trellis has 2 to 5",
+        ),
+    ],
+)
+def test_a_plan_that_was_changed_is_refused_in_one_line(
+    change: Callable[[str], str], what: str, llama: Path, tmp_path: Path
+) -> None:
+    with opened(short_config(llama, tmp_path / "out")) as job:
+        plan = make_plan(job, open_decoder(job))
+    path = tmp_path / "plan.json"
+    path.write_text(change(json.dumps(asdict(plan))))
+    with pytest.raises(AccullmError) as refusal:
+        load_plan(path)
+    assert refusal.value.line().startswith(f"{path}: {what}")
+    assert refusal.value.line().endswith("; run profile again with --fresh")
 
 
 def test_before_calibration_the_plan_has_its_size_already(llama: Path, tmp_path: Path) -> None:
