@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from accullm_cli.formats.base import ModelShape, Parts
 from accullm_cli.formats.gguf import FORMAT, Layout
-from accullm_cli.model.gguf_architectures import architecture_of
+from accullm_cli.model.gguf_programs import architecture_of
 from accullm_cli.quant.plan import LinearPlan, Plan
 from accullm_cli.report.plots import BLUE, RED, plain_numbers, svg
 from accullm_cli.run import write_text

@@ -1,7 +1,7 @@
 """GGUF, which llama.cpp and what is built on it read: all of a model in one file, beside what other formats have.
 
 A linear of the plan is rows of blocks, packed by its encoding. What llama.cpp calls a tensor, and in which order it
-wants the rows of some, is said in `gguf_architectures`; rows are moved with their scales, since blocks lie along them.
+wants the rows of some, is said in `gguf_programs`; rows are moved with their scales, since blocks lie along them.
 Tensors of one dimension and norms are float32, as llama.cpp wants them, and so are routers; what else is not quantized
 keeps the source's dtype.
 """
@@ -35,16 +35,10 @@ from accullm_cli.formats.gguf_vocabulary import FILE as TOKENIZER
 from accullm_cli.formats.gguf_vocabulary import read_vocabulary
 from accullm_cli.formats.manifest import MANIFEST_NAME, manifest_of, write_card, write_manifest
 from accullm_cli.formats.shards import SHARD_BYTES, read_json, shards_of, tensors_of, write_shard
-from accullm_cli.model.gguf_architectures import (
-    ARCHITECTURES,
-    ROPE_FACTORS,
-    architecture_of,
-    placed,
-    rope_factors,
-    write_parameters,
-)
+from accullm_cli.model.gguf_architectures import ROPE_FACTORS, placed, rope_factors, write_parameters
 from accullm_cli.model.gguf_file import ALIGNMENT, PLAIN, read_gguf
 from accullm_cli.model.gguf_pieces import piece_of
+from accullm_cli.model.gguf_programs import ARCHITECTURES, architecture_of
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan, Plan

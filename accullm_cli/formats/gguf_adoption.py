@@ -18,9 +18,10 @@ from accullm_cli.formats.manifest import write_card, write_manifest
 from accullm_cli.formats.shards import read_json
 from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.model.gguf import describe_gguf
-from accullm_cli.model.gguf_architectures import ARCHITECTURES, Architecture, architecture_of
+from accullm_cli.model.gguf_architectures import Architecture
 from accullm_cli.model.gguf_configuration import is_written
 from accullm_cli.model.gguf_file import PLAIN, GgufFile, read_gguf
+from accullm_cli.model.gguf_programs import ARCHITECTURES, architecture_of
 from accullm_cli.model.skeleton import build_skeleton
 from accullm_cli.model.structure import read_structure
 from accullm_cli.quant.encodings import ENCODINGS

@@ -1,9 +1,9 @@
-"""What llama.cpp calls an architecture, and what it wants to know of one: names, metadata, and what tensors become.
+"""What llama.cpp wants to know of an architecture: names, metadata, and what tensors become.
 
-llama.cpp has a program for each architecture, which finds tensors by name and hyperparameters by key. Here stand those
-whose tensors are ours under other names, with rows in another order, with a constant added, or cut and stacked. What a
-key means is said by https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and what a file of llama.cpp's own
-convert_hf_to_gguf.py has under it.
+llama.cpp has a program for each architecture, which finds tensors by name and hyperparameters by key. Which of them are
+written stands in `gguf_programs`; here is what they have in common. What a key means is said by
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and what a file of llama.cpp's own convert_hf_to_gguf.py has
+under it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from accullm_cli.model.gguf_pieces import Piece
 _ARCHITECTURES = {name: number for number, name in MODEL_ARCH_NAMES.items()}
 # Scaling of rotary positions that is stored as factors of the frequencies, under this name.
 ROPE_FACTORS = "rope_freqs.weight"
+# Those whose programs look at all tokens before one, also where transformers' class may have a window.
+_WITHOUT_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "smollm3")
 # transformers' name of experts' gate and up projection in one parameter, and what GGUF's table calls the two.
 _FUSED = ("gate_up_proj", ("gate_proj", "up_proj"))
 
@@ -92,20 +94,6 @@ def _name_of(architecture: str, wanted: str) -> str | None:
     blocks = 1 + max((int(part) for part in wanted.split(".") if part.isdecimal()), default=0)
     name_map = get_tensor_name_map(_ARCHITECTURES[architecture], blocks)
     return name_map.get_name(wanted, try_suffixes=(".weight", ".bias"))
-
-
-def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The architecture of a model.
-
-    Raises:
-        AccullmError: none that can be written, or the configuration asks for what llama.cpp's program does not do.
-    """
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
-        raise AccullmError(f"models of type {config.model_type} cannot be written for llama.cpp")
-    if obstacle := found.obstacle(config) or _rope_obstacle(config) or _activation_obstacle(config):
-        raise AccullmError(f"llama.cpp's architecture {found.name} {obstacle}")
-    return found
 
 
 def placed(
@@ -179,7 +167,7 @@ def rope_parameters(config: Any) -> Mapping[str, Any]:
     return own
 
 
-def _rope_obstacle(config: Any) -> str:
+def rope_obstacle(config: Any) -> str:
     rope = rope_parameters(config)
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "yarn", "llama3"):
@@ -195,7 +183,7 @@ def _rope_obstacle(config: Any) -> str:
     return ""
 
 
-def _activation_obstacle(config: Any) -> str:
+def activation_obstacle(config: Any) -> str:
     """A program has one activation, which is that of its class's models; GELU has one way to be computed."""
     usual = type(config)()
     for setting in ("hidden_act", "hidden_activation"):
@@ -231,174 +219,3 @@ def rope_factors(config: PreTrainedConfig) -> torch.Tensor | None:
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = rope["rope_theta"] ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
     return plain / scaled
-
-
-# -- what single architectures have ------------------------------------------------------------------------
-
-
-def _gemma2(writer: GGUFWriter, config: Any) -> None:
-    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-    writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    writer.add_sliding_window(config.sliding_window)
-
-
-def _gemma3(writer: GGUFWriter, config: Any) -> None:
-    if config.final_logit_softcapping:
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    writer.add_sliding_window(config.sliding_window)
-    writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
-
-
-def _scales_by(blocks: int) -> Callable[[Any], str]:
-    """Gemma's attention: llama.cpp scales by a head's size, with so many blocks by its share of the width."""
-
-    def obstacle(config: Any) -> str:
-        large = config.num_hidden_layers == blocks
-        expected = config.hidden_size / config.num_attention_heads if large else head_size(config)
-        if config.query_pre_attn_scalar != expected:
-            return f"scales attention by {expected:g}, and the model by {config.query_pre_attn_scalar:g}"
-        return ""
-
-    return obstacle
-
-
-def _gemma2_obstacle(config: Any) -> str:
-    pattern = ["sliding_attention", "full_attention"]
-    return _scales_by(46)(config) or _pattern_obstacle(config, pattern)
-
-
-def _gemma3_obstacle(config: Any) -> str:
-    if getattr(config, "attn_logit_softcapping", None):
-        return "has no soft-capped attention, and the model has"
-    if getattr(config, "use_bidirectional_attention", False):
-        return "does not look ahead, and the model does"
-    return _scales_by(62)(config) or _pattern_obstacle(config, [*["sliding_attention"] * 5, "full_attention"])
-
-
-def _pattern_obstacle(config: Any, pattern: list[str]) -> str:
-    for number, kind in enumerate(config.layer_types):
-        if kind != pattern[number % len(pattern)]:
-            return f"has {pattern[number % len(pattern)]} in block {number}, and the model {kind}"
-    return ""
-
-
-def _granite(writer: GGUFWriter, config: Any) -> None:
-    writer.add_attention_scale(config.attention_multiplier)
-    writer.add_embedding_scale(config.embedding_multiplier)
-    writer.add_residual_scale(config.residual_multiplier)
-    writer.add_logit_scale(config.logits_scaling)
-
-
-def _phi3(writer: GGUFWriter, config: Any) -> None:
-    writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
-    writer.add_sliding_window(config.sliding_window or 0)  # 0 tells Phi 4 from others
-
-
-def _qwen2_moe(writer: GGUFWriter, config: Any) -> None:
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-
-
-def _qwen3_moe(writer: GGUFWriter, config: Any) -> None:
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-
-
-def _experts_obstacle(normalized: bool) -> Callable[[Any], str]:
-    def obstacle(config: Any) -> str:
-        if config.mlp_only_layers or config.decoder_sparse_step != 1:
-            return "has experts in every block, and the model has not"
-        if config.norm_topk_prob != normalized:
-            does = "makes the weights of a token's experts add up to one" if normalized else "leaves them as they are"
-            return f"{does}, and the model does otherwise (norm_topk_prob)"
-        return ""
-
-    return obstacle
-
-
-def _olmo(writer: GGUFWriter, config: Any) -> None:
-    writer.add_layer_norm_eps(1e-5)
-    if config.clip_qkv is not None:
-        writer.add_clamp_kqv(config.clip_qkv)
-
-
-def _olmoe_obstacle(config: Any) -> str:
-    if config.norm_topk_prob or config.clip_qkv:
-        return "neither normalizes the weights of a token's experts nor clips its values, and the model does"
-    if config.num_key_value_heads != config.num_attention_heads:
-        return "has as many heads of keys as of queries, and the model has fewer"
-    return ""
-
-
-def _nemotron(writer: GGUFWriter, config: Any) -> None:
-    writer.add_layer_norm_eps(config.norm_eps)
-
-
-def _windows(writer: GGUFWriter, config: Any) -> None:
-    if config.sliding_window:
-        writer.add_sliding_window(config.sliding_window)
-        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-        if "sliding_attention" in config.rope_parameters:
-            writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
-
-
-def _olmo3_obstacle(config: Any) -> str:
-    window = config.rope_parameters.get("sliding_attention", {}).get("rope_theta")
-    if window is not None and window != rope_parameters(config).get("rope_theta"):
-        return "has one base of rotary positions for all blocks, and the model another in its windows (rope_theta)"
-    return ""
-
-
-def _stablelm(writer: GGUFWriter, config: Any) -> None:
-    writer.add_parallel_residual(config.use_parallel_residual)
-
-
-def _stablelm_obstacle(config: Any) -> str:
-    return "takes norms of queries and keys in one tensor" if config.qk_layernorm else ""
-
-
-def _cohere(writer: GGUFWriter, config: Any) -> None:
-    writer.add_logit_scale(config.logit_scale)
-    writer.add_rope_scaling_type(RopeScalingType.NONE)
-
-
-def _smollm3_obstacle(config: Any) -> str:
-    for number, rotates in enumerate(config.no_rope_layers):
-        if bool(rotates) != ((number + 1) % 4 != 0):
-            return "leaves out rotary positions in every fourth block, and the model does otherwise"
-    return ""
-
-
-# Those whose programs look at all tokens before one, also where transformers' class may have a window.
-_WITHOUT_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "smollm3")
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", in_pairs=True),
-    "mistral": Architecture("llama", in_pairs=True, told_by="attention.sliding_window"),
-    "mixtral": Architecture("llama", in_pairs=True, told_by="expert_count"),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "qwen2_moe": Architecture("qwen2moe", parameters=_qwen2_moe, obstacle=_experts_obstacle(normalized=False)),
-    "qwen3_moe": Architecture(
-        "qwen3moe",
-        parameters=_qwen3_moe,
-        obstacle=_experts_obstacle(normalized=True),
-        settings={"norm_topk_prob": True},
-    ),
-    "gemma": Architecture("gemma", norm_shift=1.0),
-    "gemma2": Architecture("gemma2", norm_shift=1.0, parameters=_gemma2, obstacle=_gemma2_obstacle),
-    "gemma3_text": Architecture("gemma3", norm_shift=1.0, parameters=_gemma3, obstacle=_gemma3_obstacle),
-    "phi3": Architecture("phi3", parameters=_phi3),
-    "olmo": Architecture("olmo", in_pairs=True, parameters=_olmo),
-    "olmo2": Architecture("olmo2"),
-    "olmo3": Architecture("olmo2", parameters=_windows, obstacle=_olmo3_obstacle, told_by="attention.sliding_window"),
-    "olmoe": Architecture("olmoe", obstacle=_olmoe_obstacle),
-    "granite": Architecture("granite", in_pairs=True, parameters=_granite),
-    "starcoder2": Architecture("starcoder2"),
-    "stablelm": Architecture("stablelm", parameters=_stablelm, obstacle=_stablelm_obstacle),
-    "cohere": Architecture("command-r", parameters=_cohere),
-    "smollm3": Architecture("smollm3", in_pairs=True, obstacle=_smollm3_obstacle),
-    "seed_oss": Architecture("seed_oss"),
-    "arcee": Architecture("arcee", in_pairs=True),
-    "ernie4_5": Architecture("ernie4_5"),
-    "nemotron": Architecture("nemotron", norm_shift=1.0, parameters=_nemotron),
-}

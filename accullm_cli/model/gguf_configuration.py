@@ -12,9 +12,10 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.model.gguf_architectures import ARCHITECTURES, Architecture
+from accullm_cli.model.gguf_architectures import Architecture
 from accullm_cli.model.gguf_file import GgufFile
 from accullm_cli.model.gguf_metadata import refusal
+from accullm_cli.model.gguf_programs import ARCHITECTURES
 
 # Settings from which classes derive others, by the key.
 _FIRST = {

@@ -1,6 +1,6 @@
 """A GGUF file as a model of transformers: its configuration, and which tensors each parameter is made of.
 
-Of the architectures in `gguf_architectures` both are read from what is written there, backwards; of others by
+Of the architectures in `gguf_programs` both are read from what is written there, backwards; of others by
 transformers' own mapping.
 """
 
@@ -15,12 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from accullm_cli.errors import AccullmError, is_refusal_of_library
-from accullm_cli.model.gguf_architectures import ARCHITECTURES, ROPE_FACTORS, placed, rope_factors
+from accullm_cli.model.gguf_architectures import ROPE_FACTORS, placed, rope_factors
 from accullm_cli.model.gguf_by_transformers import ByTransformers
 from accullm_cli.model.gguf_configuration import configuration, is_written
 from accullm_cli.model.gguf_file import GgufFile
 from accullm_cli.model.gguf_metadata import settle
 from accullm_cli.model.gguf_pieces import whole_of
+from accullm_cli.model.gguf_programs import ARCHITECTURES
 
 # Settings that no key speaks of, and whose tensors, where there are any, say that they are on.
 _TOLD_BY_TENSORS = {

@@ -19,7 +19,7 @@ from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.formats.base import ModelShape, Parts
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.gguf import model_objections
-from accullm_cli.model.gguf_architectures import ARCHITECTURES
+from accullm_cli.model.gguf_programs import ARCHITECTURES
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import StoredLinear
 from accullm_cli.quant.plan import LinearPlan, Plan

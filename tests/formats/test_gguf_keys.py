@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.gguf import write_head
 from accullm_cli.formats.gguf_layout import Layout
-from accullm_cli.model.gguf_architectures import architecture_of
+from accullm_cli.model.gguf_programs import architecture_of
 from accullm_cli.quant.plan import LinearPlan, Plan
 from tests.formats.test_gguf import FIELDS, SHAPE
 

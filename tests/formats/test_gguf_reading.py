@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS, open_artifact
-from accullm_cli.model.gguf_architectures import ARCHITECTURES
+from accullm_cli.model.gguf_programs import ARCHITECTURES
 from accullm_cli.model.source import open_source
 from tests.artifacts import empty
 from tests.formats.test_gguf import SCALED, TEXT, build, ids, parts_of, written
