@@ -246,7 +246,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.types:
         theirs = work / f"{THEIRS}{name}.gguf"
         if not theirs.exists():
-            llama.quantize(original, theirs, name, matrix, options.threads)
+            partial = theirs.with_suffix(".partial")
+            llama.quantize(original, partial, name, matrix, options.threads)
+            partial.rename(theirs)
         ours = convert(options.model, work / f"accullm-{name}", run, "--file-size", str(theirs), *settings)
         if ours.stat().st_size > theirs.stat().st_size:
             raise SystemExit(f"{ours} is larger than {theirs}")
