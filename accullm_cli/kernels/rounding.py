@@ -7,17 +7,18 @@ differs between the devices are the matrix products and factorizations around th
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.launch import Launch
 from accullm_cli.quant import loops
-from accullm_cli.quant.loops import Descent, Loops, Tile
+from accullm_cli.quant.loops import ChainDescent, ChainTile, CodeDescent, CodeTile, Descent, Loops, Tile
 from accullm_cli.quant.trellis import SEGMENT
-from accullm_cli.quant.wavefront import round_chained
+from accullm_cli.quant.wavefront import round_fed
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 # A warp holds a row's columns in registers, four per lane.
@@ -86,32 +87,32 @@ def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], No
     """
 
     def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
-        if tile.trellis and tile.rows is not None:
-            return loops.round_tile(tile)
         if tile.rows is not None:
-            return round_chained([tile])[0]
-        own = _contiguous(tile)
+            return round_several([tile])[0]
+        assert tile.fed.is_contiguous(), "what is fed is written in place"
+        own = contiguous(tile)
         codes, error = torch.empty_like(own.wanted, dtype=torch.uint8), torch.empty_like(own.wanted)
-        launch((chains_launch if tile.trellis else tile_launch)(own, codes, error), device)
+        launch((chains_launch if isinstance(own, ChainTile) else tile_launch)(own, codes, error), device)
         return codes, error
 
+    def round_several(tiles: Sequence[Tile]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        codes = [tile for tile in tiles if isinstance(tile, CodeTile)]
+        return round_fed(codes) if codes else [loops.round_tile(tile) for tile in tiles]
+
     def descend(descent: Descent) -> None:
-        if descent.chain is not None:
-            loops.descend(descent)
-            return
-        grid = replace(descent.grid, scale=descent.grid.scale.contiguous())
-        rows = None if descent.rows is None else (descent.rows[0], descent.rows[1].contiguous())
-        own = replace(descent, hessian=descent.hessian.contiguous(), grid=grid, rows=rows)
+        own = contiguous(descent)
         curvature = curvature_of(own)  # a launch holds addresses alone
-        if descent.trellis:
-            launch(chain_descent_launch(own, curvature), device)
-        else:
+        if isinstance(own, CodeDescent):
             launch(descent_launch(own, curvature, shared_bytes), device)
+        elif own.rows is not None:
+            loops.descend(own)
+        else:
+            launch(chain_descent_launch(own, curvature), device)
 
-    return Loops(device, round_tile, descend, round_chained)
+    return Loops(device, round_tile, descend, round_several)
 
 
-def tile_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
+def tile_launch(tile: CodeTile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
     """The launch that rounds a tile, all of whose tensors are contiguous.
 
     Args:
@@ -149,25 +150,23 @@ def tile_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
     )
 
 
-def chains_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
+def chains_launch(tile: ChainTile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
     """The launch that rounds a tile of a trellis; as for `tile_launch`, of any number of columns."""
-    assert tile.levels is not None, "a trellis has levels"
     rows, columns = tile.wanted.shape
     tensors = (tile.wanted, tile.fed, tile.upper, tile.scale, tile.group, tile.levels, codes, error)
     sizes = rows, columns, tile.scale.shape[1], len(tile.levels)
     return _trellis_launch("trellis_round", tile.wanted.dtype, ChainsStruct(*(_at(own) for own in tensors), *sizes))
 
 
-def chain_descent_launch(descent: Descent, curvature: torch.Tensor) -> Launch:
+def chain_descent_launch(descent: ChainDescent, curvature: torch.Tensor) -> Launch:
     """The launch that moves whole columns of a trellis; as for `descent_launch`."""
-    assert descent.levels is not None, "a trellis has levels"
     grid = descent.grid
     tensors = (
-        descent.codes, descent.error, descent.slope, descent.hessian, curvature, grid.scale, descent.levels,
+        descent.codes, descent.error, descent.product, descent.hessian, curvature, grid.scale, descent.levels,
     )  # fmt: skip
     sizes = *descent.codes.shape, grid.scale.shape[1], grid.columns_per_group, len(descent.levels), descent.sweeps
     arguments = ChainDescentStruct(*(_at(own) for own in tensors), descent.ridge, *sizes)
-    return _trellis_launch("trellis_descend", descent.slope.dtype, arguments)
+    return _trellis_launch("trellis_descend", descent.product.dtype, arguments)
 
 
 def _trellis_launch(kernel: str, dtype: torch.dtype, arguments: ChainsStruct | ChainDescentStruct) -> Launch:
@@ -192,7 +191,7 @@ def curvature_of(descent: Descent) -> torch.Tensor:
     return (descent.hessian.diagonal() + descent.ridge).masked_fill(~descent.movable, 0)
 
 
-def descent_launch(descent: Descent, curvature: torch.Tensor, shared_bytes: int) -> Launch:
+def descent_launch(descent: CodeDescent, curvature: torch.Tensor, shared_bytes: int) -> Launch:
     """The launch that moves codes, whose tensors are all contiguous.
 
     A row's slope is kept in shared memory where `shared_bytes` are enough for it.
@@ -204,14 +203,15 @@ def descent_launch(descent: Descent, curvature: torch.Tensor, shared_bytes: int)
         AccullmError: a working dtype other than float32 and float64.
     """
     count, columns = descent.codes.shape
-    wanted = TURN_BYTES + columns * descent.slope.element_size()
+    slope, fisher = descent.rows or (descent.product, None)
+    wanted = TURN_BYTES + columns * slope.element_size()
     fits = wanted <= shared_bytes
     grid = descent.grid
-    tensors = (descent.codes, descent.error, descent.slope, descent.hessian, curvature, grid.scale)
+    tensors = (descent.codes, descent.error, slope, descent.hessian, curvature, grid.scale)
     arguments = DescentStruct(
         *(tensor.data_ptr() for tensor in tensors),
         None if descent.levels is None else descent.levels.data_ptr(),
-        *((None, None) if descent.rows is None else (tensor.data_ptr() for tensor in descent.rows)),
+        *((None, None) if fisher is None else (descent.product.data_ptr(), fisher.data_ptr())),
         descent.ridge,
         count,
         columns,
@@ -224,7 +224,7 @@ def descent_launch(descent: Descent, curvature: torch.Tensor, shared_bytes: int)
     return Launch(
         source="descend.cu",
         kernel="descend",
-        defines=_defines(descent.slope.dtype),
+        defines=_defines(slope.dtype),
         grid=(count if descent.rows is None else 1, 1, 1),
         threads=DESCENT_THREADS,
         shared_bytes=wanted if fits else TURN_BYTES,
@@ -238,18 +238,17 @@ def _defines(dtype: torch.dtype) -> tuple[str, ...]:
     return (f"REAL={REALS[dtype]}",)
 
 
-def _contiguous(tile: Tile) -> Tile:
-    """The same tile, whose `fed` is so already: it is written in place."""
-    assert tile.fed.is_contiguous(), "what is fed is written in place"
-    chance = tile.chance
-    if chance is not None:
-        chance = replace(chance, share=chance.share.contiguous(), features=chance.features.contiguous())
-    return replace(
-        tile,
-        wanted=tile.wanted.contiguous(),
-        upper=tile.upper.contiguous(),
-        scale=tile.scale.contiguous(),
-        zero=tile.zero.contiguous(),
-        group=tile.group.contiguous(),
-        chance=chance,
-    )
+def contiguous(task: Any) -> Any:
+    """The same task, all of whose tensors are contiguous; those that are so already, such as all it changes, as is."""
+    return with_tensors(task, torch.Tensor.contiguous)
+
+
+def with_tensors(task: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A task with each of its tensors changed, those of its parts too."""
+    if isinstance(task, torch.Tensor):
+        return change(task)
+    if isinstance(task, tuple):
+        return tuple(with_tensors(part, change) for part in task)
+    if not is_dataclass(task) or isinstance(task, type):
+        return task
+    return replace(task, **{own.name: with_tensors(getattr(task, own.name), change) for own in fields(task)})

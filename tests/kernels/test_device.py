@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,9 +13,9 @@ from accullm_cli.kernels.device import describe, launch
 from accullm_cli.kernels.launch import dequantize_launch
 from accullm_cli.kernels.layout import TiledLinear, tile
 from accullm_cli.kernels.matmul import hybrid_matmul
-from accullm_cli.kernels.rounding import cuda_loops
+from accullm_cli.kernels.rounding import cuda_loops, with_tensors
 from accullm_cli.kernels.rounding_check import checked_loops, loops_of, rounding_disagreement
-from accullm_cli.quant.loops import COMPILED, Descent, Tile
+from accullm_cli.quant.loops import COMPILED
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
 from tests.kernels.linears import ENCODED, Shape, exact_weight, random_linear
@@ -128,11 +127,7 @@ def test_the_check_before_rounding_passes() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_rounding_tile_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, stochastic: bool) -> None:
     tile = random_tile(100, 50, dtype, seed=2, stochastic=stochastic)
-    parts = {name: part.to(GPU, copy=True) for name, part in vars(tile).items() if isinstance(part, torch.Tensor)}
-    if tile.chance is not None:
-        chance = tile.chance
-        parts["chance"] = replace(chance, share=chance.share.to(GPU), features=chance.features.to(GPU))
-    there: Tile = replace(tile, **parts)
+    there = with_tensors(tile, lambda part: part.to(GPU, copy=True))
     codes, error = COMPILED.round_tile(tile)
     found_codes, found_error = checked_loops(GPU).round_tile(there)
     for found, wanted in ((found_codes, codes), (found_error, error), (there.fed, tile.fed)):
@@ -144,9 +139,7 @@ def test_a_rounding_tile_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, stoc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_rounding_descent_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, columns: int, shared_bytes: int) -> None:
     rows = random_descent(20, columns, dtype, seed=3)
-    parts = {name: part.to(GPU, copy=True) for name, part in vars(rows).items() if isinstance(part, torch.Tensor)}
-    grid = replace(rows.grid, scale=rows.grid.scale.to(GPU), zero=rows.grid.zero.to(GPU))
-    there: Descent = replace(rows, **parts, grid=grid)
+    there = with_tensors(rows, lambda part: part.to(GPU, copy=True))
     COMPILED.descend(rows)
     cuda_loops(GPU, launch, min(shared_bytes, describe(0).shared_bytes)).descend(there)
     assert torch.equal(there.codes.cpu(), rows.codes)
