@@ -15,7 +15,6 @@ import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.launch import Launch
-from accullm_cli.quant import loops
 from accullm_cli.quant.loops import ChainDescent, ChainTile, CodeDescent, CodeTile, Descent, Loops, Tile
 from accullm_cli.quant.trellis import SEGMENT
 from accullm_cli.quant.wavefront import round_fed
@@ -27,8 +26,10 @@ ROWS_PER_BLOCK = 8
 # What a block of cuda/descend.cu has, and what it keeps in shared memory before the slope.
 DESCENT_THREADS = 256
 TURN_BYTES = 16
-# What a block of cuda/trellis.cu keeps in shared memory, but for two working numbers for each row of a segment.
-COLUMN_BYTES = SEGMENT * (4 * 8 + 4 + 2) + 2 * 4
+# What a block of cuda/trellis.cu keeps in shared memory: bytes, and working numbers beside them; the same where rows
+# feed each other, for so many levels at most.
+COLUMN_ROOM = SEGMENT * (4 * 8 + 4 + 2) + 2 * 4, 2 * SEGMENT
+FED_ROOM, MOST_LEVELS = (1080, 1600), 64
 
 
 class TileStruct(ctypes.Structure):
@@ -60,6 +61,7 @@ class ChainsStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("wanted", "fed", "upper", "scale", "group", "levels", "codes", "error")),
+        *((name, ctypes.c_void_p) for name in ("row_fed", "row_upper", "row_weight")),
         *((name, ctypes.c_int) for name in ("rows", "columns", "groups", "levels_count")),
     )
 
@@ -69,6 +71,7 @@ class ChainDescentStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "error", "product", "hessian", "curvature", "scale", "levels")),
+        *((name, ctypes.c_void_p) for name in ("row_slope", "row_upper", "row_weight")),
         ("ridge", ctypes.c_double),
         *((name, ctypes.c_int) for name in ("rows", "columns", "groups", "columns_per_group", "levels_count")),
         ("sweeps", ctypes.c_int),
@@ -78,8 +81,8 @@ class ChainDescentStruct(ctypes.Structure):
 def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], None], shared_bytes: int) -> Loops:
     """The loops of a GPU.
 
-    Tiles whose rows feed each other are rounded by torch, see quant.wavefront; a block of rows that feed each other is
-    one chain in descent, which one block of threads goes through. Those of a trellis go through the CPU.
+    Tiles whose rows feed each other are rounded by torch, see quant.wavefront, and those of a trellis each by a block
+    of threads. Rows that feed each other are one chain in descent, which one block of threads goes through.
 
     Args:
         launch: `kernels.device.launch`.
@@ -89,23 +92,23 @@ def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], No
     def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         if tile.rows is not None:
             return round_several([tile])[0]
-        assert tile.fed.is_contiguous(), "what is fed is written in place"
-        own = contiguous(tile)
-        codes, error = torch.empty_like(own.wanted, dtype=torch.uint8), torch.empty_like(own.wanted)
+        own, codes, error = with_results(tile)
         launch((chains_launch if isinstance(own, ChainTile) else tile_launch)(own, codes, error), device)
         return codes, error
 
     def round_several(tiles: Sequence[Tile]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        codes = [tile for tile in tiles if isinstance(tile, CodeTile)]
-        return round_fed(codes) if codes else [loops.round_tile(tile) for tile in tiles]
+        if of_codes := [tile for tile in tiles if isinstance(tile, CodeTile)]:
+            return round_fed(of_codes)
+        own = [with_results(tile) for tile in tiles]
+        structs = structs_of(own).to(tiles[0].wanted.device)  # a launch holds addresses alone
+        launch(fed_chains_launch(structs, len(own), tiles[0].wanted.dtype), device)
+        return [(codes, error) for _, codes, error in own]
 
     def descend(descent: Descent) -> None:
         own = contiguous(descent)
         curvature = curvature_of(own)  # a launch holds addresses alone
         if isinstance(own, CodeDescent):
             launch(descent_launch(own, curvature, shared_bytes), device)
-        elif own.rows is not None:
-            loops.descend(own)
         else:
             launch(chain_descent_launch(own, curvature), device)
 
@@ -151,11 +154,42 @@ def tile_launch(tile: CodeTile, codes: torch.Tensor, error: torch.Tensor) -> Lau
 
 
 def chains_launch(tile: ChainTile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
-    """The launch that rounds a tile of a trellis; as for `tile_launch`, of any number of columns."""
-    rows, columns = tile.wanted.shape
+    """The launch that rounds a tile of a trellis; as for `tile_launch`, of any number of columns.
+
+    Its rows do not feed each other.
+    """
+    blocks = -(-len(codes) // SEGMENT)
+    return _trellis_launch("trellis_round", tile.wanted.dtype, blocks, _chains(tile, codes, error), COLUMN_ROOM)
+
+
+def fed_chains_launch(structs: torch.Tensor, count: int, dtype: torch.dtype) -> Launch:
+    """The launch that rounds so many tiles of a trellis, the rows of each of which feed each other.
+
+    Args:
+        structs: from `structs_of`, on the device.
+    """
+    return _trellis_launch("trellis_round_fed", dtype, count, ctypes.c_void_p(structs.data_ptr()), FED_ROOM)
+
+
+def structs_of(tiles: Sequence[tuple[ChainTile, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """What `trellis_round_fed` reads of tiles of at most one segment, with their codes and errors: uint8."""
+    structs = (ChainsStruct * len(tiles))(*(_chains(*own) for own in tiles))
+    return torch.frombuffer(bytearray(structs), dtype=torch.uint8)
+
+
+def _chains(tile: ChainTile, codes: torch.Tensor, error: torch.Tensor) -> ChainsStruct:
     tensors = (tile.wanted, tile.fed, tile.upper, tile.scale, tile.group, tile.levels, codes, error)
-    sizes = rows, columns, tile.scale.shape[1], len(tile.levels)
-    return _trellis_launch("trellis_round", tile.wanted.dtype, ChainsStruct(*(_at(own) for own in tensors), *sizes))
+    sizes = *codes.shape, tile.scale.shape[1], len(tile.levels)
+    return ChainsStruct(*(_at(own) for own in tensors), *_rows(tile, len(codes)), *sizes)
+
+
+def _rows(task: ChainTile | ChainDescent, count: int) -> tuple[int | None, int | None, int | None]:
+    """Where what rows feed to each other lies; of `count` rows."""
+    if task.rows is None:
+        return None, None, None
+    assert count <= SEGMENT, "rows of one segment feed each other"
+    assert len(task.levels) <= MOST_LEVELS, "lanes have room for the levels of 5 bits"
+    return _at(task.rows.fed), _at(task.rows.upper), _at(task.rows.weight)
 
 
 def chain_descent_launch(descent: ChainDescent, curvature: torch.Tensor) -> Launch:
@@ -165,19 +199,21 @@ def chain_descent_launch(descent: ChainDescent, curvature: torch.Tensor) -> Laun
         descent.codes, descent.error, descent.product, descent.hessian, curvature, grid.scale, descent.levels,
     )  # fmt: skip
     sizes = *descent.codes.shape, grid.scale.shape[1], grid.columns_per_group, len(descent.levels), descent.sweeps
-    arguments = ChainDescentStruct(*(_at(own) for own in tensors), descent.ridge, *sizes)
-    return _trellis_launch("trellis_descend", descent.product.dtype, arguments)
+    rows = _rows(descent, len(descent.codes))
+    arguments = ChainDescentStruct(*(_at(own) for own in tensors), *rows, descent.ridge, *sizes)
+    kernel, room = ("trellis_descend", COLUMN_ROOM) if descent.rows is None else ("trellis_descend_fed", FED_ROOM)
+    return _trellis_launch(kernel, descent.product.dtype, -(-len(descent.codes) // SEGMENT), arguments, room)
 
 
-def _trellis_launch(kernel: str, dtype: torch.dtype, arguments: ChainsStruct | ChainDescentStruct) -> Launch:
-    defines = _defines(dtype)
+def _trellis_launch(kernel: str, dtype: torch.dtype, blocks: int, arguments: Any, room: tuple[int, int]) -> Launch:
+    """room: bytes of shared memory, and working numbers beside them."""
     return Launch(
         source="trellis.cu",
         kernel=kernel,
-        defines=defines,
-        grid=(-(-arguments.rows // SEGMENT), 1, 1),
+        defines=_defines(dtype),
+        grid=(blocks, 1, 1),
         threads=SEGMENT,
-        shared_bytes=COLUMN_BYTES + 2 * SEGMENT * dtype.itemsize,
+        shared_bytes=room[0] + room[1] * dtype.itemsize,
         arguments=(arguments,),
     )
 
@@ -236,6 +272,13 @@ def _defines(dtype: torch.dtype) -> tuple[str, ...]:
     if dtype not in REALS:
         raise AccullmError(f"no CUDA kernel rounds in {dtype}: float32 or float64")
     return (f"REAL={REALS[dtype]}",)
+
+
+def with_results(tile: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A tile, contiguous, and room for its codes and errors."""
+    assert tile.fed.is_contiguous(), "what is fed is written in place"
+    own = contiguous(tile)
+    return own, torch.empty_like(own.wanted, dtype=torch.uint8), torch.empty_like(own.wanted)
 
 
 def contiguous(task: Any) -> Any:

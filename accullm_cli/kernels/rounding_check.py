@@ -108,7 +108,8 @@ def _tiles(draw: torch.Generator) -> Iterator[tuple[str, Tile]]:
         (" of rows that feed each other", {"rows": rows}),
     ):
         yield f"feedback_round{what}", CodeTile(**parts(), zero=torch.full((ROWS, 3), 8.0), largest_code=15, **own)
-    yield "trellis_round", ChainTile(**parts(), levels=LEVELS)
+    for what, feedback in (("", None), (" of rows that feed each other", rows)):
+        yield f"trellis_round{what}", ChainTile(**parts(), levels=LEVELS, rows=feedback)
 
 
 def _descents(draw: torch.Generator) -> Iterator[tuple[str, Descent]]:
@@ -118,7 +119,8 @@ def _descents(draw: torch.Generator) -> Iterator[tuple[str, Descent]]:
     fed = _descent(draw, signed=False)
     fisher = _fisher(draw)
     yield "descend over rows that feed each other", CodeDescent(**fed, rows=(fisher @ fed["product"], fisher))
-    yield "trellis_descend", ChainDescent(**_descent(draw, signed=True), levels=LEVELS)
+    for what, rows in (("", None), (" over rows that feed each other", _rows(draw, 3 * MOST_COLUMNS))):
+        yield f"trellis_descend{what}", ChainDescent(**_descent(draw, signed=True), levels=LEVELS, rows=rows)
 
 
 def _descent(draw: torch.Generator, signed: bool) -> dict[str, Any]:

@@ -249,7 +249,7 @@ def round_with_feedback(
         whole = factor.feedback(0, rounded_features)
         share = feedback_share(position.T, own_scale.T, whole, grid.largest_code).T
         del own_scale, position, whole
-    several = loops.round_fed if rows is not None and not grid.is_trellis else None
+    several = loops.round_fed if rows is not None else None
     down, down_to = None, slice(0)
     variances = None if rows is None else rows.variances
     for wave in _waves(count, row_block, rounded_features, several is not None):
