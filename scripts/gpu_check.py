@@ -5,9 +5,10 @@
 Runs, one after the other, and within LIMIT: doctor; the tests with the marker `gpu` that convert whole models; a
 conversion of random blocks of Llama-7B's shape, stage by stage; one of the demo's model, where it was prepared; the
 tests of the kernels (among them that rounding gives the codes of the CPU); random blocks with gradients; the table of
-machine code for this GPU; the time that rounding a block of Llama-7B takes; the benchmarks of products; and some of the
-tests under compute-sanitizer's memcheck and racecheck where it is installed: they are slow, and last. Each one's output
-lies in FOLDER; a line for each says whether it passed, and what there was no time for. Exits with 1 if one did not.
+machine code for this GPU; the time that rounding a block of Llama-7B takes, and one of a quarter of its widths with a
+Fisher matrix; the benchmarks of products; and some of the tests under compute-sanitizer's memcheck and racecheck where
+it is installed: they are slow, and last. Each one's output lies in FOLDER; a line for each says whether it passed, and
+what there was no time for. Exits with 1 if one did not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ LIMIT = 7.5 * 60  # seconds in all: a machine may be lent for less than ten minu
 GPU_TESTS = ("-m", "pytest", "-m", "gpu", "-ra")
 KERNELS, CONVERSIONS = ("tests/kernels",), ("tests/stages", "tests/pipeline/test_speed.py")
 # Small shapes, every kernel.
-SANITIZED = (*GPU_TESTS, *KERNELS, "-k", "odd_shapes or dequantizing or rounding_tile or rounding_descent or graph")
+SMALL = "odd_shapes or dequantizing or rounding_tile or rounding_descent or rounding_chains or graph"
+SANITIZED = (*GPU_TESTS, *KERNELS, "-k", SMALL)
+# Chains of rows that feed each other, at a quarter of all widths: descent takes one segment at a time.
+FED = ("--encoding", "trellis", "--fisher", "--shrink", "4", "--repeats", "1")
 DEMO = Path("work/smollm2-135m")
 
 
@@ -50,6 +54,7 @@ def steps(architecture: int, sanitizer: str | None, folder: Path) -> list[Step]:
         Step("blocks_with_gradients", (*blocks, "--layers", "1", "--samples", "64", "--gradients", "64"), 60),
         Step("machine_code", (python, "scripts/kernel_table.py", str(architecture))),
         Step("rounding", (python, "scripts/time_rounding.py")),
+        Step("rounding_fed", (python, "scripts/time_rounding.py", *FED), 60),
         Step("bench", (python, "scripts/bench_kernels.py")),
         Step("bench_bfloat16", (python, "scripts/bench_kernels.py", "--dtype", "bfloat16")),
         Step("bench_levels", (python, "scripts/bench_kernels.py", "--encoding", "levels")),

@@ -49,10 +49,12 @@ PACKED = "accullm_cli/kernels/packed.py"
 QUANTIZE = "accullm_cli/stages/quantize.py"
 GEMV = "cuda/hybrid_gemv.cu"
 PIECES = "cuda/pieces.cuh"
+TRELLIS_KERNELS = "cuda/trellis.cu"
 
 ROUNDING_TESTS = ("tests/quant/test_rounding.py",)
 PACKED_TESTS = ("tests/kernels/test_packed.py",)
 PRODUCT_TESTS = ("tests/kernels/test_launch.py",)
+FED_CHAIN_TESTS = ("tests/kernels/test_fed_chains.py",)
 KERNEL_ROUNDING_TESTS = ("tests/kernels/test_rounding.py",)
 
 MUTANTS = (
@@ -147,8 +149,8 @@ MUTANTS = (
     Mutant(
         "rows of earlier blocks pass nothing on",
         FEEDBACK,
-        "(down[: part.start].T @ carried[: part.start, columns], down[part.start :])",
-        "(0 * (down[: part.start].T @ carried[: part.start, columns]), down[part.start :])",
+        "passed_on = down[: part.start].T @ carried[: part.start, columns]",
+        "passed_on = 0 * (down[: part.start].T @ carried[: part.start, columns])",
         ("tests/quant/test_row_feedback.py",),
     ),
     Mutant(
@@ -336,6 +338,27 @@ MUTANTS = (
         "for (int split = 0; split < splits; split++) value +=",
         "for (int split = 0; split < splits - 1; split++) value +=",
         PRODUCT_TESTS,
+    ),
+    Mutant(
+        "a path of a trellis goes on from what another one was fed",
+        TRELLIS_KERNELS,
+        "const real before = is_high ? value[low + 2] : value[low];",
+        "const real before = value[low];",
+        FED_CHAIN_TESTS,
+    ),
+    Mutant(
+        "a chain goes on, behind 32 rows, as it would have from another state",
+        TRELLIS_KERNELS,
+        "turn > own; turn--) state =",
+        "turn > own + 1; turn--) state =",
+        FED_CHAIN_TESTS,
+    ),
+    Mutant(
+        "rows behind add up what is not written yet",
+        TRELLIS_KERNELS,
+        "if (own == turn) walk(column, value, upper, rows, levels_count);\n        __syncthreads();",
+        "if (own == turn) walk(column, value, upper, rows, levels_count);\n        __syncwarp();",
+        FED_CHAIN_TESTS,
     ),
     Mutant(
         "the next column of a block is not told the error",

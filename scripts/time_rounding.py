@@ -1,9 +1,11 @@
 """Time the rounding of one decoder block of Llama-7B's shape on a GPU, and hold it against the target.
 
-    python scripts/time_rounding.py [--device cuda:0] [--shrink 1] [--rounding feedback] [--repeats 3]
+    python scripts/time_rounding.py [--device cuda:0] [--shrink 1] [--rounding feedback] [--encoding integer] [--fisher]
+        [--repeats 3]
 
 Weights, Hessians and pulls are random, and lie on the CPU before and the result after, as in a conversion: what is
 timed is all that quantize does to round a block, the way there and back included. --shrink N divides all widths by N.
+With --fisher rows feed each other, as with gradients. The target is for the whole block without that.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ GROUPS = {
 GROUP_SIZE, BITS, OUTLIERS = 64, 4, 0.005
 
 
-def seconds_of(shapes: Sequence[tuple[int, int]], loops: Loops, options: RoundingOptions, repeats: int) -> float:
+def seconds_of(
+    shapes: Sequence[tuple[int, int]], loops: Loops, options: RoundingOptions, encoding: str, fed: bool, repeats: int
+) -> float:
     """How long rounding the linears of one input takes: the median, after one time that compiles and is not counted."""
     draw = torch.Generator().manual_seed(0)
     features = shapes[0][1]
@@ -43,16 +47,22 @@ def seconds_of(shapes: Sequence[tuple[int, int]], loops: Loops, options: Roundin
     hessian = (rows.T @ rows / len(rows)).cpu()
     del rows
     outliers = tuple(sorted(torch.randperm(features, generator=draw)[: round(OUTLIERS * features)].tolist()))
-    weights, plans, pulls = {}, {}, {}
+    weights, plans, pulls, fishers = {}, {}, {}, {}
     for number, (out_features, in_features) in enumerate(shapes):
         name = f"linear {number}"
         weights[name] = torch.randn(out_features, in_features, generator=draw) / in_features**0.5
-        plans[name] = LinearPlan(name, out_features, in_features, BITS, GROUP_SIZE, False, outliers, scale_bits=6)
+        plans[name] = LinearPlan(
+            name, out_features, in_features, BITS, GROUP_SIZE, encoding != "integer", outliers, scale_bits=6,
+            encoding=encoding,
+        )  # fmt: skip
         pulls[name] = torch.randn(in_features, out_features, generator=draw) * 1e-3
+        if fed:
+            gradients = torch.randn(1024, out_features, generator=draw).to(loops.device)
+            fishers[name] = (gradients.T @ gradients / len(gradients)).cpu()
     found = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
-        round_linears(weights, plans, options, torch.bfloat16, hessian, pulls, loops=loops)
+        round_linears(weights, plans, options, torch.bfloat16, hessian, pulls, fishers=fishers, loops=loops)
         found.append(time.perf_counter() - begin)
     return statistics.median(found[1:])
 
@@ -62,6 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--shrink", type=int, default=1)
     parser.add_argument("--rounding", choices=("nearest", "feedback", "stochastic"), default="feedback")
+    parser.add_argument("--encoding", choices=("integer", "levels", "trellis"), default="integer")
+    parser.add_argument("--fisher", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
@@ -78,11 +90,14 @@ def main(arguments: Sequence[str]) -> int:
     total = 0.0
     for name, shapes in GROUPS.items():
         shrunk = [(rows // chosen.shrink, columns // chosen.shrink) for rows, columns in shapes]
-        seconds = seconds_of(shrunk, loops, options, chosen.repeats)
+        seconds = seconds_of(shrunk, loops, options, chosen.encoding, chosen.fisher, chosen.repeats)
         total += seconds
         print(f"{name:10} {' + '.join(f'{rows}x{columns}' for rows, columns in shrunk):40} {seconds:8.3f} s")
-    verdict = "within" if total <= TARGET else "over"
-    print(f"{'block':10} {chosen.rounding:40} {total:8.3f} s, {verdict} the target of {TARGET:g} s")
+    verdict = ""
+    if not chosen.fisher:
+        verdict = f", {'within' if total <= TARGET else 'over'} the target of {TARGET:g} s"
+    what = f"{chosen.rounding}, {chosen.encoding}{', rows feed each other' * chosen.fisher}"
+    print(f"{'block':10} {what:40} {total:8.3f} s{verdict}")
     return 0
 
 

@@ -7,17 +7,17 @@ differs between the devices are the matrix products and factorizations around th
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.kernels.launch import Launch
-from accullm_cli.quant import loops
-from accullm_cli.quant.loops import Descent, Loops, Tile
+from accullm_cli.quant.loops import ChainDescent, ChainTile, CodeDescent, CodeTile, Descent, Loops, Tile
 from accullm_cli.quant.trellis import SEGMENT
-from accullm_cli.quant.wavefront import round_chained
+from accullm_cli.quant.wavefront import round_fed
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 # A warp holds a row's columns in registers, four per lane.
@@ -26,8 +26,10 @@ ROWS_PER_BLOCK = 8
 # What a block of cuda/descend.cu has, and what it keeps in shared memory before the slope.
 DESCENT_THREADS = 256
 TURN_BYTES = 16
-# What a block of cuda/trellis.cu keeps in shared memory, but for two working numbers for each row of a segment.
-COLUMN_BYTES = SEGMENT * (4 * 8 + 4 + 2) + 2 * 4
+# What a block of cuda/trellis.cu keeps in shared memory: bytes, and working numbers beside them; the same where rows
+# feed each other, for so many levels at most.
+COLUMN_ROOM = SEGMENT * (4 * 8 + 4 + 2) + 2 * 4, 2 * SEGMENT
+FED_ROOM, MOST_LEVELS = (1080, 1600), 64
 
 
 class TileStruct(ctypes.Structure):
@@ -59,6 +61,7 @@ class ChainsStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("wanted", "fed", "upper", "scale", "group", "levels", "codes", "error")),
+        *((name, ctypes.c_void_p) for name in ("row_fed", "row_upper", "row_weight")),
         *((name, ctypes.c_int) for name in ("rows", "columns", "groups", "levels_count")),
     )
 
@@ -68,6 +71,7 @@ class ChainDescentStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "error", "product", "hessian", "curvature", "scale", "levels")),
+        *((name, ctypes.c_void_p) for name in ("row_slope", "row_upper", "row_weight")),
         ("ridge", ctypes.c_double),
         *((name, ctypes.c_int) for name in ("rows", "columns", "groups", "columns_per_group", "levels_count")),
         ("sweeps", ctypes.c_int),
@@ -77,8 +81,8 @@ class ChainDescentStruct(ctypes.Structure):
 def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], None], shared_bytes: int) -> Loops:
     """The loops of a GPU.
 
-    Tiles whose rows feed each other are rounded by torch, see quant.wavefront; a block of rows that feed each other is
-    one chain in descent, which one block of threads goes through. Those of a trellis go through the CPU.
+    Tiles whose rows feed each other are rounded by torch, see quant.wavefront, and those of a trellis each by a block
+    of threads. Rows that feed each other are one chain in descent, which one block of threads goes through.
 
     Args:
         launch: `kernels.device.launch`.
@@ -86,32 +90,32 @@ def cuda_loops(device: torch.device, launch: Callable[[Launch, torch.device], No
     """
 
     def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
-        if tile.trellis and tile.rows is not None:
-            return loops.round_tile(tile)
         if tile.rows is not None:
-            return round_chained([tile])[0]
-        own = _contiguous(tile)
-        codes, error = torch.empty_like(own.wanted, dtype=torch.uint8), torch.empty_like(own.wanted)
-        launch((chains_launch if tile.trellis else tile_launch)(own, codes, error), device)
+            return round_several([tile])[0]
+        own, codes, error = with_results(tile)
+        launch((chains_launch if isinstance(own, ChainTile) else tile_launch)(own, codes, error), device)
         return codes, error
 
+    def round_several(tiles: Sequence[Tile]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if of_codes := [tile for tile in tiles if isinstance(tile, CodeTile)]:
+            return round_fed(of_codes)
+        own = [with_results(tile) for tile in tiles]
+        structs = structs_of(own).to(tiles[0].wanted.device)  # a launch holds addresses alone
+        launch(fed_chains_launch(structs, len(own), tiles[0].wanted.dtype), device)
+        return [(codes, error) for _, codes, error in own]
+
     def descend(descent: Descent) -> None:
-        if descent.chain is not None:
-            loops.descend(descent)
-            return
-        grid = replace(descent.grid, scale=descent.grid.scale.contiguous())
-        rows = None if descent.rows is None else (descent.rows[0], descent.rows[1].contiguous())
-        own = replace(descent, hessian=descent.hessian.contiguous(), grid=grid, rows=rows)
+        own = contiguous(descent)
         curvature = curvature_of(own)  # a launch holds addresses alone
-        if descent.trellis:
-            launch(chain_descent_launch(own, curvature), device)
-        else:
+        if isinstance(own, CodeDescent):
             launch(descent_launch(own, curvature, shared_bytes), device)
+        else:
+            launch(chain_descent_launch(own, curvature), device)
 
-    return Loops(device, round_tile, descend, round_chained)
+    return Loops(device, round_tile, descend, round_several)
 
 
-def tile_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
+def tile_launch(tile: CodeTile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
     """The launch that rounds a tile, all of whose tensors are contiguous.
 
     Args:
@@ -149,36 +153,67 @@ def tile_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
     )
 
 
-def chains_launch(tile: Tile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
-    """The launch that rounds a tile of a trellis; as for `tile_launch`, of any number of columns."""
-    assert tile.levels is not None, "a trellis has levels"
-    rows, columns = tile.wanted.shape
+def chains_launch(tile: ChainTile, codes: torch.Tensor, error: torch.Tensor) -> Launch:
+    """The launch that rounds a tile of a trellis; as for `tile_launch`, of any number of columns.
+
+    Its rows do not feed each other.
+    """
+    blocks = -(-len(codes) // SEGMENT)
+    return _trellis_launch("trellis_round", tile.wanted.dtype, blocks, _chains(tile, codes, error), COLUMN_ROOM)
+
+
+def fed_chains_launch(structs: torch.Tensor, count: int, dtype: torch.dtype) -> Launch:
+    """The launch that rounds so many tiles of a trellis, the rows of each of which feed each other.
+
+    Args:
+        structs: from `structs_of`, on the device.
+    """
+    return _trellis_launch("trellis_round_fed", dtype, count, ctypes.c_void_p(structs.data_ptr()), FED_ROOM)
+
+
+def structs_of(tiles: Sequence[tuple[ChainTile, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """What `trellis_round_fed` reads of tiles of at most one segment, with their codes and errors: uint8."""
+    structs = (ChainsStruct * len(tiles))(*(_chains(*own) for own in tiles))
+    return torch.frombuffer(bytearray(structs), dtype=torch.uint8)
+
+
+def _chains(tile: ChainTile, codes: torch.Tensor, error: torch.Tensor) -> ChainsStruct:
     tensors = (tile.wanted, tile.fed, tile.upper, tile.scale, tile.group, tile.levels, codes, error)
-    sizes = rows, columns, tile.scale.shape[1], len(tile.levels)
-    return _trellis_launch("trellis_round", tile.wanted.dtype, ChainsStruct(*(_at(own) for own in tensors), *sizes))
+    sizes = *codes.shape, tile.scale.shape[1], len(tile.levels)
+    return ChainsStruct(*(_at(own) for own in tensors), *_rows(tile, len(codes)), *sizes)
 
 
-def chain_descent_launch(descent: Descent, curvature: torch.Tensor) -> Launch:
+def _rows(task: ChainTile | ChainDescent, count: int) -> tuple[int | None, int | None, int | None]:
+    """Where what rows feed to each other lies; of `count` rows."""
+    if task.rows is None:
+        return None, None, None
+    assert count <= SEGMENT, "rows of one segment feed each other"
+    assert len(task.levels) <= MOST_LEVELS, "lanes have room for the levels of 5 bits"
+    return _at(task.rows.fed), _at(task.rows.upper), _at(task.rows.weight)
+
+
+def chain_descent_launch(descent: ChainDescent, curvature: torch.Tensor) -> Launch:
     """The launch that moves whole columns of a trellis; as for `descent_launch`."""
-    assert descent.levels is not None, "a trellis has levels"
     grid = descent.grid
     tensors = (
-        descent.codes, descent.error, descent.slope, descent.hessian, curvature, grid.scale, descent.levels,
+        descent.codes, descent.error, descent.product, descent.hessian, curvature, grid.scale, descent.levels,
     )  # fmt: skip
     sizes = *descent.codes.shape, grid.scale.shape[1], grid.columns_per_group, len(descent.levels), descent.sweeps
-    arguments = ChainDescentStruct(*(_at(own) for own in tensors), descent.ridge, *sizes)
-    return _trellis_launch("trellis_descend", descent.slope.dtype, arguments)
+    rows = _rows(descent, len(descent.codes))
+    arguments = ChainDescentStruct(*(_at(own) for own in tensors), *rows, descent.ridge, *sizes)
+    kernel, room = ("trellis_descend", COLUMN_ROOM) if descent.rows is None else ("trellis_descend_fed", FED_ROOM)
+    return _trellis_launch(kernel, descent.product.dtype, -(-len(descent.codes) // SEGMENT), arguments, room)
 
 
-def _trellis_launch(kernel: str, dtype: torch.dtype, arguments: ChainsStruct | ChainDescentStruct) -> Launch:
-    defines = _defines(dtype)
+def _trellis_launch(kernel: str, dtype: torch.dtype, blocks: int, arguments: Any, room: tuple[int, int]) -> Launch:
+    """room: bytes of shared memory, and working numbers beside them."""
     return Launch(
         source="trellis.cu",
         kernel=kernel,
-        defines=defines,
-        grid=(-(-arguments.rows // SEGMENT), 1, 1),
+        defines=_defines(dtype),
+        grid=(blocks, 1, 1),
         threads=SEGMENT,
-        shared_bytes=COLUMN_BYTES + 2 * SEGMENT * dtype.itemsize,
+        shared_bytes=room[0] + room[1] * dtype.itemsize,
         arguments=(arguments,),
     )
 
@@ -192,7 +227,7 @@ def curvature_of(descent: Descent) -> torch.Tensor:
     return (descent.hessian.diagonal() + descent.ridge).masked_fill(~descent.movable, 0)
 
 
-def descent_launch(descent: Descent, curvature: torch.Tensor, shared_bytes: int) -> Launch:
+def descent_launch(descent: CodeDescent, curvature: torch.Tensor, shared_bytes: int) -> Launch:
     """The launch that moves codes, whose tensors are all contiguous.
 
     A row's slope is kept in shared memory where `shared_bytes` are enough for it.
@@ -204,14 +239,15 @@ def descent_launch(descent: Descent, curvature: torch.Tensor, shared_bytes: int)
         AccullmError: a working dtype other than float32 and float64.
     """
     count, columns = descent.codes.shape
-    wanted = TURN_BYTES + columns * descent.slope.element_size()
+    slope, fisher = descent.rows or (descent.product, None)
+    wanted = TURN_BYTES + columns * slope.element_size()
     fits = wanted <= shared_bytes
     grid = descent.grid
-    tensors = (descent.codes, descent.error, descent.slope, descent.hessian, curvature, grid.scale)
+    tensors = (descent.codes, descent.error, slope, descent.hessian, curvature, grid.scale)
     arguments = DescentStruct(
         *(tensor.data_ptr() for tensor in tensors),
         None if descent.levels is None else descent.levels.data_ptr(),
-        *((None, None) if descent.rows is None else (tensor.data_ptr() for tensor in descent.rows)),
+        *((None, None) if fisher is None else (descent.product.data_ptr(), fisher.data_ptr())),
         descent.ridge,
         count,
         columns,
@@ -224,7 +260,7 @@ def descent_launch(descent: Descent, curvature: torch.Tensor, shared_bytes: int)
     return Launch(
         source="descend.cu",
         kernel="descend",
-        defines=_defines(descent.slope.dtype),
+        defines=_defines(slope.dtype),
         grid=(count if descent.rows is None else 1, 1, 1),
         threads=DESCENT_THREADS,
         shared_bytes=wanted if fits else TURN_BYTES,
@@ -238,18 +274,24 @@ def _defines(dtype: torch.dtype) -> tuple[str, ...]:
     return (f"REAL={REALS[dtype]}",)
 
 
-def _contiguous(tile: Tile) -> Tile:
-    """The same tile, whose `fed` is so already: it is written in place."""
+def with_results(tile: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A tile, contiguous, and room for its codes and errors."""
     assert tile.fed.is_contiguous(), "what is fed is written in place"
-    chance = tile.chance
-    if chance is not None:
-        chance = replace(chance, share=chance.share.contiguous(), features=chance.features.contiguous())
-    return replace(
-        tile,
-        wanted=tile.wanted.contiguous(),
-        upper=tile.upper.contiguous(),
-        scale=tile.scale.contiguous(),
-        zero=tile.zero.contiguous(),
-        group=tile.group.contiguous(),
-        chance=chance,
-    )
+    own = contiguous(tile)
+    return own, torch.empty_like(own.wanted, dtype=torch.uint8), torch.empty_like(own.wanted)
+
+
+def contiguous(task: Any) -> Any:
+    """The same task, all of whose tensors are contiguous; those that are so already, such as all it changes, as is."""
+    return with_tensors(task, torch.Tensor.contiguous)
+
+
+def with_tensors(task: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A task with each of its tensors changed, those of its parts too."""
+    if isinstance(task, torch.Tensor):
+        return change(task)
+    if isinstance(task, tuple):
+        return tuple(with_tensors(part, change) for part in task)
+    if not is_dataclass(task) or isinstance(task, type):
+        return task
+    return replace(task, **{own.name: with_tensors(getattr(task, own.name), change) for own in fields(task)})

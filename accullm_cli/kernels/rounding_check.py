@@ -10,9 +10,20 @@ from typing import Any
 import torch
 
 from accullm_cli.errors import AccullmError
-from accullm_cli.kernels.rounding import MOST_COLUMNS, cuda_loops
+from accullm_cli.kernels.rounding import MOST_COLUMNS, cuda_loops, with_tensors
 from accullm_cli.quant.grid import Grid
-from accullm_cli.quant.loops import COMPILED, Chance, Descent, Loops, Tile
+from accullm_cli.quant.loops import (
+    COMPILED,
+    ChainDescent,
+    ChainTile,
+    Chance,
+    CodeDescent,
+    CodeTile,
+    Descent,
+    Loops,
+    RowFeedback,
+    Tile,
+)
 
 ROWS, GROUP_SIZE = 70, 48  # no multiple of a block's rows; a last short group
 LEVELS = torch.tensor([-9.0, -7.0, -5.5, -4.0, -3.0, -2.0, -1.5, -1.0, 0.5, 1.0, 1.5, 2.0, 4.0, 5.0, 6.0, 7.0])
@@ -60,20 +71,18 @@ def rounding_disagreement(loops: Loops) -> str | None:
         AccullmError: the kernels cannot be compiled for the device.
     """
     draw = torch.Generator().manual_seed(0)
+
+    def sent(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(loops.device, copy=True)
+
     for what, tile in _tiles(draw):
-        there: Tile = _copied(tile, loops.device)
+        there = with_tensors(tile, sent)
         codes, error = COMPILED.round_tile(tile)
         found_codes, found_error = loops.round_tile(there)
         if not _equal((found_codes, codes), (found_error, error), (there.fed, tile.fed)):
             return f"{what}: {_different(found_codes, codes)}"
-    for what, levels, rows_feed, trellis in (
-        ("descend", None, False, False),
-        ("descend over levels", LEVELS, False, False),
-        ("descend over rows that feed each other", None, True, False),
-        ("descend over a trellis", LEVELS, False, True),
-    ):
-        rows = replace(_descent(draw, levels, rows_feed), trellis=trellis)
-        moved: Descent = _copied(rows, loops.device)
+    for what, rows in _descents(draw):
+        moved = with_tensors(rows, sent)
         COMPILED.descend(rows)
         loops.descend(moved)
         if not _equal((moved.codes, rows.codes), (moved.error, rows.error)):
@@ -85,57 +94,63 @@ def _tiles(draw: torch.Generator) -> Iterator[tuple[str, Tile]]:
     """For codes that are steps, at random, of levels, with rows that feed each other, and of a trellis."""
     order = torch.randperm(MOST_COLUMNS, generator=draw)
     chance = Chance(torch.rand(ROWS, MOST_COLUMNS, generator=draw), 2**63 + 5, 7, order)
-    chain = torch.randn(ROWS, MOST_COLUMNS, generator=draw), torch.randn(ROWS, ROWS, generator=draw) / 16
+    rows = _rows(draw, MOST_COLUMNS)
+
+    def parts() -> dict[str, Any]:
+        wanted, fed = (torch.randn(ROWS, MOST_COLUMNS, generator=draw) for _ in range(2))
+        upper = torch.randn(MOST_COLUMNS, MOST_COLUMNS, generator=draw) / 16
+        return {"wanted": wanted, "fed": fed, "upper": upper, "scale": _grid(draw).scale, "group": order // GROUP_SIZE}
+
     for what, own in (
         ("", {}),
         (" at random", {"chance": chance}),
         (" to levels", {"levels": LEVELS}),
-        (" of rows that feed each other", {"rows": chain}),
-        (" to a trellis", {"levels": LEVELS, "trellis": True}),
+        (" of rows that feed each other", {"rows": rows}),
     ):
-        wanted, fed = (torch.randn(ROWS, MOST_COLUMNS, generator=draw) for _ in range(2))
-        upper = torch.randn(MOST_COLUMNS, MOST_COLUMNS, generator=draw) / 16
-        grid = _grid(draw)
-        tile = Tile(wanted, fed, upper, grid.scale, grid.zero, order // GROUP_SIZE, grid.largest_code)
-        yield f"feedback_round{what}", replace(tile, **own)
+        yield f"feedback_round{what}", CodeTile(**parts(), zero=torch.full((ROWS, 3), 8.0), largest_code=15, **own)
+    for what, feedback in (("", None), (" of rows that feed each other", rows)):
+        yield f"trellis_round{what}", ChainTile(**parts(), levels=LEVELS, rows=feedback)
 
 
-def _descent(draw: torch.Generator, levels: torch.Tensor | None, rows_feed: bool) -> Descent:
+def _descents(draw: torch.Generator) -> Iterator[tuple[str, Descent]]:
+    """Of steps and levels, with rows that feed each other, and of a trellis."""
+    yield "descend", CodeDescent(**_descent(draw, signed=False))
+    yield "descend over levels", CodeDescent(**_descent(draw, signed=True), levels=LEVELS)
+    fed = _descent(draw, signed=False)
+    fisher = _fisher(draw)
+    yield "descend over rows that feed each other", CodeDescent(**fed, rows=(fisher @ fed["product"], fisher))
+    for what, rows in (("", None), (" over rows that feed each other", _rows(draw, 3 * MOST_COLUMNS))):
+        yield f"trellis_descend{what}", ChainDescent(**_descent(draw, signed=True), levels=LEVELS, rows=rows)
+
+
+def _descent(draw: torch.Generator, signed: bool) -> dict[str, Any]:
     """Rows whose codes are far from the best, over more columns than a block has threads."""
     columns = 3 * MOST_COLUMNS
     inputs = torch.randn(2 * columns, columns, generator=draw)
     hessian = inputs.T @ inputs / len(inputs)
-    codes = torch.randint(0, 16, (ROWS, columns), generator=draw, dtype=torch.uint8)
-    error = torch.randn(ROWS, columns, generator=draw) / 8
-    movable = torch.arange(columns) % 9 != 4
-    grid = _grid(draw, columns)
-    if levels is not None:
+    error, grid = torch.randn(ROWS, columns, generator=draw) / 8, _grid(draw, columns)
+    if signed:
         grid = replace(grid, scale=grid.scale * torch.where(torch.arange(grid.scale.shape[1]) % 2 == 1, -1, 1))
-    product, chain = error @ hessian, None
-    slope = product
-    if rows_feed:
-        gradients = torch.randn(2 * ROWS, ROWS, generator=draw)
-        fisher = gradients.T @ gradients / len(gradients)
-        slope, chain = fisher @ product, (product, fisher)
-    return Descent(codes, error, slope, hessian, 0.01, grid, movable, 3, chain, levels)
+    return {
+        "codes": torch.randint(0, 16, (ROWS, columns), generator=draw, dtype=torch.uint8), "error": error,
+        "product": error @ hessian, "hessian": hessian, "ridge": 0.01, "grid": grid,
+        "movable": torch.arange(columns) % 9 != 4, "sweeps": 3,
+    }  # fmt: skip
+
+
+def _fisher(draw: torch.Generator) -> torch.Tensor:
+    gradients = torch.randn(2 * ROWS, ROWS, generator=draw)
+    return gradients.T @ gradients / len(gradients)
+
+
+def _rows(draw: torch.Generator, columns: int) -> RowFeedback:
+    upper = torch.randn(ROWS, ROWS, generator=draw) / 16
+    return RowFeedback(torch.randn(ROWS, columns, generator=draw), upper, torch.rand(ROWS, generator=draw) + 0.5)
 
 
 def _grid(draw: torch.Generator, columns: int = MOST_COLUMNS) -> Grid:
     scale = torch.rand(ROWS, -(-columns // GROUP_SIZE), generator=draw) / 4 + 0.125
     return Grid(scale, torch.full_like(scale, 8.0), 4, GROUP_SIZE, False)
-
-
-def _copied(task: Any, device: torch.device) -> Any:
-    """Every tensor of it as one of its own on the device."""
-    parts: dict[str, Any] = {}
-    for name, part in vars(task).items():
-        if isinstance(part, torch.Tensor):
-            parts[name] = part.to(device, copy=True)
-        elif isinstance(part, Chance | Grid):
-            parts[name] = _copied(part, device)
-        elif name == "rows" and part is not None:
-            parts[name] = tuple(tensor.to(device, copy=True) for tensor in part)
-    return replace(task, **parts)
 
 
 def _equal(*pairs: tuple[torch.Tensor, torch.Tensor]) -> bool:

@@ -13,13 +13,15 @@ move, which makes it cheap beside the pass before.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from accullm_cli.quant.feedback import ROWS_TOGETHER, factor_hessian
 from accullm_cli.quant.grid import Grid
-from accullm_cli.quant.loops import COMPILED, Chain, Descent, Loops
+from accullm_cli.quant.loops import COMPILED, ChainDescent, CodeDescent, Descent, Loops, RowFeedback
 from accullm_cli.quant.trellis import SEGMENT
 
 # Sweeps over a row; fewer where one changes nothing.
@@ -61,50 +63,21 @@ class Draft:
         Args:
             fisher: G, [N, N], positive definite; None for the identity: rows do not feed each other then.
         """
-        movable, levels = self._on_grid(), self.grid.table()
+        make: Callable[..., Descent] = ChainDescent if self.grid.is_trellis else CodeDescent
+        task = partial(make, hessian=self.hessian, ridge=self.ridge, movable=self._on_grid(), levels=self.grid.table())
         if fisher is None:
             for part in self._parts():
                 grid, error = self._errors(part)
                 product = error @ self.hessian + self.ridge * error
-                descent = Descent(
-                    self.codes[part], error, product, self.hessian, self.ridge, grid, movable, SWEEPS, None, levels,
-                    self.grid.is_trellis,
-                )  # fmt: skip
-                loops.descend(descent)
+                loops.descend(task(codes=self.codes[part], error=error, product=product, grid=grid, sweeps=SWEEPS))
             return
         _, error = self._errors(slice(None))
         product = error @ self.hessian + self.ridge * error
-        if self.grid.is_trellis:
-            self._descend_chains(error, product, fisher, loops)
-            return
-        for start in ROUNDS * list(range(0, len(error), ROWS_IN_STEP)):
-            part = slice(start, start + ROWS_IN_STEP)
-            slope, rows = fisher[part] @ product, (product[part], fisher[part, part])
-            descent = Descent(
-                self.codes[part], error[part], slope, self.hessian, self.ridge, self.grid.rows(part), movable,
-                SWEEPS // ROUNDS, rows, levels,
-            )  # fmt: skip
-            loops.descend(descent)
-
-    def _descend_chains(self, error: torch.Tensor, product: torch.Tensor, fisher: torch.Tensor, loops: Loops) -> None:
-        """The segments of a trellis, one after the other.
-
-        A column is best moved by d = P / (H_kk + ridge), whatever G is, and what it then misses, r, costs r G r^T. With
-        the rows of other segments as they are, that is (r + G_ss^-1 G_so r_o) G_ss (r + ...)^T and a constant. A second
-        sweep over a segment would gain some 0.3% of the loss.
-        """
-        movable, levels = self._on_grid(), self.grid.table()
-        parts = [slice(start, start + SEGMENT) for start in range(0, len(error), SEGMENT)]
-        factors = [factor_hessian(fisher[part, part], 0.0, kind="Fisher matrix", sorts=False) for part in parts]
-        for part, factor in ROUNDS * list(zip(parts, factors, strict=True)):
-            from_others = fisher[part] @ product - fisher[part, part] @ product[part]
-            slope = torch.cholesky_solve(from_others.flip(0), factor.cholesky).flip(0)
-            chain = Chain(slope, factor.feedback(0, len(slope)), factor.variances)
-            descent = Descent(
-                self.codes[part], error[part], product[part], self.hessian, self.ridge, self.grid.rows(part), movable,
-                1, None, levels, True, chain,
-            )  # fmt: skip
-            loops.descend(descent)
+        for part, rows in _segments(product, fisher) if self.grid.is_trellis else _blocks(product, fisher):
+            loops.descend(task(
+                codes=self.codes[part], error=error[part], product=product[part], grid=self.grid.rows(part), rows=rows,
+                sweeps=1 if self.grid.is_trellis else SWEEPS // ROUNDS,
+            ))  # fmt: skip
 
     def _parts(self) -> list[slice]:
         """Some rows at a time, as errors are as large as weights; on a GPU, where small steps are slow, all of them."""
@@ -124,3 +97,25 @@ class Draft:
         values = grid.values(self.codes[rows].to(self.target.dtype))
         values[:, self.outliers] = self.kept[rows].to(self.target.dtype)
         return grid, (self.target[rows] - values).contiguous()
+
+
+def _blocks(product: torch.Tensor, fisher: torch.Tensor) -> Iterator[tuple[slice, tuple[torch.Tensor, torch.Tensor]]]:
+    """Some rows after the others, with their slope as it is by then and their part of G."""
+    for start in ROUNDS * list(range(0, len(product), ROWS_IN_STEP)):
+        part = slice(start, start + ROWS_IN_STEP)
+        yield part, (fisher[part] @ product, fisher[part, part])
+
+
+def _segments(product: torch.Tensor, fisher: torch.Tensor) -> Iterator[tuple[slice, RowFeedback]]:
+    """The segments of a trellis, one after the other.
+
+    A column is best moved by d = P / (H_kk + ridge), whatever G is, and what it then misses, r, costs r G r^T. With
+    the rows of other segments as they are, that is (r + G_ss^-1 G_so r_o) G_ss (r + ...)^T and a constant. A second
+    sweep over a segment would gain some 0.3% of the loss.
+    """
+    parts = [slice(start, start + SEGMENT) for start in range(0, len(product), SEGMENT)]
+    factors = [factor_hessian(fisher[part, part], 0.0, kind="Fisher matrix", sorts=False) for part in parts]
+    for part, factor in ROUNDS * list(zip(parts, factors, strict=True)):
+        from_others = fisher[part] @ product - fisher[part, part] @ product[part]
+        slope = torch.cholesky_solve(from_others.flip(0), factor.cholesky).flip(0)
+        yield part, RowFeedback(slope, factor.feedback(0, len(slope)), factor.variances)

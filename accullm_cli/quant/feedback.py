@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.grid import Grid
-from accullm_cli.quant.loops import COMPILED, Chance, Loops, Tile
+from accullm_cli.quant.loops import COMPILED, ChainTile, Chance, CodeTile, Loops, RowFeedback, Tile
 from accullm_cli.quant.stochastic import feedback_share
 from accullm_cli.quant.trellis import SEGMENT
 
@@ -248,26 +249,30 @@ def round_with_feedback(
         whole = factor.feedback(0, rounded_features)
         share = feedback_share(position.T, own_scale.T, whole, grid.largest_code).T
         del own_scale, position, whole
-    several = loops.round_chained if rows is not None and not grid.is_trellis else None
+    several = loops.round_fed if rows is not None else None
     down, down_to = None, slice(0)
+    variances = None if rows is None else rows.variances
     for wave in _waves(count, row_block, rounded_features, several is not None):
-        tiles = []
+        tiles: list[Tile] = []
         for part, columns in wave:
             feedback = factor.feedback(columns.start, columns.stop)
             fed = error[part, : columns.start] @ feedback[: columns.start]
-            from_above, chance, row_weight = None, None, None
+            from_above, chance = None, None
             if rows is not None and part != down_to:
                 down, down_to = rows.feedback(part.start, part.stop), part
-            if down is not None:
-                from_above = (down[: part.start].T @ carried[: part.start, columns], down[part.start :])
-            if rows is not None and grid.is_trellis:
-                row_weight = rows.variances[part]
+            if down is not None and variances is not None:
+                passed_on = down[: part.start].T @ carried[: part.start, columns]
+                from_above = RowFeedback(passed_on, down[part.start :], variances[part])
+            own: dict[str, Any] = {
+                "wanted": wanted[part, columns], "fed": fed, "upper": feedback[columns.start :], "scale": scale[part],
+                "group": group[columns], "rows": from_above,
+            }  # fmt: skip
+            if grid.is_trellis and levels is not None:
+                tiles.append(ChainTile(**own, levels=levels))
+                continue
             if generator is not None and share is not None:
                 chance = Chance(share[:, columns], *generator, order[columns])
-            tiles.append(Tile(
-                wanted[part, columns], fed, feedback[columns.start :], scale[part], zero[part], group[columns],
-                grid.largest_code, from_above, chance, levels, grid.is_trellis, row_weight,
-            ))  # fmt: skip
+            tiles.append(CodeTile(**own, zero=zero[part], largest_code=grid.largest_code, levels=levels, chance=chance))
         results = [loops.round_tile(tile) for tile in tiles] if several is None else several(tiles)
         for (part, columns), tile, (own_codes, own_error) in zip(wave, tiles, results, strict=True):
             error[part, columns] = own_error

@@ -35,6 +35,15 @@ class Chance:
 
 
 @dataclass(frozen=True)
+class RowFeedback:
+    """How N rows feed each other, by their own part of a Fisher matrix, G = V R V^T."""
+
+    fed: torch.Tensor  # [N, C], what other rows feed to each weight of a tile (overwritten), or add to P of a descent
+    upper: torch.Tensor  # V, [N, N], unit upper triangular; what is not above its diagonal is not used
+    weight: torch.Tensor  # the diagonal of R, [N]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tile:
     """N rows by C columns of weights, in the order of rounding; all on one device and in the working dtype."""
 
@@ -44,65 +53,80 @@ class Tile:
     # U of the tile's columns, [C, C], unit upper triangular; what is not above its diagonal is not used.
     upper: torch.Tensor
     scale: torch.Tensor  # [N, G], the rows' grid
-    zero: torch.Tensor  # [N, G]
     group: torch.Tensor  # int64 [C], each column's group
+    rows: RowFeedback | None = None  # where rows feed each other, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeTile(Tile):
+    """One whose codes are chosen each by itself: steps of a scale, to nearest or at random, or places in a table."""
+
+    zero: torch.Tensor  # [N, G]
     largest_code: int
-    # Where rows feed each other, too: what rows before the tile feed to each weight [N, C] (overwritten), and V of the
-    # tile's rows [N, N], unit upper triangular. Not with `chance`.
-    rows: tuple[torch.Tensor, torch.Tensor] | None = None
-    chance: Chance | None = None
-    levels: torch.Tensor | None = None  # [largest code + 1], see `Grid`; not with `chance`
-    # Codes are places of a trellis, whose chains begin with the tile; with `levels`. With `rows` at most one segment.
-    trellis: bool = False
-    row_weight: torch.Tensor | None = None  # the diagonal of R, [N], with `rows` of a trellis
+    levels: torch.Tensor | None = None  # [largest code + 1], see `Grid`
+    chance: Chance | None = None  # with neither `levels` nor `rows`
 
 
-@dataclass(frozen=True)
-class Chain:
-    """How the rows of one segment of a trellis feed each other in descent, by their own part of G = V R V^T."""
+@dataclass(frozen=True, kw_only=True)
+class ChainTile(Tile):
+    """One of a trellis, whose columns are chains: they begin with the tile, and again with every segment.
 
-    slope: torch.Tensor  # what the rows of other segments, as they are, add to `Descent.slope`, [N, K]
-    upper: torch.Tensor  # V, [N, N]
-    weight: torch.Tensor  # the diagonal of R, [N]
+    With `rows` it is at most one segment.
+    """
+
+    levels: torch.Tensor  # ascending, [4 L]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Descent:
-    """N rows whose codes are moved one at a time (see quant.descent); all on one device.
+    """N rows whose codes are changed as that lowers the loss (see quant.descent); all on one device.
 
-    codes, error and slope are contiguous. codes and error are changed in place; slope is used up.
+    codes, error and product are contiguous. They are changed in place, but product is used up where rows do not feed
+    each other.
     """
 
     codes: torch.Tensor  # uint8 [N, K]
     error: torch.Tensor  # E = W* - Q, [N, K], in the working dtype as all that follows
-    slope: torch.Tensor  # P = E (H + ridge), [N, K]; where rows feed each other, G P
+    product: torch.Tensor  # P = E (H + ridge), [N, K]
     hessian: torch.Tensor  # H, [K, K]
     ridge: float
     grid: Grid  # of these rows
     movable: torch.Tensor  # bool [K], the columns on the grid
-    sweeps: int  # over a row, at most; fewer where one changes nothing
-    # Where rows feed each other: their P [N, K], contiguous, changed in place, and their G [N, N].
-    rows: tuple[torch.Tensor, torch.Tensor] | None = None
+    sweeps: int  # over a row (of chains over all columns), at most; fewer where one changes nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeDescent(Descent):
+    """One that moves a code at a time."""
+
     levels: torch.Tensor | None = None  # [largest code + 1], the grid's table
-    trellis: bool = False  # see `Tile`: a column's codes are moved together, and `slope` is E (H + ridge) always
-    chain: Chain | None = None  # of a trellis whose rows feed each other
+    # Where rows feed each other: the slope G P, [N, K], contiguous and used up, and their G, [N, N].
+    rows: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainDescent(Descent):
+    """One of a trellis, that moves the codes of a column together, a segment at a time."""
+
+    levels: torch.Tensor  # ascending, [4 L]
+    rows: RowFeedback | None = None  # of at most one segment
 
 
 @dataclass(frozen=True)
 class Loops:
-    """One make of the two.
+    """One make of the two, each for either kind of task.
 
     device: the one they are for, where all that belongs to rounding then happens.
     round_tile: codes, uint8 [N, C], and what they miss of `wanted`, [N, C].
     descend: does its work in place.
-    round_chained: tiles whose rows feed each other, none of which waits for another, at once; None where they are no
-        faster than one after the other. The same for each as `round_tile` gives.
+    round_fed: tiles of one kind whose rows feed each other, none of which waits for another, at once; None where they
+        are no faster than one after the other. The same for each as `round_tile` gives.
     """
 
     device: torch.device
     round_tile: Callable[[Tile], tuple[torch.Tensor, torch.Tensor]]
     descend: Callable[[Descent], None]
-    round_chained: Callable[[Sequence[Tile]], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+    round_fed: Callable[[Sequence[Tile]], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
 
 
 # -- compiled by numba -------------------------------------------------------------------------------------
@@ -136,7 +160,7 @@ def level_code(place, levels):  # type: ignore[no-untyped-def]
 
 @compiled
 def _round_rows(  # type: ignore[no-untyped-def]
-    first, last, wanted, fed, upper, row_fed, row_upper, scale, zero, group, levels, largest, share, noise, codes, error
+    first, last, wanted, fed, upper, row_fed, row_upper, scale, zero, group, levels, share, noise, codes, error, largest
 ):
     columns, stochastic, rows_feed = wanted.shape[1], share.shape[0] > 0, row_upper.shape[0] > 0
     has_levels = levels.shape[0] > 0
@@ -205,23 +229,21 @@ def _round_chains(  # type: ignore[no-untyped-def]
 def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a tile with the feedback inside of it; see `Loops`. What is on another device comes here and goes back."""
     fed = tile.fed.cpu().contiguous()
-    none = fed.new_empty(0, 0)
-    levels = fed.new_empty(0) if tile.levels is None else tile.levels
-    row_fed, row_upper = tile.rows or (none, none)
-    share = noise = none
-    if (chance := tile.chance) is not None:
-        share, noise = chance.share, uniform(chance.seed, chance.stream, chance.features, len(fed)).to(fed.dtype).T
     codes, error = torch.empty(fed.shape, dtype=torch.uint8), torch.empty_like(fed)
-    if tile.trellis:
-        weight = fed.new_empty(0) if tile.row_weight is None else tile.row_weight
-        own = (tile.wanted, fed, tile.upper, row_fed, row_upper, weight, tile.scale, tile.group, levels, codes, error)
-        share_out(_round_chains, len(fed), SEGMENT, *map(_array, own))
+    rows = tile.rows or _no_rows(fed)
+    first, last = (tile.wanted, fed, tile.upper, rows.fed, rows.upper), (codes, error)
+    if isinstance(tile, ChainTile):
+        arrays = _arrays(*first, rows.weight, tile.scale, tile.group, tile.levels, *last)
+        share_out(_round_chains, len(fed), SEGMENT, *arrays)
     else:
-        tensors = (tile.wanted, fed, tile.upper, row_fed, row_upper, tile.scale, tile.zero, tile.group, levels)
-        arrays = [_array(tensor) for tensor in tensors]
+        assert isinstance(tile, CodeTile), "there is no other kind"
+        levels = fed.new_empty(0) if tile.levels is None else tile.levels
+        share = noise = fed.new_empty(0, 0)
+        if (chance := tile.chance) is not None:
+            share, noise = chance.share, uniform(chance.seed, chance.stream, chance.features, len(fed)).to(fed.dtype).T
+        arrays = _arrays(*first, tile.scale, tile.zero, tile.group, levels, share, noise, *last)
         largest = arrays[0].dtype.type(tile.largest_code)
-        rest = [_array(tensor) for tensor in (share, noise, codes, error)]
-        share_out(_round_rows, len(fed), None if tile.rows else ROWS_PER_TASK, *arrays, largest, *rest)
+        share_out(_round_rows, len(fed), None if tile.rows else ROWS_PER_TASK, *arrays, largest)
     if fed is not tile.fed:
         tile.fed.copy_(fed)
     return codes.to(tile.fed.device), error.to(tile.fed.device)
@@ -229,9 +251,9 @@ def round_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
 
 @compiled
 def _descend_rows(  # type: ignore[no-untyped-def]
-    first, last, codes, error, slope, hessian, product, fisher, scale, group, movable, levels, ridge, largest, sweeps
+    first, last, codes, error, product, hessian, scale, group, movable, slope, fisher, levels, ridge, largest, sweeps
 ):
-    """product: P; the same memory as `slope`, G P, where there is no G."""
+    """slope: G P; the same memory as `product`, P, where there is no G."""
     columns, rows_feed, has_levels = error.shape[1], fisher.shape[0] > 0, levels.shape[0] > 0
     lowest = largest - largest  # 0 of the weights' type
     for n in range(first, last):
@@ -326,26 +348,24 @@ def _descend_chains(  # type: ignore[no-untyped-def]
 
 
 def descend(descent: Descent) -> None:
-    """Move codes one at a time; see `Loops`. What is on another device comes here and goes back."""
-    product, fisher = descent.rows or (descent.slope, descent.slope.new_empty(0, 0))
-    changed = descent.codes, descent.error, product
-    codes, error, own_product = (tensor.cpu() for tensor in changed)
-    slope = own_product if descent.rows is None else descent.slope.cpu()
+    """Change codes as that lowers the loss; see `Loops`. What is on another device comes here and goes back."""
+    changed = descent.codes, descent.error, descent.product
+    codes, error, product = (tensor.cpu() for tensor in changed)
     group = torch.arange(codes.shape[1]) // descent.grid.columns_per_group
-    levels = error.new_empty(0) if descent.levels is None else descent.levels
-    own = codes, error, own_product, descent.hessian, descent.grid.scale, group, descent.movable, levels
-    if descent.trellis:
-        none = error.new_empty(0, 0)
-        chain = descent.chain or Chain(none, none, error.new_empty(0))
-        arrays = [_array(tensor) for tensor in (*own, chain.slope, chain.upper, chain.weight)]
+    own = codes, error, product, descent.hessian, descent.grid.scale, group, descent.movable
+    if isinstance(descent, ChainDescent):
+        rows = descent.rows or _no_rows(error)
+        arrays = _arrays(*own, descent.levels, rows.fed, rows.upper, rows.weight)
         share_out(_descend_chains, len(codes), SEGMENT, *arrays, arrays[1].dtype.type(descent.ridge), descent.sweeps)
     else:
-        tensors = *own[:2], slope, descent.hessian, own_product, fisher, *own[4:]
-        arrays = [_array(tensor) for tensor in tensors]
+        assert isinstance(descent, CodeDescent), "there is no other kind"
+        slope, fisher = descent.rows or (product, error.new_empty(0, 0))
+        levels = error.new_empty(0) if descent.levels is None else descent.levels
+        arrays = _arrays(*own, slope, fisher, levels)
         ridge, largest = (arrays[1].dtype.type(number) for number in (descent.ridge, descent.grid.largest_code))
         together = None if descent.rows else ROWS_PER_TASK
         share_out(_descend_rows, len(codes), together, *arrays, ridge, largest, descent.sweeps)
-    for there, here in zip(changed, (codes, error, own_product), strict=True):
+    for there, here in zip(changed, (codes, error, product), strict=True):
         if here is not there:
             there.copy_(here)
 
@@ -353,5 +373,9 @@ def descend(descent: Descent) -> None:
 COMPILED = Loops(torch.device("cpu"), round_tile, descend)
 
 
-def _array(tensor: torch.Tensor) -> Any:
-    return tensor.cpu().contiguous().numpy()
+def _no_rows(like: torch.Tensor) -> RowFeedback:
+    return RowFeedback(like.new_empty(0, 0), like.new_empty(0, 0), like.new_empty(0))
+
+
+def _arrays(*tensors: torch.Tensor) -> list[Any]:
+    return [tensor.cpu().contiguous().numpy() for tensor in tensors]

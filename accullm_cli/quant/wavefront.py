@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
-from accullm_cli.quant.loops import Tile
+from accullm_cli.quant.loops import CodeTile, RowFeedback
 
 
-def round_chained(tiles: Sequence[Tile]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Round tiles with `rows` and without `chance`; see `Loops.round_tile`. All have the same grid and dtype.
+def round_fed(tiles: Sequence[CodeTile]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Round tiles with `rows` and without `chance`; see `Loops.round_fed`. All have the same grid and dtype.
 
     A tile of N by C takes N + C - 1 steps of some twenty operations each, and so do many.
     """
@@ -38,8 +38,8 @@ def round_chained(tiles: Sequence[Tile]) -> list[tuple[torch.Tensor, torch.Tenso
     # U and V; what lies on and below the diagonals may be anything. Columns are counted from the last where they stand
     # for rows of these, so that an anti-diagonal is a run of rows in all of them.
     upper = stacked([tile.upper.triu(1) for tile in tiles], columns, columns).flip(1).contiguous()
-    across = stacked([_rows(tile)[1].triu(1) for tile in tiles], rows, rows)
-    row_fed = stacked([_rows(tile)[0].T for tile in tiles], columns, rows).flip(1).contiguous()
+    across = stacked([_rows(tile).upper.triu(1) for tile in tiles], rows, rows)
+    row_fed = stacked([_rows(tile).fed.T for tile in tiles], columns, rows).flip(1).contiguous()
     codes, error = torch.zeros_like(wanted), torch.zeros_like(wanted)
     levels, largest = tiles[0].levels, tiles[0].largest_code
     for step in range(rows + columns - 1):
@@ -78,6 +78,6 @@ def _diagonal(matrix: torch.Tensor, start: int, count: int, stride: int) -> torc
     return matrix.as_strided((len(matrix), count), (matrix.stride(0), stride), start)
 
 
-def _rows(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(tile: CodeTile) -> RowFeedback:
     assert tile.rows is not None
     return tile.rows

@@ -54,6 +54,8 @@ THREADS = {
     "descend": 256,
     "trellis_round": 256,
     "trellis_descend": 256,
+    "trellis_round_fed": 256,
+    "trellis_descend_fed": 256,
 }
 # What the main loop of M <= 8 may take per weight, outlier branch included. An H200 leaves 4.15 at the speed of its
 # memory; the branch, which an iteration does not run, is a tenth of the loop.

@@ -14,14 +14,16 @@ from accullm_cli.kernels.device import describe, launch
 from accullm_cli.kernels.launch import dequantize_launch
 from accullm_cli.kernels.layout import TiledLinear, tile
 from accullm_cli.kernels.matmul import hybrid_matmul
-from accullm_cli.kernels.rounding import cuda_loops
+from accullm_cli.kernels.rounding import cuda_loops, with_tensors
 from accullm_cli.kernels.rounding_check import checked_loops, loops_of, rounding_disagreement
-from accullm_cli.quant.loops import COMPILED, Descent, Tile
+from accullm_cli.quant.loops import COMPILED, ChainDescent
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
+from accullm_cli.quant.trellis import SEGMENT
 from tests.kernels.linears import ENCODED, Shape, exact_weight, random_linear
+from tests.kernels.test_fed_chains import feedback
 from tests.kernels.test_launch import UNIT
-from tests.kernels.test_rounding import random_descent, random_tile
+from tests.kernels.test_rounding import random_descent, random_tile, trellis_descent, trellis_tile
 from tests.quant.references import correlated_problem
 from tests.test_pinned import CASES, PINNED, sha256_of
 
@@ -128,11 +130,7 @@ def test_the_check_before_rounding_passes() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_rounding_tile_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, stochastic: bool) -> None:
     tile = random_tile(100, 50, dtype, seed=2, stochastic=stochastic)
-    parts = {name: part.to(GPU, copy=True) for name, part in vars(tile).items() if isinstance(part, torch.Tensor)}
-    if tile.chance is not None:
-        chance = tile.chance
-        parts["chance"] = replace(chance, share=chance.share.to(GPU), features=chance.features.to(GPU))
-    there: Tile = replace(tile, **parts)
+    there = with_tensors(tile, lambda part: part.to(GPU, copy=True))
     codes, error = COMPILED.round_tile(tile)
     found_codes, found_error = checked_loops(GPU).round_tile(there)
     for found, wanted in ((found_codes, codes), (found_error, error), (there.fed, tile.fed)):
@@ -144,13 +142,30 @@ def test_a_rounding_tile_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, stoc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_rounding_descent_is_that_of_the_cpu_bit_for_bit(dtype: torch.dtype, columns: int, shared_bytes: int) -> None:
     rows = random_descent(20, columns, dtype, seed=3)
-    parts = {name: part.to(GPU, copy=True) for name, part in vars(rows).items() if isinstance(part, torch.Tensor)}
-    grid = replace(rows.grid, scale=rows.grid.scale.to(GPU), zero=rows.grid.zero.to(GPU))
-    there: Descent = replace(rows, **parts, grid=grid)
+    there = with_tensors(rows, lambda part: part.to(GPU, copy=True))
     COMPILED.descend(rows)
     cuda_loops(GPU, launch, min(shared_bytes, describe(0).shared_bytes)).descend(there)
     assert torch.equal(there.codes.cpu(), rows.codes)
     assert torch.equal(there.error.cpu(), rows.error)
+
+
+@pytest.mark.parametrize("rows", [33, SEGMENT])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_chains_of_rows_that_feed_each_other_is_that_of_the_cpu(dtype: torch.dtype, rows: int) -> None:
+    chains = feedback(rows, 90, dtype, seed=1)
+    tile, descent = trellis_tile(90, rows, dtype, seed=2), trellis_descent(rows, 90, dtype, seed=3)
+    for task in (replace(tile, rows=chains), replace(descent, rows=chains)):
+        there = with_tensors(task, lambda part: part.to(GPU, copy=True))
+        loops = checked_loops(GPU)
+        if isinstance(task, ChainDescent):
+            COMPILED.descend(task)
+            loops.descend(there)
+            pairs = (there.codes, task.codes), (there.error, task.error), (there.product, task.product)
+        else:
+            found, wanted = loops.round_tile(there), COMPILED.round_tile(task)
+            pairs = (found[0], wanted[0]), (found[1], wanted[1]), (there.fed, task.fed)
+        for found_part, wanted_part in pairs:
+            assert torch.equal(found_part.cpu(), wanted_part)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -19,9 +19,10 @@ from accullm_cli.kernels.rounding import (
     curvature_of,
     descent_launch,
     tile_launch,
+    with_tensors,
 )
 from accullm_cli.quant.grid import Grid
-from accullm_cli.quant.loops import COMPILED, Chance, Descent, Tile
+from accullm_cli.quant.loops import COMPILED, ChainDescent, ChainTile, Chance, CodeDescent, CodeTile
 from accullm_cli.quant.philox import uniform
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
@@ -48,7 +49,7 @@ def random_tile(
     exact: bool = False,
     stochastic: bool = False,
     levels: bool = False,
-) -> Tile:
+) -> CodeTile:
     """With `exact`, numbers whose sums need few bits, many of them ties between two codes."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -71,7 +72,7 @@ def random_tile(
         scale *= sign_of(draw, rows, groups)
     feature = torch.randperm(features, generator=draw)[:columns]
     share = torch.rand(rows, columns, generator=draw, dtype=torch.float64).to(dtype)
-    return Tile(
+    return CodeTile(
         wanted=guarded(matrix(rows, columns)),
         fed=guarded(matrix(rows, columns) / 4),
         upper=guarded(torch.where(torch.ones_like(upper).triu(1).bool(), upper, torch.nan)),
@@ -96,7 +97,7 @@ def tensors_of(*values: object) -> list[torch.Tensor]:
     return [part for value in values for part in vars(value).values() if isinstance(part, torch.Tensor)]
 
 
-def rounded_tile(tile: Tile, order: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rounded_tile(tile: CodeTile, order: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and errors of the kernel; `tile.fed` as it leaves it."""
     codes, error = poisoned(*tile.fed.shape, dtype=torch.uint8), poisoned(*tile.fed.shape, dtype=tile.fed.dtype)
     buffers = [*tensors_of(tile), codes, error, *(tensors_of(tile.chance) if tile.chance else ())]
@@ -104,7 +105,7 @@ def rounded_tile(tile: Tile, order: int) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, error
 
 
-def check_against_exact_numbers(tile: Tile, codes: torch.Tensor, error: torch.Tensor, slack: float) -> None:
+def check_against_exact_numbers(tile: CodeTile, codes: torch.Tensor, error: torch.Tensor, slack: float) -> None:
     """Every code and error follows, within `slack` codes, from the errors that the kernel reports.
 
     Args:
@@ -206,7 +207,7 @@ def random_descent(
     exact: bool = False,
     levels: bool = False,
     rows_feed: bool = False,
-) -> Descent:
+) -> CodeDescent:
     """With `exact`, whole numbers and powers of two whose sums need few bits, many of them ties between two codes."""
     draw = torch.Generator().manual_seed(seed)
     groups = -(-columns // GROUP_SIZE)
@@ -230,36 +231,34 @@ def random_descent(
     dead = torch.rand(columns, generator=draw) < 0.1  # nothing reads these, so that nothing is gained there
     hessian[dead] = 0
     hessian[:, dead] = 0
-    product, chain = error @ hessian + ridge * error, None
-    slope = product
+    product, coupled = error @ hessian + ridge * error, None
     if rows_feed:
         gradients = torch.randn(2 * rows, rows, generator=draw, dtype=torch.float64)
         gradients += torch.randn(2 * rows, 1, generator=draw, dtype=torch.float64)
         fisher = (gradients.T @ gradients / len(gradients)).to(dtype)
-        slope, chain = fisher @ product, (guarded(product), guarded(fisher))
-    return Descent(
+        coupled = (guarded(fisher @ product), guarded(fisher))
+    return CodeDescent(
         codes=guarded(codes),
         error=guarded(error),
-        slope=guarded(slope),
+        product=guarded(product),
         hessian=guarded(hessian),
         ridge=ridge if exact or seed % 2 else 0.0,
         grid=Grid(guarded(scale), torch.zeros_like(scale), 3, GROUP_SIZE, False),
         movable=torch.rand(columns, generator=draw) < 0.9,
         sweeps=3,
-        rows=chain,
+        rows=coupled,
         levels=guarded(LEVELS[4:12].to(dtype)) if levels else None,
     )
 
 
-def swept(rows: Descent, order: int, shared_bytes: int = AMPLE) -> None:
+def swept(rows: CodeDescent, order: int, shared_bytes: int = AMPLE) -> None:
     curvature = guarded(curvature_of(rows))
     buffers = [part for part in tensors_of(rows) if part is not rows.movable] + list(rows.rows or ())
     run(descent_launch(rows, curvature, shared_bytes), [*buffers, curvature, rows.grid.scale], order)
 
 
-def copy_of(rows: Descent) -> Descent:
-    chain = None if rows.rows is None else (rows.rows[0].clone(), rows.rows[1])
-    return replace(rows, codes=rows.codes.clone(), error=rows.error.clone(), slope=rows.slope.clone(), rows=chain)
+def copied(task: Any) -> Any:
+    return with_tensors(task, torch.Tensor.clone)
 
 
 @needs_compiler
@@ -272,14 +271,14 @@ def test_a_descent_is_that_of_the_compiled_loop_bit_for_bit(
     rows: int, columns: int, dtype: torch.dtype, order: int, shared_bytes: int, levels: bool, rows_feed: bool, seed: int
 ) -> None:
     there = random_descent(rows, columns, dtype, seed, levels=levels, rows_feed=rows_feed)
-    here, before = copy_of(there), there.codes.clone()
+    here, before = copied(there), there.codes.clone()
     COMPILED.descend(here)
     swept(there, order, shared_bytes)
     assert torch.equal(there.codes, here.codes)
     assert torch.equal(there.error, here.error)
     assert torch.equal(there.codes[:, ~there.movable], before[:, ~there.movable])
     if there.rows is not None and here.rows is not None:
-        assert torch.equal(there.rows[0], here.rows[0])
+        assert torch.equal(there.product, here.product)
 
 
 @needs_compiler
@@ -288,7 +287,7 @@ def test_a_descent_is_that_of_the_compiled_loop_bit_for_bit(
 @pytest.mark.parametrize("rows_feed", [False, True])
 def test_a_row_longer_than_a_block_of_threads(rows_feed: bool, order: int, shared_bytes: int) -> None:
     there = random_descent(2, 600, torch.float32, seed=1, rows_feed=rows_feed)
-    here, before = copy_of(there), there.codes.clone()
+    here, before = copied(there), there.codes.clone()
     COMPILED.descend(here)
     swept(there, order, shared_bytes)
     assert torch.equal(there.codes, here.codes)
@@ -304,7 +303,10 @@ def test_one_column_alone_moves(mover: int) -> None:
     grid = Grid(guarded(torch.ones(1, 38)), torch.zeros(1, 38), 3, GROUP_SIZE, False)
     codes, movable = torch.full((1, 600), 3, dtype=torch.uint8), torch.ones(600, dtype=torch.bool)
     identity = guarded(torch.eye(600))
-    rows = Descent(guarded(codes), guarded(error), guarded(error), identity, 0.0, grid, movable, 1)
+    rows = CodeDescent(
+        codes=guarded(codes), error=guarded(error), product=guarded(error), hessian=identity, ridge=0.0, grid=grid,
+        movable=movable, sweeps=1,
+    )  # fmt: skip
     swept(rows, FORWARDS)
     wanted = codes.clone()
     wanted[0, mover] = 1
@@ -312,7 +314,7 @@ def test_one_column_alone_moves(mover: int) -> None:
     assert not bool(rows.error.any())
 
 
-def swept_one_by_one(rows: Descent) -> list[list[int]]:
+def swept_one_by_one(rows: CodeDescent) -> list[list[int]]:
     """The codes after the same sweeps in exact numbers, the slope of a column taken anew from all errors each time."""
     count, columns = rows.codes.shape
     hessian = [[Fraction(value) for value in row] for row in rows.hessian.tolist()]
@@ -356,11 +358,19 @@ ABOVE_ZERO = torch.tensor([0.0, 2.0, 3.0, 5.0, 7.0, 11.0, 16.0, 31.0])
 TRELLIS_LEVELS = torch.cat([-ABOVE_ZERO.flip(0), ABOVE_ZERO])
 
 
-def trellis_tile(columns: int, rows: int, dtype: torch.dtype, seed: int) -> Tile:
+def trellis_tile(columns: int, rows: int, dtype: torch.dtype, seed: int) -> ChainTile:
     tile = random_tile(columns, rows, dtype, seed)
-    levels = guarded(TRELLIS_LEVELS.to(dtype))
-    wanted = guarded(tile.wanted * 4)
-    return replace(tile, wanted=wanted, levels=levels, trellis=True)
+    return ChainTile(
+        wanted=guarded(tile.wanted * 4), fed=tile.fed, upper=tile.upper, scale=tile.scale, group=tile.group,
+        levels=guarded(TRELLIS_LEVELS.to(dtype)),
+    )  # fmt: skip
+
+
+def trellis_descent(rows: int, columns: int, dtype: torch.dtype, seed: int) -> ChainDescent:
+    parts = vars(random_descent(rows, columns, dtype, seed))
+    codes = torch.randint(0, 8, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    parts["codes"] = guarded(places_of_codes(codes.to(torch.uint8)))
+    return ChainDescent(**{**parts, "levels": guarded(TRELLIS_LEVELS.to(dtype) / 4), "rows": None})
 
 
 @needs_compiler
@@ -386,18 +396,15 @@ def test_chains_of_a_tile_are_those_of_the_compiled_loop_bit_for_bit(
 def test_a_descent_of_chains_is_that_of_the_compiled_loop_bit_for_bit(
     rows: int, columns: int, dtype: torch.dtype, order: int, seed: int
 ) -> None:
-    there = random_descent(rows, columns, dtype, seed)
-    levels = guarded(TRELLIS_LEVELS.to(dtype) / 4)
-    codes = guarded(places_of_codes(torch.randint(0, 8, (rows, columns)).to(torch.uint8)))
-    there = replace(there, codes=codes, levels=levels, trellis=True)
-    here, before = copy_of(there), there.codes.clone()
+    there = trellis_descent(rows, columns, dtype, seed)
+    here, before = copied(there), there.codes.clone()
     COMPILED.descend(here)
     curvature = guarded(curvature_of(there))
     buffers = [part for part in tensors_of(there) if part is not there.movable]
     run(chain_descent_launch(there, curvature), [*buffers, curvature, there.grid.scale], order)
     assert torch.equal(there.codes, here.codes)
     assert torch.equal(there.error, here.error)
-    assert torch.equal(there.slope, here.slope)
+    assert torch.equal(there.product, here.product)
     assert torch.equal(there.codes[:, ~there.movable], before[:, ~there.movable])
     assert is_chain(there.codes)
 

@@ -13,7 +13,7 @@ from accullm_cli.errors import AccullmError
 from accullm_cli.kernels import device, rounding_check
 from accullm_cli.kernels.launch import Device
 from accullm_cli.kernels.rounding_check import checked_loops, rounding_disagreement
-from accullm_cli.quant.loops import COMPILED, Descent, Loops, Tile
+from accullm_cli.quant.loops import COMPILED, CodeDescent, CodeTile, Descent, Loops, Tile
 from tests.cuda_emulation import emulate, needs_compiler
 
 CPU = torch.device("cpu")
@@ -26,14 +26,16 @@ def forgetful_tile(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
 
 def forgetful_chance(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     """The numbers of another linear are drawn."""
-    chance = None if tile.chance is None else replace(tile.chance, stream=tile.chance.stream + 1)
-    return COMPILED.round_tile(replace(tile, chance=chance))
+    if isinstance(tile, CodeTile) and tile.chance is not None:
+        tile = replace(tile, chance=replace(tile.chance, stream=tile.chance.stream + 1))
+    return COMPILED.round_tile(tile)
 
 
 def forgetful_of_levels(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     """One level lies elsewhere."""
-    levels = None if tile.levels is None else tile.levels + 0.5 * (tile.levels == -3)
-    return COMPILED.round_tile(replace(tile, levels=levels))
+    if isinstance(tile, CodeTile) and tile.levels is not None:
+        tile = replace(tile, levels=tile.levels + 0.5 * (tile.levels == -3))
+    return COMPILED.round_tile(tile)
 
 
 def forgetful_descent(rows: Descent) -> None:
@@ -42,7 +44,7 @@ def forgetful_descent(rows: Descent) -> None:
 
 
 def descent_without_levels(rows: Descent) -> None:
-    COMPILED.descend(replace(rows, levels=None))
+    COMPILED.descend(replace(rows, levels=None) if isinstance(rows, CodeDescent) else rows)
 
 
 @pytest.mark.parametrize(

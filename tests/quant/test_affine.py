@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from accullm_cli.errors import AccullmError
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.affine import AffineGrid, AffineLinear
-from accullm_cli.quant.loops import Tile, round_tile
+from accullm_cli.quant.loops import CodeTile, round_tile
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
 from accullm_cli.quant.scales import StorableScales
@@ -204,7 +204,8 @@ def test_the_loop_takes_any_zero_point() -> None:
     zero = torch.tensor([[1.37, -2.6], [9.9, 4.5], [0.0, 3.2], [-0.4, 17.1], [7.5, 7.4]]).double()
     group = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 0])
     fed = torch.zeros(5, 9, dtype=torch.float64)
-    codes, error = round_tile(Tile(wanted, fed, upper, scale, zero, group, 7))
+    tile = CodeTile(wanted=wanted, fed=fed, upper=upper, scale=scale, group=group, zero=zero, largest_code=7)
+    codes, error = round_tile(tile)
     for n in range(5):
         lost: list[float] = []
         for k in range(9):

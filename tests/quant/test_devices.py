@@ -10,14 +10,14 @@ import torch
 from accullm_cli.quant.loops import COMPILED
 from accullm_cli.quant.plan import LinearPlan
 from accullm_cli.quant.rounding import RoundingOptions, round_linears
-from accullm_cli.quant.wavefront import round_chained
+from accullm_cli.quant.wavefront import round_fed
 from tests.quant.elsewhere import THERE, Elsewhere, as_if_there_were_a_gpu
 from tests.quant.references import correlated_problem
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which needs no stand-in")
 
 # Those of the CPU, to which what lies there comes and from which it goes back.
-LOOPS = replace(COMPILED, device=THERE, round_chained=round_chained)
+LOOPS = replace(COMPILED, device=THERE, round_fed=round_fed)
 
 
 def test_the_stand_in_refuses_what_a_gpu_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

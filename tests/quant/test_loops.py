@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accullm_cli.quant import loops
-from accullm_cli.quant.loops import Tile, level_code, round_tile, stochastic_code
+from accullm_cli.quant.loops import CodeTile, level_code, round_tile, stochastic_code
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -24,7 +24,8 @@ def test_threads_share_the_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         own = fed.clone()
-        found.append((*round_tile(Tile(wanted, own, upper, scale, zero, group, 15)), own))
+        tile = CodeTile(wanted=wanted, fed=own, upper=upper, scale=scale, group=group, zero=zero, largest_code=15)
+        found.append((*round_tile(tile), own))
     for one, three in zip(*found, strict=True):
         assert torch.equal(one, three)
     codes, error, _ = found[0]

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from accullm_cli.quant import feedback
 from accullm_cli.quant.feedback import factor_hessian, round_with_feedback
 from accullm_cli.quant.grid import Grid
-from accullm_cli.quant.loops import COMPILED, Tile
-from accullm_cli.quant.wavefront import round_chained
+from accullm_cli.quant.loops import COMPILED, CodeTile, RowFeedback
+from accullm_cli.quant.wavefront import round_fed
 from tests.quant.references import correlated_problem
 
 LEVELS = torch.tensor([-9.0, -7.0, -5.5, -4.0, -3.0, -2.0, -1.5, -1.0, 0.5, 1.0, 1.5, 2.0, 4.0, 5.0, 6.0, 7.0])
 SIDES = st.tuples(st.integers(1, 20), st.integers(1, 24))
 
 
-def chained_tile(rows: int, columns: int, dtype: torch.dtype, levels: bool, draw: torch.Generator) -> Tile:
+def chained_tile(rows: int, columns: int, dtype: torch.dtype, levels: bool, draw: torch.Generator) -> CodeTile:
     """What lies on and below the diagonals of U and V is not to be read."""
 
     def matrix(*shape: int) -> torch.Tensor:
@@ -32,10 +32,13 @@ def chained_tile(rows: int, columns: int, dtype: torch.dtype, levels: bool, draw
     scale = matrix(rows, 3).abs() / 8 + 0.125
     zero = torch.randint(0, 16, (rows, 3), generator=draw).to(dtype)
     group = torch.randint(0, 3, (columns,), generator=draw)
-    chain = (matrix(rows, columns) / 4, above(rows))
+    feedback = RowFeedback(matrix(rows, columns) / 4, above(rows), torch.empty(0))
     table = LEVELS.to(dtype) if levels else None
     fed = matrix(rows, columns) / 4
-    return Tile(matrix(rows, columns), fed, above(columns), scale, zero, group, 15, chain, levels=table)
+    return CodeTile(
+        wanted=matrix(rows, columns), fed=fed, upper=above(columns), scale=scale, group=group, rows=feedback, zero=zero,
+        largest_code=15, levels=table,
+    )  # fmt: skip
 
 
 @settings(deadline=None, max_examples=60)
@@ -47,7 +50,7 @@ def test_tiles_of_any_sides_are_those_of_the_compiled_loop(
     dtype = torch.float64 if is_double else torch.float32
     tiles = [chained_tile(rows, columns, dtype, levels, draw) for rows, columns in sides]
     alone = [replace(tile, fed=tile.fed.clone()) for tile in tiles]
-    found = round_chained(tiles)
+    found = round_fed(tiles)
     for tile, (codes, error), other in zip(tiles, found, alone, strict=True):
         wanted_codes, wanted_error = COMPILED.round_tile(other)
         assert torch.equal(codes, wanted_codes)
@@ -73,15 +76,15 @@ def test_waves_of_tiles_give_what_one_tile_after_the_other_gives(
     grid = Grid(torch.full((rows, groups), 0.25), torch.full((rows, groups), 7.0), 4, 16, False)
     sizes: list[int] = []
 
-    def spied(tiles: list[Tile]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def spied(tiles: list[CodeTile]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         sizes.append(len(tiles))
-        return round_chained(tiles)
+        return round_fed(tiles)
 
     def rounded(**loops: object) -> torch.Tensor:
         weight = problem.weight.float()
         return round_with_feedback(weight, grid, weight[:, :1], factor, fisher, None, replace(COMPILED, **loops))[0]
 
-    assert torch.equal(rounded(round_chained=spied), rounded())
+    assert torch.equal(rounded(round_fed=spied), rounded())
     high, wide = -(-rows // row_block), -(-(columns - 1) // column_block)
     assert len(sizes) == (high + wide - 1 if wide else 0)
     assert sum(sizes) == high * wide

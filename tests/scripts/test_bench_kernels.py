@@ -147,14 +147,14 @@ def test_everything_is_run_in_one_call(tmp_path: Path, monkeypatch: pytest.Monke
         "demo: tests is missing (make demo prepares it), left out",
     ]
     assert [line.split(":")[0] for line in lines[2:]] == [
-        "doctor", "conversions", "blocks", "tests", "blocks_with_gradients", "machine_code", "rounding", "bench",
-        "bench_bfloat16", "bench_levels", "bench_trellis", "memcheck", "racecheck", "blocks",
+        "doctor", "conversions", "blocks", "tests", "blocks_with_gradients", "machine_code", "rounding",
+        "rounding_fed", "bench", "bench_bfloat16", "bench_levels", "bench_trellis", "memcheck", "racecheck", "blocks",
     ]  # fmt: skip
     assert lines[2].startswith("doctor: FAILED with 3 in ")
     assert lines[7].startswith("machine_code: NOT FINISHED in ")
     assert lines[-1] == "blocks: 32 blocks: 9.0 min"
     assert ran[5][-1] == "90"
-    assert ran[11][:3] == ("/opt/compute-sanitizer", "--tool", "memcheck")
+    assert ran[12][:3] == ("/opt/compute-sanitizer", "--tool", "memcheck")
     for command in ran:
         for part in command:
             assert not part.startswith("scripts/") or (ROOT / part).is_file()
@@ -229,6 +229,14 @@ def test_the_time_of_a_block_is_held_against_the_target(capsys: Any) -> None:
     assert lines[4].endswith(" s, within the target of 2 s")
     seconds = [float(line.split(" s")[0].split()[-1]) for line in lines]
     assert seconds[4] == pytest.approx(sum(seconds[:4]), abs=0.003)
+
+
+def test_a_block_whose_rows_feed_each_other_is_timed_without_a_target(capsys: Any) -> None:
+    fed = ("--encoding", "trellis", "--fisher")
+    assert clock.main(["--device", "cpu", "--shrink", "128", "--repeats", "1", *fed]) == 0
+    (block,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("block"))
+    assert block.split(maxsplit=1)[1].startswith("feedback, trellis, rows feed each other")
+    assert block.endswith(" s")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

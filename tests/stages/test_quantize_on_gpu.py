@@ -25,8 +25,8 @@ def shards(run: Path) -> dict[str, bytes]:
         ({"plan__encodings": '["integer"]'}, {"feedback_round", "descend"}),
         ({"rounding__method": "nearest"}, set()),
         ({"rounding__method": "stochastic"}, {"feedback_round"}),
-        # The kernel rounds first, by which scales are fitted; torch or the CPU then, with rows that feed each other.
-        ({"calibration__gradient_samples": 2}, {"trellis_round"}),
+        # The kernel rounds first, by which scales are fitted; then with rows that feed each other.
+        ({"calibration__gradient_samples": 2}, {"trellis_round", "trellis_round_fed", "trellis_descend_fed"}),
         ({"calibration__gradient_samples": 2, "plan__encodings": '["integer"]'}, {"feedback_round", "descend"}),
     ],
 )

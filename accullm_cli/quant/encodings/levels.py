@@ -53,10 +53,9 @@ class LevelSearch:
 
     With its nearest levels p for a scale, the best scale of a group is (w . p) / (p . p), whose error is
     w . w - (w . p)^2 / (p . p), products weighted by importance: so a few scales are enough to begin with.
-
-    Of a trellis a weight has every second level to choose from. Either half of them is as likely, so that the error
-    is the sum of both halves', as if each weight were there twice.
     """
+
+    signed: ClassVar[bool] = True  # whether the levels reach further on one side
 
     def __init__(
         self,
@@ -65,13 +64,12 @@ class LevelSearch:
         held: Sequence[torch.Tensor | None],
         group_size: int,
         levels: tuple[int, ...],
-        signed: bool,
     ) -> None:
         """Takes weights [R, K], the weight of each column's squared error [K], and bool [K] or None for each range to
         try: the columns without which it is that of a group."""
         count = weight.shape[1]
         size = count if group_size == -1 else group_size
-        self.signs = (1, -1) if signed else (1,)
+        self.signs = (1, -1) if self.signed else (1,)
         self.weight = pad(weight, (0, -count % size)).unflatten(1, (-1, size))
         self.weighted = self.weight * pad(importance, (0, -count % size)).view(-1, size)
         self.importance = pad(importance, (0, -count % size)).view(-1, size)
@@ -80,17 +78,20 @@ class LevelSearch:
         low, high = ranges[0]
         # The longer end of the levels is where the largest weight is.
         spanning = torch.maximum(self.largest[0], torch.minimum(high, -low) / -levels[0])
-        if signed:
+        if self.signed:
             spanning = torch.where(high >= -low, spanning, -spanning)
         self.spanning = spanning, torch.ones_like(spanning)
         # Levels are whole numbers, so that between two halves all places have one nearest level.
         halves = torch.arange(-2 * REACH, 2 * REACH, dtype=weight.dtype, device=weight.device) / 2 + 0.5
-        tables = [levels] if signed else [levels[::2], levels[1::2]]
         self.table = torch.tensor(levels, dtype=weight.dtype, device=weight.device)
         self.nearest = []
-        for own in tables:
+        for own in self.choices(levels):
             table = torch.tensor(own, dtype=weight.dtype, device=weight.device)
             self.nearest.append(table[torch.bucketize(halves, (table[1:] + table[:-1]) / 2)])
+
+    def choices(self, levels: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
+        """What a weight may have to choose from; the error is the sum of all, as if each weight were there so often."""
+        return (levels,)
 
     def best(self, first: float, last: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The best scales, of any size and sign (0 for zeros), and the energy of what they hold: [R, G] both.
@@ -152,7 +153,6 @@ class LevelGroups(IntegerZero):
     name = "levels"
     rounds_at_random: ClassVar[bool] = False
     table_bits: ClassVar[int] = 7  # 64 magnitudes, as without a sign
-    signed: ClassVar[bool] = True
     searched: ClassVar[Mapping[int, tuple[float, float]]] = SEARCHED
     search: ClassVar[type[LevelSearch]] = LevelSearch
 
@@ -189,12 +189,12 @@ class LevelGroups(IntegerZero):
         parts = row_chunks(weight)
 
         def search(part: torch.Tensor) -> LevelSearch:
-            return self.search(part, columns, held, row.group_size, self.levels(row), self.signed)
+            return self.search(part, columns, held, row.group_size, self.levels(row))
 
         span = self.searched[row.bits]
         found = [search(part).spanning if importance is None else search(part).best(*span) for part in parts]
         scale, energy = (torch.cat(own) for own in zip(*found, strict=True))
-        storable = StorableScales(scale_dtype, signed=self.signed)
+        storable = StorableScales(scale_dtype, signed=self.search.signed)
         wanted, (low, high), sentences = scale, storable.range, []
         if row.scale_bits < 16:
             storable = storable.table_of(scale, energy, row.scale_bits)

@@ -9,7 +9,7 @@ turns, then each level the mean of what it stands for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -46,6 +46,12 @@ FITS = 3
 class TrellisSearch(LevelSearch):
     """Begins with what the halves of a table say, and fits scales and chains to each other in turns."""
 
+    signed: ClassVar[bool] = False
+
+    def choices(self, levels: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
+        """Every second level, either half as likely."""
+        return levels[::2], levels[1::2]
+
     def best(self, first: float, last: float) -> tuple[torch.Tensor, torch.Tensor]:
         scale, energy = super().best(first, last)
         for _ in range(FITS):
@@ -60,7 +66,6 @@ class TrellisGroups(LevelGroups):
 
     name = "trellis"
     table_bits: ClassVar[int] = 6
-    signed: ClassVar[bool] = False
     searched: ClassVar[Mapping[int, tuple[float, float]]] = SEARCHED
     search: ClassVar[type[LevelSearch]] = TrellisSearch
 
