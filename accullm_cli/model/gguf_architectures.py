@@ -44,6 +44,8 @@ class Architecture:
     norm_shift: added to the weights of norms, where transformers' norms multiply by one plus their weight.
     parameters: writes what only this architecture has. obstacle: why a configuration is none that the program follows,
         as the end of a sentence; "" where it is one.
+    names: parts of parameters' names, by what GGUF's table of names has for them. first: of a file, keys whose settings
+        the class derives others from, beside those of every class.
     told_by: of a file, the key that tells this model type from others with the same program; "" where there is none, or
         the file is of this type if no other's key is there. settings: what the program does, where transformers' class
         does otherwise by itself and no key says so.
@@ -54,6 +56,8 @@ class Architecture:
     norm_shift: float = 0.0
     parameters: Parameters = lambda writer, config: None
     obstacle: Callable[[Any], str] = lambda config: ""
+    names: Mapping[str, str] = field(default_factory=dict)
+    first: Mapping[str, str] = field(default_factory=dict)
     told_by: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -66,7 +70,10 @@ class Architecture:
         Raises:
             AccullmError: llama.cpp has no name for it.
         """
-        base, _, last = parameter.rpartition(".")
+        called = parameter
+        for own, other in self.names.items():
+            called = called.replace(own, other)
+        base, _, last = called.rpartition(".")
         if last == _FUSED[0]:
             half = out_features // 2
             rows = ((0, half), (half, out_features))
@@ -79,7 +86,7 @@ class Architecture:
         if self.in_pairs and base.endswith(("q_proj", "k_proj")):
             heads = config.num_key_value_heads if base.endswith("k_proj") else config.num_attention_heads
         stacked = last not in ("weight", "bias")
-        return (Piece(self._name(f"{parameter}.weight" if stacked else parameter, parameter), None, heads, shift),)
+        return (Piece(self._name(f"{called}.weight" if stacked else called, parameter), None, heads, shift),)
 
     def _name(self, wanted: str, parameter: str) -> str:
         found = _name_of(self.name, wanted)

@@ -63,6 +63,7 @@ def configuration(file: GgufFile, architecture: str) -> tuple[PreTrainedConfig, 
     settings: dict[str, Any] = dict(own.settings)
     for key, setting in _FIRST.items():
         settings[setting] = _count(f"{room}{key}", values[key])
+    settings |= {setting: values[key] for key, setting in own.first.items() if key in values}
     # An architecture of a million blocks would take long to be built, and each has tensors of its own.
     if settings["num_hidden_layers"] > len(file.tensors):
         raise refusal(f"{room}block_count", values["block_count"])

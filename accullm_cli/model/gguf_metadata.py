@@ -59,14 +59,16 @@ _MEANINGS: dict[str, _Meaning] = {
     "expert_used_count": _Meaning(("num_experts_per_tok", "top_k_experts"), (0,)),
     "expert_feed_forward_length": _Meaning(("moe_intermediate_size", "intermediate_size"), (0,)),
     "expert_shared_feed_forward_length": _Meaning(("shared_expert_intermediate_size",), (0,)),
-    "expert_shared_count": _Meaning(("n_shared_experts",), (0,)),
+    "expert_shared_count": _Meaning(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), (0,)),
     "expert_group_count": _Meaning(("n_group",), _OFF),
     "expert_group_used_count": _Meaning(("topk_group",), _OFF),
-    "expert_weights_scale": _Meaning(("routed_scaling_factor",), _OFF),
+    "expert_weights_scale": _Meaning(("routed_scaling_factor", "route_scale"), _OFF),
     "expert_weights_norm": _Meaning(("norm_topk_prob",), (False,)),
-    "leading_dense_block_count": _Meaning(("first_k_dense_replace",), (0,)),
+    "leading_dense_block_count": _Meaning(
+        ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), (0,)
+    ),
     "moe_every_n_layers": _Meaning(("decoder_sparse_step",), _OFF),
-    "interleave_moe_layer_step": _Meaning((), _OFF),
+    "interleave_moe_layer_step": _Meaning(("moe_layer_interval",), _OFF),
     "nextn_predict_layers": _Meaning((), (0,)),
     "n_deepstack_layers": _Meaning((), (0,)),
     "pooling_type": _Meaning((), (0,)),
@@ -90,7 +92,7 @@ _TOKENIZER = frozenset(
 # 0 says that a model has nothing of the kind (a state-space model has no heads).
 _NONE_AT_0 = ("feed_forward_length", "attention.head_count", "attention.head_count_kv", "expert_feed_forward_length")
 # llama.cpp's numbers for how experts are weighed, where that is no softmax over their scores (1).
-_GATING = {"minimax_m2": 2, "gpt_oss": 3}
+_GATING = {"minimax_m2": 2, "gpt_oss": 3, "glm4_moe": 2, "dots1": 2}
 # Gemma's largest models scale attention by the hidden size for each head; no key says so, and llama.cpp tells them by
 # their number of blocks.
 _GEMMA_SCALED_BY_HIDDEN = {"gemma2": 46, "gemma3_text": 62}

@@ -17,6 +17,7 @@ from accullm_cli.model.gguf_architectures import (
     rope_obstacle,
     rope_parameters,
 )
+from accullm_cli.model.gguf_mixtures import MIXTURES
 
 
 def _gemma2(writer: GGUFWriter, config: Any) -> None:
@@ -181,6 +182,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "arcee": Architecture("arcee", in_pairs=True),
     "ernie4_5": Architecture("ernie4_5"),
     "nemotron": Architecture("nemotron", norm_shift=1.0, parameters=_nemotron),
+    **MIXTURES,
 }
 
 

@@ -73,6 +73,20 @@ FIELDS: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 4},
     "seed_oss": {"head_dim": 16},
 }
+_ROUTED: dict[str, Any] = {
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+}
+FIELDS |= {
+    "glm4_moe": {**_ROUTED, "head_dim": 24, "use_qk_norm": True, "attention_bias": True},
+    "dots1": {**_ROUTED, "num_key_value_heads": 4, "head_dim": 24},
+}
 # GELU is a table of float16 in llama.cpp.
 WITH_GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2")
 
@@ -84,7 +98,9 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, **fields: Any) ->
     config.dtype = dtype
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
     with torch.no_grad():
-        for parameter in model.parameters():
+        kept = model.state_dict()
+        corrections = (value for name, value in model.named_buffers() if name in kept)
+        for parameter in itertools.chain(model.parameters(), corrections):
             if parameter.dim() > 1:
                 parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
             else:
@@ -421,7 +437,7 @@ def test_a_model_that_llama_cpp_does_not_run_is_refused_by_name(name: str, tmp_p
 def parts_of_shape(model: PreTrainedModel, tmp_path: Path) -> ModelShape:
     byte_tokenizer().save_pretrained(tmp_path)
     tied = model.all_tied_weights_keys
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if name not in tied}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     companions = {file.name: file for file in tmp_path.iterdir()}
     return ModelShape(
         model.config.model_type, torch.float32, {}, config=model.config.to_dict(), companions=companions,

@@ -54,6 +54,8 @@ LEFT_OUT = {
     "arcee": "",
     "ernie4_5": "rope.dimension_count vocab_size",
     "nemotron": "vocab_size",
+    "glm4_moe": "",
+    "dots1": "",
 }
 # Of a configuration, what says nothing of the function, or the same in another way.
 SILENT = {"architectures", "dtype", "transformers_version", "_name_or_path", "quantization_config", "use_cache"}
