@@ -18,8 +18,8 @@ from accullm_cli.quant.plan import LinearPlan, Plan
 class Layout:
     """Which tensors of a GGUF file the parameters of a model are.
 
-    parameters: their shapes by name, tied ones once, and those of buffers that checkpoints hold. pieces: of each. linears: of those whose codes are stored, the
-    names of their linears, in a stack one for each expert.
+    parameters: their shapes by name, tied ones once, and those of buffers that a checkpoint holds. pieces: of each.
+    linears: of those whose codes are stored, the names of their linears, in a stack one for each expert.
     """
 
     @classmethod

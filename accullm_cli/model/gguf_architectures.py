@@ -140,11 +140,20 @@ def write_parameters(writer: GGUFWriter, architecture: Architecture, config: Any
             break
     if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
+        used = config.num_experts_per_tok
+        writer.add_expert_used_count(used[0] if isinstance(used, list) else used)
     writer.add_key_length(head_size(config))
     writer.add_value_length(head_size(config))
     writer.add_rope_dimension_count(_rotated(config))
     architecture.parameters(writer, config)
+
+
+def write_multipliers(writer: GGUFWriter, config: Any) -> None:
+    """Granite's."""
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
 
 
 def head_size(config: Any) -> int:

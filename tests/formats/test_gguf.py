@@ -86,6 +86,46 @@ _ROUTED: dict[str, Any] = {
 FIELDS |= {
     "glm4_moe": {**_ROUTED, "head_dim": 24, "use_qk_norm": True, "attention_bias": True},
     "dots1": {**_ROUTED, "num_key_value_heads": 4, "head_dim": 24},
+    "granitemoe": {**FIELDS["mixtral"], **FIELDS["granite"]},
+    "granitemoeshared": {**FIELDS["mixtral"], **FIELDS["granite"], "shared_intermediate_size": 48},
+    "ernie4_5_moe": {
+        "moe_num_experts": 6,
+        "moe_k": 2,
+        "moe_intermediate_size": 24,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "num_hidden_layers": 3,
+    },
+    "minimax_m2": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "head_dim": 24,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 24},
+    "exaone_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "num_hidden_layers": 4,
+        "head_dim": 24,
+        "sliding_window": 16,
+    },
+    "afmoe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_shared_experts": 2,
+        "num_dense_layers": 1,
+        "num_hidden_layers": 5,
+        "head_dim": 24,
+        "sliding_window": 16,
+        "mup_enabled": True,
+        "route_scale": 1.5,
+    },
 }
 # GELU is a table of float16 in llama.cpp.
 WITH_GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2")
@@ -151,7 +191,9 @@ def parts_of(
         blocks.append(run / f"block-{number}.safetensors")
         for name, value in list(own.items()):
             linears = (
-                {name.removesuffix(".weight"): value} if value.dim() == 2 and not name.endswith("gate.weight") else {}
+                {name.removesuffix(".weight"): value}
+                if value.dim() == 2 and name.endswith(".weight") and not name.endswith("gate.weight")
+                else {}
             )
             if value.dim() == 3:
                 linears = {f"{name}.{expert}": weight for expert, weight in enumerate(value)}

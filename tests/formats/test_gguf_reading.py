@@ -56,6 +56,13 @@ LEFT_OUT = {
     "nemotron": "vocab_size",
     "glm4_moe": "",
     "dots1": "",
+    "granitemoe": "",
+    "granitemoeshared": "",
+    "ernie4_5_moe": "",
+    "minimax_m2": "",
+    "hunyuan_v1_moe": "",
+    "exaone_moe": "",
+    "afmoe": "",
 }
 # Of a configuration, what says nothing of the function, or the same in another way.
 SILENT = {"architectures", "dtype", "transformers_version", "_name_or_path", "quantization_config", "use_cache"}
