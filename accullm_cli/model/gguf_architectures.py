@@ -9,6 +9,7 @@ under it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -103,6 +104,12 @@ def _name_of(architecture: str, wanted: str) -> str | None:
     return name_map.get_name(wanted, try_suffixes=(".weight", ".bias"))
 
 
+def is_further(tensor: str, blocks: int) -> bool:
+    """Whether a tensor of a file belongs to a block behind the model's own: those predict further tokens."""
+    found = re.match(r"blk\.(\d+)\.", tensor)
+    return found is not None and int(found[1]) >= blocks
+
+
 def placed(
     architecture: Architecture, config: PreTrainedConfig, parameters: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[Piece, ...]]:
@@ -183,14 +190,27 @@ def rope_parameters(config: Any) -> Mapping[str, Any]:
     return own
 
 
+def _stretched(config: Any) -> float | None:
+    """Hunyuan's base of rotary positions where it is stretched by a constant, whatever a text's length."""
+    rope = rope_parameters(config)
+    if not config.model_type.startswith("hunyuan") or rope.get("rope_type") != "dynamic" or not rope.get("alpha"):
+        return None
+    size = head_size(config)
+    return float(rope["rope_theta"] * rope["alpha"] ** (size / (size - 2)))
+
+
 def rope_obstacle(config: Any) -> str:
     rope = rope_parameters(config)
     kind = rope.get("rope_type", "default")
+    if _stretched(config):
+        return ""
     if kind not in ("default", "linear", "yarn", "llama3"):
         return f"scales rotary positions otherwise than the model ({kind})"
     if kind == "yarn":
         own = rope.get("attention_factor"), rope.get("beta_slow")
         usual = 0.1 * math.log(rope["factor"]) + 1.0, 1.0
+        if rope.get("truncate") is False:
+            return "rounds the bounds between which YaRN scales, and the model does not (truncate)"
         if any(value is not None and not math.isclose(value, other) for value, other in zip(own, usual, strict=True)):
             return "has an attention_factor and a beta_slow of its own for YaRN, and the model has others"
     window = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
@@ -211,7 +231,7 @@ def activation_obstacle(config: Any) -> str:
 
 def _write_rope(writer: GGUFWriter, config: Any) -> None:
     rope = rope_parameters(config)
-    if (theta := rope.get("rope_theta")) is not None:
+    if (theta := _stretched(config) or rope.get("rope_theta")) is not None:
         writer.add_rope_freq_base(theta)
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)

@@ -26,8 +26,8 @@ def _all_of(*obstacles: Callable[[Any], str]) -> Callable[[Any], str]:
 
 
 def _grouped(config: Any) -> str:
-    if config.n_group != 1:
-        return f"chooses among all experts, and the model among groups of them (n_group = {config.n_group})"
+    if config.n_group > 1 and config.topk_group >= config.n_group:
+        return "takes fewer groups of experts than there are, and the model all of them (topk_group)"
     return ""
 
 
@@ -53,12 +53,15 @@ def _biased(config: Any) -> str:
 
 def _routed(writer: GGUFWriter, config: Any) -> None:
     """Experts chosen by a sigmoid with a correction, beside shared ones, behind blocks without any."""
+    shared = config.num_shared_experts if config.model_type == "exaone_moe" else config.n_shared_experts
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_shared_count(shared)
     writer.add_leading_dense_block_count(config.first_k_dense_replace)
     writer.add_expert_gating_func(_SIGMOID)
     writer.add_expert_weights_scale(config.routed_scaling_factor)
     writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_expert_group_count(config.n_group)
+    writer.add_expert_group_used_count(config.topk_group)
 
 
 def _granite(writer: GGUFWriter, config: Any) -> None:
@@ -108,20 +111,13 @@ def _hunyuan_obstacle(config: Any) -> str:
 def _exaone(writer: GGUFWriter, config: Any) -> None:
     writer.add_sliding_window(config.sliding_window)
     writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_expert_shared_count(config.num_shared_experts)
+    _routed(writer, config)
     writer.add_expert_shared_feed_forward_length(config.moe_intermediate_size * config.num_shared_experts)
-    writer.add_expert_gating_func(_SIGMOID)
-    writer.add_expert_weights_scale(config.routed_scaling_factor)
-    writer.add_expert_weights_norm(config.norm_topk_prob)
-    writer.add_leading_dense_block_count(config.first_k_dense_replace)
     writer.add_nextn_predict_layers(0)
     writer.add_rope_scaling_type(RopeScalingType.NONE)
 
 
 def _exaone_obstacle(config: Any) -> str:
-    if not config.sliding_window:
-        return "leaves out rotary positions where there is no window, and the model has none"
     first = config.first_k_dense_replace
     if config.mlp_layer_types != ["dense"] * first + ["sparse"] * (config.num_hidden_layers - first):
         return "has experts in all blocks but the first, and the model in others (mlp_layer_types)"

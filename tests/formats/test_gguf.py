@@ -85,7 +85,7 @@ _ROUTED: dict[str, Any] = {
 }
 FIELDS |= {
     "glm4_moe": {**_ROUTED, "head_dim": 24, "use_qk_norm": True, "attention_bias": True},
-    "dots1": {**_ROUTED, "num_key_value_heads": 4, "head_dim": 24},
+    "dots1": {**_ROUTED, "num_key_value_heads": 4, "head_dim": 24, "n_group": 2, "topk_group": 1},
     "granitemoe": {**FIELDS["mixtral"], **FIELDS["granite"]},
     "granitemoeshared": {**FIELDS["mixtral"], **FIELDS["granite"], "shared_intermediate_size": 48},
     "ernie4_5_moe": {
@@ -299,6 +299,15 @@ def test_scaled_rotary_positions_are_those_of_transformers(name: str, tmp_path: 
     assert (logits_of(path, ids()) - expected).abs().max() < 2e-4
 
 
+def test_a_rotary_base_that_is_stretched_for_good_is_written_as_it_is(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "alpha": 30.0, "rope_theta": 1e4}
+    model = build("hunyuan_v1_moe", rope_parameters=rope)
+    path = written(model, tmp_path) / "Tiny-Model.gguf"
+    with torch.no_grad():
+        expected = model(ids()[None]).logits[0]
+    assert (logits_of(path, ids()) - expected).abs().max() < 2e-4
+
+
 def test_llama_cpp_cuts_text_into_the_same_tokens(tmp_path: Path) -> None:
     path = written(build("llama"), tmp_path) / "Tiny-Model.gguf"
     with llama_cpp().model(path) as loaded:
@@ -441,6 +450,11 @@ OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
         "llama.cpp's architecture llama has an attention_factor and a beta_slow of its own for YaRN, and the model has "
         "others",
     ),
+    "bounds of yarn": (
+        "llama",
+        {"rope_parameters": {**SCALED["yarn"], "truncate": False}},
+        "llama.cpp's architecture llama rounds the bounds between which YaRN scales, and the model does not (truncate)",
+    ),
     "experts": (
         "qwen2_moe",
         {"norm_topk_prob": True},
@@ -460,6 +474,66 @@ OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
         "llama",
         {"hidden_act": "gelu"},
         "llama.cpp's architecture llama has silu in its MLP, and the model gelu",
+    ),
+    "groups": (
+        "glm4_moe",
+        {"n_group": 2, "topk_group": 2},
+        "llama.cpp's architecture glm4moe takes fewer groups of experts than there are, and the model all of them "
+        "(topk_group)",
+    ),
+    "a head of its own": (
+        "dots1",
+        {"tie_word_embeddings": True},
+        "llama.cpp's architecture dots1 has an output head of its own, and the model has not",
+    ),
+    "windows": (
+        "dots1",
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "llama.cpp's architecture dots1 has no windows, and the model has (layer_types)",
+    ),
+    "heads of keys": (
+        "dots1",
+        {"num_key_value_heads": 2},
+        "llama.cpp's architecture dots1 has as many heads of keys as of queries, and the model has fewer",
+    ),
+    "bias": (
+        "hunyuan_v1_moe",
+        {"attention_bias": True},
+        "llama.cpp's architecture hunyuan-moe has no bias behind its attention, and the model has (attention_bias)",
+    ),
+    "biases": (
+        "ernie4_5_moe",
+        {"use_bias": True},
+        "llama.cpp's architecture ernie4_5-moe has no biases, and the model has (use_bias)",
+    ),
+    "blocks with experts": (
+        "ernie4_5_moe",
+        {"moe_layer_end_index": 1},
+        "llama.cpp's architecture ernie4_5-moe has experts in every block behind the first of them, and the model has "
+        "not",
+    ),
+    "other blocks with experts": (
+        "exaone_moe",
+        {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]},
+        "llama.cpp's architecture exaone-moe has experts in all blocks but the first, and the model in others "
+        "(mlp_layer_types)",
+    ),
+    "rope that is scaled": (
+        "exaone_moe",
+        {"rope_parameters": SCALED["linear"]},
+        "llama.cpp's architecture exaone-moe does not scale rotary positions, and the model does (linear)",
+    ),
+    "embeddings as they are": (
+        "afmoe",
+        {"mup_enabled": False},
+        "llama.cpp's architecture afmoe multiplies embeddings by the square root of their width, and the model does "
+        "not (mup_enabled)",
+    ),
+    "every fourth block": (
+        "afmoe",
+        {"global_attn_every_n_layers": 3},
+        "llama.cpp's architecture afmoe has a window in all blocks but every fourth, and the model in others "
+        "(layer_types)",
     ),
     "scale": (
         "gemma2",
