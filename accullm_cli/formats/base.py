@@ -42,7 +42,7 @@ class ModelShape:
         weight may be several, one behind the other, all of as many rows. An expert that is not in here has none.
     others: names of modules with a matrix of their own that is no linear of the plan: routers, vision towers, a head.
     config: the source's config.json. companions: the files beside the weights, by name. parameters: the shapes of all
-        that the model has, tied ones once. kept: names of tensors that it has no place for.
+        that a checkpoint of the model holds, tied ones once. kept: names of tensors that it has no place for.
     """
 
     model_type: str

@@ -47,7 +47,7 @@ from accullm_cli.run import sync_directory, write_file, write_text
 _KIND_OF = {dtype: kind for kind, dtype in PLAIN.items()}
 _NAME_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Of tensors that llama.cpp reads as float32 whatever else is quantized.
-_SINGLE = ("_norm.weight", ".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
+_SINGLE = ("_norm.weight", ".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight", ".bias")
 
 
 class GgufFormat:

@@ -14,7 +14,7 @@ from accullm_cli.formats.gguf_layout import Layout, ggml_type
 from accullm_cli.formats.manifest import Manifest
 from accullm_cli.formats.shards import TensorFiles
 from accullm_cli.formats.stored import StoredArtifact, TensorSchema, not_finite
-from accullm_cli.model.gguf_architectures import ROPE_FACTORS
+from accullm_cli.model.gguf_architectures import ROPE_FACTORS, is_further
 from accullm_cli.model.gguf_file import PLAIN, GgufFile
 from accullm_cli.model.gguf_pieces import whole_of
 from accullm_cli.model.integrity import TensorInfo
@@ -40,7 +40,7 @@ class GgufTensors(TensorFiles):
         infos: dict[str, TensorInfo] = {}
         placed = {piece.name for pieces in layout.pieces.values() for piece in pieces}
         for name in file.tensors:
-            if name not in placed and name != ROPE_FACTORS:
+            if name not in placed and name != ROPE_FACTORS and not is_further(name, layout.config.num_hidden_layers):
                 path = file.tensors[name].path
                 raise AccullmError(f"tensor {name} has no place in the model", path, "copy the artifact again")
         for parameter in layout.parameters:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.model.gguf_architectures import Architecture, placed
-from accullm_cli.model.skeleton import build_skeleton
+from accullm_cli.model.skeleton import build_skeleton, stored_shapes
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.plan import LinearPlan, Plan
 
@@ -18,8 +18,8 @@ from accullm_cli.quant.plan import LinearPlan, Plan
 class Layout:
     """Which tensors of a GGUF file the parameters of a model are.
 
-    parameters: their shapes by name, tied ones once. pieces: of each. linears: of those whose codes are stored, the
-    names of their linears, in a stack one for each expert.
+    parameters: their shapes by name, tied ones once, and those of buffers that a checkpoint holds. pieces: of each.
+    linears: of those whose codes are stored, the names of their linears, in a stack one for each expert.
     """
 
     @classmethod
@@ -30,9 +30,7 @@ class Layout:
             AccullmError: the plan has a linear that the model has not.
         """
         model = build_skeleton(directory)
-        tied = model.all_tied_weights_keys
-        shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if name not in tied}
-        layout = cls(shapes, config, architecture, plan)
+        layout = cls(stored_shapes(model), config, architecture, plan)
         found = {linear for own in layout.linears.values() for linear in own}
         for linear in plan.quantized:
             if linear not in found:

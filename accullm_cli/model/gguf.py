@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from accullm_cli.errors import AccullmError
+from accullm_cli.model.gguf_architectures import is_further
 from accullm_cli.model.gguf_file import PLAIN, GgufFile, GgufTensor, read_gguf
 from accullm_cli.progress import Event, Progress, silent
 from accullm_cli.run import machine_errors, sync_directory
@@ -89,7 +90,10 @@ def describe_gguf(file: GgufFile, directory: Path) -> tuple[torch.dtype, tuple[s
     found = read_model(file)
     dtype = _choose_dtype([file.tensors[name] for own in found.parameters.values() for name in own])
     _write_description(found.model, dtype, read_tokenizer(file), directory)
-    return dtype, found.records
+    blocks = found.model.config.num_hidden_layers
+    further = [name for name in file.tensors if is_further(name, blocks)]
+    unread = [f"{len(further)} tensors of the GGUF file predict further tokens and are not read"] if further else []
+    return dtype, (*found.records, *unread)
 
 
 @contextmanager
@@ -183,8 +187,7 @@ def _changes_function(name: str, blocks: int) -> bool:
     from gguf.constants import TENSOR_NAMES
 
     base, _, kind = name.rpartition(".")
-    block = re.match(r"blk\.(\d+)\.", base)
-    if block and int(block[1]) >= blocks:
+    if is_further(name, blocks):
         return False
     base = re.sub(r"^blk\.\d+\.", "blk.{bid}.", base)
     known = base in TENSOR_NAMES.values() and ".nextn." not in base and not base.endswith("attn_rot_embd")

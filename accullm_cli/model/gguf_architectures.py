@@ -9,6 +9,7 @@ under it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -44,6 +45,8 @@ class Architecture:
     norm_shift: added to the weights of norms, where transformers' norms multiply by one plus their weight.
     parameters: writes what only this architecture has. obstacle: why a configuration is none that the program follows,
         as the end of a sentence; "" where it is one.
+    names: parts of parameters' names, by what GGUF's table of names has for them. first: of a file, keys whose settings
+        the class derives others from, beside those of every class.
     told_by: of a file, the key that tells this model type from others with the same program; "" where there is none, or
         the file is of this type if no other's key is there. settings: what the program does, where transformers' class
         does otherwise by itself and no key says so.
@@ -54,6 +57,8 @@ class Architecture:
     norm_shift: float = 0.0
     parameters: Parameters = lambda writer, config: None
     obstacle: Callable[[Any], str] = lambda config: ""
+    names: Mapping[str, str] = field(default_factory=dict)
+    first: Mapping[str, str] = field(default_factory=dict)
     told_by: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -66,7 +71,10 @@ class Architecture:
         Raises:
             AccullmError: llama.cpp has no name for it.
         """
-        base, _, last = parameter.rpartition(".")
+        called = parameter
+        for own, other in self.names.items():
+            called = called.replace(own, other)
+        base, _, last = called.rpartition(".")
         if last == _FUSED[0]:
             half = out_features // 2
             rows = ((0, half), (half, out_features))
@@ -79,7 +87,7 @@ class Architecture:
         if self.in_pairs and base.endswith(("q_proj", "k_proj")):
             heads = config.num_key_value_heads if base.endswith("k_proj") else config.num_attention_heads
         stacked = last not in ("weight", "bias")
-        return (Piece(self._name(f"{parameter}.weight" if stacked else parameter, parameter), None, heads, shift),)
+        return (Piece(self._name(f"{called}.weight" if stacked else called, parameter), None, heads, shift),)
 
     def _name(self, wanted: str, parameter: str) -> str:
         found = _name_of(self.name, wanted)
@@ -94,6 +102,12 @@ def _name_of(architecture: str, wanted: str) -> str | None:
     blocks = 1 + max((int(part) for part in wanted.split(".") if part.isdecimal()), default=0)
     name_map = get_tensor_name_map(_ARCHITECTURES[architecture], blocks)
     return name_map.get_name(wanted, try_suffixes=(".weight", ".bias"))
+
+
+def is_further(tensor: str, blocks: int) -> bool:
+    """Whether a tensor of a file belongs to a block behind the model's own: those predict further tokens."""
+    found = re.match(r"blk\.(\d+)\.", tensor)
+    return found is not None and int(found[1]) >= blocks
 
 
 def placed(
@@ -133,11 +147,20 @@ def write_parameters(writer: GGUFWriter, architecture: Architecture, config: Any
             break
     if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
+        used = config.num_experts_per_tok
+        writer.add_expert_used_count(used[0] if isinstance(used, list) else used)
     writer.add_key_length(head_size(config))
     writer.add_value_length(head_size(config))
     writer.add_rope_dimension_count(_rotated(config))
     architecture.parameters(writer, config)
+
+
+def write_multipliers(writer: GGUFWriter, config: Any) -> None:
+    """Granite's."""
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
 
 
 def head_size(config: Any) -> int:
@@ -167,14 +190,27 @@ def rope_parameters(config: Any) -> Mapping[str, Any]:
     return own
 
 
+def _stretched(config: Any) -> float | None:
+    """Hunyuan's base of rotary positions where it is stretched by a constant, whatever a text's length."""
+    rope = rope_parameters(config)
+    if not config.model_type.startswith("hunyuan") or rope.get("rope_type") != "dynamic" or not rope.get("alpha"):
+        return None
+    size = head_size(config)
+    return float(rope["rope_theta"] * rope["alpha"] ** (size / (size - 2)))
+
+
 def rope_obstacle(config: Any) -> str:
     rope = rope_parameters(config)
     kind = rope.get("rope_type", "default")
+    if _stretched(config):
+        return ""
     if kind not in ("default", "linear", "yarn", "llama3"):
         return f"scales rotary positions otherwise than the model ({kind})"
     if kind == "yarn":
         own = rope.get("attention_factor"), rope.get("beta_slow")
         usual = 0.1 * math.log(rope["factor"]) + 1.0, 1.0
+        if rope.get("truncate") is False:
+            return "rounds the bounds between which YaRN scales, and the model does not (truncate)"
         if any(value is not None and not math.isclose(value, other) for value, other in zip(own, usual, strict=True)):
             return "has an attention_factor and a beta_slow of its own for YaRN, and the model has others"
     window = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
@@ -195,7 +231,7 @@ def activation_obstacle(config: Any) -> str:
 
 def _write_rope(writer: GGUFWriter, config: Any) -> None:
     rope = rope_parameters(config)
-    if (theta := rope.get("rope_theta")) is not None:
+    if (theta := _stretched(config) or rope.get("rope_theta")) is not None:
         writer.add_rope_freq_base(theta)
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)

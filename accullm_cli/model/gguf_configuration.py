@@ -59,10 +59,14 @@ def configuration(file: GgufFile, architecture: str) -> tuple[PreTrainedConfig, 
     if values.get("expert_count") and not values.get("expert_used_count"):
         raise _silent(file, f"{room}expert_used_count")
     values = {**_absent(file, room, values), **values}
+    blocks, further = values["block_count"], values.get("nextn_predict_layers")
+    if isinstance(blocks, int) and isinstance(further, int) and 0 < further < blocks:
+        values |= {"block_count": blocks - further, "nextn_predict_layers": 0}  # they stand behind the model's own
     model_type, own = _class_of(architecture, values)
     settings: dict[str, Any] = dict(own.settings)
     for key, setting in _FIRST.items():
         settings[setting] = _count(f"{room}{key}", values[key])
+    settings |= {setting: values[key] for key, setting in own.first.items() if key in values}
     # An architecture of a million blocks would take long to be built, and each has tensors of its own.
     if settings["num_hidden_layers"] > len(file.tensors):
         raise refusal(f"{room}block_count", values["block_count"])

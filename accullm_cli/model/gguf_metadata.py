@@ -58,15 +58,12 @@ _MEANINGS: dict[str, _Meaning] = {
     "expert_count": _Meaning(("num_experts", "num_local_experts"), (0,)),
     "expert_used_count": _Meaning(("num_experts_per_tok", "top_k_experts"), (0,)),
     "expert_feed_forward_length": _Meaning(("moe_intermediate_size", "intermediate_size"), (0,)),
-    "expert_shared_feed_forward_length": _Meaning(("shared_expert_intermediate_size",), (0,)),
-    "expert_shared_count": _Meaning(("n_shared_experts",), (0,)),
     "expert_group_count": _Meaning(("n_group",), _OFF),
     "expert_group_used_count": _Meaning(("topk_group",), _OFF),
-    "expert_weights_scale": _Meaning(("routed_scaling_factor",), _OFF),
-    "expert_weights_norm": _Meaning(("norm_topk_prob",), (False,)),
-    "leading_dense_block_count": _Meaning(("first_k_dense_replace",), (0,)),
+    "expert_weights_scale": _Meaning(("routed_scaling_factor", "route_scale"), _OFF),
+    "leading_dense_block_count": _Meaning(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), (0,)),
     "moe_every_n_layers": _Meaning(("decoder_sparse_step",), _OFF),
-    "interleave_moe_layer_step": _Meaning((), _OFF),
+    "interleave_moe_layer_step": _Meaning(("moe_layer_interval",), _OFF),
     "nextn_predict_layers": _Meaning((), (0,)),
     "n_deepstack_layers": _Meaning((), (0,)),
     "pooling_type": _Meaning((), (0,)),
@@ -90,7 +87,7 @@ _TOKENIZER = frozenset(
 # 0 says that a model has nothing of the kind (a state-space model has no heads).
 _NONE_AT_0 = ("feed_forward_length", "attention.head_count", "attention.head_count_kv", "expert_feed_forward_length")
 # llama.cpp's numbers for how experts are weighed, where that is no softmax over their scores (1).
-_GATING = {"minimax_m2": 2, "gpt_oss": 3}
+_GATING = {"minimax_m2": 2, "gpt_oss": 3, "glm4_moe": 2, "dots1": 2, "exaone_moe": 2, "afmoe": 2}
 # Gemma's largest models scale attention by the hidden size for each head; no key says so, and llama.cpp tells them by
 # their number of blocks.
 _GEMMA_SCALED_BY_HIDDEN = {"gemma2": 46, "gemma3_text": 62}
@@ -163,10 +160,13 @@ class _Settler:
             "attention.sliding_window": self._settle_window,
             "attention.sliding_window_pattern": self._settle_window_pattern,
             "attention.max_alibi_bias": lambda value: value == (8 if config.model_type == "bloom" else 0),
+            "expert_shared_feed_forward_length": self._settle_shared_width,
+            "expert_shared_count": self._settle_shared,
+            "expert_weights_norm": lambda value: self._set(("norm_topk_prob",), value) or value == _normalizes(config),
             "expert_gating_func": lambda value: value in (0, _GATING.get(config.model_type, 1)),
             "feed_forward_length": self._settle_width,
             # Of Granite it says whether positions are rotated at all.
-            "rope.scaling.finetuned": lambda value: bool(value) or config.model_type != "granite",
+            "rope.scaling.finetuned": lambda value: bool(value) or not config.model_type.startswith("granite"),
         }
 
     def settle(self, name: str, value: Any) -> None:
@@ -213,6 +213,16 @@ class _Settler:
     def _settle_width(self, value: Any) -> bool:
         widths = ("intermediate_size", "ffn_hidden_size", "n_inner")
         return self._set(widths, value) or value == 4 * self.config.hidden_size
+
+    def _settle_shared(self, value: Any) -> bool:
+        settings = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+        return self._set(settings, value) or value == (1 if self.config.model_type == "hunyuan_v1_moe" else 0)
+
+    def _settle_shared_width(self, value: Any) -> bool:
+        """Some classes have a width for it, others that of the experts, as often as it stands for one."""
+        settings = ("shared_expert_intermediate_size", "shared_intermediate_size")
+        width, count = (self.values.get(f"expert_{key}") or 1 for key in ("feed_forward_length", "shared_count"))
+        return self._set(settings, value) or value in (0, width * count)
 
     def _settle_key_heads(self, value: Any) -> bool:
         if isinstance(value, list) and self.config.model_type == "lfm2":
@@ -268,7 +278,7 @@ class _Settler:
                 self.config.layer_types = ["full_attention"] * self.config.num_hidden_layers
         if not self.values.get("logit_scale") and self.config.model_type == "cohere":
             self.config.logit_scale = 1.0
-        if not self.values.get("attention.scale") and self.config.model_type == "granite":
+        if not self.values.get("attention.scale") and self.config.model_type.startswith("granite"):
             self.config.attention_multiplier = self._head() ** -0.5
         blocks = _GEMMA_SCALED_BY_HIDDEN.get(self.config.model_type)
         if blocks is not None and not self.values.get("attention.scale"):
@@ -353,6 +363,11 @@ class _Settler:
             is_factor = name in ("scaling.factor", "scale_linear", "scaling.attn_factor", "scaling.yarn_attn_factor")
             if f"rope.{name}" not in _HARMLESS and value not in (_OFF if is_factor else (0, "none")):
                 raise refusal(f"{self.architecture}.rope.{name}", value)
+
+
+def _normalizes(config: Any) -> bool:
+    """Whether a class without a setting for it makes the weights of a token's experts add up to one."""
+    return config.model_type == "afmoe"
 
 
 def _decimal(value: Any) -> Any:

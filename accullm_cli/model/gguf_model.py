@@ -22,6 +22,7 @@ from accullm_cli.model.gguf_file import GgufFile
 from accullm_cli.model.gguf_metadata import settle
 from accullm_cli.model.gguf_pieces import whole_of
 from accullm_cli.model.gguf_programs import ARCHITECTURES
+from accullm_cli.model.skeleton import stored_shapes
 
 # Settings that no key speaks of, and whose tensors, where there are any, say that they are on.
 _TOLD_BY_TENSORS = {
@@ -72,10 +73,11 @@ def read_model(file: GgufFile) -> GgufModel:
         raise AccullmError("names no architecture (general.architecture)", file.path, "download or copy it again")
     others = None if is_written(architecture) else ByTransformers(file, architecture)
     model, records = _skeleton(file, architecture, others)
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     if others is not None:
+        shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
         parameters, values = others.tensors(model)
     else:
+        shapes = stored_shapes(model)
         parameters, values = _by_pieces(file, model.config, shapes)
     for name in shapes:
         if name not in parameters:

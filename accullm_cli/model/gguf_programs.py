@@ -16,7 +16,9 @@ from accullm_cli.model.gguf_architectures import (
     head_size,
     rope_obstacle,
     rope_parameters,
+    write_multipliers,
 )
+from accullm_cli.model.gguf_mixtures import MIXTURES
 
 
 def _gemma2(writer: GGUFWriter, config: Any) -> None:
@@ -63,13 +65,6 @@ def _pattern_obstacle(config: Any, pattern: list[str]) -> str:
         if kind != pattern[number % len(pattern)]:
             return f"has {pattern[number % len(pattern)]} in block {number}, and the model {kind}"
     return ""
-
-
-def _granite(writer: GGUFWriter, config: Any) -> None:
-    writer.add_attention_scale(config.attention_multiplier)
-    writer.add_embedding_scale(config.embedding_multiplier)
-    writer.add_residual_scale(config.residual_multiplier)
-    writer.add_logit_scale(config.logits_scaling)
 
 
 def _phi3(writer: GGUFWriter, config: Any) -> None:
@@ -172,7 +167,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmo2": Architecture("olmo2"),
     "olmo3": Architecture("olmo2", parameters=_windows, obstacle=_olmo3_obstacle, told_by="attention.sliding_window"),
     "olmoe": Architecture("olmoe", obstacle=_olmoe_obstacle),
-    "granite": Architecture("granite", in_pairs=True, parameters=_granite),
+    "granite": Architecture("granite", in_pairs=True, parameters=write_multipliers),
     "starcoder2": Architecture("starcoder2"),
     "stablelm": Architecture("stablelm", parameters=_stablelm, obstacle=_stablelm_obstacle),
     "cohere": Architecture("command-r", parameters=_cohere),
@@ -181,6 +176,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "arcee": Architecture("arcee", in_pairs=True),
     "ernie4_5": Architecture("ernie4_5"),
     "nemotron": Architecture("nemotron", norm_shift=1.0, parameters=_nemotron),
+    **MIXTURES,
 }
 
 

@@ -46,3 +46,9 @@ def build_skeleton(directory: Path, untied: bool = False) -> PreTrainedModel:
         what = f"transformers cannot build the model ({reason})"
         raise AccullmError(what, directory / "config.json", "correct the value") from None
     return model.eval().requires_grad_(False)
+
+
+def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a checkpoint of the model holds: parameters and buffers by name, tied ones once."""
+    tied = model.all_tied_weights_keys
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}

@@ -9,6 +9,7 @@ from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.model.blocks import Decoder
 from accullm_cli.model.embeddings import find_embeddings
 from accullm_cli.model.names import checkpoint_modules, checkpoint_names, expert_names
+from accullm_cli.model.skeleton import stored_shapes
 from accullm_cli.quant.plan import Plan
 from accullm_cli.stages.job import Job
 
@@ -33,8 +34,6 @@ def model_shape(job: Job, decoder: Decoder, plan: Plan) -> ModelShape:
     ]
     stored_as = _stored_as(decoder, [*kinds, *others]) if CAPABILITIES[job.format].names == "of the checkpoint" else {}
     model_type = str(job.source.config.get("model_type", ""))
-    all_tied = decoder.model.all_tied_weights_keys
-    shapes = {name: tuple(value.shape) for name, value in decoder.model.named_parameters() if name not in all_tied}
     return ModelShape(
         model_type,
         source_dtype(job),
@@ -44,7 +43,7 @@ def model_shape(job: Job, decoder: Decoder, plan: Plan) -> ModelShape:
         tuple(others),
         config={key: value for key, value in job.source.config.items() if key != "quantization_config"},
         companions=job.source.companions,
-        parameters=shapes,
+        parameters=stored_shapes(decoder.model),
         kept=job.source.kept,
     )
 

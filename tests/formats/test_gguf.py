@@ -73,6 +73,60 @@ FIELDS: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 4},
     "seed_oss": {"head_dim": 16},
 }
+_ROUTED: dict[str, Any] = {
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+}
+FIELDS |= {
+    "glm4_moe": {**_ROUTED, "head_dim": 24, "use_qk_norm": True, "attention_bias": True},
+    "dots1": {**_ROUTED, "num_key_value_heads": 4, "head_dim": 24, "n_group": 2, "topk_group": 1},
+    "granitemoe": {**FIELDS["mixtral"], **FIELDS["granite"]},
+    "granitemoeshared": {**FIELDS["mixtral"], **FIELDS["granite"], "shared_intermediate_size": 48},
+    "ernie4_5_moe": {
+        "moe_num_experts": 6,
+        "moe_k": 2,
+        "moe_intermediate_size": 24,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "num_hidden_layers": 3,
+    },
+    "minimax_m2": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "head_dim": 24,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 24},
+    "exaone_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "num_hidden_layers": 4,
+        "head_dim": 24,
+        "sliding_window": 16,
+    },
+    "afmoe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_shared_experts": 2,
+        "num_dense_layers": 1,
+        "num_hidden_layers": 5,
+        "head_dim": 24,
+        "sliding_window": 16,
+        "mup_enabled": True,
+        "route_scale": 1.5,
+    },
+}
 # GELU is a table of float16 in llama.cpp.
 WITH_GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2")
 
@@ -84,7 +138,9 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, **fields: Any) ->
     config.dtype = dtype
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
     with torch.no_grad():
-        for parameter in model.parameters():
+        kept = model.state_dict()
+        corrections = (value for name, value in model.named_buffers() if name in kept)
+        for parameter in itertools.chain(model.parameters(), corrections):
             if parameter.dim() > 1:
                 parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
             else:
@@ -135,7 +191,9 @@ def parts_of(
         blocks.append(run / f"block-{number}.safetensors")
         for name, value in list(own.items()):
             linears = (
-                {name.removesuffix(".weight"): value} if value.dim() == 2 and not name.endswith("gate.weight") else {}
+                {name.removesuffix(".weight"): value}
+                if value.dim() == 2 and name.endswith(".weight") and not name.endswith("gate.weight")
+                else {}
             )
             if value.dim() == 3:
                 linears = {f"{name}.{expert}": weight for expert, weight in enumerate(value)}
@@ -235,6 +293,15 @@ SCALED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SCALED)
 def test_scaled_rotary_positions_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = build("llama", head_dim=16, rope_parameters=SCALED[name])
+    path = written(model, tmp_path) / "Tiny-Model.gguf"
+    with torch.no_grad():
+        expected = model(ids()[None]).logits[0]
+    assert (logits_of(path, ids()) - expected).abs().max() < 2e-4
+
+
+def test_a_rotary_base_that_is_stretched_for_good_is_written_as_it_is(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "alpha": 30.0, "rope_theta": 1e4}
+    model = build("hunyuan_v1_moe", rope_parameters=rope)
     path = written(model, tmp_path) / "Tiny-Model.gguf"
     with torch.no_grad():
         expected = model(ids()[None]).logits[0]
@@ -383,6 +450,11 @@ OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
         "llama.cpp's architecture llama has an attention_factor and a beta_slow of its own for YaRN, and the model has "
         "others",
     ),
+    "bounds of yarn": (
+        "llama",
+        {"rope_parameters": {**SCALED["yarn"], "truncate": False}},
+        "llama.cpp's architecture llama rounds the bounds between which YaRN scales, and the model does not (truncate)",
+    ),
     "experts": (
         "qwen2_moe",
         {"norm_topk_prob": True},
@@ -403,6 +475,66 @@ OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"hidden_act": "gelu"},
         "llama.cpp's architecture llama has silu in its MLP, and the model gelu",
     ),
+    "groups": (
+        "glm4_moe",
+        {"n_group": 2, "topk_group": 2},
+        "llama.cpp's architecture glm4moe takes fewer groups of experts than there are, and the model all of them "
+        "(topk_group)",
+    ),
+    "a head of its own": (
+        "dots1",
+        {"tie_word_embeddings": True},
+        "llama.cpp's architecture dots1 has an output head of its own, and the model has not",
+    ),
+    "windows": (
+        "dots1",
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "llama.cpp's architecture dots1 has no windows, and the model has (layer_types)",
+    ),
+    "heads of keys": (
+        "dots1",
+        {"num_key_value_heads": 2},
+        "llama.cpp's architecture dots1 has as many heads of keys as of queries, and the model has fewer",
+    ),
+    "bias": (
+        "hunyuan_v1_moe",
+        {"attention_bias": True},
+        "llama.cpp's architecture hunyuan-moe has no bias behind its attention, and the model has (attention_bias)",
+    ),
+    "biases": (
+        "ernie4_5_moe",
+        {"use_bias": True},
+        "llama.cpp's architecture ernie4_5-moe has no biases, and the model has (use_bias)",
+    ),
+    "blocks with experts": (
+        "ernie4_5_moe",
+        {"moe_layer_end_index": 1},
+        "llama.cpp's architecture ernie4_5-moe has experts in every block behind the first of them, and the model has "
+        "not",
+    ),
+    "other blocks with experts": (
+        "exaone_moe",
+        {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]},
+        "llama.cpp's architecture exaone-moe has experts in all blocks but the first, and the model in others "
+        "(mlp_layer_types)",
+    ),
+    "rope that is scaled": (
+        "exaone_moe",
+        {"rope_parameters": SCALED["linear"]},
+        "llama.cpp's architecture exaone-moe does not scale rotary positions, and the model does (linear)",
+    ),
+    "embeddings as they are": (
+        "afmoe",
+        {"mup_enabled": False},
+        "llama.cpp's architecture afmoe multiplies embeddings by the square root of their width, and the model does "
+        "not (mup_enabled)",
+    ),
+    "every fourth block": (
+        "afmoe",
+        {"global_attn_every_n_layers": 3},
+        "llama.cpp's architecture afmoe has a window in all blocks but every fourth, and the model in others "
+        "(layer_types)",
+    ),
     "scale": (
         "gemma2",
         {"query_pre_attn_scalar": 144},
@@ -421,7 +553,7 @@ def test_a_model_that_llama_cpp_does_not_run_is_refused_by_name(name: str, tmp_p
 def parts_of_shape(model: PreTrainedModel, tmp_path: Path) -> ModelShape:
     byte_tokenizer().save_pretrained(tmp_path)
     tied = model.all_tied_weights_keys
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if name not in tied}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     companions = {file.name: file for file in tmp_path.iterdir()}
     return ModelShape(
         model.config.model_type, torch.float32, {}, config=model.config.to_dict(), companions=companions,

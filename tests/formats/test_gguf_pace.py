@@ -46,15 +46,18 @@ def test_a_file_takes_what_its_plan_takes(tied: bool, tmp_path: Path) -> None:
     assert (pace.expert_share, pace.unknown) == (1.0, ())
 
 
-def test_of_a_mixture_counts_what_a_token_meets(tmp_path: Path) -> None:
-    model = build("mixtral", torch.bfloat16)
+@pytest.mark.parametrize(
+    ("model_type", "experts", "blocks"), [("mixtral", 4, 2), ("dots1", 6, 2)]
+)  # the latter beside shared ones, and behind a block without any
+def test_of_a_mixture_counts_what_a_token_meets(model_type: str, experts: int, blocks: int, tmp_path: Path) -> None:
+    model = build(model_type, torch.bfloat16)
     parts = parts_of(model, tmp_path / "run", encodings=("Q4_0",))
     FORMATS["gguf"].write(empty(tmp_path / "artifact"), parts)
     pace = pace_of(tmp_path / "artifact" / "Tiny-Model.gguf")
     assert pace is not None
-    assert pace.expert_share == 0.5  # two of four
+    assert pace.expert_share == 2 / experts
     own = {name: row for name, row in parts.plan.quantized.items() if name != "model.embed_tokens"}
-    assert sum(".experts." in name for name in own) == 2 * 2 * 4
+    assert sum(".experts." in name for name in own) == 2 * blocks * experts
     head = 264 * 64 * TIMES["BF16"]
     assert pace.time == pytest.approx(head + sum(pace.of_row(row, ".experts." in name) for name, row in own.items()))
 

@@ -54,6 +54,15 @@ LEFT_OUT = {
     "arcee": "",
     "ernie4_5": "rope.dimension_count vocab_size",
     "nemotron": "vocab_size",
+    "glm4_moe": "vocab_size",
+    "granitemoe": _HEAD,
+    "granitemoeshared": _HEAD,
+    "ernie4_5_moe": f"{_HEAD} rope.dimension_count vocab_size",
+    "dots1": "rope.dimension_count vocab_size",
+    "minimax_m2": "vocab_size",
+    "hunyuan_v1_moe": "rope.dimension_count vocab_size",
+    "exaone_moe": "rope.dimension_count",
+    "afmoe": "",
 }
 # Of a configuration, what says nothing of the function, or the same in another way.
 SILENT = {"architectures", "dtype", "transformers_version", "_name_or_path", "quantization_config", "use_cache"}
@@ -126,6 +135,21 @@ def test_the_file_of_an_architecture_is_an_artifact_and_a_source(model_type: str
 def test_scaled_rotary_positions_are_read_again(name: str, tmp_path: Path) -> None:
     artifact = open_artifact(alone(build("llama", head_dim=16, rope_parameters=SCALED[name]), tmp_path))
     assert AutoConfig.from_pretrained(artifact.path).rope_parameters == SCALED[name]
+
+
+def test_blocks_that_predict_further_tokens_are_named_and_not_read(tmp_path: Path) -> None:
+    model = build("glm4_moe", torch.bfloat16)
+    blocks, shape = model.config.num_hidden_layers, (64, 64)
+    further = {f"blk.{blocks}.{name}.weight": torch.zeros(shape).numpy() for name in ("attn_q", "nextn.eh_proj")}
+    file = edited(alone(model, tmp_path), further, block_count=blocks + 1, nextn_predict_layers=1)
+    artifact = open_artifact(file)
+    source = open_source(str(file), tmp_path / "cache")
+    assert artifact.manifest is not None
+    said = "2 tensors of the GGUF file predict further tokens and are not read"
+    assert artifact.manifest.provenance["records"] == [said]
+    assert any(record.startswith("2 tensors of the GGUF file are not part of the model") for record in source.records)
+    for directory in (artifact.path, source.directory):
+        check_configuration(directory, model)
 
 
 def test_experts_and_gates_are_where_they_were(tmp_path: Path) -> None:
@@ -245,8 +269,8 @@ def test_sentencepiece_s_tokenizer_is_read_again(model_type: str, space_in_front
 # -- refusals ----------------------------------------------------------------------------------------------
 
 
-def edited(file: Path, **values: Any) -> Path:
-    """A file with other values under keys of its architecture; None for none."""
+def edited(file: Path, beyond: dict[str, Any] | None = None, **values: Any) -> Path:
+    """A file with other values under keys of its architecture, None for none, and with tensors beyond its own."""
     reader = GGUFReader(file)
     architecture = reader.fields["general.architecture"].contents()
     writer = GGUFWriter(file.with_name("edited.gguf"), architecture)
@@ -261,6 +285,8 @@ def edited(file: Path, **values: Any) -> Path:
             add[type(value)](f"{architecture}.{name.replace('__', '.')}", value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, tensor_values in (beyond or {}).items():
+        writer.add_tensor(name, tensor_values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
