@@ -42,6 +42,7 @@ class Architecture:
     name: that llama.cpp has for it.
     in_pairs: it rotates neighbouring values of a head, where transformers rotates one of its halves with the other, so
         that the rows of q and k come in another order.
+    factors: it reads factors of the rotary frequencies, as which Llama 3's scaling is stored.
     norm_shift: added to the weights of norms, where transformers' norms multiply by one plus their weight.
     parameters: writes what only this architecture has. obstacle: why a configuration is none that the program follows,
         as the end of a sentence; "" where it is one.
@@ -54,6 +55,7 @@ class Architecture:
 
     name: str
     in_pairs: bool = False
+    factors: bool = False
     norm_shift: float = 0.0
     parameters: Parameters = lambda writer, config: None
     obstacle: Callable[[Any], str] = lambda config: ""
@@ -199,12 +201,13 @@ def _stretched(config: Any) -> float | None:
     return float(rope["rope_theta"] * rope["alpha"] ** (size / (size - 2)))
 
 
-def rope_obstacle(config: Any) -> str:
+def rope_obstacle(config: Any, factors: bool) -> str:
+    """Why rotary positions are not scaled as in the model; factors: see `Architecture`."""
     rope = rope_parameters(config)
     kind = rope.get("rope_type", "default")
     if _stretched(config):
         return ""
-    if kind not in ("default", "linear", "yarn", "llama3"):
+    if kind not in ("default", "linear", "yarn", *(["llama3"] if factors else [])):
         return f"scales rotary positions otherwise than the model ({kind})"
     if kind == "yarn":
         own = rope.get("attention_factor"), rope.get("beta_slow")

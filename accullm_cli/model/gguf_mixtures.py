@@ -31,7 +31,7 @@ def _grouped(config: Any) -> str:
     return ""
 
 
-def _tied(config: Any) -> str:
+def tied(config: Any) -> str:
     return "has an output head of its own, and the model has not" if config.tie_word_embeddings else ""
 
 
@@ -45,7 +45,7 @@ def _fewer_keys(config: Any) -> str:
     return ""
 
 
-def _biased(config: Any) -> str:
+def biased(config: Any) -> str:
     if config.attention_bias:
         return "has no bias behind its attention, and the model has (attention_bias)"
     return ""
@@ -150,11 +150,12 @@ def _afmoe_obstacle(config: Any) -> str:
 MIXTURES: Mapping[str, Architecture] = {
     "glm4_moe": Architecture("glm4moe", parameters=_routed, obstacle=_grouped, names=_CORRECTION, settings=_UNSAID),
     "granitemoe": Architecture(
-        "granitemoe", in_pairs=True, parameters=_granite, obstacle=_granite_obstacle, names=_GRANITE
+        "granitemoe", in_pairs=True, factors=True, parameters=_granite, obstacle=_granite_obstacle, names=_GRANITE
     ),
     "granitemoeshared": Architecture(
         "granitemoe",
         in_pairs=True,
+        factors=True,
         parameters=_granite,
         obstacle=_granite_obstacle,
         names=_GRANITE,
@@ -170,22 +171,23 @@ MIXTURES: Mapping[str, Architecture] = {
     "dots1": Architecture(
         "dots1",
         parameters=_routed,
-        obstacle=_all_of(_grouped, _tied, _windowed, _fewer_keys, _biased),
+        obstacle=_all_of(_grouped, tied, _windowed, _fewer_keys, biased),
         names=_CORRECTION,
         settings=_UNSAID,
     ),
     "minimax_m2": Architecture(
         "minimax-m2",
         parameters=_minimax,
-        obstacle=_tied,
+        obstacle=tied,
         names=_CORRECTION,
         settings={"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
     ),
-    "hunyuan_v1_moe": Architecture("hunyuan-moe", parameters=_hunyuan, obstacle=_all_of(_hunyuan_obstacle, _biased)),
+    "hunyuan_v1_moe": Architecture("hunyuan-moe", parameters=_hunyuan, obstacle=_all_of(_hunyuan_obstacle, biased)),
     "exaone_moe": Architecture(
         "exaone-moe",
+        factors=True,
         parameters=_exaone,
-        obstacle=_all_of(_grouped, _tied, _exaone_obstacle),
+        obstacle=_all_of(_grouped, tied, _exaone_obstacle),
         names=_CORRECTION,
         first={"leading_dense_block_count": "first_k_dense_replace"},
         settings=_UNSAID,
@@ -193,7 +195,7 @@ MIXTURES: Mapping[str, Architecture] = {
     "afmoe": Architecture(
         "afmoe",
         parameters=_afmoe,
-        obstacle=_all_of(_afmoe_obstacle, _biased),
+        obstacle=_all_of(_afmoe_obstacle, biased),
         names={"mlp.expert_bias": "mlp.expert_bias.bias"},
         settings={"mup_enabled": True, "num_dense_layers": 0, "route_scale": 1.0},
     ),

@@ -18,7 +18,7 @@ from accullm_cli.model.gguf_architectures import (
     rope_parameters,
     write_multipliers,
 )
-from accullm_cli.model.gguf_mixtures import MIXTURES
+from accullm_cli.model.gguf_mixtures import MIXTURES, biased, tied
 
 
 def _gemma2(writer: GGUFWriter, config: Any) -> None:
@@ -136,7 +136,43 @@ def _stablelm_obstacle(config: Any) -> str:
 
 def _cohere(writer: GGUFWriter, config: Any) -> None:
     writer.add_logit_scale(config.logit_scale)
-    writer.add_rope_scaling_type(RopeScalingType.NONE)
+    if rope_parameters(config).get("rope_type", "default") == "default":
+        writer.add_rope_scaling_type(RopeScalingType.NONE)
+
+
+def _square(config: Any) -> str:
+    if head_size(config) * config.num_attention_heads != config.hidden_size:
+        return "has heads that are together as wide as the model, and the model has others (head_dim)"
+    return ""
+
+
+def _cohere2(writer: GGUFWriter, config: Any) -> None:
+    _cohere(writer, config)
+    writer.add_sliding_window(config.sliding_window)
+
+
+def _cohere2_obstacle(config: Any) -> str:
+    pattern = [*["sliding_attention"] * 3, "full_attention"]
+    return _square(config) or biased(config) or _pattern_obstacle(config, pattern)
+
+
+def _exaone_obstacle(config: Any) -> str:
+    return "has no biases, and the model has (mlp_bias)" if config.mlp_bias else biased(config)
+
+
+def _exaone4(writer: GGUFWriter, config: Any) -> None:
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+
+
+def _exaone4_obstacle(config: Any) -> str:
+    """Its program has windows in three of four blocks where there are 64 of them, and none in other models."""
+    large = config.num_hidden_layers == 64
+    if bool(config.sliding_window) != large:
+        return f"has {'windows in' if large else 'no windows but in'} models of 64 blocks, and the model does otherwise"
+    pattern = [*["sliding_attention"] * 3, "full_attention"] if large else ["full_attention"]
+    return _square(config) or _pattern_obstacle(config, pattern)
 
 
 def _smollm3_obstacle(config: Any) -> str:
@@ -147,9 +183,9 @@ def _smollm3_obstacle(config: Any) -> str:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", in_pairs=True),
-    "mistral": Architecture("llama", in_pairs=True, told_by="attention.sliding_window"),
-    "mixtral": Architecture("llama", in_pairs=True, told_by="expert_count"),
+    "llama": Architecture("llama", in_pairs=True, factors=True),
+    "mistral": Architecture("llama", in_pairs=True, factors=True, told_by="attention.sliding_window"),
+    "mixtral": Architecture("llama", in_pairs=True, factors=True, told_by="expert_count"),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "qwen2_moe": Architecture("qwen2moe", parameters=_qwen2_moe, obstacle=_experts_obstacle(normalized=False)),
@@ -167,15 +203,23 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmo2": Architecture("olmo2"),
     "olmo3": Architecture("olmo2", parameters=_windows, obstacle=_olmo3_obstacle, told_by="attention.sliding_window"),
     "olmoe": Architecture("olmoe", obstacle=_olmoe_obstacle),
-    "granite": Architecture("granite", in_pairs=True, parameters=write_multipliers),
+    "granite": Architecture("granite", in_pairs=True, factors=True, parameters=write_multipliers),
     "starcoder2": Architecture("starcoder2"),
     "stablelm": Architecture("stablelm", parameters=_stablelm, obstacle=_stablelm_obstacle),
     "cohere": Architecture("command-r", parameters=_cohere),
     "smollm3": Architecture("smollm3", in_pairs=True, obstacle=_smollm3_obstacle),
     "seed_oss": Architecture("seed_oss"),
-    "arcee": Architecture("arcee", in_pairs=True),
+    "arcee": Architecture("arcee", in_pairs=True, factors=True),
     "ernie4_5": Architecture("ernie4_5"),
     "nemotron": Architecture("nemotron", norm_shift=1.0, parameters=_nemotron),
+    "cohere2": Architecture("cohere2", parameters=_cohere2, obstacle=_cohere2_obstacle),
+    "glm": Architecture("chatglm", obstacle=_square),
+    "glm4": Architecture("glm4"),
+    "exaone": Architecture("exaone", factors=True, obstacle=_exaone_obstacle),
+    "exaone4": Architecture("exaone4", factors=True, parameters=_exaone4, obstacle=_exaone4_obstacle),
+    "hunyuan_v1_dense": Architecture("hunyuan-dense", obstacle=biased),
+    "phi": Architecture("phi2", obstacle=tied),
+    "jais2": Architecture("jais2"),
     **MIXTURES,
 }
 
@@ -189,6 +233,6 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise AccullmError(f"models of type {config.model_type} cannot be written for llama.cpp")
-    if obstacle := found.obstacle(config) or rope_obstacle(config) or activation_obstacle(config):
+    if obstacle := found.obstacle(config) or rope_obstacle(config, found.factors) or activation_obstacle(config):
         raise AccullmError(f"llama.cpp's architecture {found.name} {obstacle}")
     return found

@@ -127,8 +127,18 @@ FIELDS |= {
         "route_scale": 1.5,
     },
 }
+FIELDS |= {
+    "cohere2": {"logit_scale": 0.5, "sliding_window": 16, "num_hidden_layers": 5, "head_dim": 16},
+    "glm": {"head_dim": 16, "attention_bias": True},
+    "glm4": {"head_dim": 24, "attention_bias": True},
+    "exaone": {"head_dim": 24},
+    "exaone4": {"sliding_window": 16, "num_hidden_layers": 64},
+    "hunyuan_v1_dense": {"head_dim": 24},
+    "phi": {"num_key_value_heads": 4},
+    "jais2": {"head_dim": 24},
+}
 # GELU is a table of float16 in llama.cpp.
-WITH_GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2")
+WITH_GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2", "phi")
 
 
 def build(model_type: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:

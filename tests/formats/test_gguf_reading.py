@@ -27,7 +27,7 @@ from tests.llama_cpp import byte_tokenizer, llama_cpp
 Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 # What the script of llama.cpp as vendored in llama-cpp-python 0.3.36 leaves out of what is written here of the models
 # of `tests.formats.test_gguf`; it has nothing beyond, and the same values. Of nemotron it asks for a file that is no
-# longer saved.
+# longer saved; of exaone it knows the names of the first checkpoints alone.
 _HEAD = "attention.key_length attention.value_length"
 LEFT_OUT = {
     "llama": "",
@@ -63,6 +63,14 @@ LEFT_OUT = {
     "hunyuan_v1_moe": "rope.dimension_count vocab_size",
     "exaone_moe": "rope.dimension_count",
     "afmoe": "",
+    "cohere2": "",
+    "glm": f"{_HEAD} vocab_size",
+    "glm4": "vocab_size",
+    "exaone": "",
+    "exaone4": f"{_HEAD} rope.dimension_count",
+    "hunyuan_v1_dense": "rope.dimension_count vocab_size",
+    "phi": f"{_HEAD} rope.freq_base vocab_size",
+    "jais2": "vocab_size",
 }
 # Of a configuration, what says nothing of the function, or the same in another way.
 SILENT = {"architectures", "dtype", "transformers_version", "_name_or_path", "quantization_config", "use_cache"}
