@@ -15,13 +15,14 @@ import yaml
 from accullm_cli.config import Config
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import adopted, artifact_in, open_artifact
+from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.manifest import own_files, record_fidelity
 from accullm_cli.measure.contract import judge, parse_requirement
 from accullm_cli.measure.measurement import Figure, exactly, judged_figures
 from accullm_cli.measure.result import REPORT_SCHEMA_VERSION, Report, Trial
 from accullm_cli.model.alias import aliases
 from accullm_cli.model.gguf_parts import files_of
-from accullm_cli.model.source import describe_source, open_source
+from accullm_cli.model.source import ModelSource, describe_source, open_source
 from accullm_cli.places import artifact_path, artifact_paths, run_path
 from accullm_cli.processors import usable_cores
 from accullm_cli.progress import Event, Progress, silent
@@ -215,7 +216,7 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
         # Where nothing was made yet, no content decides what has to run: a large model takes minutes to read.
         described = None if run.stages() else describe_source(config.model, Path(scratch))
         source = described or open_source(config.model, Path(scratch), progress)
-        job = Job(config, run, source, progress, only, fresh)
+        job = Job(config, run, _source_for(config, source), progress, only, fresh)
         found = _estimates(job)
         estimated = found[job.format]
         return DryRun(
@@ -235,6 +236,12 @@ def dry_run(config: Config, progress: Progress = silent, fresh: bool = False, on
             disk_bytes=sum(its.disk_bytes for its in found.values()),
             seconds=estimated.seconds,
         )
+
+
+def _source_for(config: Config, source: ModelSource) -> ModelSource:
+    """The source without what the model has no place for, where no format that is made has one either."""
+    keep = any(CAPABILITIES[name].keeps_others for name in config.export.format)
+    return source if keep else source.without_kept()
 
 
 def estimates(config: Config) -> dict[str, Estimated] | None:
@@ -303,7 +310,8 @@ def _open_job(
         for artifact in artifact_paths(config).values() if writes_artifact else ():
             held.enter_context(locked_output(artifact))
         threads = held.enter_context(_threads(directory, config))
-        job = Job(config, directory, open_source(config.model, directory.path, progress), progress, only, fresh)
+        source = _source_for(config, open_source(config.model, directory.path, progress))
+        job = Job(config, directory, source, progress, only, fresh)
         if told := chosen_device(config):
             progress(Event("device", "record", told))
         check_positions(job)

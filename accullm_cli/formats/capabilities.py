@@ -136,6 +136,7 @@ class Capabilities:
     unpacks: its weights may be unpacked while they are loaded.
     kernels: accullm's own kernels multiply by its linears.
     suffix: of the one file that artifacts of others are; "" where they are directories.
+    keeps_others: its artifacts hold what the model has no place for, as the source does (see model.accounting).
     names_models: the module whose `model_objections` say why a model cannot be stored whatever its plan; "" where the
         format holds any.
     """
@@ -164,6 +165,7 @@ class Capabilities:
     unpacks: bool = False
     kernels: bool = False
     suffix: str = ""
+    keeps_others: bool = True
     names_models: str = ""
 
     def wrote(self, name: str, config: Mapping[str, Any]) -> bool:
@@ -412,6 +414,7 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         fused_experts="of a parameter",
         runtime="llama.cpp",
         suffix=".gguf",
+        keeps_others=False,
         names_models="accullm_cli.formats.gguf",
     ),
     # Before the first version, which takes all other artifacts of GPTQ for its own.

@@ -143,8 +143,9 @@ def model_objections(shape: ModelShape) -> list[Objection]:
         read_vocabulary(shape.companions.get(TOKENIZER, Path(TOKENIZER)), config.vocab_size)
     except AccullmError as error:
         return [Objection(error.what, error.hint or hint)]
+    alone = "make the GGUF file in a run of its own, which leaves it out"
     return [
-        Objection(f"llama.cpp's architecture {architecture.name} has no tensor for {name}", hint)
+        Objection(f"llama.cpp's architecture {architecture.name} has no tensor for {name}", alone)
         for name in shape.kept[:1]
     ]
 

@@ -49,6 +49,10 @@ _FORMER_BUFFER = re.compile(
 _EXTRA_LAYER_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 
 
+# In the sentence of a record, what becomes of it.
+KEPT, LEFT_OUT = "kept in the artifact as stored", "left out of the artifact"
+
+
 @dataclass(frozen=True)
 class Accounting:
     """What becomes of the tensors that the model has no place for.
@@ -203,7 +207,7 @@ class _Judge:
         name = type(self.model).__name__
         for branch, members in _grouped(self.kept).items():
             amount = size(sum(self.tensors[member].end - self.tensors[member].begin for member in members))
-            yield f"{name} does not run {branch}: {_counted(members)} kept in the artifact as stored, {amount}"
+            yield f"{name} does not run {branch}: {_counted(members)} {KEPT}, {amount}"
         for reason, members in _grouped(self.left_out).items():
             yield f"{members[0]}{_more(members)} left out: {reason}"
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,13 @@ class ModelSource:
     untied: bool = False
     kept: tuple[str, ...] = ()
     stamps: Mapping[Path, str] = field(default_factory=dict, repr=False)
+
+    def without_kept(self) -> ModelSource:
+        """The same without what the model has no place for: for artifacts that have none either."""
+        from accullm_cli.model.accounting import KEPT, LEFT_OUT
+
+        told = tuple(sentence.replace(KEPT, LEFT_OUT) for sentence in self.records)
+        return replace(self, kept=(), records=told)
 
     def check_unchanged(self, files: Iterable[Path]) -> None:
         """Refuse weight files that are no longer those that this source was opened with.

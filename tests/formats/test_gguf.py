@@ -310,7 +310,7 @@ def test_scaled_rotary_positions_are_those_of_transformers(name: str, tmp_path: 
 
 
 def test_a_rotary_base_that_is_stretched_for_good_is_written_as_it_is(tmp_path: Path) -> None:
-    rope = {"rope_type": "dynamic", "alpha": 30.0, "rope_theta": 1e4}
+    rope = {"rope_type": "dynamic", "alpha": 30.0, "factor": 1.0, "rope_theta": 1e4}
     model = build("hunyuan_v1_moe", rope_parameters=rope)
     path = written(model, tmp_path) / "Tiny-Model.gguf"
     with torch.no_grad():

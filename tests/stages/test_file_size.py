@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from accullm_cli.config_file import load_config
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats.gguf_pace import TIMES, pace_of
-from accullm_cli.pipeline import convert
+from accullm_cli.model.gguf_file import read_gguf
+from accullm_cli.pipeline import convert, dry_run
 from accullm_cli.run import RunDirectory
 from accullm_cli.stages.checks import check_config
 from accullm_cli.stages.file_size import file_bytes
 from tests.llama_cpp import byte_tokenizer
-from tests.tiny import edit_config, make_checkpoint, tiny_config
+from tests.tiny import edit_checkpoint, edit_config, make_checkpoint, tiny_config
 
 SIZES = {"105MB": 105_000_000, "1.5 GiB": 3 << 29, "64k": 64_000, "123": 123, "2kib": 2048}
 
@@ -68,6 +70,26 @@ def file_of(size: str, asked: list[str], place: Path) -> tuple[Path, tuple[str, 
     report = convert(config.model_copy(update={"machine": config.machine.model_copy(update={"run": place / "run"})}))
     (file,) = out.glob("*.gguf")
     return file, report.records
+
+
+def test_what_the_model_does_not_run_is_left_out_of_a_file_and_told(tmp_path: Path) -> None:
+    model = make_checkpoint("llama", tmp_path / "model")
+    edit_config(model, vocab_size=260, num_nextn_predict_layers=1)
+    edit_checkpoint(model, {"model.layers.2.eh_proj.weight": torch.zeros(64, 128, dtype=torch.bfloat16)})
+    byte_tokenizer().save_pretrained(model)
+    settings = {"export__format": '["gguf"]', "plan__outliers": "null", "plan__group_size": "null"}
+    report = convert(tiny_config(model, tmp_path / "out", **settings))
+    said = "LlamaForCausalLM does not run model.layers.2: tensor model.layers.2.eh_proj.weight left out of the artifact"
+    assert any(sentence.startswith(said) for sentence in report.records)
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    assert not any(name.startswith("blk.2.") for name in read_gguf(file).tensors)
+    both = {**settings, "export__format": '["accullm", "gguf"]'}
+    with pytest.raises(AccullmError) as caught:
+        dry_run(tiny_config(model, tmp_path / "both", **both))
+    assert caught.value.line() == (
+        "--format gguf: llama.cpp's architecture llama has no tensor for model.layers.2.eh_proj.weight; make the GGUF "
+        "file in a run of its own, which leaves it out"
+    )
 
 
 def manifest(file: Path) -> Any:
