@@ -300,9 +300,16 @@ SCALED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SCALED)
-def test_scaled_rotary_positions_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    model = build("llama", head_dim=16, rope_parameters=SCALED[name])
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        *itertools.product(["llama"], SCALED),
+        *itertools.product(["exaone"], ["linear", "llama3", "yarn"]),
+        *itertools.product(["cohere", "cohere2", "hunyuan_v1_dense", "jais2"], ["linear", "yarn"]),
+    ],
+)
+def test_scaled_rotary_positions_are_those_of_transformers(model_type: str, name: str, tmp_path: Path) -> None:
+    model = build(model_type, head_dim=16, rope_parameters=SCALED[name])
     path = written(model, tmp_path) / "Tiny-Model.gguf"
     with torch.no_grad():
         expected = model(ids()[None]).logits[0]
@@ -464,6 +471,37 @@ OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
         "llama",
         {"rope_parameters": {**SCALED["yarn"], "truncate": False}},
         "llama.cpp's architecture llama rounds the bounds between which YaRN scales, and the model does not (truncate)",
+    ),
+    "factors": (
+        "qwen2",
+        {"rope_parameters": SCALED["llama3"]},
+        "llama.cpp's architecture qwen2 scales rotary positions otherwise than the model (llama3)",
+    ),
+    "width of heads": (
+        "cohere2",
+        {"head_dim": 24},
+        "llama.cpp's architecture cohere2 has heads that are together as wide as the model, and the model has others "
+        "(head_dim)",
+    ),
+    "biases of queries": (
+        "cohere2",
+        {"attention_bias": True},
+        "llama.cpp's architecture cohere2 has no bias behind its attention, and the model has (attention_bias)",
+    ),
+    "biases of the MLP": (
+        "exaone",
+        {"mlp_bias": True},
+        "llama.cpp's architecture exaone has no biases, and the model has (mlp_bias)",
+    ),
+    "windows of small models": (
+        "exaone4",
+        {"num_hidden_layers": 4},
+        "llama.cpp's architecture exaone4 has no windows but in models of 64 blocks, and the model does otherwise",
+    ),
+    "an embedding for both": (
+        "phi",
+        {"tie_word_embeddings": True},
+        "llama.cpp's architecture phi2 has an output head of its own, and the model has not",
     ),
     "experts": (
         "qwen2_moe",
