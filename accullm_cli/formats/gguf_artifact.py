@@ -39,8 +39,11 @@ class GgufTensors(TensorFiles):
         }
         infos: dict[str, TensorInfo] = {}
         placed = {piece.name for pieces in layout.pieces.values() for piece in pieces}
+        predicts = file.metadata.get(f"{layout.architecture.name}.nextn_predict_layers")
         for name in file.tensors:
-            if name not in placed and name != ROPE_FACTORS and not is_further(name, layout.config.num_hidden_layers):
+            if predicts and is_further(name, layout.config.num_hidden_layers):
+                continue
+            if name not in placed and name != ROPE_FACTORS:
                 path = file.tensors[name].path
                 raise AccullmError(f"tensor {name} has no place in the model", path, "copy the artifact again")
         for parameter in layout.parameters:
