@@ -28,8 +28,6 @@ _ARCHITECTURES = {name: number for number, name in MODEL_ARCH_NAMES.items()}
 ROPE_FACTORS = "rope_freqs.weight"
 # Those whose programs look at all tokens before one, also where transformers' class may have a window.
 _WITHOUT_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "smollm3")
-# Of models whose positions have no end, what they were trained to read (BLOOM).
-_UNSAID_LENGTH = 2048
 # transformers' name of experts' gate and up projection in one parameter, and what GGUF's table calls the two.
 _FUSED = ("gate_up_proj", ("gate_proj", "up_proj"))
 
@@ -46,12 +44,10 @@ class Architecture:
         that the rows of q and k come in another order.
     factors: it reads factors of the rotary frequencies, as which Llama 3's scaling is stored.
     norm_shift: added to the weights of norms, where transformers' norms multiply by one plus their weight.
-    groups: of queries, keys and values in one projection, group by group, the groups and the queries of each.
     parameters: writes what only this architecture has. obstacle: why a configuration is none that the program follows,
         as the end of a sentence; "" where it is one.
     names: parts of parameters' names, by what GGUF's table of names has for them. first: of a file, keys whose settings
         the class derives others from, beside those of every class.
-    derived: of a file, settings that several of its keys together say, by these.
     told_by: of a file, the key that tells this model type from others with the same program; "" where there is none, or
         the file is of this type if no other's key is there. settings: what the program does, where transformers' class
         does otherwise by itself and no key says so.
@@ -61,12 +57,10 @@ class Architecture:
     in_pairs: bool = False
     factors: bool = False
     norm_shift: float = 0.0
-    groups: Callable[[Any], tuple[int, int] | None] = lambda config: None
     parameters: Parameters = lambda writer, config: None
     obstacle: Callable[[Any], str] = lambda config: ""
     names: Mapping[str, str] = field(default_factory=dict)
     first: Mapping[str, str] = field(default_factory=dict)
-    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda values: {}
     told_by: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -94,9 +88,8 @@ class Architecture:
         heads = 0
         if self.in_pairs and base.endswith(("q_proj", "k_proj")):
             heads = config.num_key_value_heads if base.endswith("k_proj") else config.num_attention_heads
-        groups = self.groups(config) if base.endswith("query_key_value") else None
         stacked = last not in ("weight", "bias")
-        return (Piece(self._name(f"{called}.weight" if stacked else called, parameter), None, heads, shift, groups),)
+        return (Piece(self._name(f"{called}.weight" if stacked else called, parameter), None, heads, shift),)
 
     def _name(self, wanted: str, parameter: str) -> str:
         found = _name_of(self.name, wanted)
@@ -141,9 +134,9 @@ def write_parameters(writer: GGUFWriter, architecture: Architecture, config: Any
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(_context_length(config))
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(_width(config))
+    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(_key_heads(architecture, config))
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
     _write_rope(writer, config)
     for name in ("rms_norm_eps", "norm_eps"):
@@ -160,8 +153,7 @@ def write_parameters(writer: GGUFWriter, architecture: Architecture, config: Any
         writer.add_expert_used_count(used[0] if isinstance(used, list) else used)
     writer.add_key_length(head_size(config))
     writer.add_value_length(head_size(config))
-    if hasattr(config, "rope_parameters"):
-        writer.add_rope_dimension_count(_rotated(config))
+    writer.add_rope_dimension_count(_rotated(config))
     architecture.parameters(writer, config)
 
 
@@ -171,20 +163,6 @@ def write_multipliers(writer: GGUFWriter, config: Any) -> None:
     writer.add_embedding_scale(config.embedding_multiplier)
     writer.add_residual_scale(config.residual_multiplier)
     writer.add_logit_scale(config.logits_scaling)
-
-
-def _width(config: Any) -> int:
-    """Of the MLP."""
-    for name in ("ffn_hidden_size", "intermediate_size"):
-        if (width := getattr(config, name, None)) is not None:
-            return int(width)
-    return 4 * int(config.hidden_size)
-
-
-def _key_heads(architecture: Architecture, config: Any) -> int:
-    if (groups := architecture.groups(config)) is not None:
-        return groups[0]
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def head_size(config: Any) -> int:
@@ -204,7 +182,7 @@ def _context_length(config: Any) -> int:
         return int(min(window, config.max_position_embeddings))
     if config.model_type == "cohere":  # whose configuration has beside these what the model was trained to read
         return int(getattr(config, "model_max_length", None) or config.max_position_embeddings)
-    return int(getattr(config, "max_position_embeddings", None) or _UNSAID_LENGTH)
+    return int(config.max_position_embeddings)
 
 
 def rope_parameters(config: Any) -> Mapping[str, Any]:

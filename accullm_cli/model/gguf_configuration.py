@@ -67,7 +67,6 @@ def configuration(file: GgufFile, architecture: str) -> tuple[PreTrainedConfig, 
     for key, setting in _FIRST.items():
         settings[setting] = _count(f"{room}{key}", values[key])
     settings |= {setting: values[key] for key, setting in own.first.items() if key in values}
-    settings |= own.derived(values)
     # An architecture of a million blocks would take long to be built, and each has tensors of its own.
     if settings["num_hidden_layers"] > len(file.tensors):
         raise refusal(f"{room}block_count", values["block_count"])
@@ -96,8 +95,6 @@ def _absent(file: GgufFile, room: str, values: Mapping[str, Any]) -> dict[str, A
         "rope.dimension_count": values.get("attention.key_length", head),
         "rope.freq_base": 10000.0,
     }
-    if values.get("attention.max_alibi_bias"):  # in the place of rotary positions
-        found = {key: value for key, value in found.items() if not key.startswith("rope.")}
     for key, name in _WIDTHS.items():
         if name in file.tensors:
             found[key] = file.tensors[name].shape[-2]

@@ -14,8 +14,6 @@ class Piece:
 
     rows: the first row and the one behind the last, in a stack those of each expert; None for all.
     heads: rows belong to so many heads, and those of each head come in pairs of its halves; 0 leaves them in order.
-    groups: rows are those of so many groups of heads, (groups, queries of each), queries before a key and a value; they
-        come as all queries, all keys and all values.
     shift: added to each value.
     """
 
@@ -23,7 +21,6 @@ class Piece:
     rows: tuple[int, int] | None = None
     heads: int = 0
     shift: float = 0.0
-    groups: tuple[int, int] | None = None
 
     def shape(self, of: Sequence[int]) -> tuple[int, ...]:
         """The tensor's shape, by that of the parameter."""
@@ -42,24 +39,17 @@ def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[first:])
 
 
-def _order(rows: int, piece: Piece) -> torch.Tensor | None:
-    """The rows of a parameter in the order in which a piece has them; None where it is the same."""
-    if piece.heads:
-        return torch.arange(rows).view(piece.heads, 2, -1).transpose(1, 2).flatten()
-    if piece.groups is not None:
-        groups, queries = piece.groups
-        own = torch.arange(rows).view(groups, queries + 2, -1)
-        return torch.cat([part.flatten() for part in own.split([queries, 1, 1], 1)])
-    return None
+def _order(rows: int, heads: int) -> torch.Tensor:
+    """The rows of a parameter in the order in which a piece has them: of each head the halves' rows in turn."""
+    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
 def piece_of(values: torch.Tensor, piece: Piece, dim: int) -> torch.Tensor:
     """A piece of a parameter, whose rows are along `dim`."""
     if piece.rows is not None:
         values = values.narrow(dim, piece.rows[0], piece.rows[1] - piece.rows[0])
-    order = _order(values.shape[dim], piece)
-    if order is not None:
-        values = values.index_select(dim, order)
+    if piece.heads:
+        values = values.index_select(dim, _order(values.shape[dim], piece.heads))
     return values.float() + piece.shift if piece.shift else values
 
 
@@ -67,8 +57,7 @@ def whole_of(pieces: Sequence[torch.Tensor], of: Sequence[Piece], dim: int) -> t
     """The inverse: a parameter from its pieces."""
     found = []
     for values, piece in zip(pieces, of, strict=True):
-        order = _order(values.shape[dim], piece)
-        if order is not None:
-            values = values.index_select(dim, order.argsort())
+        if piece.heads:
+            values = values.index_select(dim, _order(values.shape[dim], piece.heads).argsort())
         found.append(values - piece.shift if piece.shift else values)
     return found[0] if len(found) == 1 else torch.cat(found, dim)

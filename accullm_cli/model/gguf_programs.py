@@ -175,62 +175,12 @@ def _exaone4_obstacle(config: Any) -> str:
     return _square(config) or _pattern_obstacle(config, pattern)
 
 
-def _neox(writer: GGUFWriter, config: Any) -> None:
-    writer.add_parallel_residual(config.use_parallel_residual)
-
-
-def _neox_obstacle(config: Any) -> str:
-    return tied(config) if config.attention_bias else "has biases in its attention, and the model has none"
-
-
-def _each_head(config: Any) -> tuple[int, int]:
-    return config.num_attention_heads, 1
-
-
-def _falcon_groups(config: Any) -> tuple[int, int]:
-    heads: int = config.num_attention_heads
-    if config.new_decoder_architecture:
-        return config.num_kv_heads, heads // config.num_kv_heads
-    return (1, heads) if config.multi_query else (heads, 1)
-
-
-def _falcon_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    heads, key_heads = (values[f"attention.{key}"] for key in ("head_count", "head_count_kv"))
-    return {
-        "new_decoder_architecture": key_heads not in (1, heads),
-        "multi_query": key_heads != heads,
-        "num_kv_heads": key_heads,
-    }
-
-
-def _falcon_obstacle(config: Any) -> str:
-    if config.alibi:
-        return "rotates positions, and the model has other ones (alibi)"
-    if config.bias:
-        return "has no biases, and the model has (bias)"
-    if not config.activation.startswith("gelu"):
-        return f"has gelu in its MLP, and the model {config.activation}"
-    return ""
-
-
-def _bloom(writer: GGUFWriter, config: Any) -> None:
-    writer.add_max_alibi_bias(8.0)
-
-
-def _bloom_obstacle(config: Any) -> str:
-    if config.apply_residual_connection_post_layernorm:
-        return "adds what comes in front of norms, and the model what comes behind"
-    return ""
-
-
 def _smollm3_obstacle(config: Any) -> str:
     for number, rotates in enumerate(config.no_rope_layers):
         if bool(rotates) != ((number + 1) % 4 != 0):
             return "leaves out rotary positions in every fourth block, and the model does otherwise"
     return ""
 
-
-_BLOOM = {f"transformer.{name}": name for name in ("word_embeddings", "h.", "ln_f")}
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", in_pairs=True, factors=True),
@@ -270,9 +220,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "hunyuan_v1_dense": Architecture("hunyuan-dense", obstacle=biased),
     "phi": Architecture("phi2", obstacle=tied),
     "jais2": Architecture("jais2"),
-    "gpt_neox": Architecture("gptneox", groups=_each_head, parameters=_neox, obstacle=_neox_obstacle),
-    "falcon": Architecture("falcon", groups=_falcon_groups, obstacle=_falcon_obstacle, derived=_falcon_settings),
-    "bloom": Architecture("bloom", groups=_each_head, names=_BLOOM, parameters=_bloom, obstacle=_bloom_obstacle),
     **MIXTURES,
 }
 

@@ -71,9 +71,6 @@ LEFT_OUT = {
     "hunyuan_v1_dense": "rope.dimension_count vocab_size",
     "phi": f"{_HEAD} rope.freq_base vocab_size",
     "jais2": "vocab_size",
-    "gpt_neox": "",
-    "falcon": "",
-    "bloom": "",
 }
 # Of a configuration, what says nothing of the function, or the same in another way.
 SILENT = {"architectures", "dtype", "transformers_version", "_name_or_path", "quantization_config", "use_cache"}
@@ -103,8 +100,6 @@ def check_configuration(directory: Path, model: Any) -> None:
     if model.config.model_type == "mistral":  # which is a llama where it has no window, of which there is no key
         assert found["model_type"] == "llama"
         names = {*found} & {*expected} - SILENT - {"model_type"}
-    if not hasattr(type(model.config)(), "num_key_value_heads"):
-        names -= {"num_key_value_heads"}  # which means nothing to the class
     # Without the key, a size of heads that goes without saying.
     head = model.config.hidden_size // model.config.num_attention_heads
     for values in (found, expected):
