@@ -88,8 +88,11 @@ class Architecture:
         heads = 0
         if self.in_pairs and base.endswith(("q_proj", "k_proj")):
             heads = config.num_key_value_heads if base.endswith("k_proj") else config.num_attention_heads
+        groups = None
+        if base.endswith("query_key_value"):
+            groups = _key_heads(config), config.num_attention_heads // _key_heads(config)
         stacked = last not in ("weight", "bias")
-        return (Piece(self._name(f"{called}.weight" if stacked else called, parameter), None, heads, shift),)
+        return (Piece(self._name(f"{called}.weight" if stacked else called, parameter), None, heads, groups, shift),)
 
     def _name(self, wanted: str, parameter: str) -> str:
         found = _name_of(self.name, wanted)
@@ -134,9 +137,9 @@ def write_parameters(writer: GGUFWriter, architecture: Architecture, config: Any
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(_context_length(config))
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or config.ffn_hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    writer.add_head_count_kv(_key_heads(config))
     writer.add_vocab_size(config.vocab_size)
     _write_rope(writer, config)
     for name in ("rms_norm_eps", "norm_eps"):
@@ -167,6 +170,12 @@ def write_multipliers(writer: GGUFWriter, config: Any) -> None:
 
 def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _key_heads(config: Any) -> int:
+    if config.model_type == "falcon":
+        return int(config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1)
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _rotated(config: Any) -> int:
@@ -214,6 +223,8 @@ def rope_obstacle(config: Any, factors: bool) -> str:
         usual = 0.1 * math.log(rope["factor"]) + 1.0, 1.0
         if rope.get("truncate") is False:
             return "rounds the bounds between which YaRN scales, and the model does not (truncate)"
+        if rope.get("mscale") and rope.get("mscale_all_dim"):
+            return "has no scale of its own for YaRN, and the model has (mscale_all_dim)"
         if any(value is not None and not math.isclose(value, other) for value, other in zip(own, usual, strict=True)):
             return "has an attention_factor and a beta_slow of its own for YaRN, and the model has others"
     window = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
@@ -225,7 +236,7 @@ def rope_obstacle(config: Any, factors: bool) -> str:
 def activation_obstacle(config: Any) -> str:
     """A program has one activation, which is that of its class's models; GELU has one way to be computed."""
     usual = type(config)()
-    for setting in ("hidden_act", "hidden_activation"):
+    for setting in ("hidden_act", "hidden_activation", "activation"):
         own, expected = getattr(config, setting, None), getattr(usual, setting, None)
         if own and expected and own.partition("_")[0] != expected.partition("_")[0]:
             return f"has {expected} in its MLP, and the model {own}"

@@ -175,6 +175,26 @@ def _exaone4_obstacle(config: Any) -> str:
     return _square(config) or _pattern_obstacle(config, pattern)
 
 
+def _falcon(writer: GGUFWriter, config: Any) -> None:
+    writer.add_tensor_data_layout("jploski")  # queries, then keys, then values
+
+
+def _falcon_obstacle(config: Any) -> str:
+    if config.alibi:
+        return "has rotary positions, and the model has not (alibi)"
+    return "has no biases, and the model has (bias)" if config.bias else ""
+
+
+def _gpt_neox(writer: GGUFWriter, config: Any) -> None:
+    writer.add_parallel_residual(config.use_parallel_residual)
+
+
+def _gpt_neox_obstacle(config: Any) -> str:
+    if not config.attention_bias:
+        return "has a bias behind its attention, and the model has not (attention_bias)"
+    return tied(config)
+
+
 def _smollm3_obstacle(config: Any) -> str:
     for number, rotates in enumerate(config.no_rope_layers):
         if bool(rotates) != ((number + 1) % 4 != 0):
@@ -186,6 +206,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", in_pairs=True, factors=True),
     "mistral": Architecture("llama", in_pairs=True, factors=True, told_by="attention.sliding_window"),
     "mixtral": Architecture("llama", in_pairs=True, factors=True, told_by="expert_count"),
+    "iquestcoder": Architecture("llama", in_pairs=True, factors=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "qwen2_moe": Architecture("qwen2moe", parameters=_qwen2_moe, obstacle=_experts_obstacle(normalized=False)),
@@ -220,6 +241,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "hunyuan_v1_dense": Architecture("hunyuan-dense", obstacle=biased),
     "phi": Architecture("phi2", obstacle=tied),
     "jais2": Architecture("jais2"),
+    "gpt_neox": Architecture("gptneox", parameters=_gpt_neox, obstacle=_gpt_neox_obstacle),
+    "falcon": Architecture("falcon", parameters=_falcon, obstacle=_falcon_obstacle),
     **MIXTURES,
 }
 
