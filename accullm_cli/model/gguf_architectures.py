@@ -27,7 +27,17 @@ _ARCHITECTURES = {name: number for number, name in MODEL_ARCH_NAMES.items()}
 # Scaling of rotary positions that is stored as factors of the frequencies, under this name.
 ROPE_FACTORS = "rope_freqs.weight"
 # Those whose programs look at all tokens before one, also where transformers' class may have a window.
-_WITHOUT_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "smollm3")
+_WITHOUT_WINDOWS = (
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "starcoder2",
+    "smollm3",
+    "ministral3",
+)
 # transformers' name of experts' gate and up projection in one parameter, and what GGUF's table calls the two.
 _FUSED = ("gate_up_proj", ("gate_proj", "up_proj"))
 
@@ -223,7 +233,7 @@ def rope_obstacle(config: Any, factors: bool) -> str:
         usual = 0.1 * math.log(rope["factor"]) + 1.0, 1.0
         if rope.get("truncate") is False:
             return "rounds the bounds between which YaRN scales, and the model does not (truncate)"
-        if rope.get("mscale") and rope.get("mscale_all_dim"):
+        if rope.get("mscale") and rope.get("mscale_all_dim") and config.model_type != "ministral3":
             return "has no scale of its own for YaRN, and the model has (mscale_all_dim)"
         if any(value is not None and not math.isclose(value, other) for value, other in zip(own, usual, strict=True)):
             return "has an attention_factor and a beta_slow of its own for YaRN, and the model has others"
@@ -256,6 +266,8 @@ def _write_rope(writer: GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         if (fast := rope.get("beta_fast")) is not None:
             writer.add_rope_scaling_yarn_beta_fast(fast)
+        if (slow := rope.get("beta_slow")) is not None:
+            writer.add_rope_scaling_yarn_beta_slow(slow)
 
 
 def rope_factors(config: PreTrainedConfig) -> torch.Tensor | None:

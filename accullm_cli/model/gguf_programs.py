@@ -156,6 +156,22 @@ def _cohere2_obstacle(config: Any) -> str:
     return _square(config) or biased(config) or _pattern_obstacle(config, pattern)
 
 
+def _ministral3(writer: GGUFWriter, config: Any) -> None:
+    rope = rope_parameters(config)
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+    if (scale := rope.get("mscale_all_dim")) and rope.get("mscale"):
+        writer.add_rope_scaling_yarn_log_mul(scale)
+
+
+def _ministral3_obstacle(config: Any) -> str:
+    rope = rope_parameters(config)
+    if rope.get("rope_type") != "yarn" or not rope.get("llama_4_scaling_beta"):
+        return "has YaRN and queries that grow with their position, and the model has not (llama_4_scaling_beta)"
+    if rope.get("mscale_all_dim") and (rope.get("mscale") or 1.0) != 1.0:
+        return f"has a scale of 1 for YaRN, and the model {rope['mscale']:g} (mscale)"
+    return ""
+
+
 def _exaone_obstacle(config: Any) -> str:
     return "has no biases, and the model has (mlp_bias)" if config.mlp_bias else biased(config)
 
@@ -241,6 +257,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "hunyuan_v1_dense": Architecture("hunyuan-dense", obstacle=biased),
     "phi": Architecture("phi2", obstacle=tied),
     "jais2": Architecture("jais2"),
+    "ministral3": Architecture("mistral3", in_pairs=True, parameters=_ministral3, obstacle=_ministral3_obstacle),
     "gpt_neox": Architecture("gptneox", parameters=_gpt_neox, obstacle=_gpt_neox_obstacle),
     "falcon": Architecture("falcon", parameters=_falcon, obstacle=_falcon_obstacle),
     **MIXTURES,

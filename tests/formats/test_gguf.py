@@ -139,6 +139,21 @@ FIELDS |= {
     "phi": {"num_key_value_heads": 4},
     "jais2": {"head_dim": 24},
     "iquestcoder": {"head_dim": 24, "attention_bias": True},
+    "ministral3": {
+        "head_dim": 24,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e5,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "max_position_embeddings": 256,
+            "beta_fast": 16.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "llama_4_scaling_beta": 0.25,
+        },
+    },
     "gpt_neox": {
         "num_key_value_heads": 4,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
@@ -615,6 +630,17 @@ OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
         "phi",
         {"tie_word_embeddings": True},
         "llama.cpp's architecture phi2 has an output head of its own, and the model has not",
+    ),
+    "queries of Ministral 3": (
+        "ministral3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}},
+        "llama.cpp's architecture mistral3 has YaRN and queries that grow with their position, and the model has not "
+        "(llama_4_scaling_beta)",
+    ),
+    "scale of Ministral 3": (
+        "ministral3",
+        {"rope_parameters": {**FIELDS["ministral3"]["rope_parameters"], "mscale": 0.5}},
+        "llama.cpp's architecture mistral3 has a scale of 1 for YaRN, and the model 0.5 (mscale)",
     ),
     "no rotary positions": (
         "falcon",

@@ -72,6 +72,7 @@ LEFT_OUT = {
     "phi": f"{_HEAD} rope.freq_base vocab_size",
     "jais2": "vocab_size",
     "iquestcoder": "",
+    "ministral3": "",
     "gpt_neox": f"{_HEAD} attention.head_count_kv rope.freq_base vocab_size",
     "falcon": f"{_HEAD} rope.dimension_count rope.freq_base vocab_size",
 }
