@@ -27,7 +27,19 @@ _ARCHITECTURES = {name: number for number, name in MODEL_ARCH_NAMES.items()}
 # Scaling of rotary positions that is stored as factors of the frequencies, under this name.
 ROPE_FACTORS = "rope_freqs.weight"
 # Those whose programs look at all tokens before one, also where transformers' class may have a window.
-_WITHOUT_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "smollm3")
+_WITHOUT_WINDOWS = (
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "starcoder2",
+    "smollm3",
+    "ministral3",
+)
+# Of models whose positions have no end, what they were trained to read (BLOOM).
+_UNSAID_LENGTH = 2048
 # transformers' name of experts' gate and up projection in one parameter, and what GGUF's table calls the two.
 _FUSED = ("gate_up_proj", ("gate_proj", "up_proj"))
 
@@ -88,8 +100,11 @@ class Architecture:
         heads = 0
         if self.in_pairs and base.endswith(("q_proj", "k_proj")):
             heads = config.num_key_value_heads if base.endswith("k_proj") else config.num_attention_heads
+        groups = None
+        if base.endswith("query_key_value"):
+            groups = _key_heads(config), config.num_attention_heads // _key_heads(config)
         stacked = last not in ("weight", "bias")
-        return (Piece(self._name(f"{called}.weight" if stacked else called, parameter), None, heads, shift),)
+        return (Piece(self._name(f"{called}.weight" if stacked else called, parameter), None, heads, groups, shift),)
 
     def _name(self, wanted: str, parameter: str) -> str:
         found = _name_of(self.name, wanted)
@@ -134,9 +149,9 @@ def write_parameters(writer: GGUFWriter, architecture: Architecture, config: Any
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(_context_length(config))
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(_width(config))
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    writer.add_head_count_kv(_key_heads(config))
     writer.add_vocab_size(config.vocab_size)
     _write_rope(writer, config)
     for name in ("rms_norm_eps", "norm_eps"):
@@ -153,7 +168,8 @@ def write_parameters(writer: GGUFWriter, architecture: Architecture, config: Any
         writer.add_expert_used_count(used[0] if isinstance(used, list) else used)
     writer.add_key_length(head_size(config))
     writer.add_value_length(head_size(config))
-    writer.add_rope_dimension_count(_rotated(config))
+    if hasattr(config, "rope_parameters"):
+        writer.add_rope_dimension_count(_rotated(config))
     architecture.parameters(writer, config)
 
 
@@ -169,6 +185,18 @@ def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def _width(config: Any) -> int:
+    """Of the MLP."""
+    own = (getattr(config, name, None) for name in ("intermediate_size", "ffn_hidden_size"))
+    return int(next(filter(None, own), 4 * config.hidden_size))
+
+
+def _key_heads(config: Any) -> int:
+    if config.model_type == "falcon":
+        return int(config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1)
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
 def _rotated(config: Any) -> int:
     """The values of a head that are rotated."""
     share = rope_parameters(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
@@ -182,7 +210,7 @@ def _context_length(config: Any) -> int:
         return int(min(window, config.max_position_embeddings))
     if config.model_type == "cohere":  # whose configuration has beside these what the model was trained to read
         return int(getattr(config, "model_max_length", None) or config.max_position_embeddings)
-    return int(config.max_position_embeddings)
+    return int(getattr(config, "max_position_embeddings", None) or _UNSAID_LENGTH)
 
 
 def rope_parameters(config: Any) -> Mapping[str, Any]:
@@ -214,6 +242,8 @@ def rope_obstacle(config: Any, factors: bool) -> str:
         usual = 0.1 * math.log(rope["factor"]) + 1.0, 1.0
         if rope.get("truncate") is False:
             return "rounds the bounds between which YaRN scales, and the model does not (truncate)"
+        if rope.get("mscale") and rope.get("mscale_all_dim") and config.model_type != "ministral3":
+            return "has no scale of its own for YaRN, and the model has (mscale_all_dim)"
         if any(value is not None and not math.isclose(value, other) for value, other in zip(own, usual, strict=True)):
             return "has an attention_factor and a beta_slow of its own for YaRN, and the model has others"
     window = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
@@ -225,7 +255,7 @@ def rope_obstacle(config: Any, factors: bool) -> str:
 def activation_obstacle(config: Any) -> str:
     """A program has one activation, which is that of its class's models; GELU has one way to be computed."""
     usual = type(config)()
-    for setting in ("hidden_act", "hidden_activation"):
+    for setting in ("hidden_act", "hidden_activation", "activation"):
         own, expected = getattr(config, setting, None), getattr(usual, setting, None)
         if own and expected and own.partition("_")[0] != expected.partition("_")[0]:
             return f"has {expected} in its MLP, and the model {own}"
@@ -245,6 +275,8 @@ def _write_rope(writer: GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         if (fast := rope.get("beta_fast")) is not None:
             writer.add_rope_scaling_yarn_beta_fast(fast)
+        if (slow := rope.get("beta_slow")) is not None:
+            writer.add_rope_scaling_yarn_beta_slow(slow)
 
 
 def rope_factors(config: PreTrainedConfig) -> torch.Tensor | None:

@@ -46,7 +46,6 @@ _MEANINGS: dict[str, _Meaning] = {
     "attention.causal": _Meaning((), (True,)),
     "attention.output_scale": _Meaning((), _OFF),
     "attention.temperature_length": _Meaning((), (0,)),
-    "attention.temperature_scale": _Meaning((), (0,)),
     "attention.shared_kv_layers": _Meaning(("num_kv_shared_layers",), (0,)),
     "attn_logit_softcapping": _Meaning(("attn_logit_softcapping",), (0,)),
     "final_logit_softcapping": _Meaning(("final_logit_softcapping",), (0,)),
@@ -159,6 +158,7 @@ class _Settler:
             "attention.scale": self._settle_attention_scale,
             "attention.sliding_window": self._settle_window,
             "attention.sliding_window_pattern": self._settle_window_pattern,
+            "attention.temperature_scale": lambda value: value == 0 or config.model_type == "ministral3",
             "attention.max_alibi_bias": lambda value: value == (8 if config.model_type == "bloom" else 0),
             "expert_shared_feed_forward_length": self._settle_shared_width,
             "expert_shared_count": self._settle_shared,
@@ -301,6 +301,9 @@ class _Settler:
         nested = "full_attention" in all_rope
         rope = dict(all_rope["full_attention"] if nested else all_rope)
         scaling = self._scaling(values, rope)
+        if self.config.model_type == "ministral3" and not scaling[0].get("llama_4_scaling_beta"):
+            raise refusal(f"{self.architecture}.attention.temperature_scale", scaling[0].get("llama_4_scaling_beta"))
+        rope.pop("type", None)  # the older name of rope_type
         used = {"freq_base", "dimension_count", *scaling[1]}
         if base := values.get("freq_base"):
             rope["rope_theta"] = float(base)
@@ -344,6 +347,11 @@ class _Settler:
         for name in ("beta_fast", "beta_slow"):
             if value := values.get(f"scaling.yarn_{name}"):
                 yarn[name] = float(value)
+        if self.config.model_type == "ministral3":
+            scale = self.values.get("rope.scaling.yarn_log_multiplier")
+            names.add("scaling.yarn_log_multiplier")
+            yarn |= {"mscale": 1.0, "mscale_all_dim": scale, "max_position_embeddings": self.values["context_length"]}
+            yarn["llama_4_scaling_beta"] = self.values.get("attention.temperature_scale", 0.0)
         names |= {"scaling.original_context_length", "scaling.yarn_beta_fast", "scaling.yarn_beta_slow"}
         attention = 1.0
         for name in ("scaling.attn_factor", "scaling.yarn_attn_factor"):

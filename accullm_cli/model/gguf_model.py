@@ -116,6 +116,10 @@ def _settle_by_tensors(file: GgufFile, config: Any) -> None:
             setattr(config, setting, not own.isdisjoint(tensors))
     if config.model_type == "stablelm":  # the key says so of models that are not, and llama.cpp does not read it
         config.use_parallel_residual = "ffn_norm.weight" not in own
+    if config.model_type == "falcon":
+        norms = 2 if "attn_norm_2.weight" in own else 1
+        config.new_decoder_architecture = norms > 1 or config.num_kv_heads > 1
+        config.num_ln_in_parallel_attn = norms if config.new_decoder_architecture else None
     if "output.weight" in file.tensors:
         config.tie_word_embeddings = False
     if "token_embd.weight" in file.tensors:

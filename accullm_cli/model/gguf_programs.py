@@ -156,6 +156,22 @@ def _cohere2_obstacle(config: Any) -> str:
     return _square(config) or biased(config) or _pattern_obstacle(config, pattern)
 
 
+def _ministral3(writer: GGUFWriter, config: Any) -> None:
+    rope = rope_parameters(config)
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+    if (scale := rope.get("mscale_all_dim")) and rope.get("mscale"):
+        writer.add_rope_scaling_yarn_log_mul(scale)
+
+
+def _ministral3_obstacle(config: Any) -> str:
+    rope = rope_parameters(config)
+    if rope.get("rope_type") != "yarn" or not rope.get("llama_4_scaling_beta"):
+        return "has YaRN and queries that grow with their position, and the model has not (llama_4_scaling_beta)"
+    if rope.get("mscale_all_dim") and (rope.get("mscale") or 1.0) != 1.0:
+        return f"has a scale of 1 for YaRN, and the model {rope['mscale']:g} (mscale)"
+    return ""
+
+
 def _exaone_obstacle(config: Any) -> str:
     return "has no biases, and the model has (mlp_bias)" if config.mlp_bias else biased(config)
 
@@ -175,6 +191,36 @@ def _exaone4_obstacle(config: Any) -> str:
     return _square(config) or _pattern_obstacle(config, pattern)
 
 
+def _falcon(writer: GGUFWriter, config: Any) -> None:
+    writer.add_tensor_data_layout("jploski")  # queries, then keys, then values
+
+
+def _falcon_obstacle(config: Any) -> str:
+    if config.alibi:
+        return "has rotary positions, and the model has not (alibi)"
+    return "has no biases, and the model has (bias)" if config.bias else ""
+
+
+def _gpt_neox(writer: GGUFWriter, config: Any) -> None:
+    writer.add_parallel_residual(config.use_parallel_residual)
+
+
+def _gpt_neox_obstacle(config: Any) -> str:
+    if not config.attention_bias:
+        return "has a bias behind its attention, and the model has not (attention_bias)"
+    return tied(config)
+
+
+def _bloom(writer: GGUFWriter, config: Any) -> None:
+    writer.add_max_alibi_bias(8.0)
+
+
+def _bloom_obstacle(config: Any) -> str:
+    if config.apply_residual_connection_post_layernorm:
+        return "adds what comes in front of norms, and the model what comes behind"
+    return ""
+
+
 def _smollm3_obstacle(config: Any) -> str:
     for number, rotates in enumerate(config.no_rope_layers):
         if bool(rotates) != ((number + 1) % 4 != 0):
@@ -182,10 +228,13 @@ def _smollm3_obstacle(config: Any) -> str:
     return ""
 
 
+_BLOOM = {f"transformer.{name}": name for name in ("word_embeddings", "h.", "ln_f")}
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", in_pairs=True, factors=True),
     "mistral": Architecture("llama", in_pairs=True, factors=True, told_by="attention.sliding_window"),
     "mixtral": Architecture("llama", in_pairs=True, factors=True, told_by="expert_count"),
+    "iquestcoder": Architecture("llama", in_pairs=True, factors=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "qwen2_moe": Architecture("qwen2moe", parameters=_qwen2_moe, obstacle=_experts_obstacle(normalized=False)),
@@ -220,6 +269,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "hunyuan_v1_dense": Architecture("hunyuan-dense", obstacle=biased),
     "phi": Architecture("phi2", obstacle=tied),
     "jais2": Architecture("jais2"),
+    "ministral3": Architecture("mistral3", in_pairs=True, parameters=_ministral3, obstacle=_ministral3_obstacle),
+    "gpt_neox": Architecture("gptneox", parameters=_gpt_neox, obstacle=_gpt_neox_obstacle),
+    "falcon": Architecture("falcon", parameters=_falcon, obstacle=_falcon_obstacle),
+    "bloom": Architecture("bloom", names=_BLOOM, parameters=_bloom, obstacle=_bloom_obstacle),
     **MIXTURES,
 }
 

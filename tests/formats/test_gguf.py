@@ -19,6 +19,8 @@ from accullm_cli.formats import FORMATS, open_artifact
 from accullm_cli.formats.base import ModelShape, Parts
 from accullm_cli.formats.capabilities import CAPABILITIES
 from accullm_cli.formats.gguf import model_objections
+from accullm_cli.model.gguf_file import read_gguf
+from accullm_cli.model.gguf_model import read_model
 from accullm_cli.model.gguf_programs import ARCHITECTURES
 from accullm_cli.quant.encodings import ENCODINGS
 from accullm_cli.quant.encodings.base import StoredLinear
@@ -136,15 +138,40 @@ FIELDS |= {
     "hunyuan_v1_dense": {"head_dim": 24},
     "phi": {"num_key_value_heads": 4},
     "jais2": {"head_dim": 24},
+    "iquestcoder": {"head_dim": 24, "attention_bias": True},
+    "ministral3": {
+        "head_dim": 24,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e5,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "max_position_embeddings": 256,
+            "beta_fast": 16.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "llama_4_scaling_beta": 0.25,
+        },
+    },
+    "gpt_neox": {
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96},
 }
+LAYERS = {"gpt_neox": "gpt_neox.layers", "falcon": "transformer.h", "bloom": "transformer.h"}
 # GELU is a table of float16 in llama.cpp.
-WITH_GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2", "phi")
+WITH_GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2", "phi", "gpt_neox", "falcon", "bloom")
 
 
 def build(model_type: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
     """A random model whose every parameter matters."""
     torch.manual_seed(sum(map(ord, model_type)))
-    config = CONFIG_MAPPING[model_type](**{**SHAPE, **FIELDS.get(model_type, {}), **fields})
+    usual = CONFIG_MAPPING[model_type]()
+    shape = {name: value for name, value in SHAPE.items() if hasattr(usual, name)}
+    settings = {**shape, **FIELDS.get(model_type, {}), **fields}
+    config = CONFIG_MAPPING[model_type](**settings)
     config.dtype = dtype
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
     with torch.no_grad():
@@ -196,8 +223,9 @@ def parts_of(
     tensors = {name: value.clone() for name, value in model.state_dict().items() if name not in tied}
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     blocks = []
+    layers = LAYERS.get(model.config.model_type, "model.layers")
     for number in range(model.config.num_hidden_layers):
-        own = {name: value for name, value in tensors.items() if name.startswith(f"model.layers.{number}.")}
+        own = {name: value for name, value in tensors.items() if name.startswith(f"{layers}.{number}.")}
         blocks.append(run / f"block-{number}.safetensors")
         for name, value in list(own.items()):
             linears = (
@@ -231,7 +259,7 @@ def parts_of(
     shape = ModelShape(
         model.config.model_type, model.dtype, kinds, config=config, companions=companions, parameters=shapes, kept=kept
     )
-    outside = ((name, value) for name, value in tensors.items() if not name.startswith("model.layers."))
+    outside = ((name, value) for name, value in tensors.items() if not name.startswith(f"{layers}."))
     provenance = {"source": "owner/Tiny Model@abc", "source_sha256": "12ab", "config": {}, "records": []}
     plan = Plan(plans, embeddings=embeddings)
     return Parts(config, companions, plan, shape, tuple(blocks), outside, provenance, shards)
@@ -323,6 +351,35 @@ def test_a_rotary_base_that_is_stretched_for_good_is_written_as_it_is(tmp_path: 
     with torch.no_grad():
         expected = model(ids()[None]).logits[0]
     assert (logits_of(path, ids()) - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}}),
+        ("falcon", {"new_decoder_architecture": False}),  # the 7B: one head of keys
+        ("falcon", {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4}),
+        ("falcon", {"num_ln_in_parallel_attn": 1}),  # the 11B
+    ],
+    ids=["one after the other", "another base", "one head of keys", "as many heads of keys", "one norm"],
+)
+def test_blocks_of_another_kind_are_those_of_transformers(
+    model_type: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model = build(model_type, **fields)
+    path = written(model, tmp_path) / "Tiny-Model.gguf"
+    with torch.no_grad():
+        expected = model(ids()[None]).logits[0]
+    assert (logits_of(path, ids()) - expected).abs().max() < 1e-2
+    file = read_gguf(path.rename(empty(tmp_path / "alone") / path.name))
+    found = read_model(file)
+    with torch.no_grad():
+        read = AutoModelForCausalLM.from_config(found.model.config, dtype=torch.float32).eval()
+        for name in found.parameters:
+            read.get_parameter(name).copy_(found.values(name))
+        read.tie_weights()
+        assert torch.equal(read(ids()[None]).logits[0], expected)
 
 
 def test_llama_cpp_cuts_text_into_the_same_tokens(tmp_path: Path) -> None:
@@ -455,7 +512,7 @@ def test_a_file_of_others_is_an_artifact(model_type: str, tmp_path: Path) -> Non
 # -- refusals ----------------------------------------------------------------------------------------------
 
 OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another model": ("gpt_neox", {}, "models of type gpt_neox cannot be written for llama.cpp"),
+    "another model": ("gpt2", {}, "models of type gpt2 cannot be written for llama.cpp"),
     "rope": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
@@ -502,6 +559,16 @@ OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
         "phi",
         {"tie_word_embeddings": True},
         "llama.cpp's architecture phi2 has an output head of its own, and the model has not",
+    ),
+    "a norm in front of the sum": (
+        "bloom",
+        {"apply_residual_connection_post_layernorm": True},
+        "llama.cpp's architecture bloom adds what comes in front of norms, and the model what comes behind",
+    ),
+    "scale of yarn": (
+        "llama",
+        {"rope_parameters": {**SCALED["yarn"], "mscale": 1.0, "mscale_all_dim": 1.0}},
+        "llama.cpp's architecture llama has no scale of its own for YaRN, and the model has (mscale_all_dim)",
     ),
     "experts": (
         "qwen2_moe",
@@ -582,6 +649,63 @@ OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"global_attn_every_n_layers": 3},
         "llama.cpp's architecture afmoe has a window in all blocks but every fourth, and the model in others "
         "(layer_types)",
+    ),
+    "pattern of Command R7B": (
+        "cohere2",
+        {"layer_types": ["full_attention"] * 5},
+        "llama.cpp's architecture cohere2 has sliding_attention in block 0, and the model full_attention",
+    ),
+    "heads of GLM": (
+        "glm",
+        {"head_dim": 24},
+        "llama.cpp's architecture chatglm has heads that are together as wide as the model, and the model has others "
+        "(head_dim)",
+    ),
+    "biases of EXAONE": (
+        "exaone",
+        {"mlp_bias": True},
+        "llama.cpp's architecture exaone has no biases, and the model has (mlp_bias)",
+    ),
+    "windows of EXAONE 4": (
+        "exaone4",
+        {"num_hidden_layers": 4},
+        "llama.cpp's architecture exaone4 has no windows but in models of 64 blocks, and the model does otherwise",
+    ),
+    "head of Phi-2": (
+        "phi",
+        {"tie_word_embeddings": True},
+        "llama.cpp's architecture phi2 has an output head of its own, and the model has not",
+    ),
+    "queries of Ministral 3": (
+        "ministral3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}},
+        "llama.cpp's architecture mistral3 has YaRN and queries that grow with their position, and the model has not "
+        "(llama_4_scaling_beta)",
+    ),
+    "scale of Ministral 3": (
+        "ministral3",
+        {"rope_parameters": {**FIELDS["ministral3"]["rope_parameters"], "mscale": 0.5}},
+        "llama.cpp's architecture mistral3 has a scale of 1 for YaRN, and the model 0.5 (mscale)",
+    ),
+    "no rotary positions": (
+        "falcon",
+        {"alibi": True},
+        "llama.cpp's architecture falcon has rotary positions, and the model has not (alibi)",
+    ),
+    "biases of Falcon": (
+        "falcon",
+        {"bias": True},
+        "llama.cpp's architecture falcon has no biases, and the model has (bias)",
+    ),
+    "another activation": (
+        "falcon",
+        {"activation": "relu"},
+        "llama.cpp's architecture falcon has gelu in its MLP, and the model relu",
+    ),
+    "no bias": (
+        "gpt_neox",
+        {"attention_bias": False},
+        "llama.cpp's architecture gptneox has a bias behind its attention, and the model has not (attention_bias)",
     ),
     "scale": (
         "gemma2",

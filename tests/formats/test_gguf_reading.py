@@ -27,7 +27,7 @@ from tests.llama_cpp import byte_tokenizer, llama_cpp
 Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 # What the script of llama.cpp as vendored in llama-cpp-python 0.3.36 leaves out of what is written here of the models
 # of `tests.formats.test_gguf`; it has nothing beyond, and the same values. Of nemotron it asks for a file that is no
-# longer saved; of exaone it knows the names of the first checkpoints alone.
+# longer saved, of gpt_neox for a setting; of exaone it knows the names of the first checkpoints alone.
 _HEAD = "attention.key_length attention.value_length"
 LEFT_OUT = {
     "llama": "",
@@ -71,6 +71,11 @@ LEFT_OUT = {
     "hunyuan_v1_dense": "rope.dimension_count vocab_size",
     "phi": f"{_HEAD} rope.freq_base vocab_size",
     "jais2": "vocab_size",
+    "iquestcoder": "",
+    "ministral3": "",
+    "gpt_neox": f"{_HEAD} attention.head_count_kv rope.freq_base vocab_size",
+    "bloom": "",
+    "falcon": f"{_HEAD} rope.dimension_count rope.freq_base vocab_size",
 }
 # Of a configuration, what says nothing of the function, or the same in another way.
 SILENT = {"architectures", "dtype", "transformers_version", "_name_or_path", "quantization_config", "use_cache"}
@@ -97,9 +102,11 @@ def without(file: Path, keys: str, architecture: str) -> Path:
 def check_configuration(directory: Path, model: Any) -> None:
     found, expected = AutoConfig.from_pretrained(directory).to_dict(), model.config.to_dict()
     names = {*found, *expected} - SILENT
-    if model.config.model_type == "mistral":  # which is a llama where it has no window, of which there is no key
+    if model.config.model_type in ("mistral", "iquestcoder"):  # which no key tells from a llama, without a window
         assert found["model_type"] == "llama"
         names = {*found} & {*expected} - SILENT - {"model_type"}
+    if not hasattr(type(model.config)(), "num_key_value_heads"):
+        names -= {"num_key_value_heads"}  # which means nothing to the class
     # Without the key, a size of heads that goes without saying.
     head = model.config.hidden_size // model.config.num_attention_heads
     for values in (found, expected):
