@@ -187,11 +187,13 @@ def head_size(config: Any) -> int:
 
 def _width(config: Any) -> int:
     """Of the MLP."""
-    own = (getattr(config, name, None) for name in ("intermediate_size", "ffn_hidden_size"))
-    return int(next(filter(None, own), 4 * config.hidden_size))
+    own = (getattr(config, name, None) for name in ("intermediate_size", "ffn_hidden_size", "n_inner"))
+    return int(next(filter(None, own), getattr(config, "expansion_ratio", 4) * config.hidden_size))
 
 
 def _key_heads(config: Any) -> int:
+    if config.model_type == "gpt_bigcode":
+        return 1 if config.multi_query else int(config.num_attention_heads)
     if config.model_type == "falcon":
         return int(config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1)
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
@@ -210,7 +212,8 @@ def _context_length(config: Any) -> int:
         return int(min(window, config.max_position_embeddings))
     if config.model_type == "cohere":  # whose configuration has beside these what the model was trained to read
         return int(getattr(config, "model_max_length", None) or config.max_position_embeddings)
-    return int(getattr(config, "max_position_embeddings", None) or _UNSAID_LENGTH)
+    own = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return int(next(filter(None, own), _UNSAID_LENGTH))
 
 
 def rope_parameters(config: Any) -> Mapping[str, Any]:

@@ -95,7 +95,8 @@ def _absent(file: GgufFile, room: str, values: Mapping[str, Any]) -> dict[str, A
         "rope.dimension_count": values.get("attention.key_length", head),
         "rope.freq_base": 10000.0,
     }
-    if values.get("attention.max_alibi_bias"):  # in the place of rotary positions
+    # In the place of rotary positions.
+    if values.get("attention.max_alibi_bias") or "position_embd.weight" in file.tensors:
         found = {key: value for key, value in found.items() if not key.startswith("rope.")}
     for key, name in _WIDTHS.items():
         if name in file.tensors:

@@ -159,7 +159,7 @@ class _Settler:
             "attention.sliding_window": self._settle_window,
             "attention.sliding_window_pattern": self._settle_window_pattern,
             "attention.temperature_scale": lambda value: value == 0 or config.model_type == "ministral3",
-            "attention.max_alibi_bias": lambda value: value == (8 if config.model_type == "bloom" else 0),
+            "attention.max_alibi_bias": lambda value: value == (8 if config.model_type in ("bloom", "mpt") else 0),
             "expert_shared_feed_forward_length": self._settle_shared_width,
             "expert_shared_count": self._settle_shared,
             "expert_weights_norm": lambda value: self._set(("norm_topk_prob",), value) or value == _normalizes(config),
@@ -208,7 +208,8 @@ class _Settler:
 
     def _settle_positions(self, value: Any) -> bool:
         # A class without the setting has no limit.
-        return self._set(("max_position_embeddings",), value) or "max_position_embeddings" not in self._settings
+        names = ("max_position_embeddings", "max_seq_len")
+        return self._set(names, value) or self._settings.isdisjoint(names)
 
     def _settle_width(self, value: Any) -> bool:
         widths = ("intermediate_size", "ffn_hidden_size", "n_inner")

@@ -221,6 +221,28 @@ def _bloom_obstacle(config: Any) -> str:
     return ""
 
 
+def _mpt(writer: GGUFWriter, config: Any) -> None:
+    writer.add_max_alibi_bias(float(config.attn_config.alibi_bias_max))
+
+
+def _mpt_obstacle(config: Any) -> str:
+    """Some of what transformers' class has settings for, it does not do itself."""
+    attention = config.attn_config
+    if not attention.alibi or attention.alibi_bias_max != 8:
+        return "has ALiBi of up to 8, and the model other positions (attn_config)"
+    if attention.clip_qkv or attention.softmax_scale or attention.qk_ln or config.logit_scale or not config.no_bias:
+        return "neither clips nor scales nor has biases, and the model does (attn_config, logit_scale, no_bias)"
+    return ""
+
+
+def _bigcode_obstacle(config: Any) -> str:
+    if not config.multi_query:
+        return "has one head of keys, and the model has more (multi_query)"
+    if not config.scale_attn_weights:
+        return "scales attention, and the model does not (scale_attn_weights)"
+    return ""
+
+
 def _smollm3_obstacle(config: Any) -> str:
     for number, rotates in enumerate(config.no_rope_layers):
         if bool(rotates) != ((number + 1) % 4 != 0):
@@ -235,6 +257,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mistral": Architecture("llama", in_pairs=True, factors=True, told_by="attention.sliding_window"),
     "mixtral": Architecture("llama", in_pairs=True, factors=True, told_by="expert_count"),
     "iquestcoder": Architecture("llama", in_pairs=True, factors=True),
+    "internlm3": Architecture("llama", in_pairs=True, factors=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "qwen2_moe": Architecture("qwen2moe", parameters=_qwen2_moe, obstacle=_experts_obstacle(normalized=False)),
@@ -272,6 +295,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "ministral3": Architecture("mistral3", in_pairs=True, parameters=_ministral3, obstacle=_ministral3_obstacle),
     "gpt_neox": Architecture("gptneox", parameters=_gpt_neox, obstacle=_gpt_neox_obstacle),
     "falcon": Architecture("falcon", parameters=_falcon, obstacle=_falcon_obstacle),
+    "mpt": Architecture("mpt", parameters=_mpt, obstacle=_mpt_obstacle),
+    "gpt_bigcode": Architecture("starcoder", obstacle=_bigcode_obstacle),
     "bloom": Architecture("bloom", names=_BLOOM, parameters=_bloom, obstacle=_bloom_obstacle),
     **MIXTURES,
 }

@@ -158,11 +158,26 @@ FIELDS |= {
         "num_key_value_heads": 4,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
+    "gpt_bigcode": {
+        "n_embd": 64,
+        "n_head": 4,
+        "n_layer": 2,
+        "n_positions": 256,
+        "n_inner": 96,
+        "num_key_value_heads": 1,
+    },
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96},
 }
-LAYERS = {"gpt_neox": "gpt_neox.layers", "falcon": "transformer.h", "bloom": "transformer.h"}
+LAYERS = {
+    "gpt_neox": "gpt_neox.layers",
+    "falcon": "transformer.h",
+    "bloom": "transformer.h",
+    "gpt_bigcode": "transformer.h",
+    "mpt": "transformer.blocks",
+}
 # GELU is a table of float16 in llama.cpp.
-WITH_GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2", "phi", "gpt_neox", "falcon", "bloom")
+WITH_GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2", "phi", "gpt_neox", "falcon", "bloom", "mpt", "gpt_bigcode")
 
 
 def build(model_type: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
@@ -559,6 +574,22 @@ OBSTACLES: dict[str, tuple[str, dict[str, Any], str]] = {
         "phi",
         {"tie_word_embeddings": True},
         "llama.cpp's architecture phi2 has an output head of its own, and the model has not",
+    ),
+    "other attention": (
+        "mpt",
+        {"attn_config": {"clip_qkv": 8.0}},
+        "llama.cpp's architecture mpt neither clips nor scales nor has biases, and the model does (attn_config, "
+        "logit_scale, no_bias)",
+    ),
+    "other positions than ALiBi": (
+        "mpt",
+        {"attn_config": {"alibi": False}},
+        "llama.cpp's architecture mpt has ALiBi of up to 8, and the model other positions (attn_config)",
+    ),
+    "heads of keys in one projection": (
+        "gpt_bigcode",
+        {"multi_query": False},
+        "llama.cpp's architecture starcoder has one head of keys, and the model has more (multi_query)",
     ),
     "a norm in front of the sum": (
         "bloom",

@@ -89,8 +89,8 @@ def test_a_file_of_another_architecture_is_one_line(downloads: Path) -> None:
         f"{path}: architecture rwkv6 is not read as an artifact; those that are: "
         "afmoe, arcee, bloom, chatglm, cohere2, command-r, dots1, ernie4_5, ernie4_5-moe, exaone, "
         "exaone-moe, exaone4, falcon, gemma, gemma2, gemma3, glm4, glm4moe, gptneox, granite, granitemoe, "
-        "hunyuan-dense, hunyuan-moe, jais2, llama, minimax-m2, mistral3, nemotron, olmo, olmo2, olmoe, phi2, "
-        "phi3, qwen2, qwen2moe, qwen3, qwen3moe, seed_oss, smollm3, stablelm, starcoder2"
+        "hunyuan-dense, hunyuan-moe, jais2, llama, minimax-m2, mistral3, mpt, nemotron, olmo, olmo2, olmoe, "
+        "phi2, phi3, qwen2, qwen2moe, qwen3, qwen3moe, seed_oss, smollm3, stablelm, starcoder, starcoder2"
     )
 
 

@@ -75,6 +75,9 @@ LEFT_OUT = {
     "ministral3": "",
     "gpt_neox": f"{_HEAD} attention.head_count_kv rope.freq_base vocab_size",
     "bloom": "",
+    "mpt": "",
+    "gpt_bigcode": "",
+    "internlm3": "",
     "falcon": f"{_HEAD} rope.dimension_count rope.freq_base vocab_size",
 }
 # Of a configuration, what says nothing of the function, or the same in another way.
@@ -102,7 +105,11 @@ def without(file: Path, keys: str, architecture: str) -> Path:
 def check_configuration(directory: Path, model: Any) -> None:
     found, expected = AutoConfig.from_pretrained(directory).to_dict(), model.config.to_dict()
     names = {*found, *expected} - SILENT
-    if model.config.model_type in ("mistral", "iquestcoder"):  # which no key tells from a llama, without a window
+    if model.config.model_type in (
+        "mistral",
+        "iquestcoder",
+        "internlm3",
+    ):  # which no key tells from a llama, without a window
         assert found["model_type"] == "llama"
         names = {*found} & {*expected} - SILENT - {"model_type"}
     if not hasattr(type(model.config)(), "num_key_value_heads"):
@@ -111,6 +118,7 @@ def check_configuration(directory: Path, model: Any) -> None:
     head = model.config.hidden_size // model.config.num_attention_heads
     for values in (found, expected):
         values["head_dim"] = values.get("head_dim") or head
+        values.get("attn_config", {}).pop("dtype", None)  # MPT's
     assert {name: found.get(name) for name in names} == {name: expected.get(name) for name in names}
 
 
