@@ -138,6 +138,8 @@ class _QuantizeParams(Structure):
 # enum ggml_type, enum llama_flash_attn_type.
 _F32, _NO_FLASH_ATTENTION = 0, 0
 _LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, pointer)
+# The library is loaded once in a process, and calls the last one of these whatever became of the object that set it.
+_callbacks: list[Any] = []
 
 # Results and arguments of the functions that are called.
 _FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
@@ -181,12 +183,12 @@ class LlamaCpp:
                 library.ggml_backend_load_all_from_path.argtypes = [c_char_p]
                 library.ggml_backend_load_all_from_path(str(folder).encode())
         self.said: list[str] = []
-        self._log = _LogCallback(lambda _, text, __: self.said.append(text.decode(errors="replace")))
+        _callbacks.append(_LogCallback(lambda _, text, __: self.said.append(text.decode(errors="replace"))))
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, list(arguments)
         self.api = library
-        library.llama_log_set(self._log, None)
+        library.llama_log_set(_callbacks[-1], None)
         library.llama_backend_init()
 
     @contextmanager
