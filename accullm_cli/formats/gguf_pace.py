@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from accullm_cli.errors import AccullmError
 from accullm_cli.model.gguf_file import MAGIC, GgufFile, read_gguf
 from accullm_cli.quant.plan import KEPT_BITS, LinearPlan
 
 # Over a weight, in that of IQ4_NL: one token at a time on a core of Zen 4, as scripts/bench_gguf_encodings.py measures
-# it (docs/gguf.md). What is in float32 beside them (norms, routers) is small and alike in all files of a model.
+# it (docs/gguf.md).
 TIMES: Mapping[str, float] = {
     "Q4_K": 0.91,
     "Q4_0": 0.98,
@@ -28,6 +29,8 @@ TIMES: Mapping[str, float] = {
     "Q5_1": 2.34,
 }
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+# Matrices that are small and alike in all files of a model, or looked up: routers, positions.
+_BESIDE = (".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight", "position_embd.weight")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Pace:
         time, unknown = 0.0, set()
         for name, tensor in file.tensors.items():
             looked_up = name == _EMBEDDING and _HEAD in file.tensors
-            if len(tensor.shape) == 1 or looked_up or tensor.kind.name == "F32":
+            if len(tensor.shape) == 1 or looked_up or name.endswith((*_BESIDE, ".bias")):
                 continue
             if tensor.kind.name not in TIMES:
                 unknown.add(tensor.kind.name)
@@ -66,12 +69,16 @@ class Pace:
 
 
 def pace_of(path: Path) -> Pace | None:
-    """That of a file; None where it is no GGUF.
+    """That of a file; None where it is no GGUF, or holds no matrix.
 
     Raises:
-        AccullmError: it begins as one, and is damaged.
+        AccullmError: it cannot be read, or begins as one and is damaged.
     """
-    with open(path, "rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            return None
-    return Pace.of(read_gguf(path))
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                return None
+    except OSError as error:
+        raise AccullmError(f"cannot be read ({error.strerror or error})", path) from None
+    pace = Pace.of(read_gguf(path))
+    return pace if pace.time or pace.unknown else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFWriter
 
 from accullm_cli.errors import AccullmError
 from accullm_cli.formats import FORMATS
@@ -72,6 +72,22 @@ def test_what_is_kept_takes_its_two_bytes() -> None:
 
 def test_an_encoding_whose_time_is_not_known_is_named() -> None:
     assert pace_from({"a.weight": ("IQ2_XS", (8, 256)), "b.weight": ("Q2_K", (8, 256))}).unknown == ("IQ2_XS", "Q2_K")
+
+
+def test_a_matrix_in_float32_has_no_known_time_but_for_routers() -> None:
+    """A file of these as the measure of speed would leave no plan that is fast enough."""
+    found = pace_from({"a.weight": ("F32", (8, 64)), "blk.0.ffn_gate_inp.weight": ("F32", (4, 64))})
+    assert (found.time, found.unknown) == (0.0, ("F32",))
+    routed = pace_from({"a.weight": ("Q4_0", (8, 64)), "blk.0.ffn_gate_inp.weight": ("F32", (4, 64))})
+    assert (routed.time, routed.unknown) == (512 * TIMES["Q4_0"], ())
+
+
+def test_a_file_without_matrices_has_no_pace(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "vocabulary.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert pace_of(tmp_path / "vocabulary.gguf") is None
 
 
 def test_what_is_no_gguf_has_no_pace(tmp_path: Path) -> None:
