@@ -27,7 +27,8 @@ from tests.llama_cpp import byte_tokenizer, llama_cpp
 Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 # What the script of llama.cpp as vendored in llama-cpp-python 0.3.36 leaves out of what is written here of the models
 # of `tests.formats.test_gguf`; it has nothing beyond, and the same values. Of nemotron it asks for a file that is no
-# longer saved, of gpt_neox for a setting; of exaone it knows the names of the first checkpoints alone.
+# longer saved, of gpt_neox for a setting; of exaone it knows the names of the first checkpoints alone;
+# bloom, mpt, gpt_bigcode and internlm3 were not held against it.
 _HEAD = "attention.key_length attention.value_length"
 LEFT_OUT = {
     "llama": "",
